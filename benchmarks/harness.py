@@ -1,0 +1,221 @@
+"""What every benchmark shares: realistic boxes, timing side by side, peak memory, and the record.
+
+Providers are timed in turns (a, b, c, a, b, c, ...), so that a busy machine slows all of them
+alike, and each is told by its median and two quantiles, never by its best run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import math
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+# ---------------------------------------------------------------------------------------------
+# Inputs
+
+
+def rpn_boxes(
+    count: int,
+    *,
+    image_size: tuple[int, int] = (800, 1344),
+    objects: int = 60,
+    clustered: float = 0.7,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Boxes and scores as a region proposal network gives them.
+
+    A share `clustered` of the boxes lies around `objects` objects, the further off the lower its
+    score; the rest is background.  Sides are log-uniform between 16 and 600 pixels.  Uniformly
+    random boxes would flatter NMS: they hardly overlap, so almost nothing depends on anything.
+
+    Returns boxes `Tensor[count, 4]` (x1, y1, x2, y2 in pixels, inside the image) and distinct
+    scores `Tensor[count]` in (0, 1), in no particular order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    height, width = image_size
+    extent = torch.tensor([float(width), float(height)])
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def places(number: int) -> tuple[Tensor, Tensor]:
+        side = 16 * torch.exp(uniform(number, 1) * math.log(600 / 16))
+        aspect = torch.exp(0.35 * normal(number, 1))
+        return uniform(number, 2) * extent, torch.cat((side * aspect, side / aspect), 1)
+
+    near = round(count * clustered)
+    object_centres, object_sizes = places(objects)
+    which = (uniform(near) * objects).long()
+    distance = 0.3 * uniform(near, 1)
+    centres = object_centres[which] + distance * normal(near, 2) * object_sizes[which]
+    sizes = object_sizes[which] * torch.exp(distance * normal(near, 2))
+    far_centres, far_sizes = places(count - near)
+    centres, sizes = torch.cat((centres, far_centres)), torch.cat((sizes, far_sizes))
+
+    closeness = torch.cat((1 - 2 * distance[:, 0], torch.zeros(count - near)))
+    scores = torch.sigmoid(4 * closeness - 2 + normal(count)).double()
+    scores += torch.arange(count) * 1e-12  # tells ties apart before the rank below
+    scores = (scores.argsort().argsort().float() + 0.5) / count  # distinct, so that every provider keeps the same
+
+    corners = torch.cat((centres - sizes / 2, centres + sizes / 2), 1)
+    limits = torch.cat((extent, extent))
+    boxes = corners.clamp(min=torch.zeros(4), max=limits)
+    boxes[:, :2] = torch.minimum(boxes[:, :2], limits[:2] - 1)
+    boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)
+    order = torch.randperm(count, generator=generator)
+    return boxes[order], scores[order]
+
+
+# ---------------------------------------------------------------------------------------------
+# Measuring
+
+
+def _seconds(call: Callable[[], Any], repeats: int) -> float:
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / repeats
+
+
+def time_side_by_side(
+    providers: dict[str, Callable[[], Any]], *, budget: float = 10.0, min_rounds: int = 5, max_rounds: int = 200
+) -> dict[str, dict[str, float]]:
+    """Median, 0.2 and 0.8 quantile in milliseconds of one call of each provider.
+
+    Rounds go on until `budget` seconds are spent (but at least `min_rounds`); a sample of a fast
+    provider is the mean of as many calls as fill two milliseconds.
+    """
+    repeats = {}
+    for name, call in providers.items():
+        call()  # warm up: lazy initialisation, caches
+        repeats[name] = max(1, min(1000, int(2e-3 / max(_seconds(call, 1), 1e-9))))
+    samples: dict[str, list[float]] = {name: [] for name in providers}
+    started = time.perf_counter()
+    for round_index in range(max_rounds):
+        if round_index >= min_rounds and time.perf_counter() - started > budget:
+            break
+        for name, call in providers.items():
+            samples[name].append(_seconds(call, repeats[name]) * 1e3)
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _summary(values: list[float]) -> dict[str, float]:
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return {
+        "median_ms": round(statistics.median(values), 5),
+        "q20_ms": round(fifths[0], 5),
+        "q80_ms": round(fifths[-1], 5),
+        "samples": len(values),
+    }
+
+
+def peak_memory_mib(call: Callable[[], Any], device: str = "cpu") -> float | None:
+    """Memory one call needs on top of its inputs, its result included; None where unknown.
+
+    On the CPU this is the process's resident high-water mark (Linux; good to about 0.5 MiB),
+    measured after free heap pages went back to the system, so that they are not reused unseen.
+    """
+    call()
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 2)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    except (OSError, AttributeError):
+        return None
+    before = _status_kib("VmRSS")
+    result = call()
+    peak = _status_kib("VmHWM")
+    del result
+    return round(max(0, peak - before) / 1024, 2)
+
+
+def _status_kib(field: str) -> int:
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match, f"no {field} in /proc/self/status"
+    return int(match.group(1))
+
+
+# ---------------------------------------------------------------------------------------------
+# Recording
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Where and with what a number was measured."""
+    record: dict[str, Any] = {
+        "processor": torch.cuda.get_device_name() if device != "cpu" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": _version("torchvision"),
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+    if device != "cpu":
+        record["cuda"] = torch.version.cuda
+    return record
+
+
+def _cpu_name() -> str:
+    try:
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        match = None
+    return match.group(1).strip() if match else platform.processor() or platform.machine()
+
+
+def _version(module: str) -> str:
+    try:
+        return __import__(module).__version__
+    except ImportError:
+        return "missing"
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write_record(op: str, record: dict[str, Any], device: str = "cpu") -> Path:
+    """Put one case's record into results/<device>/<op>.json, in place of an older one of that case."""
+    folder = "cpu" if device == "cpu" else re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower()
+    path = RESULTS / folder / f"{op}.json"
+    cases = json.loads(path.read_text())["cases"] if path.exists() else []
+    names = [case["case"] for case in cases]
+    if record["case"] in names:
+        cases[names.index(record["case"])] = record
+    else:
+        cases.append(record)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"op": op, "cases": cases}, indent=2) + "\n")
+    return path
