@@ -1,0 +1,136 @@
+"""The detector: image -> backbone -> proposals -> RoIAlign -> heads -> fusion -> NMS -> detections."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..recipes import Fusion, ModelConfig, ReadOut
+from .backbone import ResNetFPN
+from .detections import detect, resolve_sources
+from .heads import Heads
+from .images import ImageTransform
+from .losses import head_losses, sample_rois, task_weights
+from .roi_pooling import RoIPooling
+from .rpn import RPN
+from .structures import Detections, ImageBatch, Targets
+
+
+class Detector(nn.Module):
+    """The static core: padded batch in, losses or padded detections out, no shape made from data.
+
+    `torch.compile(detector, fullgraph=True)` and `torch.export.export` take it as it is.
+
+    Args:
+        config: the whole model.
+        num_classes: classes with background.
+
+    Raises:
+        ValueError: the configuration contradicts itself; the message names the field.
+    """
+
+    def __init__(self, config: ModelConfig, num_classes: int) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes: expected at least 2 (background and one class), got {num_classes}")
+        self.config = config
+        self.num_classes = num_classes
+        self.backbone = ResNetFPN(config.backbone)
+        self.rpn = RPN(config.rpn, config.backbone.fpn_channels)
+        self.heads = Heads(config.head, config.roi, config.backbone.fpn_channels, num_classes)
+        self.roi_pooling = RoIPooling(config.roi, self.heads.box_scales.values())
+        self.loss_weights = task_weights(config.head.kind, config.loss)
+        self.set_readout(config.detection.readout, config.detection.fusion)
+
+    def forward(self, images: ImageBatch, targets: Targets | None = None) -> Detections | dict[str, Tensor]:
+        """Detect, or with `targets` compute the weighted losses (their sum is the objective)."""
+        features = self.backbone(images.pixels)
+        proposals, losses = self.rpn(images, features, targets)
+        if targets is None:
+            outputs = self.heads(self.roi_pooling(features, proposals.boxes))
+            return detect(outputs, self.sources, proposals, images.sizes, self.detection, self.config.roi.box_weights)
+        rois = sample_rois(proposals, targets, self.config.roi)
+        outputs = self.heads(self.roi_pooling(features, rois.boxes))
+        return losses | head_losses(
+            outputs, rois, self.loss_weights, self.config.roi, self.config.loss.smooth_l1_beta
+        )
+
+    def set_readout(self, readout: ReadOut, fusion: Fusion | None = None) -> None:
+        """Choose how an Ext model is read out; see `DetectionConfig`.
+
+        Raises:
+            ValueError: the heads were not trained for it (see `resolve_sources`).
+        """
+        fusion = fusion or self.config.detection.fusion
+        self.sources = resolve_sources(self.config.head.kind, readout, fusion, self.config.loss)
+        self.detection = dataclasses.replace(self.config.detection, readout=readout, fusion=fusion)
+
+
+class DoubleHeadRCNN(nn.Module):
+    """The detector with torchvision's interface: lists of images in, lists of dicts out.
+
+    Args:
+        config: the whole model.
+        num_classes: classes with background; background is class 0.
+    """
+
+    def __init__(self, config: ModelConfig, num_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+        self.transform = ImageTransform(config.image)
+        self.detector = Detector(config, num_classes)
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Losses in training mode, detections in eval mode.
+
+        Args:
+            images: each `Tensor[3, H, W]`, RGB, float in 0..1 or uint8, of any size.
+            targets: in training, per image "boxes" `Tensor[n, 4]` (x1, y1, x2, y2) in the image's
+                pixels and "labels" `Tensor[n]`, int64 from 1 on.
+
+        Returns:
+            training: loss name -> weighted scalar; the objective is their sum.
+            eval: per image "boxes" `Tensor[n, 4]` in the image's pixels, "labels" `Tensor[n]`,
+            "scores" `Tensor[n]`, best first.
+
+        Raises:
+            ValueError: targets missing in training, or malformed images or targets.
+        """
+        if self.training:
+            _check_targets(images, targets, self.num_classes)
+        before = [(image.shape[-2], image.shape[-1]) for image in images]
+        batch, after = self.transform(images)
+        if self.training:
+            return self.detector(batch, self.transform.targets(targets, before, after))
+        return self.transform.detections(self.detector(batch), before, after)
+
+    def set_readout(self, readout: ReadOut, fusion: Fusion | None = None) -> None:
+        """Choose how an Ext model is read out: see `Detector.set_readout`."""
+        self.detector.set_readout(readout, fusion)
+
+
+def build_detector(config: ModelConfig, num_classes: int) -> DoubleHeadRCNN:
+    """The detector a configuration describes, with fresh weights (backbone: as configured)."""
+    return DoubleHeadRCNN(config, num_classes)
+
+
+def _check_targets(images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None, num_classes: int) -> None:
+    if targets is None or len(targets) != len(images):
+        got = "none" if targets is None else len(targets)
+        raise ValueError(f"targets: training needs one per image ({len(images)}), got {got}")
+    for row, target in enumerate(targets):
+        boxes, labels = target["boxes"], target["labels"]
+        if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
+            raise ValueError(
+                f"targets[{row}]: expected boxes Tensor[n, 4] and labels Tensor[n], "
+                f"got {tuple(boxes.shape)} and {tuple(labels.shape)}"
+            )
+        if labels.device.type == "cpu" and len(labels) and not 1 <= int(labels.min()) <= int(labels.max()) < num_classes:
+            raise ValueError(
+                f"targets[{row}]: expected labels in 1 .. {num_classes - 1}, got {labels.min()} .. {labels.max()}"
+            )

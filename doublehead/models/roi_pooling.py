@@ -1,0 +1,48 @@
+"""From pyramid and proposals to one fixed-size map per RoI and head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from ..ops import multiscale_roi_align
+from ..recipes import RoIConfig
+from .backbone import STRIDES
+
+
+class RoIPooling(nn.Module):
+    """RoIAlign over P2 .. P5, for all images, levels and box scales in one call.
+
+    The two heads may look at boxes enlarged by different factors (`fc_box_scale`,
+    `conv_box_scale`); the level is chosen from the box as proposed.
+    """
+
+    def __init__(self, config: RoIConfig, box_scales: Iterable[float]) -> None:
+        super().__init__()
+        self.config = config
+        self.box_scales = tuple(sorted(set(box_scales)))
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor) -> dict[float, Tensor]:
+        """Pool every box once per box scale.
+
+        Args:
+            features: P2 .. P5 (further levels are left out), each `Tensor[B, C, H, W]`.
+            boxes: `Tensor[B, R, 4]`.
+
+        Returns:
+            box scale -> `Tensor[B * R, C, output_size, output_size]`.
+        """
+        size = self.config.output_size
+        pooled = multiscale_roi_align(
+            list(features[: len(STRIDES)]),
+            boxes,
+            (size, size),
+            spatial_scales=[1 / stride for stride in STRIDES],
+            sampling_ratio=self.config.sampling_ratio,
+            aligned=self.config.aligned,
+            box_scales=self.box_scales,
+            canonical_size=self.config.canonical_size,
+            level_rule=self.config.level_rule,
+        )
+        return dict(zip(self.box_scales, pooled, strict=True))

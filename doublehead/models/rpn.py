@@ -1,0 +1,125 @@
+"""Region proposal network: which boxes may hold an object (Ren et al. 2015, on a pyramid)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, relu, smooth_l1_loss
+
+from ..ops import nms_padded
+from ..ops.boxes import clip_boxes, decode_boxes, encode_boxes
+from ..recipes import RPNConfig
+from .matching import match, sample
+from .structures import ImageBatch, Proposals, Targets, gather_rows
+
+BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+
+
+class RPN(nn.Module):
+    """A 3x3 convolution and two 1x1 outputs on every pyramid level, then NMS within each level."""
+
+    def __init__(self, config: RPNConfig, channels: int) -> None:
+        super().__init__()
+        self.config = config
+        anchors = len(config.aspect_ratios)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.objectness = nn.Conv2d(channels, anchors, 1)
+        self.deltas = nn.Conv2d(channels, 4 * anchors, 1)
+        for layer in (self.conv, self.objectness, self.deltas):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+        cells = torch.stack([cell_anchors(size, config.aspect_ratios) for size in config.anchor_sizes])
+        self.register_buffer("cells", cells, persistent=False)
+
+    def forward(
+        self, images: ImageBatch, features: Sequence[Tensor], targets: Targets | None = None
+    ) -> tuple[Proposals, dict[str, Tensor]]:
+        """Propose boxes; in training also the losses.
+
+        Args:
+            images: the batch the features were computed from.
+            features: one `Tensor[B, C, H, W]` per anchor size.
+            targets: ground truth; None at inference.
+
+        Returns:
+            Proposals `[B, R, 4]` with R = min(post_nms, all candidates), best first, without gradient,
+            and the losses ("loss_rpn_objectness", "loss_rpn_box"), empty without targets.
+        """
+        logits, deltas = zip(*(self._predict(feature) for feature in features), strict=True)
+        anchors = [
+            self._anchors(level, feature, images.pixels.shape[-2:]) for level, feature in enumerate(features)
+        ]
+        proposals = self._propose(images, anchors, [x.detach() for x in logits], [x.detach() for x in deltas])
+        if targets is None:
+            return proposals, {}
+        return proposals, self._losses(torch.cat(anchors), torch.cat(logits, 1), torch.cat(deltas, 1), targets)
+
+    def _predict(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """`Tensor[B, C, H, W]` -> logits `[B, H*W*A]` and deltas `[B, H*W*A, 4]`, fp32."""
+        hidden = relu(self.conv(feature))
+        logits = self.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
+        deltas = self.deltas(hidden).permute(0, 2, 3, 1).reshape(logits.shape[0], -1, 4)
+        return logits.float(), deltas.float()
+
+    def _anchors(self, level: int, feature: Tensor, image_size: Sequence[int]) -> Tensor:
+        """`Tensor[H*W*A, 4]` in pixels.  The stride is image side // cells, as in torchvision, which is
+        slightly under 64 on P6 where P5's side is odd."""
+        height, width = feature.shape[-2:]
+        stride_y, stride_x = image_size[0] // height, image_size[1] // width
+        y = torch.arange(height, device=feature.device, dtype=torch.float32) * stride_y
+        x = torch.arange(width, device=feature.device, dtype=torch.float32) * stride_x
+        shift_y, shift_x = (shift.reshape(-1) for shift in torch.meshgrid(y, x, indexing="ij"))
+        shifts = torch.stack([shift_x, shift_y, shift_x, shift_y], dim=1)
+        return (shifts[:, None] + self.cells[level]).reshape(-1, 4)
+
+    def _propose(
+        self, images: ImageBatch, anchors: list[Tensor], logits: list[Tensor], deltas: list[Tensor]
+    ) -> Proposals:
+        pre_nms = self.config.pre_nms_train if self.training else self.config.pre_nms_test
+        boxes, scores, levels = [], [], []
+        for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
+            best, index = logit.topk(min(pre_nms, logit.shape[1]), dim=1)
+            boxes.append(decode_boxes(gather_rows(delta, index), anchor[index], BOX_WEIGHTS))
+            scores.append(best.sigmoid())
+            levels.append(torch.full_like(index, level))
+        candidates = clip_boxes(torch.cat(boxes, 1), images.sizes)
+        sides = candidates[..., 2:] - candidates[..., :2]
+        groups = torch.where((sides >= self.config.min_size).all(-1), torch.cat(levels, 1), -1)
+
+        post_nms = self.config.post_nms_train if self.training else self.config.post_nms_test
+        slots = min(post_nms, groups.shape[1])
+        kept, count = nms_padded(candidates, torch.cat(scores, 1), groups, self.config.nms_iou, slots)
+        valid = torch.arange(slots, device=kept.device) < count[:, None]
+        kept_boxes = gather_rows(candidates, kept.clamp(min=0))
+        return Proposals(torch.where(valid[..., None], kept_boxes, 0.0), valid)
+
+    def _losses(self, anchors: Tensor, logits: Tensor, deltas: Tensor, targets: Targets) -> dict[str, Tensor]:
+        config = self.config
+        with torch.no_grad():
+            matched, state = match(anchors, targets, config.positive_iou, config.negative_iou, keep_best=True)
+            indices, drawn = sample(state, config.samples, config.positive_fraction)
+            labels = state.gather(1, indices)
+            sampled_anchors = anchors[indices]
+            matched_boxes = gather_rows(targets.boxes, matched.gather(1, indices))
+            wanted = encode_boxes(matched_boxes, sampled_anchors, BOX_WEIGHTS)
+        total = drawn.sum().clamp(min=1)
+        objectness = binary_cross_entropy_with_logits(
+            logits.gather(1, indices), labels.to(logits.dtype), weight=drawn.to(logits.dtype), reduction="sum"
+        )
+        box = smooth_l1_loss(gather_rows(deltas, indices), wanted, beta=config.smooth_l1_beta, reduction="none")
+        box = torch.where((drawn & (labels == 1))[..., None], box, 0.0).sum()
+        return {"loss_rpn_objectness": objectness / total, "loss_rpn_box": box / total}
+
+
+def cell_anchors(size: float, aspect_ratios: Sequence[float]) -> Tensor:
+    """Anchors of one cell about the origin, `Tensor[A, 4]`, rounded to whole pixels as torchvision's.
+
+    Args:
+        size: square root of the area, pixels.
+        aspect_ratios: height / width.
+    """
+    height = size * torch.tensor(aspect_ratios, dtype=torch.float32).sqrt()
+    width = size / torch.tensor(aspect_ratios, dtype=torch.float32).sqrt()
+    return (torch.stack([-width, -height, width, height], dim=1) / 2).round()
