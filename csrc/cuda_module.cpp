@@ -1,0 +1,26 @@
+// The Python module doublehead._C_cuda. Importing it registers the CUDA kernels linked into it (each csrc/<op>/cuda.cu
+// has its own STABLE_TORCH_LIBRARY_IMPL); build_info() says how it was built.
+#include <pybind11/pybind11.h>
+
+#include "build_config.h"
+#include "cuda_info.h"
+
+namespace {
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["compiler"] = DOUBLEHEAD_CUDA_COMPILER;
+  info["archs"] = doublehead::compiled_archs();
+  info["cuda_runtime"] = doublehead::runtime_version();
+  info["torch"] = DOUBLEHEAD_TORCH_VERSION;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C_cuda, module) {
+  module.doc() = "doublehead's CUDA operators, registered with torch.";
+  module.def("build_info", &build_info, "How this module was built.");
+  module.def("arch_on", &doublehead::arch_on, pybind11::arg("device"),
+             "The compiled architecture (90 is sm_90) whose code GPU `device` runs; an error if it can run none.");
+}

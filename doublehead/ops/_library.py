@@ -1,0 +1,112 @@
+"""The operator library `torch.ops.doublehead`: definitions, and the loader of the compiled parts.
+
+Python owns the schemas. Each operator's op.py calls `define` with its schema, its reference (plain PyTorch, which serves
+every device that has no kernel of its own) and its fake (shapes alone). The compiled parts, `doublehead._C` for the CPU
+and `doublehead._C_cuda` for CUDA, only add kernels for their device. Without them everything works, on the reference.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+
+import torch
+
+NAMESPACE = "doublehead"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+#: name -> schema of every operator defined so far.
+SCHEMAS: dict[str, str] = {}
+
+#: "_C" or "_C_cuda" -> why it is not loaded; a part that is loaded is not listed.
+UNLOADED: dict[str, str] = {}
+
+
+def define(schema: str, *, reference: Callable, fake: Callable) -> torch._ops.OpOverload:
+    """Defines an operator and returns it, bound: `torch.ops.doublehead.<name>.default`.
+
+    Args:
+        schema: "name(Tensor input, ...) -> Tensor", functional: no argument is written to.
+        reference: its definition in plain PyTorch, for any device; takes the schema's arguments by position.
+        fake: the same arguments -> empty results of the right shape, dtype and memory format.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    SCHEMAS[name] = schema
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def define_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Gives the operator its gradient, in the words of `torch.library.register_autograd`."""
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def define_autocast(name: str, kernel: Callable) -> None:
+    """Says what the operator does under `torch.autocast`, on CPU and CUDA.
+
+    `kernel` takes the operator's arguments and calls the operator itself with arguments cast as it sees fit; autocast is
+    off while it runs. Without this call autocast leaves the operator's arguments as they are.
+    """
+    off = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+        torch._C.DispatchKey.AutocastCUDA
+    )
+
+    def without_autocast(*arguments):
+        with torch._C._ExcludeDispatchKeyGuard(off):
+            return kernel(*arguments)
+
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl(name, without_autocast, f"Autocast{device}")
+
+
+@contextlib.contextmanager
+def enable_autograd():
+    """Records gradients even inside a kernel, where torch has switched autograd off.
+
+    For a reference that is itself the gradient of another reference, taken by `torch.autograd.grad`.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
+
+
+def native(name: str, device: str) -> bool:
+    """Whether a compiled kernel of operator `name` is loaded for `device` ("cpu" or "cuda"); else the reference serves."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device.upper())
+
+
+def load_compiled_parts() -> None:
+    """Imports `_C`, and `_C_cuda` where torch has CUDA; warns if the CPU part is missing, or either is broken."""
+    _load("_C")
+    if torch.version.cuda is None:
+        UNLOADED["_C_cuda"] = "this torch was built without CUDA"
+    else:
+        _load("_C_cuda")
+
+
+def _load(part: str) -> None:
+    module = f"{NAMESPACE}.{part}"
+    if importlib.util.find_spec(module) is None:
+        UNLOADED[part] = "it is not built (`pip install -e .` builds it)"
+        if part == "_C_cuda":
+            return  # not an accident: most machines have no CUDA compiler
+    else:
+        try:
+            importlib.import_module(module)
+            return
+        except ImportError as error:
+            UNLOADED[part] = f"it does not load: {error}"
+    warnings.warn(
+        f"doublehead runs without its compiled part {module}: {UNLOADED[part]}. Its operators work, on the slower "
+        "reference in plain PyTorch.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+load_compiled_parts()

@@ -1,0 +1,185 @@
+"""Builds the compiled operators with CMake and Ninja. The metadata stands in pyproject.toml.
+
+Environment variables: DOUBLEHEAD_CUDA=0|1 leaves the CUDA part out, or demands it; TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"
+chooses its architectures; CUDA_HOME says where the toolkit is; MAX_JOBS limits the parallel compilations.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH = (2, 11)  # the stable-ABI target set in CMakeLists.txt
+DEFAULT_ARCHS = ("80", "86", "89", "90", "100", "120")
+
+
+class Torch(NamedTuple):
+    """The torch that is built against: its folder, its version ("2.15.0+cu130"), whether it has CUDA."""
+
+    folder: Path
+    version: str
+    cuda: bool
+
+    @property
+    def new_enough(self):
+        return tuple(int(n) for n in re.findall(r"\d+", self.version)[:2]) >= OLDEST_TORCH
+
+
+def find_torch():
+    """The torch of this build environment, else that of the environment being installed into, else None.
+
+    An isolated build does not see the packages of the environment it builds for; a Python started without PYTHONPATH
+    (which carries the isolation) does. Nothing is imported: importing torch takes seconds and may fail.
+    """
+    spec = importlib.util.find_spec("torch")
+    origin = spec.origin if spec else None
+    if not origin:
+        code = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
+        done = subprocess.run([sys.executable, "-E", "-c", code], capture_output=True, text=True, cwd=sys.prefix)
+        origin = done.stdout.strip()
+    return read_torch(Path(origin).parent) if origin else None
+
+
+def read_torch(folder):
+    """What the torch installed in `folder` is, read from its files; None if it is no complete torch."""
+    try:
+        version = re.search(r"__version__ = '([^']+)'", (folder / "version.py").read_text())
+    except OSError:
+        return None
+    return version and Torch(folder, version[1], bool(list((folder / "lib").glob("*torch_cuda.*"))))
+
+
+def build_requirements(torch):
+    """What the build needs beyond pyproject.toml: a torch only where the environment has none that will do."""
+    return [] if torch and torch.new_enough else ["torch>=" + ".".join(map(str, OLDEST_TORCH))]
+
+
+def find_nvcc(environ):
+    """The path of nvcc, by CUDA_HOME, CUDA_PATH, PATH, then /usr/local/cuda; None if there is none."""
+    homes = [environ.get("CUDA_HOME"), environ.get("CUDA_PATH")]
+    places = [os.path.join(home, "bin") for home in homes if home] + [environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join(places))
+
+
+def decide_cuda(torch, nvcc, wanted):
+    """Whether to build the CUDA part, and the reason in words. `wanted` is DOUBLEHEAD_CUDA: "0", "1" or ""."""
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"DOUBLEHEAD_CUDA: got {wanted!r}; accepted are 0 (leave CUDA out), 1 (demand it) or nothing.")
+    if wanted == "0":
+        return False, "DOUBLEHEAD_CUDA=0"
+    missing = []
+    if not torch.cuda:
+        missing.append(f"torch {torch.version} was built without CUDA")
+    if not nvcc:
+        missing.append("no nvcc was found (CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda)")
+    if missing and wanted == "1":
+        raise SystemExit(f"DOUBLEHEAD_CUDA=1 demands the CUDA part, but {' and '.join(missing)}.")
+    return not missing, " and ".join(missing) or f"torch {torch.version} has CUDA and nvcc is {nvcc}"
+
+
+def choose_archs(known, arch_list="", gpus=()):
+    """CMAKE_CUDA_ARCHITECTURES out of what nvcc knows (["80", "90", ...]).
+
+    TORCH_CUDA_ARCH_LIST is taken as it is; else the visible GPUs; else the defaults nvcc knows. Unless the list says
+    otherwise the newest carries PTX, which newer GPUs can run.
+    """
+    if arch_list.strip():
+        return ";".join(arch for item in re.split(r"[;,\s]+", arch_list.strip()) for arch in read_arch(item))
+    numbers = sorted(known, key=int)
+    wanted = {gpu.replace(".", "") for gpu in gpus} or set(DEFAULT_ARCHS)
+    archs = [number for number in numbers if number in wanted]
+    if not archs:  # a GPU newer than this nvcc: PTX of the newest one that nvcc knows
+        return f"{numbers[-1]}-virtual"
+    return ";".join([f"{arch}-real" for arch in archs[:-1]] + [archs[-1]])
+
+
+def read_arch(item):
+    """One entry of TORCH_CUDA_ARCH_LIST ("8.0", "9.0a", "9.0+PTX") in CMake's words."""
+    match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", item)
+    if not match:
+        raise SystemExit(f"TORCH_CUDA_ARCH_LIST: got {item!r}; accepted are entries like 8.0, 9.0a or 9.0+PTX.")
+    number = match[1] + match[2]
+    return [number] if match[3] else [f"{number}-real"]
+
+
+def lines_of(*command):
+    """The lines a command prints, none if it is absent or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+
+
+class CMakeBuild(build_ext):
+    """Configures once, then builds one CMake target for each Extension."""
+
+    def run(self):
+        torch = find_torch()
+        if not torch or not torch.new_enough:
+            found = f"found torch {torch.version} in {torch.folder}" if torch else "found no torch"
+            raise SystemExit(f"doublehead builds against torch >= 2.11; {found}.")
+        self.configure(torch)
+        super().run()
+
+    def configure(self, torch):
+        import pybind11
+
+        nvcc = find_nvcc(os.environ)
+        cuda, reason = decide_cuda(torch, nvcc, os.environ.get("DOUBLEHEAD_CUDA", ""))
+        settings = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
+            "TORCH_DIR": torch.folder,
+            "TORCH_VERSION": torch.version,
+            "PYBIND11_INCLUDE": pybind11.get_include(),
+            "PYTHON_INCLUDE": sysconfig.get_path("include"),
+            "MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+            "DOUBLEHEAD_CUDA": "ON" if cuda else "OFF",
+            "DOUBLEHEAD_CUDA_REASON": reason,
+        }
+        if cuda:
+            known = [line.removeprefix("compute_") for line in lines_of(nvcc, "--list-gpu-arch")]
+            gpus = lines_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+            settings["CMAKE_CUDA_COMPILER"] = nvcc
+            settings["CMAKE_CUDA_ARCHITECTURES"] = choose_archs(known, os.environ.get("TORCH_CUDA_ARCH_LIST", ""), gpus)
+        self.build_folder = Path(self.build_temp).resolve() / f"cmake-{sys.implementation.cache_tag}"
+        self.cmake("-S", ROOT, "-B", self.build_folder, "-G", "Ninja", *(f"-D{k}={v}" for k, v in settings.items()))
+        self.extensions = [ext for ext in self.extensions if cuda or ext.name != "doublehead._C_cuda"]
+        print(f"doublehead: building the CPU part {'and the CUDA part' if cuda else 'alone'}, as {reason}.", flush=True)
+
+    def build_extension(self, ext):
+        target = ext.name.rpartition(".")[2]
+        jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        self.cmake("--build", self.build_folder, "--target", target, *jobs)
+        built = Path(self.get_ext_fullpath(ext.name)).resolve()
+        built.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.build_folder / built.name, built)
+
+    def cmake(self, *arguments):
+        subprocess.run([find_tool("cmake"), *map(str, arguments)], check=True)
+
+
+def find_tool(name):
+    """The path of cmake or ninja: beside this Python, whose environment may not be activated, else on PATH."""
+    path = shutil.which(name, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
+    if not path:
+        raise SystemExit(f"doublehead's build needs {name}; `pip install {name}` gives it.")
+    return path
+
+
+if __name__ == "__main__":
+    setup(
+        # Both are declared, and the CUDA one is dropped by CMakeBuild where it cannot be built.
+        ext_modules=[Extension("doublehead._C", sources=[]), Extension("doublehead._C_cuda", sources=[])],
+        cmdclass={"build_ext": CMakeBuild},
+        setup_requires=build_requirements(find_torch()),
+    )
