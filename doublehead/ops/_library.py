@@ -66,12 +66,14 @@ def define_autocast(name: str, kernel: Callable) -> None:
 def enable_autograd():
     """Records gradients even inside a kernel, where torch has switched autograd off.
 
-    For a reference that is itself the gradient of another reference, taken by `torch.autograd.grad`.
+    For a reference that is itself the gradient of another reference, taken by `torch.autograd.grad`. Inputs that may
+    have been made in inference mode must be cloned inside.
     """
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
         excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.inference_mode(False), torch.enable_grad():
         yield
 
 
