@@ -1,0 +1,103 @@
+"""What every data set is: images, boxes, names, and the ground truth pycocotools scores against."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+class DataError(ValueError):
+    """The data cannot be used as they are: the message names the file, the record and what is accepted."""
+
+
+class DataWarning(UserWarning):
+    """Records were left out, or boxes clipped; the message counts them and names the first of each kind."""
+
+
+class Target(TypedDict):
+    """The annotation of one image.
+
+    `boxes` is a float32 `Tensor[n, 4]`: x1, y1, x2, y2 in pixels of the image as stored, measured between
+    pixel edges, so that a box around the whole image is (0, 0, W, H).  `labels` is an int64 `Tensor[n]`;
+    label i is `classes[i - 1]`, 0 is the background and never occurs.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    image_id: int
+
+
+class DetectionDataset(Dataset):
+    """Images and boxes by index; `build_dataset` makes one.
+
+    Indexing never flips: the loader does, because a flip depends on the epoch.
+
+    Attributes:
+        name: what messages call this data set.
+        classes: names; label i is `classes[i - 1]`.
+        category_ids: ids of the classes in the annotation file; label i is `category_ids[i - 1]`.
+        image_ids, file_names, image_sizes: per index; a size is (height, width) in pixels.
+        horizontal_flip: probability that the training loader mirrors an image.
+        skipped: how many records were left out, by reason.
+    """
+
+    name: str
+    classes: list[str]
+    category_ids: list[int]
+    image_ids: list[int]
+    file_names: list[str]
+    image_sizes: list[tuple[int, int]]
+    horizontal_flip: float
+    skipped: Counter[str]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        """Image `Tensor[3, H, W]` uint8 RGB and its target.
+
+        Raises:
+            DataError: the image file cannot be decoded.
+            IndexError: `index` outside -len .. len - 1.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} in a data set of {len(self)} images")
+        return self.load(index % len(self))
+
+    def load(self, index: int) -> tuple[Tensor, Target]:
+        """`dataset[index]` for 0 <= index < len."""
+        raise NotImplementedError
+
+    def annotations(self) -> list[dict[str, Any]]:
+        """Every annotation, crowd and difficult ones too, as COCO JSON has them (segmentations left out)."""
+        raise NotImplementedError
+
+    def coco_ground_truth(self) -> dict[str, Any]:
+        """The split as a COCO JSON dict: pycocotools' `COCO().dataset`.
+
+        Boxes are x, y, width, height.  COCO files keep their ids, boxes, areas and crowd flags; elsewhere ids count
+        from 1, areas are those of the boxes, and a `difficult` object has `iscrowd` and `ignore` 1, so that it
+        counts neither as found nor as missed.
+        """
+        images = zip(self.image_ids, self.file_names, self.image_sizes, strict=True)
+        return {
+            "info": {"description": self.name},
+            "licenses": [],
+            "images": [{"id": i, "file_name": name, "height": h, "width": w} for i, name, (h, w) in images],
+            "annotations": self.annotations(),
+            "categories": [{"id": i, "name": n} for i, n in zip(self.category_ids, self.classes, strict=True)],
+        }
+
+
+def make_target(boxes: np.ndarray, labels: np.ndarray, image_id: int) -> Target:
+    """Arrays [n, 4] and [n] as a `Target`; both are copied, so that no caller can change the data set."""
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        "image_id": int(image_id),
+    }

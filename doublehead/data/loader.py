@@ -1,0 +1,177 @@
+"""Batches: an endless, resumable stream for training, one ordered pass for evaluation.
+
+Training batch k of a rank depends on (seed, k, rank, world_size) alone, never on the global random state or on the
+number of worker processes; so `start_step=k` continues a stream exactly.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .dataset import DataError, DetectionDataset, Target
+from .transforms import horizontal_flip
+
+Batch = tuple[list[Tensor], list[Target]]
+Item = tuple[int, int]  # epoch, index
+
+
+def build_loader(
+    dataset: DetectionDataset,
+    batch_size: int,
+    *,
+    train: bool,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    aspect_ratio_grouping: bool = False,
+    start_step: int = 0,
+) -> Loader:
+    """Batches of one rank.
+
+    Args:
+        batch_size: images per batch of this rank; the ranks together form batches of `batch_size * world_size`,
+            the very ones that a single process with that batch size sees.
+        train: True: an endless shuffled stream, mirrored at random with `dataset.horizontal_flip`.
+            False: every image once, in order, image i on rank i mod world_size; the last batch may be smaller.
+        seed: of shuffling and mirroring, >= 0.
+        workers: processes that load images; 0: the calling process does.
+        aspect_ratio_grouping: train only; no batch mixes landscape images (width >= height) with portrait ones.
+            No image is lost: those that fill no batch wait for the next epoch's.
+        start_step: train only; number of batches to pass over.
+
+    Raises:
+        ValueError: an argument out of range.
+        DataError: while iterating: an image cannot be decoded.
+    """
+    for name, value, least in (
+        ("batch_size", batch_size, 1), ("world_size", world_size, 1), ("workers", workers, 0),
+        ("seed", seed, 0), ("start_step", start_step, 0), ("rank", rank, 0),
+    ):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{name} is {value}, at least {least} is accepted")
+    if rank >= world_size:
+        raise ValueError(f"rank is {rank}, below world_size {world_size} is accepted")
+    if not train:
+        return Loader(dataset, EvalBatches(len(dataset), batch_size, rank, world_size), None, workers)
+    groups = [int(w < h) for h, w in dataset.image_sizes] if aspect_ratio_grouping else [0] * len(dataset)
+    batches = TrainBatches(np.array(groups), batch_size, seed, rank, world_size, start_step)
+    return Loader(dataset, batches, seed, workers)
+
+
+class TrainBatches:
+    """Endless batches of (epoch, index); each epoch is one permutation of the images."""
+
+    def __init__(self, groups: np.ndarray, batch_size: int, seed: int, rank: int, world_size: int, start_step: int):
+        self.groups = groups
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.start_step = start_step
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        to_skip = self.start_step
+        for batches in self._epochs():
+            for batch in batches[to_skip:]:
+                yield [(int(epoch), int(index)) for epoch, index in batch[mine]]
+            to_skip = max(0, to_skip - len(batches))
+
+    def _epochs(self) -> Iterator[list[np.ndarray]]:
+        """The global batches that become full in epoch 0, 1, ..., each an array [batch, 2] of (epoch, index)."""
+        size = self.batch_size * self.world_size
+        waiting = {int(group): np.empty((0, 3), np.int64) for group in np.unique(self.groups)}
+        epoch = 0
+        while True:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.groups))
+            items = np.stack([np.full_like(order, epoch), order, np.arange(len(order))], 1)
+            full: list[np.ndarray] = []
+            for group in waiting:
+                queue = np.concatenate([waiting[group], items[self.groups[order] == group]])
+                count = len(queue) // size
+                full += list(queue[: count * size].reshape(count, size, 3))
+                waiting[group] = queue[count * size :]
+            # A batch takes its place in the stream when its last image comes.
+            full.sort(key=lambda batch: int(batch[-1, 2]))
+            yield [batch[:, :2] for batch in full]
+            epoch += 1
+
+
+class EvalBatches:
+    """Every index of one rank once, in order."""
+
+    def __init__(self, length: int, batch_size: int, rank: int, world_size: int):
+        self.indices = range(rank, length, world_size)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield [(0, index) for index in self.indices[start : start + self.batch_size]]
+
+
+class Loader:
+    """Iterable of (list of images, list of targets); each `iter()` starts anew at the loader's first batch."""
+
+    def __init__(
+        self, dataset: DetectionDataset, batches: TrainBatches | EvalBatches, flip_seed: int | None, workers: int
+    ):
+        self._loader = DataLoader(
+            _Items(dataset, flip_seed),
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=_keep,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_parent,
+            generator=torch.Generator(),  # its own: iterating must not advance the global random state
+        )
+
+    def __len__(self) -> int:
+        """Number of batches; a training stream is endless and has none (TypeError)."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for items in self._loader:
+            for item in items:
+                if isinstance(item, DataError):
+                    raise item
+            yield [image for image, _ in items], [target for _, target in items]
+
+
+class _Items(Dataset):
+    """(epoch, index) -> (image, target), or the DataError itself: raised in a worker it would lose its clear text."""
+
+    def __init__(self, dataset: DetectionDataset, flip_seed: int | None):
+        self.dataset = dataset
+        self.flip_seed = flip_seed
+
+    def __getitem__(self, item: Item) -> tuple[Tensor, Target] | DataError:
+        epoch, index = item
+        try:
+            image, target = self.dataset[index]
+        except DataError as error:
+            return error
+        if self.flip_seed is not None and _flips(self.flip_seed, epoch, index, self.dataset.horizontal_flip):
+            image, target = horizontal_flip(image, target)
+        return image, target
+
+
+def _flips(seed: int, epoch: int, index: int, probability: float) -> bool:
+    # The trailing 1 keeps this stream apart from the permutation's.
+    return bool(np.random.default_rng((seed, epoch, index, 1)).random() < probability)
+
+
+def _keep(items: list) -> list:
+    return items
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group: only the trainer may act on them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
