@@ -59,5 +59,6 @@ class NonLocalBlock(nn.Module):
             return query @ key.transpose(2, 3) / query.shape[2]
         if self.config.scale:
             query = query * query.shape[3] ** -0.5
-        # The logits can be large: the softmax is taken in fp32.
-        return torch.softmax((query @ key.transpose(2, 3)).float(), dim=-1).to(query.dtype)
+        # The logits can be large: the softmax is taken in fp32 at least.
+        precise = torch.promote_types(query.dtype, torch.float32)
+        return torch.softmax(query @ key.transpose(2, 3), dim=-1, dtype=precise).to(query.dtype)
