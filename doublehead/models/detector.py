@@ -124,6 +124,8 @@ def _check_targets(images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]
         got = "none" if targets is None else len(targets)
         raise ValueError(f"targets: training needs one per image ({len(images)}), got {got}")
     for row, target in enumerate(targets):
+        if missing := {"boxes", "labels"} - set(target):
+            raise ValueError(f"targets[{row}]: {' and '.join(sorted(missing))} missing; has {', '.join(target) or 'nothing'}")
         boxes, labels = target["boxes"], target["labels"]
         if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
             raise ValueError(
