@@ -1,0 +1,18 @@
+"""Operators on boxes and features.  They need torch alone.
+
+`roi_align`, `MultiScaleRoIAlign`, `nms` and `batched_nms` take torchvision's arguments and give torchvision's results.
+"""
+
+from .boxes import box_area, box_iou, clip_boxes, decode_boxes, encode_boxes
+from .nms import batched_nms, nms, nms_padded
+
+__all__ = [
+    "batched_nms",
+    "box_area",
+    "box_iou",
+    "clip_boxes",
+    "decode_boxes",
+    "encode_boxes",
+    "nms",
+    "nms_padded",
+]

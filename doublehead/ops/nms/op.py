@@ -1,0 +1,209 @@
+"""Non-maximum suppression: `nms_padded` with a fixed-size result, and torchvision's `nms` and `batched_nms`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._library import define, define_autocast
+from . import reference
+
+
+def nms_padded(
+    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_output: int
+) -> tuple[Tensor, Tensor]:
+    """Batched greedy non-maximum suppression with a result of fixed size.
+
+    In each image the boxes are visited by descending score (ties: the lower index first; NaN scores before all others),
+    and a box is kept unless its IoU with a kept box of its own group exceeds the threshold; the exact rule is in
+    `reference.py`.  Nothing depends on the data in shape and nothing is read back from the device, so the operator
+    compiles with `fullgraph=True` and exports.  It is not differentiable.  Work stops once `max_output` boxes are kept,
+    which changes no result.
+
+    Args:
+        boxes: `Tensor[B, N, 4]` (x1, y1, x2, y2), float16, bfloat16 (both computed as float32), float32 or float64.
+            Any unit.  A box with a NaN or infinite coordinate, or without area, is kept and suppresses nothing.
+        scores: `Tensor[B, N]`, any of these dtypes, not necessarily that of `boxes`.
+        groups: `Tensor[B, N]` int64: class, level, ...  A negative group marks padding: such a box is never returned
+            and suppresses nothing.
+        iou_threshold: float.
+        max_output: int >= 0.
+
+    Returns:
+        indices: `Tensor[B, max_output]` int64, into N, by descending score over all groups; -1 behind the last.
+        count: `Tensor[B]` int64, how many indices are not padding.
+
+    Raises:
+        TypeError: an argument's dtype is not accepted.
+        ValueError: shapes do not fit, devices differ, or `max_output` is negative.
+    """
+    _check(boxes, scores, groups, batched=True)
+    _check_max_output(max_output)
+    return _nms_padded(boxes, scores, groups, iou_threshold, max_output)
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Greedy non-maximum suppression: `torchvision.ops.nms`, with the same result on valid input.
+
+    Differences: float16 and bfloat16 work on the CPU; `scores` may have another dtype than `boxes`; ties go to the
+    lower index and the threshold rule is the same on every device (torchvision's CUDA kernel rounds the threshold to
+    float32, so there an IoU of 1/10 does not exceed 0.1; here, as in torchvision on the CPU, it does).
+
+    The result's length depends on the data: under `torch.compile` and `torch.export` it is an unbacked size, and
+    `torch.vmap` works where all samples keep equally many.  `nms_padded` has no such limits.
+
+    Args:
+        boxes: `Tensor[N, 4]` (x1, y1, x2, y2), floating point.
+        scores: `Tensor[N]`, floating point.
+        iou_threshold: a box is dropped if its IoU with a kept one of higher score exceeds it.
+
+    Returns:
+        `Tensor[K]` int64: indices of the kept boxes by descending score.
+
+    Raises:
+        TypeError: an argument's dtype is not accepted.
+        ValueError: shapes do not fit, or devices differ.
+    """
+    _check(boxes, scores, None, batched=False)
+    return _nms(boxes, scores, None, iou_threshold)
+
+
+def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+    """Non-maximum suppression within each class: `torchvision.ops.batched_nms`, with the same result on valid input.
+
+    Boxes of different classes are never compared, in place of being moved apart, so the result is exactly that of `nms`
+    class by class, also for negative, infinite or NaN coordinates, any class number, and float16.  Equal scores are
+    ordered by index (torchvision's order of ties is unspecified).
+
+    Args:
+        boxes: `Tensor[N, 4]` (x1, y1, x2, y2), floating point.
+        scores: `Tensor[N]`, floating point.
+        idxs: `Tensor[N]`, the class of each box; integers, bool, or floats compared by value.  Any sign.
+        iou_threshold: as in `nms`.
+
+    Returns:
+        `Tensor[K]` int64: indices of the kept boxes by descending score over all classes.
+
+    Raises:
+        TypeError: an argument's dtype is not accepted.
+        ValueError: shapes do not fit, or devices differ.
+    """
+    _check(boxes, scores, idxs, batched=False)
+    return _nms(boxes, scores, _as_groups(idxs), iou_threshold)
+
+
+def _as_groups(idxs: Tensor) -> Tensor:
+    if idxs.is_floating_point():  # equal floats have equal bits once -0.0 is gone
+        return idxs.double().masked_fill(idxs == 0, 0.0).view(torch.int64)
+    return idxs.to(torch.int64)
+
+
+# ---------------------------------------------------------------------------------------------
+# Argument checks
+
+
+def _check(boxes: Tensor, scores: Tensor, groups: Tensor | None, *, batched: bool) -> None:
+    lead = "B, N" if batched else "N"
+    dim = 3 if batched else 2
+    if boxes.dim() != dim or boxes.shape[-1] != 4:
+        raise ValueError(f"boxes must have shape [{lead}, 4], got {list(boxes.shape)}")
+    if scores.shape != boxes.shape[:-1]:
+        raise ValueError(
+            f"scores must have shape [{lead}] = {list(boxes.shape[:-1])} like boxes, got {list(scores.shape)}"
+        )
+    for name, tensor in (("boxes", boxes), ("scores", scores)):
+        if tensor.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    if scores.device != boxes.device:
+        raise ValueError(f"scores must be on the device of boxes, {boxes.device}, got {scores.device}")
+    if groups is not None:
+        _check_groups(boxes, groups, batched, lead)
+
+
+def _check_groups(boxes: Tensor, groups: Tensor, batched: bool, lead: str) -> None:
+    name = "groups" if batched else "idxs"
+    if groups.shape != boxes.shape[:-1]:
+        raise ValueError(
+            f"{name} must have shape [{lead}] = {list(boxes.shape[:-1])} like boxes, got {list(groups.shape)}"
+        )
+    if batched and groups.dtype != torch.int64:
+        raise TypeError(f"groups must be int64, got {groups.dtype}")
+    if groups.dtype.is_complex:
+        raise TypeError(f"{name} must be integers or floats, got {groups.dtype}")
+    if groups.device != boxes.device:
+        raise ValueError(f"{name} must be on the device of boxes, {boxes.device}, got {groups.device}")
+
+
+def _check_max_output(max_output: int) -> None:
+    if max_output < 0:
+        raise ValueError(f"max_output must be >= 0, got {max_output}")
+
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------
+# Registration
+
+
+def _fake_nms_padded(boxes, scores, groups, iou_threshold, max_output):
+    indices = boxes.new_empty((boxes.shape[0], max_output), dtype=torch.int64)
+    return indices, boxes.new_empty((boxes.shape[0],), dtype=torch.int64)
+
+
+def _fake_nms(boxes, scores, groups, iou_threshold):
+    kept = torch.library.get_ctx().new_dynamic_size(min=0)
+    return boxes.new_empty((kept,), dtype=torch.int64)
+
+
+_nms_padded = define(
+    "nms_padded(Tensor boxes, Tensor scores, Tensor groups, float iou_threshold, SymInt max_output)"
+    " -> (Tensor indices, Tensor count)",
+    reference=reference.nms_padded,
+    fake=_fake_nms_padded,
+)
+_nms = define(
+    "nms(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold) -> Tensor",
+    reference=reference.nms,
+    fake=_fake_nms,
+)
+
+# Autocast changes nothing: the result is made of integers, and 16-bit boxes are computed in float32 anyway.
+define_autocast("nms_padded", lambda *arguments: _nms_padded(*arguments))
+define_autocast("nms", lambda *arguments: _nms(*arguments))
+
+
+def _batch_first(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    if tensor is None:
+        return None
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _vmap_nms_padded(info, in_dims, boxes, scores, groups, iou_threshold, max_output):
+    size = info.batch_size
+    folded = [
+        _batch_first(tensor, dim, size).flatten(0, 1)
+        for tensor, dim in zip((boxes, scores, groups), in_dims[:3], strict=True)
+    ]
+    indices, count = _nms_padded(*folded, iou_threshold, max_output)
+    return (indices.unflatten(0, (size, -1)), count.unflatten(0, (size, -1))), (0, 0)
+
+
+def _vmap_nms(info, in_dims, boxes, scores, groups, iou_threshold):
+    boxes, scores, groups = (
+        _batch_first(tensor, dim, info.batch_size)
+        for tensor, dim in zip((boxes, scores, groups), in_dims[:3], strict=True)
+    )
+    groups = torch.zeros_like(scores, dtype=torch.int64) if groups is None else groups.unique(return_inverse=True)[1]
+    indices, count = _nms_padded(boxes, scores, groups, iou_threshold, scores.shape[1])
+    counts = count.unique().tolist()
+    if len(counts) > 1:
+        raise ValueError(
+            f"nms under torch.vmap: the samples keep between {counts[0]} and {counts[-1]} boxes, which is no tensor; "
+            "nms_padded gives results of one size"
+        )
+    return indices[:, : counts[0] if counts else 0], 0
+
+
+torch.library.register_vmap("doublehead::nms_padded", _vmap_nms_padded)
+torch.library.register_vmap("doublehead::nms", _vmap_nms)
