@@ -1,22 +1,82 @@
-"""Data sets and loaders: COCO JSON, Pascal VOC folders, and shapes drawn on the fly."""
+"""Data sets and loaders: COCO JSON, Pascal VOC folders, and shapes drawn on the fly.
+
+Boxes are x1, y1, x2, y2 in pixels between pixel edges: (0, 0, W, H) is a whole image.  Label i is class i - 1 of
+`dataset.classes`; 0 is the background.  Bad records raise one `DataError`, or are left out, counted in
+`dataset.skipped` and summed up in one `DataWarning`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
 from doublehead.recipes import DataConfig
 
+from .coco import read_coco
 from .dataset import DataError, DataWarning, DetectionDataset, Target
-from .loader import build_loader
+from .files import FileDataset, Problems
+from .images import read_image
+from .loader import Loader, build_loader
 from .shapes import ShapesDataset
+from .transforms import horizontal_flip
+from .voc import read_voc
 
-__all__ = ["DataError", "DataWarning", "DetectionDataset", "Target", "build_dataset", "build_loader"]
+__all__ = [
+    "DataError", "DataWarning", "DetectionDataset", "Loader", "Target",
+    "build_dataset", "build_loader", "horizontal_flip", "read_image",
+]  # fmt: skip
 
 SHAPES_IMAGES = {"train": 4000, "val": 200}
+READERS = {"coco": read_coco, "voc": read_voc}
 
 
-def build_dataset(config: DataConfig, split: str, horizontal_flip: float = 0.0) -> DetectionDataset:
-    name, limit = (
-        (config.train_split, config.train_images) if split == "train" else (config.val_split, config.val_images)
-    )
+def build_dataset(
+    config: DataConfig,
+    split: Literal["train", "val"],
+    horizontal_flip: float = 0.0,
+    classes: Sequence[str] | None = None,
+) -> DetectionDataset:
+    """Open the training or the validation set that `config` describes.
+
+    Args:
+        split: which of the two.  `train` leaves out images without boxes, `val` keeps every image; targets never hold
+            crowd or difficult boxes, `coco_ground_truth` has them.
+        horizontal_flip: probability that the training loader mirrors an image.
+        classes: use these names and this order instead of the data's own: a detector's, when it is to be evaluated
+            on another set.  An object of another class is then a bad record.
+
+    Raises:
+        DataError: missing or invalid files, no image left; a bad record, unless `config.on_bad_record` is `skip`.
+        ValueError: an argument or a field of `config` that is not accepted.
+    """
+    if split not in SHAPES_IMAGES:
+        raise ValueError(f"split is {split!r}, 'train' or 'val' is accepted")
+    train = split == "train"
+    name, limit = (config.train_split, config.train_images) if train else (config.val_split, config.val_images)
+    if limit is not None and limit < 1:
+        raise ValueError(f"{split}_images is {limit}, at least 1 or None is accepted")
+    if config.on_bad_record not in ("error", "skip"):
+        raise ValueError(f"on_bad_record is {config.on_bad_record!r}, 'error' or 'skip' is accepted")
     if config.format == "shapes":
-        return ShapesDataset(name, SHAPES_IMAGES[split] if limit is None else limit, config.image_size, horizontal_flip)
-    raise NotImplementedError(config.format)
+        return _shapes(name, limit or SHAPES_IMAGES[split], config.image_size, horizontal_flip, classes)
+    if config.format not in READERS:
+        raise ValueError(f"format is {config.format!r}, 'shapes', 'coco' or 'voc' is accepted")
+    if config.root is None:
+        raise DataError(f"data.root is missing: the folder of the {config.format} data set (--data.root)")
+    root = Path(config.root).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder (data.root)", "missing folder")
+    title = f"{config.format} {root.name} ({name})"
+    problems = Problems(title, skip=config.on_bad_record == "skip")
+    found, ids, images = READERS[config.format](root, name, classes)
+    return FileDataset(
+        title, found, ids, images, train=train, limit=limit, problems=problems, horizontal_flip=horizontal_flip
+    )
+
+
+def _shapes(name: str, length: int, side: int, horizontal_flip: float, classes: Sequence[str] | None) -> ShapesDataset:
+    dataset = ShapesDataset(name, length, side, horizontal_flip)
+    if classes is not None and list(classes) != dataset.classes:
+        raise DataError(f"shapes: its classes are {', '.join(dataset.classes)}, not {', '.join(classes)}")
+    return dataset

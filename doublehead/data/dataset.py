@@ -12,7 +12,14 @@ from torch.utils.data import Dataset
 
 
 class DataError(ValueError):
-    """The data cannot be used as they are: the message names the file, the record and what is accepted."""
+    """The data cannot be used as they are: the message names the file, the record and what is accepted.
+
+    `reason` is the kind of trouble in few words, by which `DetectionDataset.skipped` counts.
+    """
+
+    def __init__(self, message: str, reason: str = "bad data"):
+        super().__init__(message)
+        self.reason = reason
 
 
 class DataWarning(UserWarning):
@@ -43,7 +50,10 @@ class DetectionDataset(Dataset):
         category_ids: ids of the classes in the annotation file; label i is `category_ids[i - 1]`.
         image_ids, file_names, image_sizes: per index; a size is (height, width) in pixels.
         horizontal_flip: probability that the training loader mirrors an image.
-        skipped: how many records were left out, by reason.
+        skipped: how many bad records were left out, by reason (`on_bad_record="skip"`).
+        unused: what a split leaves out by its nature: of training, images without boxes, crowd and difficult boxes.
+        clipped: how many boxes crossed the image's border and were cut off there.
+        replace_unreadable: the training loader puts the next image in the place of one that cannot be decoded.
     """
 
     name: str
@@ -54,6 +64,9 @@ class DetectionDataset(Dataset):
     image_sizes: list[tuple[int, int]]
     horizontal_flip: float
     skipped: Counter[str]
+    unused: Counter[str]
+    clipped: int = 0
+    replace_unreadable: bool = False
 
     def __len__(self) -> int:
         return len(self.image_ids)

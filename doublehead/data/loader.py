@@ -7,6 +7,7 @@ number of worker processes; so `start_step=k` continues a stream exactly.
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .dataset import DataError, DetectionDataset, Target
+from .dataset import DataError, DataWarning, DetectionDataset, Target
 from .transforms import horizontal_flip
 
 Batch = tuple[list[Tensor], list[Target]]
@@ -122,6 +123,8 @@ class Loader:
     def __init__(
         self, dataset: DetectionDataset, batches: TrainBatches | EvalBatches, flip_seed: int | None, workers: int
     ):
+        self.dataset = dataset
+        self._replaced: set[str] = set()
         self._loader = DataLoader(
             _Items(dataset, flip_seed),
             batch_sampler=batches,
@@ -138,33 +141,53 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         for items in self._loader:
-            for item in items:
-                if isinstance(item, DataError):
-                    raise item
-            yield [image for image, _ in items], [target for _, target in items]
+            for image, _, errors in items:
+                if image is None:
+                    raise errors[-1]
+                for error in errors:
+                    self._note(error)
+            yield [image for image, _, _ in items], [target for _, target, _ in items]
+
+    def _note(self, error: DataError) -> None:
+        """Count, and warn of, an image that had to be replaced: once for each file."""
+        if str(error) not in self._replaced:
+            self._replaced.add(str(error))
+            self.dataset.skipped[error.reason] += 1
+            text = f"{self.dataset.name}: the next image takes the place of one left out. {error}"
+            warnings.warn(text, DataWarning, stacklevel=3)
 
 
 class _Items(Dataset):
-    """(epoch, index) -> (image, target), or the DataError itself: raised in a worker it would lose its clear text."""
+    """(epoch, index) -> (image, target, errors met on the way).
+
+    Errors travel as values: raised in a worker process a DataError would arrive as a traceback, and a count kept there
+    would never arrive.
+    """
 
     def __init__(self, dataset: DetectionDataset, flip_seed: int | None):
         self.dataset = dataset
         self.flip_seed = flip_seed
 
-    def __getitem__(self, item: Item) -> tuple[Tensor, Target] | DataError:
+    def __getitem__(self, item: Item) -> tuple[Tensor | None, Target | None, list[DataError]]:
         epoch, index = item
-        try:
-            image, target = self.dataset[index]
-        except DataError as error:
-            return error
-        if self.flip_seed is not None and _flips(self.flip_seed, epoch, index, self.dataset.horizontal_flip):
+        errors: list[DataError] = []
+        image, target = None, None
+        for candidate in range(index, index + (len(self.dataset) if self.dataset.replace_unreadable else 1)):
+            try:
+                image, target = self.dataset[candidate % len(self.dataset)]
+                break
+            except DataError as error:
+                errors.append(error)
+        if image is not None and self._flips(epoch, index):
             image, target = horizontal_flip(image, target)
-        return image, target
+        return image, target, errors
 
-
-def _flips(seed: int, epoch: int, index: int, probability: float) -> bool:
-    # The trailing 1 keeps this stream apart from the permutation's.
-    return bool(np.random.default_rng((seed, epoch, index, 1)).random() < probability)
+    def _flips(self, epoch: int, index: int) -> bool:
+        if self.flip_seed is None:
+            return False
+        # The trailing 1 keeps this stream apart from the permutation's.
+        draw = np.random.default_rng((self.flip_seed, epoch, index, 1)).random()
+        return bool(draw < self.dataset.horizontal_flip)
 
 
 def _keep(items: list) -> list:

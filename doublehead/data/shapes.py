@@ -52,7 +52,7 @@ class ShapesDataset(DetectionDataset):
         self.file_names = [f"{split}-{i:06d}.png" for i in self.image_ids]
         self.image_sizes = [(side, side)] * length
         self.horizontal_flip = horizontal_flip
-        self.skipped = Counter()
+        self.skipped, self.unused = Counter(), Counter()
         self._side = side
         self._entropy = (seed, *split.encode())
 
@@ -62,7 +62,6 @@ class ShapesDataset(DetectionDataset):
 
     def render(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Pixels uint8 [3, H, W], boxes [n, 4], labels [n], and which shape a pixel shows, int [H, W]; -1: none."""
-        # The index comes first: SeedSequence reads a missing trailing word as zero, so the tuple's head must differ.
         return draw_scene(np.random.default_rng((index, *self._entropy)), self._side)
 
     def annotations(self) -> list[dict[str, Any]]:
@@ -130,7 +129,7 @@ class _Scene:
 
 
 def _place(rng: np.random.Generator, kind: int, extent: float, side: int) -> tuple[np.ndarray, int, int]:
-    """Signed distance in pixels to the outline (negative inside) on a square patch, and the patch's first row, column."""
+    """Signed distance in pixels to the outline (negative inside) on a square patch, and where the patch begins."""
     radius = extent / 2
     centre_x, centre_y = rng.uniform(0.5 * radius, side - 0.5 * radius, size=2)
     angle, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 1.0)
