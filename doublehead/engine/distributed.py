@@ -1,0 +1,146 @@
+"""One process or many: who am I, and how do we agree.
+
+`torchrun` describes the processes in environment variables; without it there is one.  Gradients
+travel over the device's own backend (NCCL on CUDA, gloo on CPU); small host-side agreements
+(stop now?  is every loss finite?) travel over a gloo group, so they never wait for the GPU.
+
+No process waits for ever: a collective gives up after `TIMEOUT`, gloo fails as soon as a peer is
+gone, and `World.on_main` carries an error of the main process to all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from doublehead.engine.errors import UserError
+
+TIMEOUT = timedelta(minutes=30)  # the main process alone computes the metrics, the others wait
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of this job, seen from one of them."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    control: Any = None
+    """The gloo group of host-side messages; None with one process."""
+
+    @property
+    def is_main(self) -> bool:
+        """Only this process writes files and prints."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on at least one process."""
+        if self.size == 1:
+            return bool(flag)
+        value = torch.tensor([int(flag)])
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.control)
+        return bool(value.item())
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Mean of `tensor` over the processes; the result lies on the host."""
+        value = tensor.detach().cpu()
+        if self.size > 1:
+            dist.all_reduce(value, group=self.control)
+        return value / self.size
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's `value`, in rank order, on every process."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def gather_on_main(self, value: T) -> list[T] | None:
+        """Every process's `value` on the main process, None elsewhere."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Run `work` on the main process; all get its result, or raise its exception."""
+        if self.size == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def share_buffers(self, model: torch.nn.Module) -> None:
+        """Give every process the main one's buffers: batch-norm statistics differ between ranks."""
+        if self.size == 1:
+            return
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+
+@contextlib.contextmanager
+def join_world(device: str = "auto") -> Iterator[World]:
+    """Join the processes that `torchrun` started, or be the only one.
+
+    Args:
+        device: `auto` (CUDA where there is one, else CPU), `cpu`, `cuda`, or `cuda:N` with one process.
+
+    Raises:
+        UserError: the device does not exist, or `cuda:N` with several processes.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(device=_device(device, None))
+        return
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = _device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=chosen)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    yield World(rank, size, chosen, dist.new_group(backend="gloo", timeout=TIMEOUT))
+    # Only after a good end: taking the group down waits for the peers, and after an error they may not come.
+    dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int | None) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device {name!r} is unknown: give auto, cpu, cuda or cuda:N") from error
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise UserError(f"device {name!r}: this PyTorch sees no CUDA device")
+    if local_rank is not None:
+        if device.index is not None:
+            raise UserError(f"device {name!r}: with several processes say cuda, each takes its own")
+        device = torch.device("cuda", local_rank)
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {str(device)!r}: there are {torch.cuda.device_count()} CUDA devices on this machine")
+    return device

@@ -1,0 +1,224 @@
+"""Measures a detector: COCO's twelve numbers, AP per class, and VOC's AP where it applies.
+
+Images go through the model one at a time.  A padded batch would let an image's neighbours, by
+their size, change its border pixels and so its detections; alone, an image gives the same
+detections on any number of processes and whatever the order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from doublehead.engine.distributed import World
+from doublehead.engine.errors import UserError
+from doublehead.engine.voc_ap import voc_ap50
+
+COCO_NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+CocoResults = list[dict[str, Any]]
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Any,
+    world: World | None = None,
+    *,
+    voc: bool = False,
+    workers: int = 0,
+    progress: bool = False,
+) -> tuple[dict[str, Any], CocoResults]:
+    """Run `model` over `dataset` and measure its detections.
+
+    Args:
+        model: a detector on `world.device`; its training mode is restored afterwards.
+        dataset: a `DetectionDataset`; each process takes its share of the images.
+        world: the processes; None: this one, on the model's device.
+        voc: also give VOC's AP at IoU 0.5 (see `voc_ap`).
+        workers: loader processes.
+        progress: show a bar.
+
+    Returns:
+        `(metrics, results)`.  `metrics` (the same on every process; in [0, 1], None where there is
+        nothing to measure) has the names of `COCO_NUMBERS`, `classes` (name -> AP, AP50), `images`,
+        `detections` and, with `voc`, `voc` (mAP50 and classes).  Without any ground-truth box, as in
+        a test split, only the counts are there.  `results` is COCO's submission format, in the data
+        set's order, on the main process; empty on the others.
+    """
+    world = world or World(device=next(model.parameters()).device)
+    mine = predict(model, dataset, world, workers=workers, progress=progress)
+    shares = world.gather_on_main(mine)
+
+    results: CocoResults = []
+
+    def measure() -> dict[str, Any]:
+        results.extend(coco_results({i: p for share in shares for i, p in share.items()}, dataset))
+        return compute_metrics(dataset.coco_ground_truth(), results, dataset, voc)
+
+    return world.on_main(measure), results
+
+
+def predict(
+    model: nn.Module, dataset: Any, world: World, *, workers: int = 0, progress: bool = False
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Detections of this process's share of `dataset`: image id -> boxes, labels, scores on the host."""
+    from doublehead.data import build_loader
+
+    loader = build_loader(
+        dataset, 1, train=False, seed=0, rank=world.rank, world_size=world.size, workers=workers
+    )  # fmt: skip
+    total = -(-len(dataset) // world.size)
+    bar = tqdm(loader, total=total, desc="evaluating", leave=False, disable=None if progress else True)
+    found = {}
+    with inference(model):
+        for images, targets in bar:
+            outputs = model([image.to(world.device) for image in images])
+            for target, output in zip(targets, outputs, strict=True):
+                # A share may repeat an image to be as long as the others: the same key, the same value.
+                found[int(target["image_id"])] = {name: value.cpu() for name, value in output.items()}
+    return found
+
+
+def predict_images(
+    model: nn.Module, images: Sequence[torch.Tensor], device: torch.device
+) -> list[dict[str, torch.Tensor]]:
+    """Detections of `images` (`Tensor[3, H, W]` uint8 each), one after the other, on the host."""
+    with inference(model):
+        outputs = [model([image.to(device)])[0] for image in images]
+    return [{name: value.cpu() for name, value in output.items()} for output in outputs]
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every module is in the mode it was in before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def coco_results(predictions: dict[int, dict[str, torch.Tensor]], dataset: Any) -> CocoResults:
+    """COCO's submission format, in the data set's order: image_id, category_id, bbox (x, y, w, h), score.
+
+    Raises:
+        RuntimeError: an image of the data set has no prediction.
+    """
+    missing = [image_id for image_id in dataset.image_ids if image_id not in predictions]
+    if missing:
+        raise RuntimeError(f"{len(missing)} images were never evaluated, the first with id {missing[0]}")
+    results = []
+    for image_id in dataset.image_ids:
+        output = predictions[image_id]
+        boxes = output["boxes"].double()
+        sizes = boxes[:, 2:] - boxes[:, :2]
+        columns = (boxes[:, :2].tolist(), sizes.tolist(), output["labels"].tolist(), output["scores"].tolist())
+        for corner, size, label, score in zip(*columns, strict=True):
+            category = dataset.category_ids[label - 1]
+            results.append({"image_id": image_id, "category_id": category, "bbox": corner + size, "score": score})
+    return results
+
+
+def compute_metrics(ground_truth: dict[str, Any], results: CocoResults, dataset: Any, voc: bool) -> dict[str, Any]:
+    """The metrics of `evaluate` from ground truth and results in COCO's format."""
+    metrics: dict[str, Any] = {"images": len(dataset), "detections": len(results)}
+    if not ground_truth["annotations"]:
+        return metrics
+    if voc:  # before pycocotools, which overwrites the annotations' `ignore`
+        by_class = voc_ap50(ground_truth, results)
+        known = [ap for ap in by_class.values() if ap is not None]
+        metrics["voc"] = {"mAP50": sum(known) / len(known) if known else None, "classes": by_class}
+    numbers, classes = _coco_evaluation(ground_truth, results, dataset)
+    return numbers | {"classes": classes} | metrics
+
+
+def _coco_evaluation(ground_truth: dict[str, Any], results: CocoResults, dataset: Any) -> tuple[dict, dict]:
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools chats
+        evaluation = COCOeval(_coco(ground_truth), _coco(_as_annotations(ground_truth, results)), "bbox")
+        evaluation.params.imgIds = sorted(dataset.image_ids)
+        evaluation.params.catIds = list(dataset.category_ids)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    numbers = {name: _known(value) for name, value in zip(COCO_NUMBERS, evaluation.stats, strict=True)}
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU, recall, class; all areas, most detections
+    classes = {
+        name: {"AP": _mean(precision[:, :, k]), "AP50": _mean(precision[0, :, k])}
+        for k, name in enumerate(dataset.classes)
+    }
+    return numbers, classes
+
+
+def _coco(content: dict[str, Any]) -> Any:
+    from pycocotools.coco import COCO
+
+    coco = COCO()
+    coco.dataset = content
+    coco.createIndex()
+    return coco
+
+
+def _as_annotations(ground_truth: dict[str, Any], results: CocoResults) -> dict[str, Any]:
+    """Results as a COCO data set; `COCO.loadRes` does the same but fails when there are none."""
+    annotations = [
+        result | {"id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
+        for number, result in enumerate(results, start=1)
+    ]
+    return {"images": ground_truth["images"], "categories": ground_truth["categories"], "annotations": annotations}
+
+
+def _known(value: float) -> float | None:
+    return None if value < 0 else float(value)  # pycocotools writes -1 where there is nothing to measure
+
+
+def _mean(values: Any) -> float | None:
+    values = values[values > -1]
+    return float(values.mean()) if values.size else None
+
+
+def check_classes(dataset: Any, classes: list[str], source: str) -> None:
+    """Refuse to measure a model on other classes than it knows.
+
+    Raises:
+        UserError: `dataset.classes` differs from `classes` in names or order.
+    """
+    if list(dataset.classes) == list(classes):
+        return
+    lacks = [name for name in classes if name not in dataset.classes]
+    extra = [name for name in dataset.classes if name not in classes]
+    difference = f"the data set lacks {lacks} and adds {extra}" if lacks or extra else "their order differs"
+    raise UserError(
+        f"{source} knows {len(classes)} classes, the data set has {len(dataset.classes)}, and they differ: "
+        f"{difference}; label i of the one would not mean label i of the other"
+    )
+
+
+def format_metrics(metrics: dict[str, Any]) -> str:
+    """The metrics as a small table, in percent; `-` where there is nothing to measure."""
+    if "AP" not in metrics:
+        return f"{metrics['images']} images, {metrics['detections']} detections; no ground truth to measure against"
+    lines = ["  ".join(f"{name:>5}" for name in COCO_NUMBERS)]
+    lines += ["  ".join(f"{_percent(metrics[name]):>5}" for name in COCO_NUMBERS), ""]
+    voc = metrics.get("voc")
+    width = max(len("class"), *(len(name) for name in metrics["classes"]))
+    lines.append(f"{'class':<{width}}     AP   AP50" + ("  VOC AP50" if voc else ""))
+    for name, values in metrics["classes"].items():
+        row = f"{name:<{width}}  {_percent(values['AP']):>5}  {_percent(values['AP50']):>5}"
+        lines.append(row + (f"  {_percent(voc['classes'][name]):>8}" if voc else ""))
+    if voc:
+        lines += ["", f"VOC mAP at IoU 0.5, area under the precision-recall curve (2010+): {_percent(voc['mAP50'])}"]
+    return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

@@ -1,0 +1,161 @@
+"""Pictures of boxes (`draw_boxes`, `detection_grid`) and of a training (`draw_curves`)."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from doublehead.engine.files import replacing
+
+
+def to_picture(image: torch.Tensor) -> Image.Image:
+    """`Tensor[3, H, W]` uint8 RGB -> PIL picture."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def class_colour(label: int) -> tuple[int, int, int]:
+    """A bright colour for label 1, 2, ...; neighbours differ much (golden-ratio steps of hue)."""
+    hue = (label * 0.618034) % 1
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.85 if label % 2 else 0.6, 1.0)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def draw_boxes(
+    picture: Image.Image,
+    boxes: torch.Tensor,
+    labels: torch.Tensor,
+    classes: Sequence[str],
+    scores: torch.Tensor | None = None,
+    threshold: float = 0.0,
+) -> Image.Image:
+    """A copy of `picture` with boxes, class names and scores.
+
+    Args:
+        picture: any mode; the copy is RGB.
+        boxes: `Tensor[N, 4]` x1, y1, x2, y2 in the picture's pixels.
+        labels: `Tensor[N]`, 1 .. K; label i is `classes[i - 1]`.
+        scores: `Tensor[N]` in [0, 1]; boxes below `threshold` are not drawn, the best come on top.
+    """
+    picture = picture.convert("RGB").copy()
+    size = max(11, round(min(picture.size) / 40))
+    font = ImageFont.load_default(size)
+    draw = ImageDraw.Draw(picture)
+    chosen = range(len(boxes))
+    if scores is not None:
+        chosen = [i for i in torch.argsort(scores).tolist() if scores[i] >= threshold]
+    for i in chosen:
+        label = int(labels[i])
+        text = classes[label - 1] + (f" {scores[i]:.2f}" if scores is not None else "")
+        _draw_box(draw, boxes[i].tolist(), text, class_colour(label), font, max(2, size // 6), picture.size)
+    return picture
+
+
+def _draw_box(draw, box, text, colour, font, width, limits) -> None:
+    x1, y1, x2, y2 = box
+    x2, y2 = max(x1, x2), max(y1, y2)
+    draw.rectangle((x1, y1, x2, y2), outline=colour, width=width)
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    w, h = right - left + 6, bottom - top + 4
+    # The name stands above the box, or inside it at the picture's upper edge; never beyond the right one.
+    x = max(0, min(x1, limits[0] - w))
+    y = y1 - h if y1 >= h else y1
+    draw.rectangle((x, y, x + w, y + h), fill=colour)
+    dark = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] > 110
+    draw.text((x + 3 - left, y + 2 - top), text, fill=(0, 0, 0) if dark else (255, 255, 255), font=font)
+
+
+def detection_grid(
+    images: Sequence[torch.Tensor],
+    targets: Sequence[dict[str, Any]],
+    outputs: Sequence[dict[str, torch.Tensor]],
+    classes: Sequence[str],
+    threshold: float = 0.5,
+    columns: int = 2,
+    side: int = 360,
+) -> Image.Image:
+    """Ground truth beside detections, several images on one sheet.
+
+    Args:
+        images: `Tensor[3, H, W]` uint8 each.
+        targets: their `boxes` and `labels`.
+        outputs: the detector's `boxes`, `labels`, `scores`.
+        threshold: detections below this score are not drawn.
+        columns: pairs side by side.
+        side: each picture is scaled to fit a square of this many pixels.
+    """
+    gap, header = 12, 34
+    rows = -(-len(images) // columns)
+    columns = min(columns, max(1, len(images)))
+    pair = 2 * side + gap
+    sheet = Image.new("RGB", (columns * (pair + 2 * gap), header + rows * (side + gap) + gap), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
+    for column in range(columns):
+        left = gap + column * (pair + 2 * gap)
+        draw.text((left, 8), "ground truth", fill="black", font=font)
+        draw.text((left + side + gap, 8), f"detections, score ≥ {threshold:g}", fill="black", font=font)
+    for number, (image, target, output) in enumerate(zip(images, targets, outputs, strict=True)):
+        row, column = divmod(number, columns)
+        left, top = gap + column * (pair + 2 * gap), header + row * (side + gap)
+        scale = side / max(image.shape[-2:])
+        picture = to_picture(image)
+        picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+        truth = draw_boxes(picture, target["boxes"] * scale, target["labels"], classes)
+        boxes, scores = output["boxes"].cpu() * scale, output["scores"].cpu()
+        found = draw_boxes(picture, boxes, output["labels"].cpu(), classes, scores, threshold)
+        sheet.paste(truth, (left, top))
+        sheet.paste(found, (left + side + gap, top))
+    return sheet
+
+
+def save_picture(path: str | Path, picture: Image.Image) -> None:
+    """Write a picture atomically; the format follows the name's ending."""
+    kind = Image.registered_extensions()[Path(path).suffix.lower()]
+    with replacing(path) as temporary:
+        picture.save(temporary, format=kind, **({"quality": 92} if kind == "JPEG" else {}))
+
+
+def draw_curves(records: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:
+    """Losses, AP and learning rate over the steps, from the records of a `log.jsonl`, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    training = [record for record in records if "loss" in record]
+    measured = [record for record in records if record.get("AP") is not None]
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    losses, precision, rate = figure.subplots(1, 3)
+    _draw_losses(losses, training)
+    for name, style in (("AP", "o-"), ("AP50", "s--")):
+        precision.plot([r["step"] for r in measured], [100 * r[name] for r in measured], style, label=name)
+    precision.set(title="validation", ylabel="percent", ylim=(0, 100))
+    if measured:
+        precision.legend()
+    rate.plot([r["step"] for r in training], [r["lr"] for r in training], color="black")
+    rate.set(title="learning rate", ylim=(0, None))
+    last = max((record["step"] for record in records), default=1)
+    for axes in (losses, precision, rate):
+        axes.set(xlabel="step", xlim=(0, max(1, last) * 1.02))
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    with replacing(path) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary))
+
+
+def _draw_losses(axes: Any, training: Sequence[dict[str, Any]]) -> None:
+    if not training:
+        axes.set(title="losses")
+        return
+    names = ["loss", *(name for name in training[-1] if name.startswith("loss_"))]
+    steps = [record["step"] for record in training]
+    for name in names:
+        values = [record.get(name, np.nan) for record in training]
+        total = name == "loss"
+        axes.plot(steps, values, label="total" if total else name[5:], color="black" if total else None, lw=2 if total else 1.2)
+    positive = all(record[name] > 0 for record in training for name in names if name in record)
+    axes.set(title="losses", yscale="log" if positive else "linear")
+    axes.legend(fontsize="small", ncols=2)

@@ -1,0 +1,59 @@
+"""Stop on request: SIGTERM and the first Ctrl-C let the running step end and its state be saved."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+
+class Stopped(SystemExit):
+    """A stop was asked for; the process exits with 128 + the signal's number (143, or 130 for Ctrl-C).
+
+    Not 0, so that what waits for a finished training does not go on without one.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(128 + (signal_number or signal.SIGTERM))  # 0: another process got the signal
+
+
+class StopSignals:
+    """While entered, SIGTERM and SIGINT set `received` instead of ending the process at once.
+
+    A second Ctrl-C does what Ctrl-C always does.  Outside the main thread, where Python allows no
+    handlers, this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._at_once = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def ending_at_once(self) -> Iterator[None]:
+        """Inside, nothing is there to be saved: a signal ends the process through `Stopped`."""
+        self._at_once = True
+        try:
+            if self.received:
+                raise Stopped(self.received)
+            yield
+        finally:
+            self._at_once = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._at_once:
+            raise Stopped(number)
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or number
