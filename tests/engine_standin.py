@@ -52,8 +52,7 @@ class TinyDetector(nn.Module):
         logits, boxes = self._outputs(image)
         height, width = image.shape[-2:]
         scale = torch.tensor([width, height, width, height], device=image.device)
-        corners = boxes[1:].sigmoid() * scale
-        corners = torch.cat([torch.minimum(corners[:, :2], corners[:, 2:]), torch.maximum(corners[:, :2], corners[:, 2:])], 1)
+        corners = boxes[1:].sigmoid().view(-1, 2, 2).sort(dim=1).values.reshape(-1, 4) * scale
         return {"boxes": corners, "labels": torch.arange(1, self.num_classes), "scores": logits.softmax(0)[1:]}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,7 +132,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
 def _find_model(path: Path) -> Path:
     if path.is_dir():
         if not (path / MODEL_FILE).is_file():
-            raise CheckpointError(f"{path}: this folder has no {MODEL_FILE}; training writes it at its first checkpoint")
+            raise CheckpointError(f"{path}: this folder has no {MODEL_FILE} (training writes it at each checkpoint)")
         return path / MODEL_FILE
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
@@ -170,8 +171,6 @@ def _load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path
 
 def _without_download(recipe: Recipe) -> Recipe:
     """The recipe with its backbone left random: the file's own weights replace it."""
-    from dataclasses import replace
-
     backbone = replace(recipe.model.backbone, weights=None)
     return replace(recipe, model=replace(recipe.model, backbone=backbone))
 

@@ -56,13 +56,12 @@ class RunLog:
         self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed in `close`)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def write(self, record: Record, board: bool = True) -> None:
+    def write(self, record: Record) -> None:
         """Append one record; its numbers go to TensorBoard as scalars too."""
         self._file.write(json.dumps(record) + "\n")
-        if board:
-            for name, value in record.items():
-                if name not in ("step", "time") and isinstance(value, (int, float)):
-                    self._board.add_scalar(_board_name(name), value, record["step"])
+        for name, value in record.items():
+            if name not in ("step", "time") and value is not None:
+                self._board.add_scalar(_board_name(name), value, record["step"])
 
     def close(self) -> None:
         """Flush and close both."""
@@ -71,9 +70,9 @@ class RunLog:
 
 
 def _board_name(name: str) -> str:
-    if name.startswith("loss"):
-        return f"train/{name}"
-    return f"val/{name}" if name.startswith("A") else f"speed/{name}" if name == "images_per_second" else f"train/{name}"
+    if name == "images_per_second":
+        return f"speed/{name}"
+    return f"val/{name}" if name.startswith("A") else f"train/{name}"
 
 
 class Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,20 @@ from PIL import Image, ImageDraw, ImageFont
 
 from doublehead.engine.files import replacing
 
+Colour = tuple[int, int, int]
+
 
 def to_picture(image: torch.Tensor) -> Image.Image:
     """`Tensor[3, H, W]` uint8 RGB -> PIL picture."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def class_colour(label: int) -> tuple[int, int, int]:
+def from_picture(picture: Image.Image) -> torch.Tensor:
+    """RGB PIL picture -> `Tensor[3, H, W]` uint8."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def class_colour(label: int) -> Colour:
     """A bright colour for label 1, 2, ...; neighbours differ much (golden-ratio steps of hue)."""
     hue = (label * 0.618034) % 1
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.85 if label % 2 else 0.6, 1.0)
@@ -43,31 +51,46 @@ def draw_boxes(
         scores: `Tensor[N]` in [0, 1]; boxes below `threshold` are not drawn, the best come on top.
     """
     picture = picture.convert("RGB").copy()
-    size = max(11, round(min(picture.size) / 40))
-    font = ImageFont.load_default(size)
+    size = max(12, round(min(picture.size) / 32))
+    font = _font(size)
     draw = ImageDraw.Draw(picture)
     chosen = range(len(boxes))
     if scores is not None:
         chosen = [i for i in torch.argsort(scores).tolist() if scores[i] >= threshold]
     for i in chosen:
+        _draw_box(draw, boxes[i].tolist(), class_colour(int(labels[i])), width=max(3, size // 6))
+    for i in chosen:  # the names last, so that no box hides one
         label = int(labels[i])
         text = classes[label - 1] + (f" {scores[i]:.2f}" if scores is not None else "")
-        _draw_box(draw, boxes[i].tolist(), text, class_colour(label), font, max(2, size // 6), picture.size)
+        _draw_name(draw, boxes[i].tolist(), text, class_colour(label), font, picture.size)
     return picture
 
 
-def _draw_box(draw, box, text, colour, font, width, limits) -> None:
+def _draw_box(draw: ImageDraw.ImageDraw, box: list[float], colour: Colour, width: int) -> None:
     x1, y1, x2, y2 = box
     x2, y2 = max(x1, x2), max(y1, y2)
+    draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=(0, 0, 0), width=width + 2)  # a dark rim on any ground
     draw.rectangle((x1, y1, x2, y2), outline=colour, width=width)
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-    w, h = right - left + 6, bottom - top + 4
-    # The name stands above the box, or inside it at the picture's upper edge; never beyond the right one.
+
+
+def _draw_name(draw, box: list[float], text: str, colour: Colour, font, limits: tuple[int, int]) -> None:
+    x1, y1 = box[:2]
+    ascent, descent = font.getmetrics()
+    w, h = font.getlength(text) + 6, ascent + descent
+    # The name stands above the box, or inside it at the picture's upper edge; never beyond the picture.
     x = max(0, min(x1, limits[0] - w))
-    y = y1 - h if y1 >= h else y1
+    y = y1 - h if y1 >= h else max(0, y1)
     draw.rectangle((x, y, x + w, y + h), fill=colour)
-    dark = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] > 110
-    draw.text((x + 3 - left, y + 2 - top), text, fill=(0, 0, 0) if dark else (255, 255, 255), font=font)
+    bright = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] > 110
+    draw.text((x + 3, y), text, fill=(0, 0, 0) if bright else (255, 255, 255), font=font)
+
+
+@functools.lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib and knows most alphabets."""
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def detection_grid(
@@ -94,7 +117,7 @@ def detection_grid(
     columns = min(columns, max(1, len(images)))
     pair = 2 * side + gap
     sheet = Image.new("RGB", (columns * (pair + 2 * gap), header + rows * (side + gap) + gap), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
+    draw, font = ImageDraw.Draw(sheet), _font(17)
     for column in range(columns):
         left = gap + column * (pair + 2 * gap)
         draw.text((left, 8), "ground truth", fill="black", font=font)
@@ -154,8 +177,8 @@ def _draw_losses(axes: Any, training: Sequence[dict[str, Any]]) -> None:
     steps = [record["step"] for record in training]
     for name in names:
         values = [record.get(name, np.nan) for record in training]
-        total = name == "loss"
-        axes.plot(steps, values, label="total" if total else name[5:], color="black" if total else None, lw=2 if total else 1.2)
+        style = {"color": "black", "lw": 2, "label": "total"} if name == "loss" else {"lw": 1.2, "label": name[5:]}
+        axes.plot(steps, values, **style)
     positive = all(record[name] > 0 for record in training for name in names if name in record)
     axes.set(title="losses", yscale="log" if positive else "linear")
     axes.legend(fontsize="small", ncols=2)

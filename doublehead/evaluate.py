@@ -1,0 +1,114 @@
+"""`python -m doublehead.evaluate CHECKPOINT [options]`: measure a trained detector on a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from doublehead.engine.errors import UserError, shown_to_user
+from doublehead.recipes import DataConfig, Fusion, ReadOut
+
+PROGRAM = "python -m doublehead.evaluate"
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Which images; what is not given is as it was in training."""
+
+    root: str | None = None
+    """Folder of the data set."""
+    format: Literal["shapes", "coco", "voc"] | None = None
+    val_split: str | None = None
+    val_images: int | None = None
+    """Use only the first N images."""
+    image_size: int | None = None
+    """Side of a generated image (shapes only)."""
+    on_bad_record: Literal["error", "skip"] | None = None
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line takes."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """A model.safetensors, or the folder of a run."""
+    data: EvaluationData = field(default_factory=EvaluationData)
+    readout: ReadOut | None = None
+    """Of an Ext model: which head classifies and which gives the boxes."""
+    fusion: Fusion | None = None
+    """Of an Ext model: how `fused` joins the two classifiers."""
+    out: str | None = None
+    """Write the detections to this file, in COCO's submission format."""
+    device: str = "auto"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; exits with 2 on a user's error."""
+    with shown_to_user():
+        description = "Measure a detector: COCO's twelve numbers, AP per class, and VOC's AP for voc data."
+        run(tyro.cli(Options, prog=PROGRAM, description=description, args=arguments))
+
+
+def run(options: Options) -> None:
+    """Evaluate on this process and those beside it."""
+    from doublehead.data import build_dataset  # these bring PyTorch: --help need not wait for it
+    from doublehead.engine.checkpoint import load_model
+    from doublehead.engine.distributed import join_world
+    from doublehead.engine.errors import config_errors
+    from doublehead.engine.evaluator import check_classes, evaluate, format_metrics
+    from doublehead.engine.files import write_json
+    from doublehead.engine.logs import counted_warnings, say
+
+    with join_world(options.device) as world, counted_warnings(shown=world.is_main):
+        model, recipe, classes, _ = load_model(options.checkpoint)
+        with config_errors():
+            set_readout(model, options, recipe.model.detection)
+            data = data_config(recipe.data, options.data)
+            dataset = build_dataset(data, "val")
+        check_classes(dataset, classes, options.checkpoint)
+        if world.is_main:
+            say(f"{options.checkpoint}: {recipe.name}, on {len(dataset)} images of {dataset.name}")
+        metrics, results = evaluate(
+            model.to(world.device), dataset, world, voc=data.format == "voc", workers=data.workers, progress=True
+        )
+        if options.out:
+            world.on_main(lambda: write_json(options.out, results, indent=None))
+        if world.is_main:
+            say(format_metrics(metrics))
+            if options.out:
+                say(f"\n{len(results)} detections written to {options.out}")
+
+
+def data_config(trained: DataConfig, given: EvaluationData) -> DataConfig:
+    """The data of training, changed by what the command line gave.
+
+    Raises:
+        UserError: the data set's folder is not given, or the one of training is not there.
+    """
+    changes = {f.name: getattr(given, f.name) for f in fields(given) if getattr(given, f.name) is not None}
+    config = replace(trained, **changes)
+    if config.format == "shapes":
+        return config
+    if given.root is None and config.format != trained.format:
+        raise UserError(f"--data.format {config.format} needs --data.root: training was on {trained.format}")
+    if config.root is None:
+        raise UserError(f"--data.root is missing: the folder of the {config.format} data set")
+    if given.root is None and not Path(config.root).is_dir():
+        raise UserError(f"the data set of training, {config.root}, is not here: give --data.root")
+    return config
+
+
+def set_readout(model, options: Options, trained) -> None:
+    """Change an Ext model's read-out where the command line asks for it."""
+    if options.readout or options.fusion:
+        readout = options.readout or ("fused" if options.fusion else trained.readout)
+        model.set_readout(readout, options.fusion or trained.fusion)
+
+
+if __name__ == "__main__":
+    main()
