@@ -111,6 +111,13 @@ def read_arch(item):
     return [number] if match[3] else [f"{number}-real"]
 
 
+def parallel(max_jobs):
+    """The build's arguments for MAX_JOBS; without it Ninja takes all processors."""
+    if max_jobs and not re.fullmatch(r"[1-9]\d*", max_jobs):
+        raise SystemExit(f"MAX_JOBS: got {max_jobs!r}; accepted is a number of compilations to run at once, 1 or more.")
+    return ["--parallel", max_jobs] if max_jobs else []
+
+
 def lines_of(*command):
     """The lines a command prints, none if it is absent or fails."""
     try:
@@ -153,13 +160,15 @@ class CMakeBuild(build_ext):
             settings["CMAKE_CUDA_ARCHITECTURES"] = choose_archs(known, os.environ.get("TORCH_CUDA_ARCH_LIST", ""), gpus)
         self.build_folder = Path(self.build_temp).resolve() / f"cmake-{sys.implementation.cache_tag}"
         self.cmake("-S", ROOT, "-B", self.build_folder, "-G", "Ninja", *(f"-D{k}={v}" for k, v in settings.items()))
+        if not cuda:  # an earlier build's would be loaded still
+            for stale in ROOT.glob(f"doublehead/_C_cuda*{settings['MODULE_SUFFIX']}"):
+                stale.unlink()
         self.extensions = [ext for ext in self.extensions if cuda or ext.name != "doublehead._C_cuda"]
         print(f"doublehead: building the CPU part {'and the CUDA part' if cuda else 'alone'}, as {reason}.", flush=True)
 
     def build_extension(self, ext):
         target = ext.name.rpartition(".")[2]
-        jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        self.cmake("--build", self.build_folder, "--target", target, *jobs)
+        self.cmake("--build", self.build_folder, "--target", target, *parallel(os.environ.get("MAX_JOBS", "")))
         built = Path(self.get_ext_fullpath(ext.name)).resolve()
         built.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.build_folder / built.name, built)

@@ -5,16 +5,6 @@
 #include <stdexcept>
 
 namespace doublehead {
-namespace {
-
-// Never launched: its attributes say which of the compiled versions fits a GPU.
-__global__ void probe() {}
-
-void check(cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string("doublehead._C_cuda: ") + cudaGetErrorString(status));
-}
-
-}  // namespace
 
 std::string compiled_archs() {
   std::string text;
@@ -24,19 +14,9 @@ std::string compiled_archs() {
 
 int runtime_version() {
   int version = 0;
-  check(cudaRuntimeGetVersion(&version));
+  const cudaError_t status = cudaRuntimeGetVersion(&version);
+  if (status != cudaSuccess) throw std::runtime_error(std::string("doublehead._C_cuda: ") + cudaGetErrorString(status));
   return version;
-}
-
-int arch_on(int device) {
-  int current = 0;
-  check(cudaGetDevice(&current));
-  check(cudaSetDevice(device));
-  cudaFuncAttributes attributes{};
-  const cudaError_t status = cudaFuncGetAttributes(&attributes, probe);
-  check(cudaSetDevice(current));
-  check(status);
-  return attributes.binaryVersion;
 }
 
 }  // namespace doublehead

@@ -21,6 +21,4 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C_cuda, module) {
   module.doc() = "doublehead's CUDA operators, registered with torch.";
   module.def("build_info", &build_info, "How this module was built.");
-  module.def("arch_on", &doublehead::arch_on, pybind11::arg("device"),
-             "The compiled architecture (90 is sm_90) whose code GPU `device` runs; an error if it can run none.");
 }

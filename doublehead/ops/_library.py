@@ -1,8 +1,9 @@
 """The operator library `torch.ops.doublehead`: definitions, and the loader of the compiled parts.
 
-Python owns the schemas. Each operator's op.py calls `define` with its schema, its reference (plain PyTorch, which serves
-every device that has no kernel of its own) and its fake (shapes alone). The compiled parts, `doublehead._C` for the CPU
-and `doublehead._C_cuda` for CUDA, only add kernels for their device. Without them everything works, on the reference.
+Python owns the schemas. Each operator's op.py calls `define` with its schema, its reference (plain PyTorch, which
+serves every device that has no kernel of its own) and its fake (shapes alone). The compiled parts, `doublehead._C` for
+the CPU and `doublehead._C_cuda` for CUDA, only add kernels for their device. Without them everything works, on the
+reference.
 """
 
 import contextlib
@@ -47,8 +48,8 @@ def define_autograd(name: str, backward: Callable, setup_context: Callable) -> N
 def define_autocast(name: str, kernel: Callable) -> None:
     """Says what the operator does under `torch.autocast`, on CPU and CUDA.
 
-    `kernel` takes the operator's arguments and calls the operator itself with arguments cast as it sees fit; autocast is
-    off while it runs. Without this call autocast leaves the operator's arguments as they are.
+    `kernel` takes the operator's arguments and calls the operator itself with arguments cast as it sees fit; autocast
+    is off while it runs. Without this call autocast leaves the operator's arguments as they are.
     """
     off = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
         torch._C.DispatchKey.AutocastCUDA
@@ -78,7 +79,7 @@ def enable_autograd():
 
 
 def native(name: str, device: str) -> bool:
-    """Whether a compiled kernel of operator `name` is loaded for `device` ("cpu" or "cuda"); else the reference serves."""
+    """Whether a compiled kernel of operator `name` serves `device` ("cpu" or "cuda"); if not, the reference does."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device.upper())
 
 
@@ -94,9 +95,9 @@ def load_compiled_parts() -> None:
 def _load(part: str) -> None:
     module = f"{NAMESPACE}.{part}"
     if importlib.util.find_spec(module) is None:
-        UNLOADED[part] = "it is not built (`pip install -e .` builds it)"
+        UNLOADED[part] = "it is not built"
         if part == "_C_cuda":
-            return  # not an accident: most machines have no CUDA compiler
+            return  # no accident: most machines have no CUDA compiler, and `python -m doublehead.info` says why
     else:
         try:
             importlib.import_module(module)
@@ -105,7 +106,7 @@ def _load(part: str) -> None:
             UNLOADED[part] = f"it does not load: {error}"
     warnings.warn(
         f"doublehead runs without its compiled part {module}: {UNLOADED[part]}. Its operators work, on the slower "
-        "reference in plain PyTorch.",
+        "reference in plain PyTorch; `pip install -e .` builds the part.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -1,0 +1,68 @@
+"""`python -m doublehead.info`."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import doublehead
+from doublehead import info
+from doublehead.ops import _library
+
+
+def test_command_prints_the_report():
+    done = subprocess.run([sys.executable, "-m", "doublehead.info"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["doublehead", doublehead.__version__]
+    assert any(line.startswith("torch") and torch.__version__ in line for line in lines)
+    for part in ("CPU part", "CUDA part"):
+        assert any(line.startswith(part) for line in lines)
+
+
+def rows(report: str) -> dict[str, list[str]]:
+    """The table's lines: operator -> what serves it on cpu and on cuda."""
+    lines = [line.split() for line in report.splitlines()]
+    return {line[0]: line[1:] for line in lines if line and line[0] in _library.SCHEMAS}
+
+
+def test_table_lists_every_operator_as_torch_dispatches_it():
+    table = rows(info.report())
+    assert set(table) == set(_library.SCHEMAS)
+    for name, served in table.items():
+        for device, by in zip(info.DEVICES, served, strict=True):
+            kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"doublehead::{name}", device.upper())
+            assert by == ("native" if kernel else "reference"), (name, device)
+
+
+def test_why_there_is_no_kernel(monkeypatch):
+    name = next(iter(_library.SCHEMAS))
+    monkeypatch.setattr(_library, "native", lambda name, device: False)
+    monkeypatch.setattr(_library, "UNLOADED", {"_C": "it is not built"})
+    assert info.served_by(name, "cpu") == ("reference", "_C is not loaded")
+    assert info.served_by(name, "cuda") == ("reference", "no CUDA kernel in this version")
+    monkeypatch.setattr(_library, "UNLOADED", {"_C": "it is not built", "_C_cuda": "this torch was built without CUDA"})
+    report = info.report()
+    assert set(sum(rows(report).values(), [])) == {"reference"}
+    assert "CPU part     not loaded: it is not built" in report
+    assert "CUDA part    not loaded: this torch was built without CUDA" in report
+    assert "reference on cuda: _C_cuda is not loaded (all)" in report
+
+
+@pytest.mark.skipif("_C" in _library.UNLOADED, reason=f"the CPU part is not loaded: {_library.UNLOADED.get('_C')}")
+def test_build_info_of_the_cpu_part():
+    build = info.compiled_part("_C").build_info()
+    assert build["compiler"].split()[-1][0].isdigit()
+    assert "-O3" in build["flags"]
+    assert build["torch"][0].isdigit()
+    assert build["instruction_set"] in info.report()
+
+
+@pytest.mark.skipif("_C_cuda" in _library.UNLOADED, reason=f"no CUDA part: {_library.UNLOADED.get('_C_cuda')}")
+def test_build_info_of_the_cuda_part():
+    build = info.compiled_part("_C_cuda").build_info()
+    assert build["cuda_runtime"] >= 12000
+    archs = build["archs"].split(",")
+    assert all(int(arch) >= 75 for arch in archs)
+    assert f"sm_{archs[0]}" in info.report()
