@@ -1,0 +1,65 @@
+// What decides non-maximum suppression, shared by the CPU and the CUDA kernel.
+//
+// The rule: box a suppresses box b if IoU(a, b) > threshold, the IoU computed in T (float, or double for double boxes)
+// in exactly the operations below, each rounded by itself, and then compared with the threshold in double, that is,
+// without rounding the threshold to float. A NaN exceeds nothing. doublehead/ops/nms/reference.py is the definition.
+// The compiler must not contract these into fused multiply-adds (-ffp-contract=off, nvcc -fmad=false).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define DOUBLEHEAD_NMS_FUNCTION __host__ __device__ __forceinline__
+#else
+#define DOUBLEHEAD_NMS_FUNCTION DOUBLEHEAD_INLINE
+#endif
+
+namespace doublehead::nms {
+
+template <typename T>
+struct Box {
+  T x1, y1, x2, y2, area;
+};
+
+template <typename T>
+DOUBLEHEAD_NMS_FUNCTION Box<T> make_box(T x1, T y1, T x2, T y2) {
+  return {x1, y1, x2, y2, (x2 - x1) * (y2 - y1)};
+}
+
+template <typename T>
+DOUBLEHEAD_NMS_FUNCTION T intersection(const Box<T>& a, const Box<T>& b) {
+  const T left = a.x1 > b.x1 ? a.x1 : b.x1;
+  const T top = a.y1 > b.y1 ? a.y1 : b.y1;
+  const T right = a.x2 < b.x2 ? a.x2 : b.x2;
+  const T bottom = a.y2 < b.y2 ? a.y2 : b.y2;
+  const T width = right - left > T(0) ? right - left : T(0);
+  const T height = bottom - top > T(0) ? bottom - top : T(0);
+  return width * height;
+}
+
+// A box with a NaN coordinate has a NaN area, so that its IoU is NaN whatever the comparisons above made of it.
+template <typename T>
+DOUBLEHEAD_NMS_FUNCTION bool suppresses(const Box<T>& a, const Box<T>& b, double threshold) {
+  const T common = intersection(a, b);
+  return static_cast<double>(common / (a.area + b.area - common)) > threshold;
+}
+
+// Ascending keys are descending scores: NaN first, then from +inf to -inf, and -0 beside +0.
+DOUBLEHEAD_NMS_FUNCTION uint32_t sort_key(float score) {
+  if (score != score) return 0;
+  if (score == 0.0f) score = 0.0f;
+  uint32_t bits;
+  memcpy(&bits, &score, sizeof bits);
+  return bits >> 31 ? bits : ~bits & 0x7fffffffu;
+}
+
+DOUBLEHEAD_NMS_FUNCTION uint64_t sort_key(double score) {
+  if (score != score) return 0;
+  if (score == 0.0) score = 0.0;
+  uint64_t bits;
+  memcpy(&bits, &score, sizeof bits);
+  return bits >> 63 ? bits : ~bits & 0x7fffffffffffffffu;
+}
+
+}  // namespace doublehead::nms
