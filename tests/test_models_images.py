@@ -19,13 +19,14 @@ def test_batch_equals_torchvisions():
     labels = [torch.ones(len(b), dtype=torch.int64) for b in boxes]
     config = ImageConfig(min_size=(100,), max_size=180)
     theirs = GeneralizedRCNNTransform(100, 180, list(config.mean), list(config.std)).eval()
-    expected, expected_targets = theirs(images, [{"boxes": b, "labels": x} for b, x in zip(boxes, labels)])
+    targets = [{"boxes": b, "labels": x} for b, x in zip(boxes, labels, strict=True)]
+    expected, expected_targets = theirs(images, targets)
     ours = ImageTransform(config).eval()
     batch, sizes = ours(images)
     assert sizes == expected.image_sizes
     torch.testing.assert_close(batch.pixels, expected.tensors)
     assert batch.sizes.tolist() == [list(map(float, size)) for size in sizes]
-    found = ours.targets([{"boxes": b, "labels": x} for b, x in zip(boxes, labels)], SIZES, sizes)
+    found = ours.targets(targets, SIZES, sizes)
     for row, target in enumerate(expected_targets):
         torch.testing.assert_close(found.boxes[row][found.valid[row]], target["boxes"])
 
@@ -39,9 +40,8 @@ def test_uint8_and_float_images_give_the_same_batch():
 def test_detections_return_to_the_users_pixels():
     transform = ImageTransform(ImageConfig())
     boxes = torch.tensor([[[10.0, 20, 30, 40], [0, 0, 0, 0]]])
-    result = transform.detections(
-        Detections(boxes, torch.tensor([[0.9, 0]]), torch.tensor([[2, 0]]), torch.tensor([1])), [(50, 200)], [(100, 100)]
-    )
+    found = Detections(boxes, torch.tensor([[0.9, 0]]), torch.tensor([[2, 0]]), torch.tensor([1]))
+    result = transform.detections(found, before=[(50, 200)], after=[(100, 100)])
     assert result[0]["boxes"].tolist() == [[20.0, 10.0, 60.0, 20.0]]
     assert result[0]["labels"].tolist() == [2]
 

@@ -10,7 +10,7 @@ from doublehead.models.heads import HeadOutput
 from doublehead.models.losses import box_loss, classification_loss, head_losses, sample_rois, task_weights
 from doublehead.models.matching import match, sample
 from doublehead.models.structures import Proposals, RoISamples, Targets, pad_targets
-from doublehead.recipes import LossConfig, RoIConfig
+from doublehead.recipes import LossConfig, ModelConfig, RoIConfig
 
 
 def random_boxes(*shape: int) -> torch.Tensor:
@@ -103,9 +103,7 @@ def test_losses_equal_torch_on_the_valid_rows():
     torch.manual_seed(0)
     logits, deltas = torch.randn(40, 6), torch.randn(40, 6, 4)
     labels, wanted, valid = torch.randint(0, 6, (40,)), torch.randn(40, 4), torch.rand(40) < 0.7
-    torch.testing.assert_close(
-        classification_loss(logits, labels, valid), cross_entropy(logits[valid], labels[valid])
-    )
+    torch.testing.assert_close(classification_loss(logits, labels, valid), cross_entropy(logits[valid], labels[valid]))
     rows = (valid & (labels > 0)).nonzero()[:, 0]
     for beta in (1.0, 1 / 9):
         expected = smooth_l1_loss(deltas[rows, labels[rows]], wanted[rows], beta=beta, reduction="sum") / valid.sum()
@@ -144,15 +142,15 @@ def test_head_losses_are_weighted_and_named():
     boxes, truth = random_boxes(2, 10), random_boxes(2, 10)
     rois = RoISamples(boxes, torch.rand(2, 10) < 0.8, torch.randint(0, 4, (2, 10)), truth)
     outputs = {name: HeadOutput(torch.randn(20, 4), torch.randn(20, 4, 4)) for name in ("fc", "conv")}
-    weights = {"fc": (1.5, 0.25), "conv": (0.5, 3.0)}
-    losses = head_losses(outputs, rois, weights, RoIConfig(), beta=1.0)
+    config = ModelConfig(loss=LossConfig(smooth_l1_beta=0.5))
+    losses = head_losses(outputs, rois, config)
     wanted = BoxCoder((10.0, 10.0, 5.0, 5.0)).encode_single(truth.flatten(0, 1), boxes.flatten(0, 1))
     labels, valid = rois.labels.flatten(), rois.valid.flatten()
     assert set(losses) == {"loss_fc_cls", "loss_fc_reg", "loss_conv_cls", "loss_conv_reg"}
-    for name, (cls, reg) in weights.items():
+    for name, (cls, reg) in task_weights("double_head_ext", config.loss).items():
         logits, deltas = outputs[name]
         torch.testing.assert_close(losses[f"loss_{name}_cls"], cls * classification_loss(logits, labels, valid))
-        torch.testing.assert_close(losses[f"loss_{name}_reg"], reg * box_loss(deltas, wanted, labels, valid, 1.0))
+        torch.testing.assert_close(losses[f"loss_{name}_reg"], reg * box_loss(deltas, wanted, labels, valid, 0.5))
 
 
 def test_pad_targets_marks_empty_slots():

@@ -9,7 +9,7 @@ from torchvision.models.detection import _utils, fasterrcnn_resnet50_fpn
 
 from doublehead.interop.torchvision import convert_faster_rcnn, faster_rcnn_config
 from doublehead.models import build_detector, losses, rpn
-from doublehead.recipes import to_dict, from_dict, ModelConfig
+from doublehead.recipes import ModelConfig, from_dict, to_dict
 
 CLASSES = 12
 
@@ -30,7 +30,7 @@ def pair():
         theirs.backbone(torch.randn(2, 3, 192, 256))
         theirs.rpn.head.cls_logits.weight.mul_(30)
         theirs.rpn.head.bbox_pred.weight.mul_(5)
-        theirs.roi_heads.box_predictor.cls_score.weight.mul_(30)
+        theirs.roi_heads.box_predictor.cls_score.weight.mul_(12)
         theirs.roi_heads.box_predictor.bbox_pred.weight.mul_(5)
     values = to_dict(faster_rcnn_config("batch_norm"))
     values["image"].update(min_size=(192,), max_size=320)
@@ -81,9 +81,10 @@ def test_training_losses_are_torchvisions(pair, images, monkeypatch):
         def __call__(self, matched_idxs):
             positive, negative = [], []
             for state in matched_idxs:
-                indices, drawn = first_of_each(state.clamp(max=1)[None], self.batch_size_per_image, self.positive_fraction)
+                state = state.clamp(max=1)
+                indices, drawn = first_of_each(state[None], self.batch_size_per_image, self.positive_fraction)
                 chosen = torch.zeros_like(state, dtype=torch.bool).index_fill_(0, indices[0][drawn[0]], True)
-                positive.append(chosen & (state >= 1))
+                positive.append(chosen & (state == 1))
                 negative.append(chosen & (state == 0))
             return positive, negative
 

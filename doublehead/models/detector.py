@@ -12,7 +12,7 @@ from .backbone import ResNetFPN
 from .detections import detect, resolve_sources
 from .heads import Heads
 from .images import ImageTransform
-from .losses import head_losses, sample_rois, task_weights
+from .losses import head_losses, sample_rois
 from .roi_pooling import RoIPooling
 from .rpn import RPN
 from .structures import Detections, ImageBatch, Targets
@@ -41,7 +41,6 @@ class Detector(nn.Module):
         self.rpn = RPN(config.rpn, config.backbone.fpn_channels)
         self.heads = Heads(config.head, config.roi, config.backbone.fpn_channels, num_classes)
         self.roi_pooling = RoIPooling(config.roi, self.heads.box_scales.values())
-        self.loss_weights = task_weights(config.head.kind, config.loss)
         self.set_readout(config.detection.readout, config.detection.fusion)
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> Detections | dict[str, Tensor]:
@@ -53,9 +52,7 @@ class Detector(nn.Module):
             return detect(outputs, self.sources, proposals, images.sizes, self.detection, self.config.roi.box_weights)
         rois = sample_rois(proposals, targets, self.config.roi)
         outputs = self.heads(self.roi_pooling(features, rois.boxes))
-        return losses | head_losses(
-            outputs, rois, self.loss_weights, self.config.roi, self.config.loss.smooth_l1_beta
-        )
+        return losses | head_losses(outputs, rois, self.config)
 
     def set_readout(self, readout: ReadOut, fusion: Fusion | None = None) -> None:
         """Choose how an Ext model is read out; see `DetectionConfig`.
@@ -125,14 +122,15 @@ def _check_targets(images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]
         raise ValueError(f"targets: training needs one per image ({len(images)}), got {got}")
     for row, target in enumerate(targets):
         if missing := {"boxes", "labels"} - set(target):
-            raise ValueError(f"targets[{row}]: {' and '.join(sorted(missing))} missing; has {', '.join(target) or 'nothing'}")
+            raise ValueError(f"targets[{row}]: {' and '.join(sorted(missing))} missing, got {list(target)}")
         boxes, labels = target["boxes"], target["labels"]
         if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
             raise ValueError(
                 f"targets[{row}]: expected boxes Tensor[n, 4] and labels Tensor[n], "
                 f"got {tuple(boxes.shape)} and {tuple(labels.shape)}"
             )
-        if labels.device.type == "cpu" and len(labels) and not 1 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        # Reading labels that lie on a GPU would make it wait.
+        if labels.device.type == "cpu" and not ((labels >= 1) & (labels < num_classes)).all():
             raise ValueError(
                 f"targets[{row}]: expected labels in 1 .. {num_classes - 1}, got {labels.min()} .. {labels.max()}"
             )

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, smooth_l1_loss
 
 from ..ops.boxes import encode_boxes
-from ..recipes import HeadKind, LossConfig, RoIConfig
+from ..recipes import HeadKind, LossConfig, ModelConfig, RoIConfig
 from .heads import BRANCHES, HeadOutput
 from .matching import match, sample
 from .structures import Proposals, RoISamples, Targets, gather_rows
@@ -50,9 +50,7 @@ def task_weights(kind: HeadKind, config: LossConfig) -> dict[str, tuple[float, f
     return weights
 
 
-def head_losses(
-    outputs: dict[str, HeadOutput], rois: RoISamples, weights: dict[str, tuple[float, float]], roi: RoIConfig, beta: float
-) -> dict[str, Tensor]:
+def head_losses(outputs: dict[str, HeadOutput], rois: RoISamples, config: ModelConfig) -> dict[str, Tensor]:
     """Weighted losses of all heads.
 
     Cross entropy is the mean over all sampled RoIs; smooth L1 is summed over the positive RoIs
@@ -61,15 +59,14 @@ def head_losses(
     Args:
         outputs: branch name -> output for the B * R RoIs.
         rois: `[B, R]`, what each RoI should become.
-        weights: see `task_weights`.
-        roi: for its box coder weights.
-        beta: where smooth L1 turns from a parabola into a line.
+        config: for the loss weights and the box coder's.
 
     Returns:
         "loss_<branch>_cls" and "loss_<branch>_reg" -> scalar.
     """
     labels, valid = rois.labels.flatten(), rois.valid.flatten()
-    wanted = encode_boxes(rois.matched_boxes, rois.boxes, roi.box_weights).flatten(0, 1)
+    wanted = encode_boxes(rois.matched_boxes, rois.boxes, config.roi.box_weights).flatten(0, 1)
+    weights, beta = task_weights(config.head.kind, config.loss), config.loss.smooth_l1_beta
     losses = {}
     for name, output in outputs.items():
         if output.logits is not None:

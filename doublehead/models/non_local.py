@@ -27,9 +27,7 @@ class NonLocalBlock(nn.Module):
         super().__init__()
         inner = channels // 2
         if channels % 2 or inner % config.groups:
-            raise ValueError(
-                f"head.non_local.groups: {config.groups} groups do not divide half of {channels} channels"
-            )
+            raise ValueError(f"head.non_local.groups: {config.groups} groups do not divide half of {channels} channels")
         self.config = config
         self.theta = nn.Conv2d(channels, inner, 1)
         self.phi = nn.Conv2d(channels, inner, 1)

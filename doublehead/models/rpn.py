@@ -48,9 +48,7 @@ class RPN(nn.Module):
             and the losses ("loss_rpn_objectness", "loss_rpn_box"), empty without targets.
         """
         logits, deltas = zip(*(self._predict(feature) for feature in features), strict=True)
-        anchors = [
-            self._anchors(level, feature, images.pixels.shape[-2:]) for level, feature in enumerate(features)
-        ]
+        anchors = [self._anchors(level, feature, images.pixels.shape[-2:]) for level, feature in enumerate(features)]
         proposals = self._propose(images, anchors, [x.detach() for x in logits], [x.detach() for x in deltas])
         if targets is None:
             return proposals, {}
