@@ -1,30 +1,41 @@
-"""A detector small enough for tests of the engine: the models' interface, not their maths.
+"""What the engine's tests share: a tiny detector, a data set in memory, and processes that can be killed.
 
-Run as a program it is `doublehead.train` with this detector:
-`python engine_standin.py --data.train-images 8 ...`.
+`TinyDetector` has the models' interface, not their maths.  `launch` starts a command of the library in
+another process, with that detector in place of the real one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
+import socket
 import sys
 import types
+from collections import Counter
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from doublehead.data import DetectionDataset
+from doublehead.recipes import Recipe
+
 
 class TinyDetector(nn.Module):
     """Finds at most one box per class; in training it draws random numbers, as the real one does."""
 
-    def __init__(self, num_classes: int, width: int = 8) -> None:
+    drop = 0.1
+
+    def __init__(self, num_classes: int, width: int = 4) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.features = nn.Sequential(
-            nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, 2, 1), nn.ReLU()
+            nn.Conv2d(3, width, 3, 4, 1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, 2, 1), nn.ReLU()
         )
-        self.classify = nn.Linear(width * 16, num_classes)
-        self.locate = nn.Linear(width * 16, 4 * num_classes)
+        self.classify = nn.Linear(width * 4, num_classes)
+        self.locate = nn.Linear(width * 4, 4 * num_classes)
 
     def forward(self, images, targets=None):
         if targets is None:
@@ -32,20 +43,23 @@ class TinyDetector(nn.Module):
         losses = [self._losses(image, target) for image, target in zip(images, targets, strict=True)]
         return {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
 
+    def set_readout(self, readout, fusion=None):
+        self.readout = (readout, fusion)
+
     def _outputs(self, image):
         x = self.features(F.interpolate(image[None].float() / 255, (32, 32), mode="bilinear"))
-        x = F.adaptive_avg_pool2d(x, 4).flatten(1)
-        if self.training:
-            x = x * (torch.rand(x.shape, device=x.device) > 0.1)
+        x = F.adaptive_avg_pool2d(x, 2).flatten(1)
+        if self.training and self.drop:
+            x = x * (torch.rand(x.shape, device=x.device) > self.drop)
         return self.classify(x)[0], self.locate(x)[0].view(self.num_classes, 4)
 
     def _losses(self, image, target):
         logits, boxes = self._outputs(image)
         label = target["labels"][:1]
-        size = image.shape[-1]
+        scaled = target["boxes"][:1] / image.shape[-1]
         return {
             "loss_cls": F.cross_entropy(logits[None].float(), label),
-            "loss_box": F.smooth_l1_loss(boxes[label].float(), target["boxes"][:1] / size),
+            "loss_box": F.smooth_l1_loss(boxes[label].float(), scaled),
         }
 
     def _detect(self, image):
@@ -56,15 +70,105 @@ class TinyDetector(nn.Module):
         return {"boxes": corners, "labels": torch.arange(1, self.num_classes), "scores": logits.softmax(0)[1:]}
 
 
-def build_detector(config, num_classes):
-    return TinyDetector(num_classes)
+def tiny_models(seen: list | None = None) -> types.ModuleType:
+    """Stands in for the module `doublehead.models`; the configurations it builds from are added to `seen`."""
 
+    def build_detector(config, num_classes):
+        if seen is not None:
+            seen.append(config)
+        return TinyDetector(num_classes)
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
     models = types.ModuleType("doublehead.models")
     models.build_detector = build_detector
-    sys.modules["doublehead.models"] = models
-    from doublehead.train import main
+    return models
 
-    main()
+
+class MemoryDataset(DetectionDataset):
+    """Images and COCO annotations given as they are; classes a, b, ... with sparse category ids."""
+
+    def __init__(self, images: list[torch.Tensor], annotations: list[dict], classes: int = 2) -> None:
+        self.name = "memory"
+        self.classes = [chr(ord("a") + i) for i in range(classes)]
+        self.category_ids = [3 * i + 2 for i in range(classes)]
+        self.image_ids = [10 * i + 7 for i in range(len(images))]
+        self.image_sizes = [tuple(image.shape[-2:]) for image in images]
+        self.file_names = [f"{i}.png" for i in self.image_ids]
+        self.horizontal_flip = 0.0
+        self.skipped = Counter()
+        self._images = images
+        self._annotations = [{"id": i, "iscrowd": 0} | a for i, a in enumerate(annotations, start=1)]
+        for annotation in self._annotations:
+            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+
+    def load(self, index):
+        image_id = self.image_ids[index]
+        mine = [a for a in self._annotations if a["image_id"] == image_id and not a["iscrowd"]]
+        boxes = torch.tensor([a["bbox"] for a in mine], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = torch.tensor([self.category_ids.index(a["category_id"]) + 1 for a in mine], dtype=torch.int64)
+        return self._images[index], {"boxes": boxes, "labels": labels, "image_id": image_id}
+
+    def annotations(self):
+        return [dict(a) for a in self._annotations]
+
+
+# ---------------------------------------------------------------------- processes
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["engine_standin"])
+
+
+def launch(command: str, arguments: list[str], output: Path, rank: int = 0, size: int = 1, port: int = 0, before=None):
+    """Start `python -m doublehead.<command> arguments` with `TinyDetector`; one process of `size`.
+
+    Its output goes to `output`.  `before` is called in the new process first.  Returns the started process.
+    """
+    arguments = [str(a) for a in arguments]
+    process = _processes.Process(target=_run, args=(command, arguments, str(output), rank, size, port, before))
+    process.start()
+    return process
+
+
+def finish(process, seconds: float = 120) -> int:
+    """Wait for a process; its exit code, or -signal."""
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        raise AssertionError("the process hangs")
+    return process.exitcode
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _run(command, arguments, output, rank, size, port, before):
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    torch.set_num_threads(1)
+    if size > 1:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+    sys.modules["doublehead.models"] = tiny_models()
+    if before:
+        before()
+    import importlib
+
+    importlib.import_module(f"doublehead.{command}").main(arguments)
+
+
+TINY = (
+    "--data.train-images 9 --data.val-images 3 --data.image-size 64 --data.workers 0 --train.batch-size 4 "
+    "--train.steps 12 --train.checkpoint-every 3 --train.log-every 2 --train.warmup-steps 4 --train.milestones 8 "
+    "--train.device cpu"
+).split()
+"""Options of a training that takes a second."""
+
+__all__ = ["TINY", "MemoryDataset", "Recipe", "TinyDetector", "tiny_models", "finish", "free_port", "launch"]

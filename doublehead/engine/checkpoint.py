@@ -81,14 +81,14 @@ def load_model(path: str | Path) -> LoadedModel:
         CheckpointError: no such file, not a file of this library, damaged, or weights that do not
             fit the recipe inside it.
     """
-    from doublehead import models
-
     path = _find_model(Path(path))
     metadata, tensors = _read_safetensors(path)
+    from doublehead.models import build_detector  # only here: it brings torchvision
+
     try:
         recipe = from_dict(json.loads(metadata["recipe"]))
         classes, category_ids = json.loads(metadata["classes"]), json.loads(metadata["category_ids"])
-        model = models.build_detector(_without_download(recipe).model, len(classes) + 1)
+        model = build_detector(_without_download(recipe).model, len(classes) + 1)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: its description cannot be used ({error}); "

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from doublehead import models
 from doublehead.data import build_dataset, build_loader
 from doublehead.engine import checkpoint, pictures
 from doublehead.engine.distributed import World
@@ -51,6 +50,8 @@ class Run(Hooks):
     """The parts of one run, and the trainer's hooks that record it."""
 
     def __init__(self, recipe: Recipe, folder: Path, world: World, resume: bool = False) -> None:
+        from doublehead.models import build_detector  # only here: it brings torchvision
+
         self.recipe, self.folder, self.world = recipe, folder, world
         with config_errors():
             check_config(recipe.train, world)  # before the data is read: that may take minutes
@@ -58,7 +59,7 @@ class Run(Hooks):
             self.validation = build_dataset(recipe.data, "val")
             check_classes(self.validation, list(self.training.classes), "the training split")
             seed_step(recipe.train.seed, -1)  # the first weights, the same on every process
-            model = models.build_detector(recipe.model, len(self.training.classes) + 1)
+            model = build_detector(recipe.model, len(self.training.classes) + 1)
             self.trainer = Trainer(model, recipe.train, self._batches, world, self)
         state = self._restore() if resume else None
         if world.is_main:
