@@ -96,10 +96,10 @@ def _parts() -> list[str]:
         lines.append(f"CUDA part    built by {build['compiler']} against torch {build['torch']}")
         lines.append(f"             for sm_{build['archs'].replace(',', ', sm_')}, CUDA runtime {runtime}")
         return lines
-    lines.append(f"CUDA part    not loaded: {_library.UNLOADED['_C_cuda']}")
-    if cpu is not None:
-        lines.append(f"             when built: {cpu.build_info()['cuda_reason']}")
-    return lines
+    why = _library.UNLOADED["_C_cuda"]
+    if cpu is not None and why == "it is not built":
+        why += f", as {cpu.build_info()['cuda_reason']}"
+    return [*lines, f"CUDA part    not loaded: {why}"]
 
 
 def _operators() -> list[str]:
