@@ -17,6 +17,7 @@ from doublehead.recipes import RECIPES, DataConfig, ModelConfig, Recipe, TrainCo
 
 DEFAULT_RECIPE = "shapes-ext"
 PROGRAM = "python -m doublehead.train"
+_SHORT = {"--on-bad-record": "--data.on-bad-record"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def parse(arguments: Sequence[str]) -> tuple[Recipe, Options]:
     """
     named, arguments = _take_recipe(list(arguments))
     recipe = _start_recipe(named, arguments)
+    arguments = [_SHORT.get(argument, argument) for argument in arguments]
     brief = bool({"-h", "--help"} & set(arguments))
     if "--help-all" in arguments or "--help_all" in arguments:
         arguments = ["--help"]

@@ -51,7 +51,7 @@ class World:
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """Mean of `tensor` over the processes; the result lies on the host."""
-        value = tensor.detach().cpu()
+        value = tensor.detach().to("cpu", copy=True)  # reduced in place
         if self.size > 1:
             dist.all_reduce(value, group=self.control)
         return value / self.size
