@@ -1,22 +1,20 @@
 // Greedy non-maximum suppression on the CPU.
 //
-// Boxes are ordered by score, split into groups, and each group is resolved by itself: a candidate is kept unless a
-// kept box of its group suppresses it (buckets.h finds out fast). Groups run in parallel; where there is one large
-// group, its candidates are compared in parallel, round by round, with what earlier rounds kept.
-#include <numeric>
-
-#include "buckets.h"
+// Boxes are ordered by score and split into groups, and in each group the best undecided box is kept and strikes those
+// it suppresses (candidates.h does that fast), until all are decided. Groups run in parallel; within one large group,
+// striking does.
+#include "candidates.h"
 #include "common.h"
 #include "nms.h"
+#include "radix_sort.h"
 
 namespace {
 
 using namespace doublehead;
 using namespace doublehead::nms;
 
-using Indices = std::vector<uint32_t>;
-
-constexpr int64_t kRound = 512;  // candidates of a round
+constexpr int64_t kRound = 2048;   // candidates of a round, where a group is decided in parallel
+constexpr int64_t kLarge = 16384;  // boxes of a group worth it
 
 // One image's boxes, as they lie in the caller's tensor.
 template <typename T>
@@ -40,141 +38,144 @@ struct Groups {
   int64_t operator[](int64_t i) const { return data ? data[i * stride] : 0; }
 };
 
-// Sorts items by key(item), an unsigned integer, ascending and stable. Digits in which no two keys differ cost nothing.
+// A box and its place in the order: ascending keys, equal keys by ascending index.
 template <typename Key>
-void radix_sort(Indices& items, const Key& key) {
-  constexpr int kBits = 11, kDigits = 1 << kBits;
-  if (items.size() < 2) return;
-  using Unsigned = decltype(key(0));
-  Unsigned differ = 0;
-  for (uint32_t item : items) differ |= key(item) ^ key(items[0]);
-  Indices sorted;
-  std::vector<uint32_t> start;
-  for (int shift = 0; shift < static_cast<int>(8 * sizeof(Unsigned)); shift += kBits) {
-    const auto digit = [&](uint32_t item) { return static_cast<uint32_t>(key(item) >> shift) & (kDigits - 1); };
-    if ((static_cast<uint32_t>(differ >> shift) & (kDigits - 1)) == 0) continue;
-    start.assign(kDigits + 1, 0);
-    sorted.resize(items.size());
-    for (uint32_t item : items) ++start[digit(item) + 1];
-    std::partial_sum(start.begin(), start.end(), start.begin());
-    for (uint32_t item : items) sorted[start[digit(item)]++] = item;
-    items.swap(sorted);
-  }
-}
+struct Item {
+  Key key;
+  uint32_t index;
 
-template <typename T>
-Indices by_score(const T* scores, int64_t stride, int64_t count, const Groups& groups) {
-  Indices order;
-  order.reserve(count);
+  bool operator<(const Item& other) const { return key != other.key ? key < other.key : index < other.index; }
+};
+
+template <typename Key>
+using Items = std::vector<Item<Key>>;
+
+// All boxes but padding, by index.
+template <typename T, typename Key = decltype(sort_key(compute_t<T>()))>
+Items<Key> collect(const T* scores, int64_t stride, int64_t count, const Groups& groups) {
+  Items<Key> items;
+  items.reserve(count);
   for (int64_t i = 0; i < count; ++i) {
-    if (!(groups.negative_is_padding && groups[i] < 0)) order.push_back(static_cast<uint32_t>(i));
+    if (groups.negative_is_padding && groups[i] < 0) continue;
+    items.push_back({sort_key(static_cast<compute_t<T>>(scores[i * stride])), static_cast<uint32_t>(i)});
   }
-  radix_sort(order, [=](uint32_t i) { return sort_key(static_cast<compute_t<T>>(scores[i * stride])); });
-  return order;
+  return items;
 }
 
-// suppressed[k] for box_at(first) .. box_at(last - 1), against the boxes inserted in round `since` or later.
-template <typename C, typename BoxAt>
-DOUBLEHEAD_MULTIVERSION void compare(const Buckets<C>& kept, const BoxAt& box_at, int64_t first, int64_t last,
-                                     uint8_t* suppressed) {
-  for (int64_t k = first; k < last; ++k) {
-    const Box<C> box = box_at(k);
-    suppressed[k] = !kept.inert(box) && kept.any_suppresses(box, 0);
+// The `count` foremost of `items`, by index.
+template <typename Key>
+Items<Key> foremost(const Items<Key>& items, int64_t count) {
+  Items<Key> best = items;
+  std::nth_element(best.begin(), best.begin() + count, best.end());
+  const Item<Key> first_left_out = best[count];
+  best.clear();
+  std::copy_if(items.begin(), items.end(), std::back_inserter(best), [&](auto item) { return item < first_left_out; });
+  return best;
+}
+
+template <typename Key>
+void sort(Items<Key>& items, Items<Key>& scratch) {
+  radix_sort(items.data(), items.size(), scratch, [](const auto& item) { return item.key; });
+  for (auto first = items.begin(); first != items.end();) {  // equal keys by index
+    const auto last = std::find_if(first, items.end(), [&](const auto& item) { return item.key != first->key; });
+    if (last - first > 1) std::sort(first, last);
+    first = last;
   }
 }
 
-// Decides on box_at(first) .. box_at(last - 1) in turn; those marked already stay suppressed. Stops after `limit` kept.
-template <typename C, typename BoxAt>
-DOUBLEHEAD_MULTIVERSION int64_t resolve(Buckets<C>& kept, const BoxAt& box_at, int64_t first, int64_t last,
-                                        int32_t since, int64_t limit, uint8_t* suppressed) {
-  int64_t count = 0;
-  for (int64_t k = first; k < last; ++k) {
-    if (count == limit) {
-      suppressed[k] = 1;
-      continue;
-    }
-    if (suppressed[k]) continue;
-    const Box<C> box = box_at(k);
-    if (!kept.inert(box)) {
-      suppressed[k] = kept.any_suppresses(box, since);
-      if (!suppressed[k]) kept.insert(box, since);
-    }
-    count += !suppressed[k];
+// Decides on candidates first .. last - 1 in turn, stops once `limit` are kept, and moves the items of the kept ones to
+// `out`. Returns their number.
+template <typename C, typename Key>
+DOUBLEHEAD_MULTIVERSION int64_t decide(Candidates<C>& candidates, const Item<Key>* items, int64_t first, int64_t last,
+                                       int64_t limit, Item<Key>* out) {
+  int64_t kept = 0;
+  for (int64_t k = first; k < last && kept < limit; ++k) {
+    if (candidates.decide(k)) out[kept++] = items[k];
   }
-  return count;
+  return kept;
 }
 
-// Suppression within one group, its boxes given by descending score: at most `limit` of suppressed[0 .. count) stay 0.
-template <typename C, typename BoxAt>
-void suppress_group(Buckets<C>& kept, const BoxAt& box_at, int64_t count, int64_t limit, bool parallel,
-                    uint8_t* suppressed) {
-  kept.reset(count, box_at);
-  std::fill_n(suppressed, count, 0);
-  if (!parallel) {
-    resolve(kept, box_at, 0, count, 0, limit, suppressed);
-    return;
-  }
-  for (int64_t first = 0, round = 0; first < count; first += kRound, ++round) {
+template <typename C>
+DOUBLEHEAD_MULTIVERSION void strike_beyond_horizon(Candidates<C>& candidates, int64_t first, int64_t last) {
+  candidates.strike_beyond_horizon(first, last);
+}
+
+// Decides round by round: in a round one after the other, and then what they strike in later rounds in parallel.
+template <typename C, typename Key>
+int64_t decide_in_parallel(Candidates<C>& candidates, Item<Key>* items, int64_t count, int64_t limit) {
+  constexpr int64_t kRun = Candidates<C>::kRun;
+  int64_t kept = 0;
+  for (int64_t first = 0; first < count && kept < limit; first += kRound) {
     const int64_t last = std::min(first + kRound, count);
-    if (round > 0 && limit > 0) {
-      parallel_for(first, last, 32, [&](int64_t a, int64_t b) { compare(kept, box_at, a, b, suppressed); });
-    }
-    limit -= resolve(kept, box_at, first, last, static_cast<int32_t>(round), limit, suppressed);
+    candidates.set_horizon(first, last);
+    kept += decide(candidates, items, first, last, limit - kept, items + kept);
+    parallel_for(0, candidates.slots() / kRun, 256,
+                 [&](int64_t a, int64_t b) { strike_beyond_horizon(candidates, a * kRun, b * kRun); });
   }
+  return kept;
 }
 
-// Suppression among the boxes order[0 .. count), which come by descending score.
-template <typename T>
-std::vector<uint8_t> suppress(const Boxes<T>& boxes, const Groups& groups, const Indices& order, int64_t count,
-                              int64_t limit, double threshold) {
-  if (count == 0) return {};
-  Indices members(count);  // positions in `order`, by group, and by score within a group
-  std::iota(members.begin(), members.end(), 0);
-  radix_sort(members, [&](uint32_t m) { return static_cast<uint64_t>(groups[order[m]]); });
-  Indices starts;
-  for (int64_t m = 0; m < count; ++m) {
-    if (m == 0 || groups[order[members[m]]] != groups[order[members[m - 1]]]) starts.push_back(m);
+// Greedy suppression within the groups of `items`, which come by index. What is left are the kept ones, foremost first,
+// of each group at most `limit`.
+template <typename T, typename Key, typename C = compute_t<T>>
+void suppress(const Boxes<T>& boxes, const Extent<C>& extent, const Groups& groups, Items<Key>& items,
+              int64_t limit, double threshold) {
+  const int64_t count = items.size();
+  Items<Key> scratch;
+  radix_sort(items.data(), count, scratch, [&](const auto& item) { return static_cast<uint64_t>(groups[item.index]); });
+  std::vector<uint32_t> starts;
+  for (int64_t i = 0; i < count; ++i) {
+    if (i == 0 || groups[items[i].index] != groups[items[i - 1].index]) starts.push_back(i);
   }
+  const int64_t group_count = starts.size();
   starts.push_back(count);
-  const int64_t group_count = static_cast<int64_t>(starts.size()) - 1;
 
-  std::vector<uint8_t> by_member(count);
-  const bool parallel = group_count == 1 && count > 2 * kRound && num_threads() > 1;
+  std::vector<uint32_t> kept(group_count);
+  const bool parallel = group_count == 1 && count >= kLarge && num_threads() > 1;
   const auto run = [&](int64_t first, int64_t last) {
-    Buckets<compute_t<T>> kept(threshold);
+    Candidates<C> candidates(threshold, extent);
+    Items<Key> scratch;
     for (int64_t g = first; g < last; ++g) {
-      const uint32_t* group = members.data() + starts[g];
-      const auto box_at = [=](int64_t k) DOUBLEHEAD_INLINE_LAMBDA { return boxes[order[group[k]]]; };
-      suppress_group(kept, box_at, starts[g + 1] - starts[g], limit, parallel, by_member.data() + starts[g]);
+      Item<Key>* group = items.data() + starts[g];
+      const int64_t size = starts[g + 1] - starts[g];
+      radix_sort(group, size, scratch, [](const auto& item) { return item.key; });
+      candidates.reset(size, [&](int64_t k) { return boxes[group[k].index]; });
+      kept[g] = parallel ? decide_in_parallel(candidates, group, size, limit)
+                         : decide(candidates, group, 0, size, limit, group);
     }
   };
   if (parallel) {
     run(0, 1);
   } else {
-    parallel_for(0, group_count, std::max<int64_t>(1, group_count * 256 / count), run);
+    parallel_for(0, group_count, group_count * 512 / (count + 1), run);
   }
 
-  std::vector<uint8_t> suppressed(count);
-  for (int64_t m = 0; m < count; ++m) suppressed[members[m]] = by_member[m];
-  return suppressed;
+  int64_t end = 0;
+  for (int64_t g = 0; g < group_count; ++g) {
+    std::copy_n(items.begin() + starts[g], kept[g], items.begin() + end);
+    end += kept[g];
+  }
+  items.resize(end);
+  if (group_count > 1) sort(items, scratch);
 }
 
-// The first `limit` kept boxes of one image by descending score.
-template <typename T>
-Indices keep(const Boxes<T>& boxes, const Groups& groups, Indices order, int64_t limit, double threshold) {
-  const int64_t total = order.size();
+// The first `limit` kept boxes of one image, foremost first; `items` are all its boxes, by index.
+template <typename T, typename Key>
+Items<Key> keep(const Boxes<T>& boxes, const Groups& groups, Items<Key> items, int64_t limit, double threshold) {
+  Extent<compute_t<T>> extent;
+  for (const auto& item : items) extent.add(boxes[item.index]);
   // Whether a box is kept depends on better boxes alone, so if few are wanted, try the best few, then more.
-  for (int64_t count = std::max<int64_t>(4 * limit, 4096);; count *= 4) {
-    count = std::min(count, total);
-    const std::vector<uint8_t> suppressed = suppress(boxes, groups, order, count, limit, threshold);
-    if (count < total && std::count(suppressed.begin(), suppressed.end(), 0) < limit) continue;
-    int64_t kept = 0;
-    for (int64_t p = 0; p < count && kept < limit; ++p) {
-      if (!suppressed[p]) order[kept++] = order[p];
-    }
-    order.resize(kept);
-    return order;
+  const int64_t total = items.size();
+  for (int64_t count = std::max<int64_t>(4 * limit, 4096); count < total; count *= 4) {
+    Items<Key> best = foremost(items, count);
+    suppress(boxes, extent, groups, best, limit, threshold);
+    if (static_cast<int64_t>(best.size()) < limit) continue;
+    best.resize(limit);
+    return best;
   }
+  suppress(boxes, extent, groups, items, limit, threshold);
+  if (static_cast<int64_t>(items.size()) > limit) items.resize(limit);
+  return items;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -196,23 +197,28 @@ void check_groups(const Tensor& groups, const Tensor& scores) {
   for (int64_t d = 0; d < scores.dim(); ++d) check_size(groups, d, scores.size(d), "nms: groups");
 }
 
-// The kept boxes of image b; tensors have the batch, if any, in front.
-Indices keep_image(const Tensor& boxes, const Tensor& scores, Groups groups, int64_t b, double threshold,
-                   int64_t limit) {
+// Calls use(items) with the kept boxes of image b. The batch dimension, if there is one, is the first.
+template <typename Use>
+void keep_image(const Tensor& boxes, const Tensor& scores, const Groups& groups, int64_t b, double threshold,
+                int64_t limit, const Use& use) {
   const int64_t n = scores.dim() - 1;  // the dimension of N
-  const int64_t count = scores.size(n);
   const auto start = [&](const Tensor& tensor) { return n > 0 ? b * tensor.stride(0) : 0; };
-  Indices order = dispatch_floating(scores.scalar_type(), "nms: scores", [&]<typename S>() {
-    const S* data = static_cast<const S*>(scores.data_ptr()) + start(scores);
-    return by_score(data, scores.stride(n), count, groups);
-  });
-  return dispatch_floating(boxes.scalar_type(), "nms: boxes", [&]<typename T>() {
-    const T* data = static_cast<const T*>(boxes.data_ptr()) + start(boxes);
-    return keep(Boxes<T>{data, boxes.stride(n), boxes.stride(n + 1)}, groups, std::move(order), limit, threshold);
+  dispatch_floating(scores.scalar_type(), "nms: scores", [&]<typename S>() {
+    const S* score = static_cast<const S*>(scores.data_ptr()) + start(scores);
+    auto items = collect(score, scores.stride(n), scores.size(n), groups);
+    dispatch_floating(boxes.scalar_type(), "nms: boxes", [&]<typename T>() {
+      const T* box = static_cast<const T*>(boxes.data_ptr()) + start(boxes);
+      use(keep(Boxes<T>{box, boxes.stride(n), boxes.stride(n + 1)}, groups, std::move(items), limit, threshold));
+    });
   });
 }
 
-Tensor empty_indices(const Tensor& like, std::vector<int64_t> size) {
+template <typename Key>
+void write_indices(const Items<Key>& items, int64_t* to) {
+  std::transform(items.begin(), items.end(), to, [](const auto& item) { return item.index; });
+}
+
+Tensor empty_indices(const Tensor& like, const std::vector<int64_t>& size) {
   return torch::stable::new_empty(like, size, ScalarType::Long);
 }
 
@@ -229,10 +235,11 @@ std::tuple<Tensor, Tensor> nms_padded_cpu(const Tensor& boxes, const Tensor& sco
   const auto run = [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       const Groups mine{group_data + b * groups.stride(0), groups.stride(1), true};
-      const Indices kept = keep_image(boxes, scores, mine, b, threshold, max_output);
-      std::copy(kept.begin(), kept.end(), out + b * max_output);
-      std::fill(out + b * max_output + kept.size(), out + (b + 1) * max_output, -1);
-      out_counts[b] = kept.size();
+      keep_image(boxes, scores, mine, b, threshold, max_output, [&](const auto& kept) {
+        write_indices(kept, out + b * max_output);
+        std::fill(out + b * max_output + kept.size(), out + (b + 1) * max_output, -1);
+        out_counts[b] = kept.size();
+      });
     }
   };
   if (batch >= num_threads()) {
@@ -250,9 +257,11 @@ Tensor nms_cpu(const Tensor& boxes, const Tensor& scores, const std::optional<Te
     check_groups(*groups, scores);
     mine = {static_cast<const int64_t*>(groups->data_ptr()), groups->stride(0), false};
   }
-  const Indices kept = keep_image(boxes, scores, mine, 0, threshold, boxes.size(0));
-  Tensor indices = empty_indices(boxes, {static_cast<int64_t>(kept.size())});
-  std::copy(kept.begin(), kept.end(), static_cast<int64_t*>(indices.data_ptr()));
+  Tensor indices;
+  keep_image(boxes, scores, mine, 0, threshold, boxes.size(0), [&](const auto& kept) {
+    indices = empty_indices(boxes, {static_cast<int64_t>(kept.size())});
+    write_indices(kept, static_cast<int64_t*>(indices.data_ptr()));
+  });
   return indices;
 }
 

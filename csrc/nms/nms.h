@@ -6,8 +6,10 @@
 // The compiler must not contract these into fused multiply-adds (-ffp-contract=off, nvcc -fmad=false).
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #if defined(__CUDACC__)
 #define DOUBLEHEAD_NMS_FUNCTION __host__ __device__ __forceinline__
@@ -40,9 +42,22 @@ DOUBLEHEAD_NMS_FUNCTION T intersection(const Box<T>& a, const Box<T>& b) {
 
 // A box with a NaN coordinate has a NaN area, so that its IoU is NaN whatever the comparisons above made of it.
 template <typename T>
-DOUBLEHEAD_NMS_FUNCTION bool suppresses(const Box<T>& a, const Box<T>& b, double threshold) {
+DOUBLEHEAD_NMS_FUNCTION T iou(const Box<T>& a, const Box<T>& b) {
   const T common = intersection(a, b);
-  return static_cast<double>(common / (a.area + b.area - common)) > threshold;
+  return common / (a.area + b.area - common);
+}
+
+// Unless the threshold is negative, a box without this neither suppresses nor is suppressed: its IoU is 0 or NaN.
+template <typename T>
+DOUBLEHEAD_NMS_FUNCTION bool has_area(const Box<T>& box) {
+  return box.area > T(0) && box.area <= std::numeric_limits<T>::max();
+}
+
+// The largest T that is not above `threshold`: x > round_down(threshold) is x > threshold for every x of type T.
+template <typename T>
+inline T round_down(double threshold) {
+  const T rounded = static_cast<T>(threshold);
+  return rounded > threshold ? std::nextafter(rounded, -std::numeric_limits<T>::infinity()) : rounded;
 }
 
 // Ascending keys are descending scores: NaN first, then from +inf to -inf, and -0 beside +0.
