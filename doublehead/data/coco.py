@@ -2,7 +2,7 @@
 
 The split `train` also finds `instances_train2017.json` where that is the only year present.  Classes are the file's
 categories by ascending id; ids may be sparse.  Boxes are x, y, width, height from the image's corner: here
-(x, y, x + width, y + height).  An image's `height` and `width` may be missing, an annotation's `area` and `iscrowd` too.
+(x, y, x + width, y + height).  `height` and `width` of an image, `area` and `iscrowd` of an annotation may be missing.
 """
 
 from __future__ import annotations

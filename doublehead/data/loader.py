@@ -6,7 +6,7 @@ number of worker processes; so `start_step=k` continues a stream exactly.
 
 from __future__ import annotations
 
-import signal
+import os
 import warnings
 from collections.abc import Iterator
 
@@ -131,7 +131,7 @@ class Loader:
             num_workers=workers,
             collate_fn=_keep,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=_leave_the_process_group,
             generator=torch.Generator(),  # its own: iterating must not advance the global random state
         )
 
@@ -194,7 +194,7 @@ def _keep(items: list) -> list:
     return items
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group: only the trainer may act on them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _leave_the_process_group(worker: int) -> None:
+    """Ctrl-C, and a SIGTERM sent to the trainer's process group, are for the trainer alone: it may yet save and go."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)

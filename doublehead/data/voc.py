@@ -6,8 +6,7 @@ xmin = 0, which tools that count from 0 write, reaches one pixel over the border
 xmin = xmax would be one column of pixels; no such object exists, so it is taken for a slip and is degenerate.
 
 Classes are the twenty of VOC where they suffice; else the names that occur in `Annotations`, sorted: in every split the
-same.  Image ids are line numbers of the split's list, annotation ids count objects line by line: neither changes when
-records are skipped.
+same.  Image ids are line numbers of the split's list, whatever is skipped.
 """
 
 from __future__ import annotations
@@ -59,8 +58,8 @@ def _find_classes(folder: Path) -> list[str]:
     for path in folder.glob("*.xml"):
         try:
             names.update(_text(item, "name") for item in ElementTree.parse(path).getroot().findall("object"))
-        except Exception:  # noqa: BLE001, S112 - a broken file names no class; its own split reports it
-            continue
+        except (ElementTree.ParseError, ValueError, LookupError, OSError):
+            continue  # a broken file names no class; the split it belongs to reports it
     names.discard("")
     return list(VOC_CLASSES) if names <= set(VOC_CLASSES) else sorted(names)
 
