@@ -284,9 +284,10 @@ register(
         _small_model(128, 128, (12, 24, 48, 96, 160), samples=48),
         DataConfig("shapes", train_images=2000, val_images=200),
         TrainConfig(
-            steps=450,
+            steps=900,
+            batch_size=4,
             lr=0.02,
-            milestones=(330, 420),
+            milestones=(660, 840),
             warmup_steps=50,
             checkpoint_every=100,
             aspect_ratio_grouping=False,
