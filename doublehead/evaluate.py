@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -64,12 +65,13 @@ def run(options: Options) -> None:
     from doublehead.engine.files import write_json
     from doublehead.engine.logs import counted_warnings, say
 
+    check_output(options.out)
     with join_world(options.device) as world, counted_warnings(shown=world.is_main):
         model, recipe, classes, _ = load_model(options.checkpoint)
         with config_errors():
             set_readout(model, options, recipe.model.detection)
             data = data_config(recipe.data, options.data)
-            dataset = build_dataset(data, "val")
+            dataset = build_dataset(data, "val", classes=classes)
         check_classes(dataset, classes, options.checkpoint)
         if world.is_main:
             say(f"{options.checkpoint}: {recipe.name}, on {len(dataset)} images of {dataset.name}")
@@ -101,6 +103,19 @@ def data_config(trained: DataConfig, given: EvaluationData) -> DataConfig:
     if given.root is None and not Path(config.root).is_dir():
         raise UserError(f"the data set of training, {config.root}, is not here: give --data.root")
     return config
+
+
+def check_output(path: str | None) -> None:
+    """Refuse a results file that cannot be written, before the work and not after it.
+
+    Raises:
+        UserError: its folder does not exist or is closed, or it is a folder itself.
+    """
+    if path is None:
+        return
+    folder = Path(path).parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(path).is_dir():
+        raise UserError(f"--out {path}: cannot be written: give a file in a folder that exists and is writable")
 
 
 def set_readout(model, options: Options, trained) -> None:

@@ -18,12 +18,21 @@ from collections import Counter
 from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from doublehead.data import DetectionDataset
-from doublehead.recipes import Recipe
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors are slower on several threads, and beside other work much slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class TinyDetector(nn.Module):
@@ -204,5 +213,3 @@ TINY = (
     "--train.device cpu"
 ).split()
 """Options of a training that takes a second."""
-
-__all__ = ["TINY", "MemoryDataset", "Recipe", "TinyDetector", "tiny_models", "finish", "free_port", "launch"]

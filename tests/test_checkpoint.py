@@ -11,7 +11,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from engine_standin import TinyDetector, tiny_models
+from engine_standin import TinyDetector, one_thread, tiny_models  # noqa: F401 (a fixture)
 
 from doublehead.engine.checkpoint import load_model, load_state, save_model, save_state
 from doublehead.engine.errors import CheckpointError, UserError
@@ -133,7 +133,10 @@ class Command:
 
 def test_a_state_is_never_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for write in (lambda path: torch.save(Command(), path), lambda path: path.write_bytes(pickle.dumps(Command(), protocol=2))):
+    for write in (
+        lambda path: torch.save(Command(), path),
+        lambda path: path.write_bytes(pickle.dumps(Command(), protocol=2)),
+    ):
         write(tmp_path / "state.pt")
         with pytest.raises(CheckpointError, match="not a training state"):
             load_state(tmp_path / "state.pt")

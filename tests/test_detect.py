@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from engine_standin import TinyDetector, tiny_models
+from engine_standin import TinyDetector, one_thread, tiny_models  # noqa: F401 (a fixture)
 from PIL import Image
 
 from doublehead.detect import find_pictures, main, output_names, read_picture

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from engine_standin import MemoryDataset, TinyDetector, finish, free_port, launch, tiny_models
+from engine_standin import MemoryDataset, TinyDetector, finish, free_port, launch, one_thread, tiny_models  # noqa: F401 (a fixture)
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
@@ -297,15 +297,20 @@ def test_a_model_of_other_classes_is_refused(saved, capsys):
     with pytest.raises(UserError, match="their order differs"):
         check_classes(dataset, ["b", "a"], "x")
     checkpoint.save_model(saved, TinyDetector(3), RECIPES["shapes-ext"], ["cat", "dog"], [1, 2])
+    assert "cat, dog" in mistake(capsys, str(saved), "--device", "cpu")
+
+
+def mistake(capsys, *arguments):
+    """What the command says of a user's mistake."""
     with pytest.raises(SystemExit) as stop:
-        main([str(saved), "--device", "cpu"])
-    assert stop.value.code == 2
+        main(arguments)
     shown = capsys.readouterr().err
-    assert "knows 2 classes" in shown and "Traceback" not in shown
+    assert stop.value.code == 2 and shown.startswith("error: ") and len(shown.splitlines()) == 1
+    return shown
 
 
-def test_a_missing_checkpoint_is_one_line(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["nowhere/model.safetensors"])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: nowhere/model.safetensors: no such file\n"
+def test_mistakes_are_one_line(saved, tmp_path, capsys):
+    assert mistake(capsys, "nowhere/model.safetensors") == "error: nowhere/model.safetensors: no such file\n"
+    for out in (tmp_path, tmp_path / "absent" / "r.json"):  # told before the work, not after it
+        assert f"--out {out}: cannot be written" in mistake(capsys, "nowhere", "--out", str(out))
+    assert "--data.root" in mistake(capsys, str(saved), "--data.format", "voc", "--device", "cpu")

@@ -10,7 +10,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
-from engine_standin import TINY, TinyDetector, finish, free_port, launch
+from engine_standin import TINY, TinyDetector, finish, free_port, launch, one_thread  # noqa: F401 (a fixture)
 
 from doublehead.engine.checkpoint import load_state
 from doublehead.engine.errors import UserError

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from engine_standin import TinyDetector
+from engine_standin import TinyDetector, one_thread  # noqa: F401 (a fixture)
 from torch import nn
 
 from doublehead.engine.distributed import World
@@ -124,8 +124,9 @@ def test_accumulated_micro_batches_equal_one_batch():
         assert losses == pytest.approx(results[0][1], rel=1e-5)
 
 
-def test_gradient_clipping_bounds_the_step():
-    config = dataclasses.replace(CONFIG, steps=1, clip_grad_norm=1e-3, weight_decay=0.0, bias_lr_factor=1.0)
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_gradient_clipping_bounds_the_step(amp):
+    config = dataclasses.replace(CONFIG, steps=1, clip_grad_norm=1e-3, weight_decay=0.0, bias_lr_factor=1.0, amp=amp)
     trainer = new_trainer(config)
     before = weights(trainer)
     trainer.fit()

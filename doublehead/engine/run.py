@@ -16,7 +16,7 @@ from doublehead.data import build_dataset, build_loader
 from doublehead.engine import checkpoint, pictures
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import config_errors
-from doublehead.engine.evaluator import check_classes, evaluate, format_metrics, predict_images
+from doublehead.engine.evaluator import evaluate, format_metrics, predict_images
 from doublehead.engine.files import RECIPE_FILE, write_json
 from doublehead.engine.logs import LOG_FILE, Progress, RunLog, read_log, say
 from doublehead.engine.optim import seed_step
@@ -56,8 +56,7 @@ class Run(Hooks):
         with config_errors():
             check_config(recipe.train, world)  # before the data is read: that may take minutes
             self.training = build_dataset(recipe.data, "train", recipe.train.horizontal_flip)
-            self.validation = build_dataset(recipe.data, "val")
-            check_classes(self.validation, list(self.training.classes), "the training split")
+            self.validation = build_dataset(recipe.data, "val", classes=self.training.classes)
             seed_step(recipe.train.seed, -1)  # the first weights, the same on every process
             model = build_detector(recipe.model, len(self.training.classes) + 1)
             self.trainer = Trainer(model, recipe.train, self._batches, world, self)
