@@ -271,7 +271,7 @@ def _small_model(short_side: int, long_side: int, anchor_sizes: tuple[float, ...
     return ModelConfig(
         backbone=BackboneConfig("resnet18", "batch_norm", weights=None, frozen_stages=0, fpn_channels=64),
         rpn=RPNConfig(anchor_sizes, pre_nms_train=400, pre_nms_test=200, post_nms_train=200, post_nms_test=100),
-        roi=RoIConfig(samples=samples, canonical_size=short_side / 2),
+        roi=RoIConfig(samples=samples, canonical_size=float(short_side)),
         head=HeadConfig("double_head_ext", fc_dim=256, conv_dim=128, conv_blocks=3),
         image=ImageConfig((short_side,), long_side),
     )
