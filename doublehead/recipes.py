@@ -286,7 +286,8 @@ register(
         TrainConfig(
             steps=900,
             batch_size=4,
-            lr=0.02,
+            lr=0.01,
+            clip_grad_norm=10.0,
             milestones=(660, 840),
             warmup_steps=50,
             checkpoint_every=100,
@@ -300,7 +301,15 @@ register(
         "a small Double-Head-Ext on BCCD blood cells (Pascal VOC layout), from scratch on a CPU",
         _small_model(240, 320, (12, 24, 48, 96, 192), samples=96),
         DataConfig("voc", "data/BCCD", "train", "val", on_bad_record="skip"),
-        TrainConfig(steps=1200, batch_size=4, lr=0.01, milestones=(900, 1100), warmup_steps=100, checkpoint_every=200),
+        TrainConfig(
+            steps=1200,
+            batch_size=4,
+            lr=0.01,
+            milestones=(900, 1100),
+            warmup_steps=100,
+            clip_grad_norm=10.0,
+            checkpoint_every=200,
+        ),
     )
 )
 register(
@@ -310,8 +319,8 @@ register(
         _small_model(320, 480, (16, 32, 64, 128, 256), samples=96),
         DataConfig("coco", "data/tiny_coco", "train2017", "train2017", train_images=10, val_images=10),
         TrainConfig(
-            steps=600, batch_size=2, lr=0.01, milestones=(450, 550), warmup_steps=50, checkpoint_every=200,
-            horizontal_flip=0.0,
+            steps=600, batch_size=2, lr=0.01, milestones=(450, 550), warmup_steps=50, clip_grad_norm=10.0,
+            checkpoint_every=200, horizontal_flip=0.0,
         ),
     )
 )  # fmt: skip

@@ -5,14 +5,18 @@
 
 from .boxes import box_area, box_iou, clip_boxes, decode_boxes, encode_boxes
 from .nms import batched_nms, nms, nms_padded
+from .roi_align import MultiScaleRoIAlign, multiscale_roi_align, roi_align
 
 __all__ = [
+    "MultiScaleRoIAlign",
     "batched_nms",
     "box_area",
     "box_iou",
     "clip_boxes",
     "decode_boxes",
     "encode_boxes",
+    "multiscale_roi_align",
     "nms",
     "nms_padded",
+    "roi_align",
 ]
