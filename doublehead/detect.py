@@ -27,9 +27,9 @@ Entry = dict[str, Any]
 class Options:
     """What the command line takes."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A model.safetensors, or the folder of a run."""
-    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
     """Pictures, folders of pictures (searched to the bottom), or quoted patterns such as 'photos/*.jpg'."""
     out: str
     """Folder for the annotated pictures and detections.json."""
@@ -59,12 +59,14 @@ def run(options: Options) -> list[Entry]:
     looked at, that is, turned as its EXIF note says); and `unreadable`.
 
     Raises:
-        UserError: the threshold, the folder, the checkpoint or the device cannot be used.
+        UserError: no picture is named, or the threshold, the folder, the checkpoint or the device cannot be used.
     """
     from doublehead.engine.checkpoint import load_model  # these bring PyTorch: --help need not wait for it
     from doublehead.engine.distributed import join_world
     from doublehead.engine.files import write_json
 
+    if not options.images:
+        raise UserError("no picture is named: give files, folders or quoted patterns after the checkpoint")
     if not 0 <= options.score_threshold <= 1:
         raise UserError(f"--score-threshold is {options.score_threshold}, a number from 0 to 1 is accepted")
     folder = _made(Path(options.out))

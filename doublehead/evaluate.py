@@ -28,15 +28,17 @@ class EvaluationData:
     """Use only the first N images."""
     image_size: int | None = None
     """Side of a generated image (shapes only)."""
-    on_bad_record: Literal["error", "skip"] | None = None
+    on_bad_record: Annotated[Literal["error", "skip"] | None, tyro.conf.arg(aliases=("--on-bad-record",))] = None
+    """What to do with a broken image or annotation: stop with its name, or leave it out and count it."""
     workers: int | None = None
+    """Loader processes per rank."""
 
 
 @dataclass(frozen=True)
 class Options:
     """What the command line takes."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A model.safetensors, or the folder of a run."""
     data: EvaluationData = field(default_factory=EvaluationData)
     readout: ReadOut | None = None
@@ -46,6 +48,7 @@ class Options:
     out: str | None = None
     """Write the detections to this file, in COCO's submission format."""
     device: str = "auto"
+    """`auto`: CUDA where there is one, else CPU."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

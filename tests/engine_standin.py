@@ -26,7 +26,7 @@ from torch import nn
 from doublehead.data import DetectionDataset
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Tiny tensors are slower on several threads, and beside other work much slower."""
     before = torch.get_num_threads()

@@ -160,6 +160,11 @@ def test_mistakes_are_one_line(saved, tmp_path, capsys, change, message):
     assert message in shown and "Traceback" not in shown and len(shown.splitlines()) == 1
 
 
+def test_no_picture_at_all_is_a_mistake(saved, tmp_path, capsys):
+    assert detect(saved, "--out", tmp_path / "out") == 2
+    assert "no picture is named" in capsys.readouterr().err
+
+
 def test_a_bug_keeps_its_traceback(saved, tmp_path, monkeypatch):
     picture(tmp_path / "a.png")
     monkeypatch.setattr(TinyDetector, "_detect", lambda self, image: 1 / 0)

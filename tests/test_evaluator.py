@@ -16,8 +16,17 @@ from torch import nn
 
 from doublehead.data import build_dataset
 from doublehead.engine import checkpoint
+from doublehead.engine.distributed import World
 from doublehead.engine.errors import UserError
-from doublehead.engine.evaluator import COCO_NUMBERS, check_classes, coco_results, evaluate, format_metrics, inference
+from doublehead.engine.evaluator import (
+    COCO_NUMBERS,
+    check_classes,
+    coco_results,
+    evaluate,
+    format_metrics,
+    inference,
+    predict,
+)  # fmt: skip
 from doublehead.engine.voc_ap import voc_ap50
 from doublehead.evaluate import EvaluationData, Options, data_config, main, set_readout
 from doublehead.recipes import RECIPES, DataConfig, DetectionConfig
@@ -71,7 +80,7 @@ def random_case(seed=0, images=12):
             crowd = int(rng.random() < 0.15)
             annotations.append(annotation(i, box, 3 * label - 1, iscrowd=crowd))
             for _ in range(rng.integers(0, 3)):
-                moved = np.maximum(np.array(box) + rng.normal(0, 1, 4), 0.5)
+                moved = np.maximum(np.array(box) + rng.normal(0, rng.choice([0.5, 2.5]), 4), 0.5)
                 other = label if rng.random() < 0.8 else label % 3 + 1
                 found.append((*moved, other, rng.random()))
             found.append((*rng.uniform(0, 30, 4), label, rng.random() * 0.3))
@@ -246,6 +255,12 @@ def test_two_processes_give_what_one_gives(saved, tmp_path):
     assert len({result["image_id"] for result in json.loads(answers[0][0])}) == 5
 
 
+def test_each_process_takes_its_share_alone():
+    dataset, model = random_case(images=5)
+    shares = [set(predict(model, dataset, World(rank, 2))) for rank in range(2)]
+    assert shares == [set(dataset.image_ids[0::2]), set(dataset.image_ids[1::2])]
+
+
 def test_results_file_is_what_pycocotools_reads(saved, tmp_path, capsys):
     main([str(saved), "--out", str(tmp_path / "r.json"), "--data.val-images", "4", "--device", "cpu"])
     printed = capsys.readouterr().out
@@ -287,6 +302,13 @@ def test_data_of_training_are_the_default(tmp_path):
         data_config(dataclasses.replace(trained, root=None), EvaluationData())
     with pytest.raises(UserError, match="/nowhere, is not here: give --data.root"):
         data_config(dataclasses.replace(trained, root="/nowhere"), EvaluationData())
+
+
+def test_broken_records_can_be_left_out_by_the_same_short_option_as_in_training(saved, monkeypatch):
+    seen = []
+    monkeypatch.setattr("doublehead.evaluate.run", seen.append)
+    main([str(saved), "--on-bad-record", "skip"])
+    assert seen[0].data.on_bad_record == "skip" and seen[0].checkpoint == str(saved)
 
 
 def test_a_model_of_other_classes_is_refused(saved, capsys):

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -415,6 +416,19 @@ def test_bugs_keep_their_traceback_and_a_full_disk_has_none(tmp_path):
     assert finish(train(folder, before=run_out_of_disk)) == 2
     text = folder.with_suffix(".txt").read_text()
     assert "cannot be written" in text and "Traceback" not in text
+
+
+def two_threads():
+    torch.set_num_threads(2)
+
+
+def test_resuming_in_other_circumstances_is_noted(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    assert finish(train(folder, "--resume", folder)) == 0
+    assert "note:" not in folder.with_suffix(".txt").read_text()
+    assert finish(train(folder, "--resume", folder, before=two_threads)) == 0
+    assert "note: 1 -> 2 threads: the run goes on" in folder.with_suffix(".txt").read_text()
 
 
 def test_an_unknown_recipe_exits_with_2(capsys):

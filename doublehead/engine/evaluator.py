@@ -73,7 +73,7 @@ def predict(
         dataset, 1, train=False, seed=0, rank=world.rank, world_size=world.size, workers=workers
     )  # fmt: skip
     total = -(-len(dataset) // world.size)
-    bar = tqdm(loader, total=total, desc="evaluating", leave=False, disable=None if progress else True)
+    bar = tqdm(loader, total=total, desc="evaluating", unit="image", leave=False, disable=None if progress else True)
     found = {}
     with inference(model):
         for images, targets in bar:

@@ -89,11 +89,10 @@ class Run(Hooks):
         if not path.exists():
             return None
         state = checkpoint.load_state(path)
-        if state["processes"] != self.world.size and self.world.is_main:
-            say(
-                f"note: the run was on {state['processes']} processes and goes on with {self.world.size}: "
-                "the same images, other random samples"
-            )
+        before, now = state["machine"], self._machine()
+        if before != now and self.world.is_main:
+            changed = ", ".join(f"{before[name]} -> {now[name]} {name}" for name in now if before[name] != now[name])
+            say(f"note: {changed}: the run goes on, but not with the very bits it would have had")
         self.trainer.load_state_dict(state)
         return state
 
@@ -108,6 +107,10 @@ class Run(Hooks):
 
         self.log = RunLog(self.folder, state["step"], keep)
 
+    def _machine(self) -> dict[str, Any]:
+        """What sums are split over: their rounding depends on it, and so do a run's bits."""
+        return {"processes": self.world.size, "threads": torch.get_num_threads(), "device": self.world.device.type}
+
     # ------------------------------------------------------------------ hooks
 
     def on_step(self) -> None:
@@ -119,7 +122,7 @@ class Run(Hooks):
             self.progress.show(record)
 
     def on_save(self) -> None:
-        state = self.trainer.state_dict() | {"processes": self.world.size}
+        state = self.trainer.state_dict() | {"machine": self._machine()}
 
         def write() -> None:
             # The model first: a state of the last step then proves that the model is of it too.

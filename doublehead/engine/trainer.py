@@ -3,7 +3,8 @@
 A run is a chain of optimizer steps.  Everything a step uses follows from the state after the step
 before it and from (seed, step, rank): the batch, by the loader's contract, and every random number
 the model draws, by `seed_step`.  So a run that is killed and resumed from its last checkpoint
-repeats the lost steps exactly; on the CPU it ends with the same bits.
+repeats the lost steps exactly: on the CPU, with as many processes and threads, it ends with the
+same bits.
 """
 
 from __future__ import annotations
