@@ -16,6 +16,8 @@
 #include "common.h"
 #include "nms.h"
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors only pass through inlined functions
+
 namespace doublehead::nms {
 
 // What the lists are laid out by: the range of areas, and of twice the x-centres, of an image's boxes.
@@ -32,6 +34,20 @@ struct Extent {
     right = std::max(right, box.x1 + box.x2);
   }
 };
+
+// 64 bytes of numbers as one value: one AVX-512, two AVX2 or four SSE or NEON registers.
+template <typename T>
+struct LanesOf;
+template <>
+struct LanesOf<float> {
+  typedef float type __attribute__((vector_size(64)));
+};
+template <>
+struct LanesOf<double> {
+  typedef double type __attribute__((vector_size(64)));
+};
+template <typename T>
+using Lanes = typename LanesOf<T>::type;
 
 template <typename T>
 class Candidates {
@@ -59,17 +75,10 @@ class Candidates {
     next_.assign(begin_.begin(), begin_.end() - 1);
     horizon_.assign(begin_.begin() + 1, begin_.end());
 
-    const int64_t slots = (count + kRun - 1) / kRun * kRun;
-    for (auto* column : {&x1_, &y1_, &x2_, &y2_, &area_}) column->resize(slots);
-    suppressed_.assign(slots, 0);
+    runs_.assign((count + kRun - 1) / kRun, Run{});
     for (int64_t k = 0; k < count; ++k) {
-      const Box<T> box = box_at(k);
       const uint32_t slot = next_[list_[k]]++;
-      x1_[slot] = box.x1;
-      y1_[slot] = box.y1;
-      x2_[slot] = box.x2;
-      y2_[slot] = box.y2;
-      area_[slot] = box.area;
+      runs_[slot / kRun].set(slot % kRun, box_at(k));
     }
     next_.assign(begin_.begin(), begin_.end() - 1);
   }
@@ -85,23 +94,39 @@ class Candidates {
   // Decides on candidate k, all better ones being decided: it is kept unless struck, and then strikes the others.
   DOUBLEHEAD_INLINE bool decide(int64_t k) {
     const uint32_t slot = next_[list_[k]]++;
-    if (suppressed_[slot]) return false;
-    strike(slot, next_.data(), horizon_.data(), 0, slots());
+    if (runs_[slot / kRun].suppressed[slot % kRun]) return false;
+    strike(slot, next_.data(), horizon_.data(), 0, runs());
     if (has_horizon_) kept_.push_back(slot);
     return true;
   }
 
-  // What those kept since set_horizon strike from the horizon on, in slots [first, last), which are multiples of kRun.
+  // What those kept since set_horizon strike from the horizon on, in runs [first, last).
   DOUBLEHEAD_INLINE void strike_beyond_horizon(int64_t first, int64_t last) {
     for (uint32_t slot : kept_) strike(slot, horizon_.data(), begin_.data() + 1, first, last);
   }
 
-  int64_t slots() const { return suppressed_.size(); }
-
-  static constexpr int64_t kRun = 16;  // slots compared at a time
+  int64_t runs() const { return runs_.size(); }
 
  private:
-  using Flag = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;  // as wide as T, for the vectors' sake
+  static constexpr uint32_t kRun = 64 / sizeof(T);  // slots compared at a time
+
+  // Without alignas, code for AVX-512 would expect more of a vector than code for plain x86-64 grants.
+  struct alignas(64) Run {
+    Box<Lanes<T>> boxes;
+    decltype(Lanes<T>{} > Lanes<T>{}) suppressed;
+
+    void set(int lane, const Box<T>& box) {
+      boxes.x1[lane] = box.x1;
+      boxes.y1[lane] = box.y1;
+      boxes.x2[lane] = box.x2;
+      boxes.y2[lane] = box.y2;
+      boxes.area[lane] = box.area;
+    }
+
+    Box<T> at(int lane) const {
+      return {boxes.x1[lane], boxes.y1[lane], boxes.x2[lane], boxes.y2[lane], boxes.area[lane]};
+    }
+  };
 
   static constexpr int64_t kSmall = 64;  // fewer boxes: one list
   static constexpr int kMostLevels = 16;
@@ -110,34 +135,26 @@ class Candidates {
   // Compares the box in `slot` with those in [from[l], to[l]) of every list l that may hold one it suppresses. Whole runs
   // are taken: what is struck in passing is suppressed as well, or decided already, or the padding at the end.
   DOUBLEHEAD_INLINE void strike(uint32_t slot, const uint32_t* from, const uint32_t* to, int64_t first, int64_t last) {
-    const Box<T> box{x1_[slot], y1_[slot], x2_[slot], y2_[slot], area_[slot]};
+    const Box<T> box = runs_[slot / kRun].at(slot % kRun);
     if (!negative_ && !has_area(box)) return;  // its IoU with anything is 0 or NaN
-    const T centre = box.x1 + box.x2;          // twice the centre
+    const Lanes<T> zeros{};
+    const Box<Lanes<T>> all{zeros + box.x1, zeros + box.y1, zeros + box.x2, zeros + box.y2, zeros + box.area};
+    const T centre = box.x1 + box.x2;  // twice the centre
     const T reach = (box.x2 - box.x1) * reach_ + std::abs(centre) * T(1e-6);
     const int first_level = level(box.area * smallest_), last_level = level(box.area * largest_);
     const int first_strip = strip(centre - reach), last_strip = strip(centre + reach);
     for (int l = first_level; l <= last_level; ++l) {
       for (int list = l * strips_ + first_strip; list <= l * strips_ + last_strip; ++list) {
         if (from[list] == to[list]) continue;
-        const int64_t begin = std::max<int64_t>(from[list] / kRun * kRun, first);
-        const int64_t end = std::min<int64_t>((to[list] + kRun - 1) / kRun * kRun, last);
-        if (begin < end) strike_slots(box, begin, end - begin);
+        const int64_t begin = std::max<int64_t>(from[list] / kRun, first);
+        const int64_t end = std::min<int64_t>((to[list] - 1) / kRun + 1, last);
+        for (int64_t run = begin; run < end; ++run) strike_run(all, runs_[run]);
       }
     }
   }
 
-  DOUBLEHEAD_INLINE void strike_slots(const Box<T>& box, int64_t first, int64_t count) {
-    const T* DOUBLEHEAD_RESTRICT x1 = x1_.data() + first;
-    const T* DOUBLEHEAD_RESTRICT y1 = y1_.data() + first;
-    const T* DOUBLEHEAD_RESTRICT x2 = x2_.data() + first;
-    const T* DOUBLEHEAD_RESTRICT y2 = y2_.data() + first;
-    const T* DOUBLEHEAD_RESTRICT area = area_.data() + first;
-    Flag* DOUBLEHEAD_RESTRICT suppressed = suppressed_.data() + first;
-    const T threshold = threshold_;
-    count &= -kRun;  // tells the compiler that no rest is left
-    for (int64_t i = 0; i < count; ++i) {
-      suppressed[i] |= iou(box, Box<T>{x1[i], y1[i], x2[i], y2[i], area[i]}) > threshold;
-    }
+  DOUBLEHEAD_INLINE void strike_run(const Box<Lanes<T>>& box, Run& run) const {
+    run.suppressed |= iou(box, run.boxes) > Lanes<T>{} + threshold_;
   }
 
   // Levels and strips as the boxes need them. Strips need areas large enough that an IoU is precise.
@@ -179,8 +196,7 @@ class Candidates {
   int levels_ = 1, strips_ = 1, base_ = 0;
 
   std::vector<uint16_t> list_;               // of each candidate
-  std::vector<T> x1_, y1_, x2_, y2_, area_;  // of each slot; list l has the slots [begin_[l], begin_[l + 1])
-  std::vector<Flag> suppressed_;
+  std::vector<Run> runs_;        // of slots; list l has the slots [begin_[l], begin_[l + 1])
   std::vector<uint32_t> begin_, next_, horizon_;  // of each list: its start, its first undecided slot, the horizon
   bool has_horizon_ = false;
   std::vector<uint32_t> kept_;  // slots of those kept since the horizon was set

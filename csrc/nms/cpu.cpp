@@ -13,8 +13,8 @@ namespace {
 using namespace doublehead;
 using namespace doublehead::nms;
 
-constexpr int64_t kRound = 2048;   // candidates of a round, where a group is decided in parallel
-constexpr int64_t kLarge = 16384;  // boxes of a group worth it
+constexpr int64_t kLarge = 16384;  // a group of so many boxes is decided in parallel,
+constexpr int64_t kRounds = 16;    // in so many rounds
 
 // One image's boxes, as they lie in the caller's tensor.
 template <typename T>
@@ -28,8 +28,11 @@ struct Boxes {
     return make_box<C>(static_cast<C>(p[0]), static_cast<C>(p[coordinate_stride]),
                        static_cast<C>(p[2 * coordinate_stride]), static_cast<C>(p[3 * coordinate_stride]));
   }
+
+  void prefetch(int64_t i) const { __builtin_prefetch(data + i * stride); }
 };
 
+// The group of each of one image's boxes.
 struct Groups {
   const int64_t* data = nullptr;  // null: all boxes are one group
   int64_t stride = 0;
@@ -103,16 +106,33 @@ DOUBLEHEAD_MULTIVERSION void strike_beyond_horizon(Candidates<C>& candidates, in
 // Decides round by round: in a round one after the other, and then what they strike in later rounds in parallel.
 template <typename C, typename Key>
 int64_t decide_in_parallel(Candidates<C>& candidates, Item<Key>* items, int64_t count, int64_t limit) {
-  constexpr int64_t kRun = Candidates<C>::kRun;
+  const int64_t round = (count + kRounds - 1) / kRounds;
   int64_t kept = 0;
-  for (int64_t first = 0; first < count && kept < limit; first += kRound) {
-    const int64_t last = std::min(first + kRound, count);
+  for (int64_t first = 0; first < count && kept < limit; first += round) {
+    const int64_t last = std::min(first + round, count);
     candidates.set_horizon(first, last);
     kept += decide(candidates, items, first, last, limit - kept, items + kept);
-    parallel_for(0, candidates.slots() / kRun, 256,
-                 [&](int64_t a, int64_t b) { strike_beyond_horizon(candidates, a * kRun, b * kRun); });
+    parallel_for(0, candidates.runs(), 256,
+                 [&](int64_t a, int64_t b) { strike_beyond_horizon(candidates, a, b); });
   }
   return kept;
+}
+
+// Where each group starts in `items`, which come by group, and the end behind the last.
+template <typename Key>
+std::vector<uint32_t> group_starts(const Items<Key>& items, const Groups& groups) {
+  std::vector<uint32_t> starts;
+  const int64_t count = items.size();
+  for (int64_t start = 0; start < count;) {
+    starts.push_back(start);
+    const auto same = [&, group = groups[items[start].index]](const auto& item) { return groups[item.index] == group; };
+    int64_t step = 1;  // a group's end is sought in growing steps: a look at every box would cost a cache miss each
+    while (start + step < count && same(items[start + step])) step *= 2;
+    const auto last = items.begin() + std::min(start + step, count);
+    start = std::partition_point(items.begin() + start + step / 2, last, same) - items.begin();
+  }
+  starts.push_back(count);
+  return starts;
 }
 
 // Greedy suppression within the groups of `items`, which come by index. What is left are the kept ones, foremost first,
@@ -123,13 +143,8 @@ void suppress(const Boxes<T>& boxes, const Extent<C>& extent, const Groups& grou
   const int64_t count = items.size();
   Items<Key> scratch;
   radix_sort(items.data(), count, scratch, [&](const auto& item) { return static_cast<uint64_t>(groups[item.index]); });
-  std::vector<uint32_t> starts;
-  for (int64_t i = 0; i < count; ++i) {
-    if (i == 0 || groups[items[i].index] != groups[items[i - 1].index]) starts.push_back(i);
-  }
-  const int64_t group_count = starts.size();
-  starts.push_back(count);
-
+  const std::vector<uint32_t> starts = group_starts(items, groups);
+  const int64_t group_count = static_cast<int64_t>(starts.size()) - 1;
   std::vector<uint32_t> kept(group_count);
   const bool parallel = group_count == 1 && count >= kLarge && num_threads() > 1;
   const auto run = [&](int64_t first, int64_t last) {
@@ -139,6 +154,7 @@ void suppress(const Boxes<T>& boxes, const Extent<C>& extent, const Groups& grou
       Item<Key>* group = items.data() + starts[g];
       const int64_t size = starts[g + 1] - starts[g];
       radix_sort(group, size, scratch, [](const auto& item) { return item.key; });
+      for (int64_t k = 0; k < size; ++k) boxes.prefetch(group[k].index);
       candidates.reset(size, [&](int64_t k) { return boxes[group[k].index]; });
       kept[g] = parallel ? decide_in_parallel(candidates, group, size, limit)
                          : decide(candidates, group, 0, size, limit, group);
@@ -166,6 +182,7 @@ Items<Key> keep(const Boxes<T>& boxes, const Groups& groups, Items<Key> items, i
   for (const auto& item : items) extent.add(boxes[item.index]);
   // Whether a box is kept depends on better boxes alone, so if few are wanted, try the best few, then more.
   const int64_t total = items.size();
+  limit = std::min(limit, total);
   for (int64_t count = std::max<int64_t>(4 * limit, 4096); count < total; count *= 4) {
     Items<Key> best = foremost(items, count);
     suppress(boxes, extent, groups, best, limit, threshold);

@@ -19,6 +19,7 @@
 
 namespace doublehead::nms {
 
+// T is a number, or a vector of numbers in GCC's and Clang's extension.
 template <typename T>
 struct Box {
   T x1, y1, x2, y2, area;
@@ -35,9 +36,8 @@ DOUBLEHEAD_NMS_FUNCTION T intersection(const Box<T>& a, const Box<T>& b) {
   const T top = a.y1 > b.y1 ? a.y1 : b.y1;
   const T right = a.x2 < b.x2 ? a.x2 : b.x2;
   const T bottom = a.y2 < b.y2 ? a.y2 : b.y2;
-  const T width = right - left > T(0) ? right - left : T(0);
-  const T height = bottom - top > T(0) ? bottom - top : T(0);
-  return width * height;
+  const T width = right - left, height = bottom - top, zero{};
+  return (width > zero ? width : zero) * (height > zero ? height : zero);
 }
 
 // A box with a NaN coordinate has a NaN area, so that its IoU is NaN whatever the comparisons above made of it.
