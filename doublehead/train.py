@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -85,7 +86,12 @@ def run(recipe: Recipe, options: Options) -> None:
     with join_world(recipe.train.device) as world, counted_warnings(shown=world.is_main):
         resume = options.resume is not None
         folder = Path(options.resume) if resume else world.on_main(lambda: new_run_folder(recipe.name, options.out))
-        train(recipe, folder, world, resume)
+        try:
+            train(recipe, folder, world, resume)
+        except BaseException:
+            with contextlib.suppress(OSError):  # a run that never began leaves no empty folder
+                folder.rmdir()
+            raise
 
 
 def _take_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -396,6 +396,7 @@ def test_mistakes_are_told_without_a_traceback(tmp_path, options, message):
     assert finish(process) == 2
     text = folder.with_suffix(".txt").read_text()
     assert message in text and "Traceback" not in text and text.startswith("error: ")
+    assert not folder.exists()  # nothing was begun, nothing is left
 
 
 def break_the_model():
@@ -465,6 +466,6 @@ def test_warnings_are_shown_once_and_counted(capsys):
         for _ in range(3):
             warnings.warn("this and\nthat", stacklevel=1)
         warnings.warn("other", stacklevel=1)
-    assert dict(counts) == {"UserWarning: this and": 3, "UserWarning: other": 1}
+    assert dict(counts) == {"UserWarning: this and that": 3, "UserWarning: other": 1}
     shown = capsys.readouterr().err
-    assert shown.count("warning: UserWarning: this and\n") == 1 and "3 times: UserWarning: this and" in shown
+    assert shown.count("warning: UserWarning: this and that\n") == 1 and "3 times: UserWarning: this and" in shown

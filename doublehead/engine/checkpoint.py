@@ -66,8 +66,9 @@ def save_model(
     }
     try:
         with replacing(path) as temporary:
-            safetensors.torch.save_file(tensors, temporary, metadata)
-    except (OSError, safetensors.SafetensorError) as error:
+            # Not `save_file`: it has a temporary file of its own, which a killed process would leave behind.
+            temporary.write_bytes(safetensors.torch.save(tensors, metadata))
+    except OSError as error:
         raise _cannot_write(path, error) from error
 
 

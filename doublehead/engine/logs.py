@@ -126,7 +126,7 @@ def counted_warnings(shown: bool = True) -> Iterator[Counter]:
     counts: Counter = Counter()
 
     def count(message, category, filename, lineno, file=None, line=None) -> None:
-        text = f"{category.__name__}: {str(message).strip().splitlines()[0]}"
+        text = f"{category.__name__}: {' '.join(str(message).split())}"
         counts[text] += 1
         if shown and counts[text] == 1:
             tqdm.write(f"warning: {text}", file=sys.stderr)

@@ -113,21 +113,22 @@ def detection_grid(
         side: each picture is scaled to fit a square of this many pixels.
     """
     gap, header = 12, 34
-    rows = -(-len(images) // columns)
     columns = min(columns, max(1, len(images)))
-    pair = 2 * side + gap
-    sheet = Image.new("RGB", (columns * (pair + 2 * gap), header + rows * (side + gap) + gap), "white")
+    pictures, scales = [], []
+    for image in images:
+        scales.append(side / max(image.shape[-2:]))
+        size = [max(1, round(length * scales[-1])) for length in (image.shape[-1], image.shape[-2])]
+        pictures.append(to_picture(image).resize(size))
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    tops = np.cumsum([header, *(gap + max(picture.height for picture in row) for row in rows)]).tolist()
+    lefts = [gap + column * (2 * side + 3 * gap) for column in range(columns)]
+    sheet = Image.new("RGB", (lefts[-1] + 2 * side + 2 * gap, tops[-1]), "white")
     draw, font = ImageDraw.Draw(sheet), _font(17)
-    for column in range(columns):
-        left = gap + column * (pair + 2 * gap)
+    for left in lefts:
         draw.text((left, 8), "ground truth", fill="black", font=font)
         draw.text((left + side + gap, 8), f"detections, score ≥ {threshold:g}", fill="black", font=font)
-    for number, (image, target, output) in enumerate(zip(images, targets, outputs, strict=True)):
-        row, column = divmod(number, columns)
-        left, top = gap + column * (pair + 2 * gap), header + row * (side + gap)
-        scale = side / max(image.shape[-2:])
-        picture = to_picture(image)
-        picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    for number, (picture, scale, target, output) in enumerate(zip(pictures, scales, targets, outputs, strict=True)):
+        left, top = lefts[number % columns], tops[number // columns]
         truth = draw_boxes(picture, target["boxes"] * scale, target["labels"], classes)
         boxes, scores = output["boxes"].cpu() * scale, output["scores"].cpu()
         found = draw_boxes(picture, boxes, output["labels"].cpu(), classes, scores, threshold)

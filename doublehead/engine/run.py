@@ -195,10 +195,6 @@ class Run(Hooks):
         }
         for name, text in lines.items():
             say(f"{name:<8} {text}")
-        for split in (self.training, self.validation):
-            if split.skipped:
-                reasons = ", ".join(f"{count} x {reason}" for reason, count in split.skipped.items())
-                say(f"left out of {split.name}: {reasons}")
 
 
 def _device_name(world: World) -> str:
