@@ -64,7 +64,7 @@ def run(options: Options) -> None:
     from doublehead.engine.checkpoint import load_model
     from doublehead.engine.distributed import join_world
     from doublehead.engine.errors import config_errors
-    from doublehead.engine.evaluator import check_classes, evaluate, format_metrics
+    from doublehead.engine.evaluator import evaluate, format_metrics
     from doublehead.engine.files import write_json
     from doublehead.engine.logs import counted_warnings, say
 
@@ -75,7 +75,6 @@ def run(options: Options) -> None:
             set_readout(model, options, recipe.model.detection)
             data = data_config(recipe.data, options.data)
             dataset = build_dataset(data, "val", classes=classes)
-        check_classes(dataset, classes, options.checkpoint)
         if world.is_main:
             say(f"{options.checkpoint}: {recipe.name}, on {len(dataset)} images of {dataset.name}")
         metrics, results = evaluate(

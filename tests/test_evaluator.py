@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import io
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
 from engine_standin import MemoryDataset, TinyDetector, finish, free_port, launch, one_thread, tiny_models  # noqa: F401 (a fixture)
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
@@ -20,7 +22,6 @@ from doublehead.engine.distributed import World
 from doublehead.engine.errors import UserError
 from doublehead.engine.evaluator import (
     COCO_NUMBERS,
-    check_classes,
     coco_results,
     evaluate,
     format_metrics,
@@ -311,15 +312,33 @@ def test_broken_records_can_be_left_out_by_the_same_short_option_as_in_training(
     assert seen[0].data.on_bad_record == "skip" and seen[0].checkpoint == str(saved)
 
 
-def test_a_model_of_other_classes_is_refused(saved, capsys):
-    dataset = MemoryDataset(numbered_images(1), [])
-    check_classes(dataset, ["a", "b"], "x")
-    with pytest.raises(UserError, match=r"x knows 3 classes, the data set has 2.*lacks \['c'\] and adds \[\]"):
-        check_classes(dataset, ["a", "b", "c"], "x")
-    with pytest.raises(UserError, match="their order differs"):
-        check_classes(dataset, ["b", "a"], "x")
-    checkpoint.save_model(saved, TinyDetector(3), RECIPES["shapes-ext"], ["cat", "dog"], [1, 2])
-    assert "cat, dog" in mistake(capsys, str(saved), "--device", "cpu")
+def voc_folder(root, *names):
+    """A Pascal VOC folder of one image with an object of each name."""
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    Image.new("RGB", (64, 48)).save(root / "JPEGImages" / "one.jpg")
+    (root / "ImageSets" / "Main" / "val.txt").write_text("one\n")
+    box = "<bndbox><xmin>5</xmin><ymin>5</ymin><xmax>40</xmax><ymax>30</ymax></bndbox>"
+    objects = "".join(f"<object><name>{name}</name>{box}</object>" for name in names)
+    size = "<size><width>64</width><height>48</height><depth>3</depth></size>"
+    text = f"<annotation><filename>one.jpg</filename>{size}{objects}</annotation>"
+    (root / "Annotations" / "one.xml").write_text(text)
+
+
+def test_a_model_is_measured_on_its_own_classes_alone(saved, tmp_path, capsys):
+    checkpoint.save_model(saved, TinyDetector(4), RECIPES["shapes-ext"], ["dog", "cow", "cat"], [1, 2, 3])
+    assert "dog, cow, cat" in mistake(capsys, str(saved), "--device", "cpu")  # these are not the generated shapes
+    voc = ["--data.format", "voc", "--data.root", str(tmp_path / "voc"), "--device", "cpu"]
+    voc_folder(tmp_path / "voc", "cat", "dog")  # fewer classes than the model, in another order
+    main([str(saved), *voc, "--out", str(tmp_path / "r.json")])
+    shown = capsys.readouterr().out
+    rows = [line.split() for line in shown.splitlines() if line.startswith(("dog ", "cow ", "cat "))]
+    assert [row[0] for row in rows] == ["dog", "cow", "cat"] and rows[1] == ["cow", "-", "-", "-"]
+    assert {result["category_id"] for result in json.loads((tmp_path / "r.json").read_text())} == {1, 2, 3}
+    shutil.rmtree(tmp_path / "voc")
+    voc_folder(tmp_path / "voc", "cat", "bird")
+    shown = mistake(capsys, str(saved), *voc)
+    assert "one.xml, object 2" in shown and "bird" in shown and "dog, cow, cat" in shown
 
 
 def mistake(capsys, *arguments):

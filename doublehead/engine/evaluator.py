@@ -17,7 +17,6 @@ from torch import nn
 from tqdm import tqdm
 
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import UserError
 from doublehead.engine.voc_ap import voc_ap50
 
 COCO_NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -184,23 +183,6 @@ def _known(value: float) -> float | None:
 def _mean(values: Any) -> float | None:
     values = values[values > -1]
     return float(values.mean()) if values.size else None
-
-
-def check_classes(dataset: Any, classes: list[str], source: str) -> None:
-    """Refuse to measure a model on other classes than it knows.
-
-    Raises:
-        UserError: `dataset.classes` differs from `classes` in names or order.
-    """
-    if list(dataset.classes) == list(classes):
-        return
-    lacks = [name for name in classes if name not in dataset.classes]
-    extra = [name for name in dataset.classes if name not in classes]
-    difference = f"the data set lacks {lacks} and adds {extra}" if lacks or extra else "their order differs"
-    raise UserError(
-        f"{source} knows {len(classes)} classes, the data set has {len(dataset.classes)}, and they differ: "
-        f"{difference}; label i of the one would not mean label i of the other"
-    )
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
