@@ -78,7 +78,12 @@ def run(options: Options) -> None:
         if world.is_main:
             say(f"{options.checkpoint}: {recipe.name}, on {len(dataset)} images of {dataset.name}")
         metrics, results = evaluate(
-            model.to(world.device), dataset, world, voc=data.format == "voc", workers=data.workers, progress=True
+            model.to(world.device),
+            dataset,
+            world,
+            voc=data.format == "voc",
+            workers=data.workers,
+            progress=world.is_main,
         )
         if options.out:
             world.on_main(lambda: write_json(options.out, results, indent=None))
