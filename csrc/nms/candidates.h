@@ -13,10 +13,10 @@
 #include <type_traits>
 #include <vector>
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors only pass through inlined functions
+
 #include "common.h"
 #include "nms.h"
-
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors only pass through inlined functions
 
 namespace doublehead::nms {
 
@@ -148,13 +148,9 @@ class Candidates {
         if (from[list] == to[list]) continue;
         const int64_t begin = std::max<int64_t>(from[list] / kRun, first);
         const int64_t end = std::min<int64_t>((to[list] - 1) / kRun + 1, last);
-        for (int64_t run = begin; run < end; ++run) strike_run(all, runs_[run]);
+        for (int64_t r = begin; r < end; ++r) runs_[r].suppressed |= iou(all, runs_[r].boxes) > zeros + threshold_;
       }
     }
-  }
-
-  DOUBLEHEAD_INLINE void strike_run(const Box<Lanes<T>>& box, Run& run) const {
-    run.suppressed |= iou(box, run.boxes) > Lanes<T>{} + threshold_;
   }
 
   // Levels and strips as the boxes need them. Strips need areas large enough that an IoU is precise.
@@ -195,8 +191,8 @@ class Candidates {
   T smallest_, largest_, reach_, per_strip_ = 0;
   int levels_ = 1, strips_ = 1, base_ = 0;
 
-  std::vector<uint16_t> list_;               // of each candidate
-  std::vector<Run> runs_;        // of slots; list l has the slots [begin_[l], begin_[l + 1])
+  std::vector<uint16_t> list_;                    // of each candidate
+  std::vector<Run> runs_;                         // list l has the slots [begin_[l], begin_[l + 1]), kRun to a run
   std::vector<uint32_t> begin_, next_, horizon_;  // of each list: its start, its first undecided slot, the horizon
   bool has_horizon_ = false;
   std::vector<uint32_t> kept_;  // slots of those kept since the horizon was set

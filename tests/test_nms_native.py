@@ -1,0 +1,159 @@
+"""The compiled NMS against its definition, index for index, on whatever boxes Hypothesis thinks of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from nms_cases import INF, NAN, clustered_boxes, integer_boxes, is_greedy_result
+
+from doublehead.ops import nms_padded
+from doublehead.ops._library import native
+from doublehead.ops.nms import op, reference
+
+pytestmark = pytest.mark.skipif(
+    not native("nms_padded", "cpu"), reason="doublehead's compiled part is not built, so there is nothing to compare"
+)
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+BAD = [NAN, INF, -INF, 0.0, -0.0, 3e38, -3e38, 1e-45, 1e300, 65504.0]
+
+
+@st.composite
+def images(draw):
+    """Boxes, scores and groups of a small batch: clustered or on a grid, of any size, with bad values strewn in."""
+    batch, count = draw(st.integers(1, 3)), draw(st.integers(0, 150))
+    seed = draw(st.integers(0, 2**16))
+    make = draw(st.sampled_from([clustered_boxes, integer_boxes]))
+    boxes, scores = make(batch * count, seed)
+    generator = torch.Generator().manual_seed(seed)
+    boxes, scores = boxes.double() * draw(st.sampled_from([1.0, 1.0, 1e-3, 37.7, 1e15, 1e-20])), scores.double()
+    boxes = boxes + draw(st.sampled_from([0.0, 0.0, -400.0, 1e6]))
+    for tensor in (boxes.view(-1), scores):
+        for _ in range(draw(st.integers(0, 4)) if tensor.numel() else 0):
+            tensor[torch.randint(tensor.numel(), (1,), generator=generator)] = draw(st.sampled_from(BAD))
+    if draw(st.booleans()) and count:  # inverted and degenerate boxes
+        boxes[torch.randint(len(boxes), (3,), generator=generator)] = boxes[0].flip(0)
+    groups = torch.randint(-1, draw(st.sampled_from([1, 2, 50])), (batch, count), generator=generator)
+    boxes = boxes.to(draw(st.sampled_from(DTYPES)))
+    return boxes.view(batch, count, 4), scores.to(draw(st.sampled_from(DTYPES))).view(batch, count), groups
+
+
+thresholds = st.one_of(
+    st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 1.0, -0.1, 1 / 3, 1e-7]), st.floats(0.0, 1.0), st.just(NAN)
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(images(), thresholds, st.integers(0, 160))
+def test_padded_equals_reference(example_images, threshold, max_output):
+    boxes, scores, groups = example_images
+    actual = nms_padded(boxes, scores, groups, threshold, max_output)
+    expected = reference.nms_padded(boxes, scores, groups, threshold, max_output)
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+
+
+@settings(max_examples=100, deadline=None)
+@given(images(), thresholds, st.booleans())
+def test_nms_equals_reference(example_images, threshold, grouped):
+    boxes, scores, groups = (tensor[0] for tensor in example_images)
+    groups = groups if grouped else None
+    assert torch.equal(op._nms(boxes, scores, groups, threshold), reference.nms(boxes, scores, groups, threshold))
+
+
+# The lists a kept box strikes are chosen by area and place. Pairs just below and above the threshold, at the edge of
+# what those bounds allow: one box inside the other, moved along x, or larger in one direction.
+@settings(max_examples=200, deadline=None)
+@given(
+    st.floats(0.01, 0.99),
+    st.floats(1.0, 500.0),
+    st.floats(-1e-5, 1e-5),
+    st.sampled_from(["inside", "moved", "wider"]),
+    st.integers(0, 2**16),
+)
+@example(0.5, 128.0, 0.0, "inside", 0)
+@example(0.5, 1.0, 0.0, "wider", 1)
+def test_pairs_at_the_threshold(threshold, side, nudge, kind, seed):
+    ratio = threshold * (1 + nudge)
+    second = {
+        "inside": [0, 0, side * ratio, side],
+        "moved": [side * (1 - ratio) / (1 + ratio), 0, side * (1 - ratio) / (1 + ratio) + side, side],
+        "wider": [0, 0, side / ratio, side],
+    }[kind]
+    # Company enough for several levels and strips; far away, so that only the pairs interact.
+    company, _ = clustered_boxes(1100, seed, spread=0.02)
+    pairs = torch.tensor([[0, 0, side, side], second, second, [0, 0, side, side]])
+    offset = torch.randint(-3000, 3000, (2, 2), generator=torch.Generator().manual_seed(seed)).repeat_interleave(2, 0)
+    pairs += offset.repeat(1, 2)
+    boxes = torch.cat((pairs, company + torch.tensor([0.0, 9000.0, 0.0, 9000.0])))
+    scores = torch.cat((torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.rand(1100)))
+    kept = op._nms(boxes, scores, None, threshold)
+    expected = reference.nms(pairs, scores[:4], None, threshold)
+    assert torch.equal(kept[kept < 4], expected)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.05, 0.3, 0.5, 0.7, 0.95])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_large_group(threshold, dtype):
+    # Several strips; float16 and bfloat16 give many equal coordinates.
+    boxes, scores = clustered_boxes(3000, seed=1, objects=60)
+    boxes = boxes.to(dtype)
+    kept = op._nms(boxes, scores, None, threshold)
+    expected, count = reference.nms_padded(
+        boxes[None], scores[None], torch.zeros(1, 3000, dtype=torch.int64), threshold, 400
+    )
+    assert torch.equal(kept[:400], expected[0, : count.item()])
+    distinct = torch.randperm(3000, generator=torch.Generator().manual_seed(1)).float()
+    kept = op._nms(boxes, distinct, None, threshold)
+    assert is_greedy_result(kept, boxes, distinct, torch.zeros(3000), threshold)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("threshold", [0.3, 0.7])
+def test_threads_change_nothing(groups, threshold):
+    boxes, _ = clustered_boxes(40_000, seed=2, objects=500, spread=0.05)
+    scores = torch.randperm(40_000, generator=torch.Generator().manual_seed(2)).float()
+    labels = torch.arange(40_000) % groups
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            results.append(op._nms(boxes, scores, labels, threshold))
+    finally:
+        torch.set_num_threads(threads)
+    assert is_greedy_result(results[0], boxes, scores, labels, threshold)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_more_images_than_threads():
+    boxes, scores = clustered_boxes(9 * 200, seed=3)
+    boxes, scores = boxes.view(9, 200, 4), scores.view(9, 200)
+    groups = torch.arange(1800).view(9, 200) % 3
+    actual = nms_padded(boxes, scores, groups, 0.5, 50)
+    expected = reference.nms_padded(boxes, scores, groups, 0.5, 50)
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(boxes=torch.zeros(2, 5, 3)), "boxes must have size 4 in dimension 2"),
+        (dict(boxes=torch.zeros(5, 4)), "boxes must have 3 dimensions"),
+        (dict(boxes=torch.zeros(2, 5, 4, dtype=torch.int64)), "boxes must be float32"),
+        (dict(scores=torch.zeros(2, 4)), "scores must have size 5 in dimension 1"),
+        (dict(scores=torch.zeros(2, 5, dtype=torch.int64)), "scores must be float32"),
+        (dict(groups=torch.zeros(2, 5)), "groups must be Long"),
+        (dict(groups=torch.zeros(2, 6, dtype=torch.int64)), "groups must have size 5 in dimension 1"),
+        (dict(max_output=-1), "max_output must be >= 0"),
+    ],
+)
+def test_kernel_reads_nothing_it_should_not(change, message):
+    # The raw operator, behind the public function's checks.
+    arguments = dict(
+        boxes=torch.zeros(2, 5, 4), scores=torch.zeros(2, 5), groups=torch.zeros(2, 5, dtype=torch.int64), max_output=3
+    )
+    arguments.update(change)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.doublehead.nms_padded(iou_threshold=0.5, **arguments)
