@@ -37,7 +37,8 @@ def test_contents(coco):
     assert image.dtype == torch.uint8 and image.shape == (3, 30, 40)
     assert target["labels"].tolist() == [2] and target["labels"].dtype == torch.int64
     assert target["boxes"].dtype == torch.float32 and target["image_id"] == 10
-    assert data[2][1]["boxes"].shape == (0, 4) and data[-1][1]["image_id"] == 30
+    assert data[2][1]["boxes"].shape == (0, 4)
+    assert data[-2][1]["image_id"] == 20 and data[-2][1]["boxes"].tolist() == [[20, 30, 30, 40]]
     with pytest.raises(IndexError):
         data[3]
 
@@ -144,7 +145,7 @@ BAD_RECORDS = {
     "no annotation id": (change("annotations", 0, id=None), "malformed record", "annotations[0]", [10, 20, 30], 2),
     "of no image": (change("annotations", 0, image_id=11), "unknown image", "annotation 1", [10, 20, 30], 2),
     "category": (change("annotations", 0, category_id=4), "unknown category", "annotation 1", [10, 20, 30], 2),
-    "category true": (change("annotations", 0, category_id=True), "unknown category", "annotation 1", [10, 20, 30], 2),
+    "annotation id true": (change("annotations", 0, id=True), "malformed record", "annotations[0]", [10, 20, 30], 2),
     "width 0": (change("annotations", 0, bbox=[1, 2, 0, 3]), "degenerate box", "annotation 1", [10, 20, 30], 2),
     "height < 0": (change("annotations", 0, bbox=[1, 9, 3, -3]), "degenerate box", "annotation 1", [10, 20, 30], 2),
     "hair": (change("annotations", 0, bbox=[39, 2, 1e-7, 3]), "degenerate box", "annotation 1", [10, 20, 30], 2),

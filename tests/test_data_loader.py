@@ -227,7 +227,7 @@ def test_flip_is_exact(boxes, width):
     }
     kept = target["boxes"].clone()
     mirrored, other = horizontal_flip(image, target)
-    assert all(torch.equal(mirrored[..., x], image[..., width - 1 - x]) for x in range(width))
+    assert np.array_equal(mirrored.numpy(), image.numpy()[..., ::-1])
     expected = [[width - c / 4, b / 4, width - a / 4, d / 4] for a, b, c, d in boxes]
     assert other["boxes"].tolist() == expected
     assert torch.equal(other["labels"], target["labels"]) and other["image_id"] == 3
@@ -308,7 +308,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method, way", [("fork", "exit"), ("spawn", "exit"), ("fork", "crash"), ("fork", "child")])
+@pytest.mark.parametrize("method, way", [("spawn", "exit"), ("fork", "crash"), ("fork", "child")])
 def test_other_processes_give_the_same_batches_and_end(tmp_path, method, way):
     """Data set and loader travel to processes that inherit nothing; a stream left open holds up no exit."""
     script, out = tmp_path / "script.py", tmp_path / "out.pt"

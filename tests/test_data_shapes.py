@@ -157,3 +157,12 @@ def test_ground_truth_scores_itself_perfect():
     scores.accumulate()
     scores.summarize()
     assert scores.stats[0] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("above, accepted", [(5, True), (6, False)])
+def test_a_shape_more_than_half_beyond_the_border_is_not_painted(monkeypatch, above, accepted):
+    scene = shapes._Scene(np.random.default_rng(0), 32)
+    monkeypatch.setattr(shapes, "_place", lambda *_: (np.full((10, 10), -1.0), -above, 4))
+    before = scene.canvas.copy()
+    assert scene.add(0, 10.0) == accepted == (not np.array_equal(scene.canvas, before))
+    assert (scene.owner == 0).sum() == (50 if accepted else 0)
