@@ -143,19 +143,20 @@ DOUBLEHEAD_MULTIVERSION void pool_planar(const T* planes, int64_t channel_stride
   if (columns.rows() <= kLanes<W> && (weights.strip.width || count == 0)) {
     W* dense = scratch;
     W* combined = dense + count * kLanes<W>;
-    T* last_out = reinterpret_cast<T*>(combined + rows.rows() * weights.strip.width);
+    T* aside = reinterpret_cast<T*>(combined + rows.rows() * weights.strip.width);
     for (int64_t x = 0; x < count; ++x) store(dense + x * kLanes<W>, Lanes<W>{});
     for (int64_t pw = 0; pw < columns.rows(); ++pw) {
       const Entry<W>* column = columns.row(pw);
       for (int64_t q = 0; q < columns.length(pw); ++q) dense[(column[q].at - first) * kLanes<W> + pw] += column[q].weight;
     }
     Lanes<W> check = {};
-    for (int64_t c = 0; c + 1 < channels; ++c) {
-      pool_plane(planes + c * channel_stride, row_stride, weights, dense, combined, out + c * bins, check);
+    for (int64_t c = 0; c < channels; ++c) {
+      // The vectors of the last channels would write past the end of `out`.
+      const bool fits = (c + 1) * bins - columns.rows() + kLanes<W> <= channels * bins;
+      T* to = fits ? out + c * bins : aside;
+      pool_plane(planes + c * channel_stride, row_stride, weights, dense, combined, to, check);
+      if (!fits) std::copy_n(aside, bins, out + c * bins);
     }
-    // The last channel's vectors would write past the end of `out`.
-    pool_plane(planes + (channels - 1) * channel_stride, row_stride, weights, dense, combined, last_out, check);
-    std::copy_n(last_out, bins, out + (channels - 1) * bins);
     if (all_zero<W>(check)) return;
   }
   for (int64_t c = 0; c < channels; ++c) {

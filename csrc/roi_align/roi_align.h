@@ -32,11 +32,11 @@ constexpr int64_t kMostSamples = int64_t(1) << 30;
 template <typename W>
 DOUBLEHEAD_GEOMETRY Axis<W> make_axis(W low, W high, W scale, int64_t bins, int64_t sampling_ratio, bool aligned) {
   const W offset = aligned ? W(0.5) : W(0);
-  const W start = low * scale - offset;
-  W length = (high * scale - offset) - start;
+  const W start = low * scale - offset, end = high * scale - offset;
+  W length = end - start;
+  if (!std::isfinite(start) || !std::isfinite(end) || !std::isfinite(length)) return {W(0), W(0), 0};
   if (!aligned && length < W(1)) length = W(1);
   const W bin = length / W(bins);
-  if (!std::isfinite(start) || !std::isfinite(bin)) return {W(0), W(0), 0};
   if (sampling_ratio > 0) return {start, bin, sampling_ratio};
   const W samples = std::ceil(bin);
   return {start, bin, samples > W(0) && samples <= W(kMostSamples) ? int64_t(samples) : 0};

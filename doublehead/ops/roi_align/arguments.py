@@ -90,5 +90,5 @@ def check_scales(scales: Sequence[float], count: int | None, name: str) -> None:
     if not scales:
         raise ValueError(f"{name} must hold at least one number, got none")
     for scale in scales:
-        if not (scale > 0 and math.isfinite(scale)):
+        if not 0 < scale < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {scale}")

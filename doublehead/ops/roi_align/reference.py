@@ -196,12 +196,12 @@ def _taps(boxes, maps: _Maps, output_size, sampling_ratio, aligned) -> tuple[_Ta
 def _axis_taps(low, high, maps: _Maps, extent, bins, sampling_ratio, aligned) -> _Taps:
     """The pixels that each bin reads along one axis, two for each sample, and their weights."""
     offset = 0.5 if aligned else 0.0
-    start = low * maps.scale - offset
-    length = (high * maps.scale - offset) - start
+    start, end = low * maps.scale - offset, high * maps.scale - offset
+    length = end - start
+    usable = maps.exists & start.isfinite() & end.isfinite() & length.isfinite() & (extent > 0)
     if not aligned:
         length = length.clamp(min=1)
     bin_size = length / bins
-    usable = maps.exists & start.isfinite() & bin_size.isfinite() & (extent > 0)
     start, bin_size = start.where(usable, 0)[:, None, None], bin_size.where(usable, 0)[:, None, None]
     usable, extent = usable[:, None, None], extent[:, None, None]
     bin_start = start + torch.arange(bins, dtype=low.dtype, device=low.device)[:, None] * bin_size
