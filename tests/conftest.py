@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """The folder with `bccd/`, `tiny_coco/`, ...: $DOUBLEHEAD_TEST_DATA, else ../shared/data beside the project."""
+    """The folder with `BCCD/`, `tiny_coco/`, ...: $DOUBLEHEAD_TEST_DATA, else ../shared/data beside the project."""
     path = Path(os.environ.get("DOUBLEHEAD_TEST_DATA") or ROOT.parent / "shared" / "data")
     if not path.is_dir():
         pytest.skip(f"no test pictures: {path} does not exist; DOUBLEHEAD_TEST_DATA names another folder")
