@@ -99,9 +99,11 @@ def test_pairs_at_the_threshold(threshold, side, kind, seed):
 @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.3, 0.5, 0.7, 0.95])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_large_group(threshold, dtype):
-    # Several strips; float16 and bfloat16 give many equal coordinates.
+    # Several strips; float16 and bfloat16 give many equal coordinates. Some boxes are not finite, some have no area.
     boxes, scores = clustered_boxes(3000, seed=1, objects=60)
     boxes = boxes.to(dtype)
+    for column, bad in enumerate((NAN, INF, -INF, 0.0)):
+        boxes[column::300, column] = bad
     kept = op._nms(boxes, scores, None, threshold)
     expected, count = reference.nms_padded(
         boxes[None], scores[None], torch.zeros(1, 3000, dtype=torch.int64), threshold, 400
