@@ -299,13 +299,13 @@ register(
     Recipe(
         "bccd-small",
         "a small Double-Head-Ext on BCCD blood cells (Pascal VOC layout), from scratch on a CPU",
-        _small_model(240, 320, (12, 24, 48, 96, 192), samples=96),
+        _small_model(192, 256, (12, 24, 48, 96, 160), samples=96),
         DataConfig("voc", "data/BCCD", "train", "val", on_bad_record="skip"),
         TrainConfig(
-            steps=1200,
+            steps=700,
             batch_size=4,
             lr=0.01,
-            milestones=(900, 1100),
+            milestones=(450, 600),
             warmup_steps=100,
             clip_grad_norm=10.0,
             checkpoint_every=200,

@@ -1,8 +1,8 @@
 """The embedded data set: generated pictures of six shapes.  No download, no files.
 
 Image i of a split depends on (seed, split, i) alone.  The background is a gradient, stripes, blotches or plain;
-one to eight shapes lie on it, of any rotation, 12 pixels to 0.7 of the image in size, plain, shaded or striped,
-one over the other and over the border; noise covers all.
+one to eight shapes lie on it, tilted by up to 22.5 degrees, 16 pixels to 0.7 of the image in size, plain, shaded or
+striped, one over the other and over the border; noise covers all.
 
 What a box is: the tight box of the pixels that can be seen, a pixel counting when the shape covers at least
 half of it.  No shape is hidden by more than half: a placement that would do so is not made.  So every shape in the
@@ -22,9 +22,11 @@ from .dataset import DataError, DetectionDataset, Target, make_target
 
 CLASSES = ("disc", "square", "triangle", "ring", "cross", "star")
 MAX_OBJECTS = 8
-MIN_EXTENT = 12.0
+MIN_EXTENT = 16.0
 """Smallest diameter in pixels; the largest is `MAX_EXTENT` of the image's side."""
 MAX_EXTENT = 0.7
+MAX_TILT = np.pi / 8
+"""Radians, either way: a small detector trained for minutes should be able to tell the classes."""
 MIN_VISIBLE = 0.5
 CONTRAST = 80.0
 """Least distance, in RGB, of a shape's colour from the background's mean colour."""
@@ -132,7 +134,7 @@ def _place(rng: np.random.Generator, kind: int, extent: float, side: int) -> tup
     """Signed distance in pixels to the outline (negative inside) on a square patch, and where the patch begins."""
     radius = extent / 2
     centre_x, centre_y = rng.uniform(0.5 * radius, side - 0.5 * radius, size=2)
-    angle, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 1.0)
+    angle, stretch = rng.uniform(-MAX_TILT, MAX_TILT), rng.uniform(0.75, 1.0)
     top, left = int(np.floor(centre_y - radius)) - 1, int(np.floor(centre_x - radius)) - 1
     steps = np.arange(int(np.ceil(extent)) + 3, dtype=np.float32) + 0.5
     x = ((steps + np.float32(left - centre_x)) / np.float32(radius))[None, :]
