@@ -1,6 +1,11 @@
-"""The `fc` kind with torchvision's weights is torchvision's Faster R-CNN."""
+"""The `fc` kind with torchvision's weights is torchvision's Faster R-CNN.
+
+In float64: in float32 the two round differently somewhere, and a random network has boxes whose overlap lies so near
+the threshold of NMS that this decides which of them stays.
+"""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -9,7 +14,7 @@ from torchvision.models.detection import _utils, fasterrcnn_resnet50_fpn
 
 from doublehead.interop.torchvision import convert_faster_rcnn, faster_rcnn_config
 from doublehead.models import build_detector, losses, rpn
-from doublehead.recipes import ModelConfig, from_dict, to_dict
+from doublehead.recipes import ImageConfig
 
 CLASSES = 12
 
@@ -18,9 +23,12 @@ CLASSES = 12
 def pair():
     """torchvision's model with random weights that give lively outputs, and ours with the same weights."""
     torch.manual_seed(0)
+    image = ImageConfig(min_size=(192,), max_size=320)
+    mean, std = (torch.tensor(values).tolist() for values in (image.mean, image.std))  # as float32 has them
     theirs = fasterrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=CLASSES, min_size=192, max_size=320
-    )
+        weights=None, weights_backbone=None, num_classes=CLASSES, min_size=192, max_size=320,
+        image_mean=mean, image_std=std,
+    )  # fmt: skip
     # A random ResNet's activations explode unless its batch norms know their scale.
     for layer in theirs.backbone.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -32,17 +40,15 @@ def pair():
         theirs.rpn.head.bbox_pred.weight.mul_(5)
         theirs.roi_heads.box_predictor.cls_score.weight.mul_(12)
         theirs.roi_heads.box_predictor.bbox_pred.weight.mul_(5)
-    values = to_dict(faster_rcnn_config("batch_norm"))
-    values["image"].update(min_size=(192,), max_size=320)
-    ours = build_detector(from_dict(values, ModelConfig), CLASSES)
+    ours = build_detector(dataclasses.replace(faster_rcnn_config("batch_norm"), image=image), CLASSES)
     ours.load_state_dict(convert_faster_rcnn(theirs.state_dict()))
-    return theirs, ours
+    return theirs.double(), ours.double()
 
 
 @pytest.fixture(scope="module")
 def images():
     torch.manual_seed(1)
-    return [torch.rand(3, *size) for size in [(120, 200), (210, 150), (97, 333)]]
+    return [torch.rand(3, *size, dtype=torch.float64) for size in [(120, 200), (210, 150), (97, 333)]]
 
 
 def test_detections_are_torchvisions(pair, images):
@@ -52,8 +58,8 @@ def test_detections_are_torchvisions(pair, images):
     assert sum(len(e["boxes"]) for e in expected) > 50
     for e, f in zip(expected, found, strict=True):
         assert f["labels"].tolist() == e["labels"].tolist()
-        torch.testing.assert_close(f["boxes"], e["boxes"], atol=1e-2, rtol=0)
-        torch.testing.assert_close(f["scores"], e["scores"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(f["boxes"], e["boxes"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(f["scores"], e["scores"], atol=1e-6, rtol=0)
 
 
 def first_of_each(state: torch.Tensor, count: int, positive_fraction: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +110,7 @@ def test_training_losses_are_torchvisions(pair, images, monkeypatch):
     assert set(found) == set(names) and set(expected) == set(names.values())
     for ours_name, theirs_name in names.items():
         assert expected[theirs_name] > 0
-        torch.testing.assert_close(found[ours_name], expected[theirs_name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[ours_name], expected[theirs_name], rtol=1e-5, atol=1e-7, check_dtype=False)
 
 
 def test_every_parameter_learns(pair, images):

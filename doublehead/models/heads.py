@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..recipes import HeadConfig, HeadKind, RoIConfig
 from .non_local import NonLocalBlock
+from .structures import at_least_float32
 
 
 class Branch(NamedTuple):
@@ -120,10 +121,10 @@ class Head(nn.Module):
         self.regressor = _linear(dim, 4 * num_classes, std=0.001) if branch.regresses else None
 
     def forward(self, x: Tensor) -> HeadOutput:
-        """`Tensor[N, C, S, S]` -> logits and deltas, fp32."""
+        """`Tensor[N, C, S, S]` -> logits and deltas, at least fp32."""
         vector = self.tower(x)
-        logits = self.classifier(vector).float() if self.classifier is not None else None
-        deltas = self.regressor(vector).float().unflatten(1, (-1, 4)) if self.regressor is not None else None
+        logits = at_least_float32(self.classifier(vector)) if self.classifier is not None else None
+        deltas = at_least_float32(self.regressor(vector)).unflatten(1, (-1, 4)) if self.regressor is not None else None
         return HeadOutput(logits, deltas)
 
 

@@ -12,7 +12,7 @@ from ..ops import nms_padded
 from ..ops.boxes import clip_boxes, decode_boxes, encode_boxes
 from ..recipes import RPNConfig
 from .matching import match, sample
-from .structures import ImageBatch, Proposals, Targets, gather_rows
+from .structures import ImageBatch, Proposals, Targets, at_least_float32, gather_rows
 
 BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
@@ -55,11 +55,11 @@ class RPN(nn.Module):
         return proposals, self._losses(torch.cat(anchors), torch.cat(logits, 1), torch.cat(deltas, 1), targets)
 
     def _predict(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """`Tensor[B, C, H, W]` -> logits `[B, H*W*A]` and deltas `[B, H*W*A, 4]`, fp32."""
+        """`Tensor[B, C, H, W]` -> logits `[B, H*W*A]` and deltas `[B, H*W*A, 4]`, at least fp32."""
         hidden = relu(self.conv(feature))
         logits = self.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
         deltas = self.deltas(hidden).permute(0, 2, 3, 1).reshape(logits.shape[0], -1, 4)
-        return logits.float(), deltas.float()
+        return at_least_float32(logits), at_least_float32(deltas)
 
     def _anchors(self, level: int, feature: Tensor, image_size: Sequence[int]) -> Tensor:
         """`Tensor[H*W*A, 4]` in pixels.  The stride is image side // cells, as in torchvision, which is

@@ -96,3 +96,8 @@ def gather_rows(values: Tensor, indices: Tensor) -> Tensor:
     trailing = values.shape[2:]
     index = indices.reshape(*indices.shape, *(1 for _ in trailing)).expand(*indices.shape, *trailing)
     return values.gather(1, index)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision becomes float32, anything wider stays: boxes and scores need it under autocast."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
