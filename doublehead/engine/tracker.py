@@ -43,7 +43,8 @@ class LossTracker:
             NonFiniteLossError: see `check`.
         """
         for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0) + value
+            # In float64 a few float32 values add up exactly, in any order: a resumed run logs the same means.
+            self._sums[name] = self._sums.get(name, 0) + value.double()
         self._steps += 1
         self._pending.append(_Noted(step, image_ids, list(losses), torch.stack(list(losses.values()))))
         if self._world.device.type == "cpu" or len(self._pending) >= _MOST_PENDING:
