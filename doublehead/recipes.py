@@ -281,14 +281,14 @@ register(
     Recipe(
         "shapes-ext",
         "the demonstration: a small Double-Head-Ext on generated shapes, minutes on a CPU",
-        _small_model(128, 128, (12, 24, 48, 96, 160), samples=48),
+        _small_model(128, 128, (12, 24, 48, 96, 160), samples=96),
         DataConfig("shapes", train_images=2000, val_images=200),
         TrainConfig(
-            steps=900,
+            steps=700,
             batch_size=4,
             lr=0.01,
             clip_grad_norm=10.0,
-            milestones=(660, 840),
+            milestones=(480, 620),
             warmup_steps=50,
             checkpoint_every=100,
             aspect_ratio_grouping=False,
