@@ -112,7 +112,7 @@ def test_backward(compare, request, output_size, layout):
         providers={
             "torchvision": backward(problem.module(torchvision.ops.MultiScaleRoIAlign), problem),
             "reference": backward(problem.reference(compiled=False), problem),
-            "reference compiled": "torch.compile takes minutes for the gradient of the gather, and does not speed it up",
+            "reference compiled": "torch.compile takes minutes for the gradient of the gather, for no gain",
             "doublehead": backward(problem.module(MultiScaleRoIAlign), problem),
         },
         check=check,
