@@ -14,7 +14,7 @@ using namespace doublehead;
 using namespace doublehead::nms;
 
 constexpr int64_t kLarge = 16384;  // a group of so many boxes is decided in parallel,
-constexpr int64_t kRounds = 16;    // in so many rounds
+constexpr int64_t kRound = 4096;   // so many candidates in a round
 
 // One image's boxes, as they lie in the caller's tensor.
 template <typename T>
@@ -86,78 +86,99 @@ void sort(Items<Key>& items, Items<Key>& scratch) {
   }
 }
 
-// Decides on candidates first .. last - 1 in turn, stops once `limit` are kept, and moves the items of the kept ones to
-// `out`. Returns their number.
-template <typename C, typename Key>
-DOUBLEHEAD_MULTIVERSION int64_t decide(Candidates<C>& candidates, const Item<Key>* items, int64_t first, int64_t last,
-                                       int64_t limit, Item<Key>* out) {
+// Decides on candidates 0 .. count - 1 in turn, stops once `limit` are kept, and moves their items to the front. Returns
+// their number.
+template <typename C, typename Item>
+DOUBLEHEAD_MULTIVERSION int64_t decide(Candidates<C>& candidates, Item* items, int64_t count, int64_t limit) {
   int64_t kept = 0;
-  for (int64_t k = first; k < last && kept < limit; ++k) {
-    if (candidates.decide(k)) out[kept++] = items[k];
+  for (int64_t k = 0; k < count && kept < limit; ++k) {
+    if (candidates.suppressed(k)) continue;
+    candidates.strike(k, 0, candidates.runs());
+    items[kept++] = items[k];
   }
   return kept;
 }
 
 template <typename C>
-DOUBLEHEAD_MULTIVERSION void strike_beyond_horizon(Candidates<C>& candidates, int64_t first, int64_t last) {
-  candidates.strike_beyond_horizon(first, last);
+DOUBLEHEAD_MULTIVERSION void strike(Candidates<C>& candidates, const std::vector<uint32_t>& kept, int64_t first,
+                                    int64_t last) {
+  for (uint32_t k : kept) candidates.strike(k, first, last);
 }
 
-// Decides round by round: in a round one after the other, and then what they strike in later rounds in parallel.
-template <typename C, typename Key>
-int64_t decide_in_parallel(Candidates<C>& candidates, Item<Key>* items, int64_t count, int64_t limit) {
-  const int64_t round = (count + kRounds - 1) / kRounds;
+// The same by rounds: in a round the candidates left are decided on among themselves, and then those kept strike all
+// the others in parallel.
+template <typename C, typename Key, typename BoxAt>
+int64_t decide_in_parallel(Candidates<C>& candidates, const BoxAt& box_at, Item<Key>* items, int64_t count,
+                           int64_t limit, double threshold) {
+  Candidates<C> round(threshold);
+  std::vector<uint32_t> left;
   int64_t kept = 0;
-  for (int64_t first = 0; first < count && kept < limit; first += round) {
-    const int64_t last = std::min(first + round, count);
-    candidates.set_horizon(first, last);
-    kept += decide(candidates, items, first, last, limit - kept, items + kept);
-    parallel_for(0, candidates.runs(), 256,
-                 [&](int64_t a, int64_t b) { strike_beyond_horizon(candidates, a, b); });
+  for (int64_t k = 0; k < count && kept < limit;) {
+    for (left.clear(); k < count && static_cast<int64_t>(left.size()) < kRound; ++k) {
+      if (!candidates.suppressed(k)) left.push_back(k);
+    }
+    round.reset(left.size(), [&](int64_t i) { return box_at(left[i]); });
+    left.resize(decide(round, left.data(), left.size(), limit - kept));
+    parallel_for(0, candidates.runs(), 256, [&](int64_t a, int64_t b) { strike(candidates, left, a, b); });
+    for (uint32_t chosen : left) items[kept++] = items[chosen];
   }
   return kept;
 }
 
-// Where each group starts in `items`, which come by group, and the end behind the last.
+// Puts the items, which come by index, in the order of their groups. Returns where each group starts, and the end behind
+// the last; some may be empty.
 template <typename Key>
-std::vector<uint32_t> group_starts(const Items<Key>& items, const Groups& groups) {
-  std::vector<uint32_t> starts;
+std::vector<uint32_t> divide(Items<Key>& items, Items<Key>& scratch, const Groups& groups) {
   const int64_t count = items.size();
-  for (int64_t start = 0; start < count;) {
-    starts.push_back(start);
-    const auto same = [&, group = groups[items[start].index]](const auto& item) { return groups[item.index] == group; };
-    int64_t step = 1;  // a group's end is sought in growing steps: a look at every box would cost a cache miss each
-    while (start + step < count && same(items[start + step])) step *= 2;
-    const auto last = items.begin() + std::min(start + step, count);
-    start = std::partition_point(items.begin() + start + step / 2, last, same) - items.begin();
+  if (!groups.data) return {0, static_cast<uint32_t>(count)};
+  int64_t least = INT64_MAX, most = INT64_MIN;
+  for (const auto& item : items) {
+    least = std::min(least, groups[item.index]);
+    most = std::max(most, groups[item.index]);
   }
-  starts.push_back(count);
+  // Groups are numbered by their distance from the least, or, where this wastes memory, by their rank.
+  std::vector<int64_t> ranked;
+  const bool dense = static_cast<uint64_t>(most) - static_cast<uint64_t>(least) <= static_cast<uint64_t>(count);
+  if (!dense) {
+    for (const auto& item : items) ranked.push_back(groups[item.index]);
+    std::sort(ranked.begin(), ranked.end());
+    ranked.erase(std::unique(ranked.begin(), ranked.end()), ranked.end());
+  }
+  const auto number = [&](const Item<Key>& item) {
+    const int64_t group = groups[item.index];
+    return dense ? group - least : std::lower_bound(ranked.begin(), ranked.end(), group) - ranked.begin();
+  };
+  std::vector<uint32_t> starts((count ? (dense ? most - least + 1 : ranked.size()) : 0) + 1, 0);
+  for (const auto& item : items) ++starts[number(item)];
+  for (size_t g = 1; g < starts.size(); ++g) starts[g] += starts[g - 1];
+  scratch.resize(count);
+  for (int64_t i = count; i-- > 0;) scratch[--starts[number(items[i])]] = items[i];
+  starts.back() = count;
+  items.swap(scratch);
   return starts;
 }
 
 // Greedy suppression within the groups of `items`, which come by index. What is left are the kept ones, foremost first,
 // of each group at most `limit`.
-template <typename T, typename Key, typename C = compute_t<T>>
-void suppress(const Boxes<T>& boxes, const Extent<C>& extent, const Groups& groups, Items<Key>& items,
-              int64_t limit, double threshold) {
-  const int64_t count = items.size();
+template <typename T, typename Key>
+void suppress(const Boxes<T>& boxes, const Groups& groups, Items<Key>& items, int64_t limit, double threshold) {
   Items<Key> scratch;
-  radix_sort(items.data(), count, scratch, [&](const auto& item) { return static_cast<uint64_t>(groups[item.index]); });
-  const std::vector<uint32_t> starts = group_starts(items, groups);
-  const int64_t group_count = static_cast<int64_t>(starts.size()) - 1;
+  const std::vector<uint32_t> starts = divide(items, scratch, groups);
+  const int64_t count = items.size(), group_count = static_cast<int64_t>(starts.size()) - 1;
   std::vector<uint32_t> kept(group_count);
   const bool parallel = group_count == 1 && count >= kLarge && num_threads() > 1;
   const auto run = [&](int64_t first, int64_t last) {
-    Candidates<C> candidates(threshold, extent);
+    Candidates<compute_t<T>> candidates(threshold);
     Items<Key> scratch;
     for (int64_t g = first; g < last; ++g) {
       Item<Key>* group = items.data() + starts[g];
       const int64_t size = starts[g + 1] - starts[g];
       radix_sort(group, size, scratch, [](const auto& item) { return item.key; });
       for (int64_t k = 0; k < size; ++k) boxes.prefetch(group[k].index);
-      candidates.reset(size, [&](int64_t k) { return boxes[group[k].index]; });
-      kept[g] = parallel ? decide_in_parallel(candidates, group, size, limit)
-                         : decide(candidates, group, 0, size, limit, group);
+      const auto box_at = [&](int64_t k) { return boxes[group[k].index]; };
+      candidates.reset(size, box_at);
+      kept[g] = parallel ? decide_in_parallel(candidates, box_at, group, size, limit, threshold)
+                         : decide(candidates, group, size, limit);
     }
   };
   if (parallel) {
@@ -178,19 +199,17 @@ void suppress(const Boxes<T>& boxes, const Extent<C>& extent, const Groups& grou
 // The first `limit` kept boxes of one image, foremost first; `items` are all its boxes, by index.
 template <typename T, typename Key>
 Items<Key> keep(const Boxes<T>& boxes, const Groups& groups, Items<Key> items, int64_t limit, double threshold) {
-  Extent<compute_t<T>> extent;
-  for (const auto& item : items) extent.add(boxes[item.index]);
   // Whether a box is kept depends on better boxes alone, so if few are wanted, try the best few, then more.
   const int64_t total = items.size();
   limit = std::min(limit, total);
   for (int64_t count = std::max<int64_t>(4 * limit, 4096); count < total; count *= 4) {
     Items<Key> best = foremost(items, count);
-    suppress(boxes, extent, groups, best, limit, threshold);
+    suppress(boxes, groups, best, limit, threshold);
     if (static_cast<int64_t>(best.size()) < limit) continue;
     best.resize(limit);
     return best;
   }
-  suppress(boxes, extent, groups, items, limit, threshold);
+  suppress(boxes, groups, items, limit, threshold);
   if (static_cast<int64_t>(items.size()) > limit) items.resize(limit);
   return items;
 }
