@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from doublehead.config import DataConfig, Fusion, ReadOut
 from doublehead.engine.errors import UserError, shown_to_user
-from doublehead.recipes import DataConfig, Fusion, ReadOut
 
 PROGRAM = "python -m doublehead.evaluate"
 

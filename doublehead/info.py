@@ -1,6 +1,6 @@
 """What this installation is: versions, compiled parts, and what serves each operator on each device.
 
-    python -m doublehead.info
+python -m doublehead.info
 """
 
 import importlib

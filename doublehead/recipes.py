@@ -1,226 +1,20 @@
-"""Every named configuration, as plain dataclasses.
-
-This module is a leaf: it imports nothing of the library, so the models, the engine and the
-command lines may all read it.  A recipe is complete: together with a data set it says
-everything needed to train, evaluate and rebuild a detector.  `to_dict` / `from_dict` carry it
-through JSON, which is how a checkpoint remembers it.
-"""
+"""Every named recipe: `python -m doublehead.train NAME`."""
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
-from dataclasses import dataclass, field
-from typing import Any, Literal
-
-HeadKind = Literal["fc", "conv", "double_fc", "double_conv", "double_head", "double_head_reverse", "double_head_ext"]
-Norm = Literal["frozen_batch_norm", "batch_norm", "group_norm"]
-Fusion = Literal["complementary", "max", "average", "none"]
-ReadOut = Literal["fused", "split", "fc", "conv"]
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """ResNet with a feature pyramid (torchvision's modules)."""
-
-    name: Literal["resnet18", "resnet50", "resnet101"] = "resnet50"
-    norm: Norm = "frozen_batch_norm"
-    """`frozen_batch_norm` for pretrained weights; `batch_norm` or `group_norm` from scratch."""
-    norm_eps: float = 1e-5
-    """Of the batch norms (torchvision's COCO_V1 detectors need 0)."""
-    weights: str | None = "imagenet"
-    """`imagenet` (torchvision downloads them), the path of a ResNet state_dict, or None: from scratch."""
-    frozen_stages: int = 2
-    """How many of stem, layer1 .. layer4 are not trained (2: stem and layer1)."""
-    fpn_channels: int = 256
-
-
-@dataclass(frozen=True)
-class RPNConfig:
-    """Region proposal network (Ren et al. 2015, on a pyramid)."""
-
-    anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
-    """One anchor side in pixels for each pyramid level P2, P3, ..."""
-    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    positive_iou: float = 0.7
-    negative_iou: float = 0.3
-    samples: int = 256
-    """Anchors sampled per image for the loss."""
-    positive_fraction: float = 0.5
-    pre_nms_train: int = 2000
-    """Candidates kept per level before NMS."""
-    pre_nms_test: int = 1000
-    post_nms_train: int = 1000
-    """Proposals kept per image (the release keeps 2000 per batch of two images)."""
-    post_nms_test: int = 1000
-    nms_iou: float = 0.7
-    min_size: float = 1e-3
-    smooth_l1_beta: float = 1 / 9
-
-
-@dataclass(frozen=True)
-class RoIConfig:
-    """Sampling of RoIs in training, and pooling."""
-
-    samples: int = 512
-    positive_fraction: float = 0.25
-    positive_iou: float = 0.5
-    output_size: int = 7
-    sampling_ratio: int = 2
-    """Samples per bin and axis; 0: as many as the bin is long (adaptive)."""
-    aligned: bool = False
-    canonical_size: float = 224.0
-    """Square root of the box area that belongs to level P4."""
-    level_rule: Literal["torchvision", "detectron2", "mmdet"] = "torchvision"
-    """Rounding of the level next to powers of two; the projects differ (see `multiscale_roi_align`)."""
-    fc_box_scale: float = 1.0
-    conv_box_scale: float = 1.3
-    """The conv-head pools boxes enlarged by this factor (authors' release; 1.0 is the text)."""
-    box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
-
-
-@dataclass(frozen=True)
-class NonLocalConfig:
-    """Non-local block (Wang et al. 2018); the defaults are the authors' release."""
-
-    enabled: bool = True
-    pairwise: Literal["dot_product", "embedded_gaussian"] = "dot_product"
-    groups: int = 4
-    scale: bool = False
-    """Divide the logits of `embedded_gaussian` by sqrt(channels per group)."""
-    relu_after: bool = True
-
-
-@dataclass(frozen=True)
-class HeadConfig:
-    """The heads: which kinds, how wide, how deep (PAPER Figure 1, Tables 1 and 2)."""
-
-    kind: HeadKind = "double_head_ext"
-    fc_dim: int = 1024
-    conv_dim: int = 1024
-    conv_blocks: int = 5
-    """K of Table 2.  With non-local blocks K is odd: (K+1)/2 residual, (K-1)/2 non-local."""
-    shortcut_relu: bool = False
-    """ReLU after the first block's shortcut (MMDetection has one, the paper has none)."""
-    non_local: NonLocalConfig = field(default_factory=NonLocalConfig)
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Weights of Equations 1-3."""
-
-    w_fc: float = 2.0
-    w_conv: float = 2.5
-    l_fc: float = 0.7
-    l_conv: float = 0.8
-    smooth_l1_beta: float = 1.0
-
-
-@dataclass(frozen=True)
-class DetectionConfig:
-    """From head outputs to detections."""
-
-    readout: ReadOut = "fused"
-    """Of Ext: `fused` classes + conv boxes, `split` fc classes + conv boxes, or `fc` / `conv` alone."""
-    fusion: Fusion = "complementary"
-    """How `fused` joins the two classifiers; `none` takes the fc-head's."""
-    score_threshold: float = 0.05
-    nms_iou: float = 0.5
-    max_detections: int = 100
-    min_size: float = 1e-2
-
-
-@dataclass(frozen=True)
-class ImageConfig:
-    """Resizing and normalisation, done inside the model."""
-
-    min_size: tuple[int, ...] = (800,)
-    """Short side in pixels; several: one is drawn per image in training, the last is used at test."""
-    max_size: int = 1333
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    size_divisible: int = 32
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The detector.  The number of classes comes from the data set."""
-
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    rpn: RPNConfig = field(default_factory=RPNConfig)
-    roi: RoIConfig = field(default_factory=RoIConfig)
-    head: HeadConfig = field(default_factory=HeadConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    detection: DetectionConfig = field(default_factory=DetectionConfig)
-    image: ImageConfig = field(default_factory=ImageConfig)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where images and boxes come from."""
-
-    format: Literal["shapes", "coco", "voc"] = "shapes"
-    root: str | None = None
-    """Folder of the data set; `shapes` is generated and needs none."""
-    train_split: str = "train"
-    """coco: `instances_<split>.json` and folder `<split>`; voc: `ImageSets/Main/<split>.txt`; shapes: any."""
-    val_split: str = "val"
-    train_images: int | None = None
-    """Use only the first N images of the split (shapes: generate N)."""
-    val_images: int | None = None
-    image_size: int = 128
-    """Side of a generated image (shapes only)."""
-    on_bad_record: Literal["error", "skip"] = "error"
-    """What to do with a broken image or annotation: stop with its name, or leave it out and count it."""
-    workers: int = 2
-    """Loader processes per rank."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Optimisation."""
-
-    steps: int = 180_000
-    batch_size: int = 8
-    """Images per optimizer step, over all ranks and accumulation steps."""
-    accumulate: int = 1
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    bias_lr_factor: float = 2.0
-    """Biases: this times the learning rate, no weight decay."""
-    milestones: tuple[int, ...] = (120_000, 160_000)
-    gamma: float = 0.1
-    warmup_steps: int = 500
-    warmup_factor: float = 1 / 3
-    clip_grad_norm: float | None = None
-    amp: Literal["off", "bf16", "fp16"] = "off"
-    ema_decay: float | None = None
-    """Keep an exponential moving average of the weights and evaluate it."""
-    sync_batch_norm: bool = False
-    channels_last: bool = True
-    horizontal_flip: float = 0.5
-    aspect_ratio_grouping: bool = True
-    eval_every: int = 0
-    """Evaluate each N steps; 0: only at the end."""
-    checkpoint_every: int = 1000
-    log_every: int = 20
-    seed: int = 0
-    device: str = "auto"
-    """`auto`: CUDA where there is one, else CPU."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One complete configuration."""
-
-    name: str = "custom"
-    about: str = ""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-
+from .config import (
+    BackboneConfig,
+    DataConfig,
+    HeadConfig,
+    HeadKind,
+    ImageConfig,
+    LossConfig,
+    ModelConfig,
+    Recipe,
+    RoIConfig,
+    RPNConfig,
+    TrainConfig,
+)
 
 RECIPES: dict[str, Recipe] = {}
 """Name -> recipe, for the command lines."""
@@ -230,33 +24,6 @@ def register(recipe: Recipe) -> Recipe:
     """Make a recipe known to the command lines under its own name."""
     RECIPES[recipe.name] = recipe
     return recipe
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as nested plain dicts, ready for JSON."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(values: dict[str, Any], cls: type = Recipe) -> Any:
-    """Rebuild what `to_dict` gave.
-
-    Raises:
-        ValueError: a key that `cls` does not have (a newer or foreign file), named in full.
-    """
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise ValueError(f"unknown {cls.__name__} fields: {', '.join(unknown)}; known are: {', '.join(hints)}")
-    return cls(**{name: _rebuild(value, hints[name]) for name, value in values.items()})
-
-
-def _rebuild(value: Any, hint: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(value, hint)
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if isinstance(value, list) and any(typing.get_origin(option) is tuple for option in options):
-        return tuple(value)
-    return value
 
 
 def _paper(name: str, about: str, kind: HeadKind, backbone: str) -> Recipe:

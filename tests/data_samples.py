@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from doublehead.recipes import DataConfig
+from doublehead.config import DataConfig
 
 
 def picture(path: Path, width: int = 40, height: int = 30, **options) -> np.ndarray:

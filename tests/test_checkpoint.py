@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 from engine_standin import TinyDetector, one_thread, tiny_models  # noqa: F401 (a fixture)
 
+from doublehead.config import BackboneConfig, ModelConfig, Recipe, to_dict
 from doublehead.engine.checkpoint import load_model, load_state, save_model, save_state
 from doublehead.engine.errors import CheckpointError, UserError
 from doublehead.engine.files import new_run_folder, read_recipe, replacing, write_json
-from doublehead.recipes import BackboneConfig, ModelConfig, Recipe, to_dict
 
 RECIPE = Recipe(name="mine", model=ModelConfig(backbone=BackboneConfig(weights="imagenet", frozen_stages=1)))
 

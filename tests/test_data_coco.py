@@ -12,8 +12,8 @@ import torch
 from data_samples import CocoFolder, picture
 from PIL import Image
 
+from doublehead.config import DataConfig
 from doublehead.data import DataError, DataWarning, build_dataset
-from doublehead.recipes import DataConfig
 
 pytestmark = pytest.mark.filterwarnings("error::doublehead.data.DataWarning")  # only where a test expects one
 

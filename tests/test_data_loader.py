@@ -16,9 +16,9 @@ from data_samples import CocoFolder, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from doublehead.config import DataConfig
 from doublehead.data import DataError, DataWarning, build_dataset, build_loader, horizontal_flip
 from doublehead.data.loader import TrainBatches
-from doublehead.recipes import DataConfig
 
 pytestmark = pytest.mark.filterwarnings("error::doublehead.data.DataWarning")  # only where a test expects one
 
@@ -263,7 +263,7 @@ def test_worker_processes_end_with_their_iterator():
 INTERRUPTED = """
 import os, signal, time
 from doublehead.data import build_dataset, build_loader
-from doublehead.recipes import DataConfig
+from doublehead.config import DataConfig
 
 got = []
 for number in (signal.SIGINT, signal.SIGTERM):
@@ -289,7 +289,7 @@ def test_signals_to_the_process_group_leave_the_workers_alone():
 SCRIPT = """
 import sys, torch
 from doublehead.data import build_dataset, build_loader
-from doublehead.recipes import DataConfig
+from doublehead.config import DataConfig
 
 def save(rank, path, crash):
     data = build_dataset(DataConfig(train_images=12, image_size=32), "train", horizontal_flip=0.5)

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from doublehead.config import DataConfig
 from doublehead.data import DataError, build_dataset, shapes
 from doublehead.data.shapes import CLASSES, MIN_VISIBLE, ShapesDataset
-from doublehead.recipes import DataConfig
 
 DIGEST = """
 import hashlib

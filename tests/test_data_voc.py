@@ -9,9 +9,9 @@ import pytest
 import torch
 from data_samples import VocFolder, picture
 
+from doublehead.config import DataConfig
 from doublehead.data import DataError, DataWarning, build_dataset
 from doublehead.data.voc import VOC_CLASSES
-from doublehead.recipes import DataConfig
 
 pytestmark = pytest.mark.filterwarnings("error::doublehead.data.DataWarning")  # only where a test expects one
 

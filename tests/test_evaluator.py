@@ -16,6 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
+from doublehead.config import DataConfig, DetectionConfig
 from doublehead.data import build_dataset
 from doublehead.engine import checkpoint
 from doublehead.engine.distributed import World
@@ -30,7 +31,7 @@ from doublehead.engine.evaluator import (
 )  # fmt: skip
 from doublehead.engine.voc_ap import voc_ap50
 from doublehead.evaluate import EvaluationData, Options, data_config, main, set_readout
-from doublehead.recipes import RECIPES, DataConfig, DetectionConfig
+from doublehead.recipes import RECIPES
 
 # ---------------------------------------------------------------------- material
 

@@ -7,10 +7,10 @@ import torch
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import clip_boxes_to_image, nms
 
+from doublehead.config import DetectionConfig, LossConfig
 from doublehead.models.detections import class_scores, detect, resolve_sources
 from doublehead.models.heads import BRANCHES, HeadOutput
 from doublehead.models.structures import Proposals
-from doublehead.recipes import DetectionConfig, LossConfig
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from doublehead.config import HeadConfig, NonLocalConfig, RoIConfig
 from doublehead.models.heads import BRANCHES, Bottleneck, ConvTower, FCTower, Heads, WideningBlock
 from doublehead.models.non_local import NonLocalBlock
-from doublehead.recipes import HeadConfig, NonLocalConfig, RoIConfig
 
 M = 2**20
 

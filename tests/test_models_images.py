@@ -4,10 +4,10 @@ import pytest
 import torch
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from doublehead.config import BackboneConfig, HeadConfig, ImageConfig, ModelConfig
 from doublehead.models import build_detector
 from doublehead.models.images import ImageTransform
 from doublehead.models.structures import Detections
-from doublehead.recipes import BackboneConfig, HeadConfig, ImageConfig, ModelConfig
 
 SIZES = [(120, 200), (211, 150), (97, 333)]
 

@@ -6,11 +6,11 @@ from torch.nn.functional import cross_entropy, smooth_l1_loss
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import box_iou
 
+from doublehead.config import LossConfig, ModelConfig, RoIConfig
 from doublehead.models.heads import HeadOutput
 from doublehead.models.losses import box_loss, classification_loss, head_losses, sample_rois, task_weights
 from doublehead.models.matching import match, sample
 from doublehead.models.structures import Proposals, RoISamples, Targets, pad_targets
-from doublehead.recipes import LossConfig, ModelConfig, RoIConfig
 
 
 def random_boxes(*shape: int) -> torch.Tensor:

@@ -6,16 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from doublehead.config import BackboneConfig, HeadConfig, ImageConfig, ModelConfig, RoIConfig, RPNConfig
 from doublehead.models import ImageBatch, build_detector
 from doublehead.models.structures import pad_targets
-from doublehead.recipes import (
-    BackboneConfig,
-    HeadConfig,
-    ImageConfig,
-    ModelConfig,
-    RoIConfig,
-    RPNConfig,
-)
 
 KINDS = ["fc", "double_head", "double_head_ext"]
 # Compiling takes long; Ext has every part that the other kinds have.

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torchvision.models.detection import _utils, fasterrcnn_resnet50_fpn
 
+from doublehead.config import ImageConfig
 from doublehead.interop.torchvision import convert_faster_rcnn, faster_rcnn_config
 from doublehead.models import build_detector, losses, rpn
-from doublehead.recipes import ImageConfig
 
 CLASSES = 12
 

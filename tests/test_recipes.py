@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from doublehead.config import Recipe, from_dict, to_dict
 from doublehead.models import build_detector
-from doublehead.recipes import RECIPES, Recipe, from_dict, to_dict
+from doublehead.recipes import RECIPES
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -13,10 +13,11 @@ import safetensors.torch
 import torch
 from engine_standin import TINY, TinyDetector, finish, free_port, launch, one_thread  # noqa: F401 (a fixture)
 
+from doublehead.config import to_dict
 from doublehead.engine.checkpoint import load_state
 from doublehead.engine.errors import UserError
 from doublehead.engine.logs import counted_warnings, read_log
-from doublehead.recipes import RECIPES, to_dict
+from doublehead.recipes import RECIPES
 from doublehead.train import main, parse
 
 # ---------------------------------------------------------------------- the command line

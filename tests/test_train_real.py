@@ -10,11 +10,12 @@ from engine_standin import one_thread  # noqa: F401 (a fixture)
 from PIL import Image
 
 from doublehead import detect, evaluate, train
+from doublehead.config import to_dict
 from doublehead.engine.checkpoint import load_model, load_state
 from doublehead.engine.distributed import World
 from doublehead.engine.files import write_json
 from doublehead.engine.run import train as run_training
-from doublehead.recipes import RECIPES, to_dict
+from doublehead.recipes import RECIPES
 
 
 @pytest.fixture(scope="module")

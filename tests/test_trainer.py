@@ -8,12 +8,12 @@ import torch
 from engine_standin import TinyDetector, one_thread  # noqa: F401 (a fixture)
 from torch import nn
 
+from doublehead.config import TrainConfig
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import NonFiniteLossError, UserError
 from doublehead.engine.optim import WeightAverage, build_optimizer, learning_rate, seed_step
 from doublehead.engine.tracker import LossTracker
 from doublehead.engine.trainer import Hooks, Trainer, check_config, micro_batch_size
-from doublehead.recipes import TrainConfig
 
 CONFIG = TrainConfig(steps=6, batch_size=4, lr=0.05, milestones=(4,), warmup_steps=2, log_every=2, device="cpu")
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from doublehead.recipes import DataConfig
+from doublehead.config import DataConfig
 
 from .coco import read_coco
 from .dataset import DataError, DataWarning, DetectionDataset, Target

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 import doublehead
+from doublehead.config import Recipe, from_dict, to_dict
 from doublehead.engine.errors import CheckpointError
 from doublehead.engine.files import replacing
-from doublehead.recipes import Recipe, from_dict, to_dict
 
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.pt"

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from doublehead.config import Recipe, from_dict
 from doublehead.engine.errors import UserError
-from doublehead.recipes import Recipe, from_dict
 
 RECIPE_FILE = "recipe.json"
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from doublehead.recipes import TrainConfig
+from doublehead.config import TrainConfig
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with momentum over the trainable parameters, in two groups.
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD with momentum, or AdamW, over the trainable parameters, in two groups.
 
     Biases (of convolutions, linear and normalisation layers alike) learn `bias_lr_factor` times
     faster and do not decay; all other parameters, the scales of normalisation layers among them,
@@ -34,6 +34,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise ValueError("the model has no trainable parameter: lower model.backbone.frozen_stages")
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999))
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from doublehead.config import Recipe, to_dict
 from doublehead.data import build_dataset, build_loader
 from doublehead.engine import checkpoint, pictures
 from doublehead.engine.distributed import World
@@ -21,7 +22,6 @@ from doublehead.engine.files import RECIPE_FILE, write_json
 from doublehead.engine.logs import LOG_FILE, Progress, RunLog, read_log, say
 from doublehead.engine.optim import seed_step
 from doublehead.engine.trainer import Hooks, Trainer, check_config, micro_batch_size
-from doublehead.recipes import Recipe, to_dict
 
 METRICS_FILE = "metrics.json"
 PICTURES = 8  # images in detections.png

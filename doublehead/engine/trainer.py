@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from doublehead.config import TrainConfig
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import UserError
 from doublehead.engine.optim import WeightAverage, build_optimizer, learning_rate, seed_step, set_learning_rate
 from doublehead.engine.signals import Stopped, StopSignals
 from doublehead.engine.tracker import LossTracker
-from doublehead.recipes import TrainConfig
 
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

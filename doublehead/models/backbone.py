@@ -12,7 +12,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from ..recipes import BackboneConfig
+from ..config import BackboneConfig
 
 NORMS = {"frozen_batch_norm": FrozenBatchNorm2d, "batch_norm": nn.BatchNorm2d, "group_norm": partial(nn.GroupNorm, 32)}
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
@@ -32,7 +32,14 @@ class ResNetFPN(BackboneWithFPN):
         _freeze(resnet, config.frozen_stages)
         widths = [resnet.inplanes // 8 * 2**stage for stage in range(4)]
         layers = {f"layer{stage + 1}": str(stage) for stage in range(4)}
-        super().__init__(resnet, layers, widths, config.fpn_channels, extra_blocks=LastLevelMaxPool())
+        super().__init__(
+            resnet,
+            layers,
+            widths,
+            config.fpn_channels,
+            extra_blocks=LastLevelMaxPool(),
+            norm_layer=norm if config.fpn_norm else None,
+        )
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """`Tensor[B, 3, H, W]` -> five `Tensor[B, fpn_channels, H / stride, W / stride]`, strides 4 .. 64."""

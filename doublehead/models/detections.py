@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import DetectionConfig, Fusion, HeadKind, LossConfig, ReadOut
 from ..ops import nms_padded
 from ..ops.boxes import clip_boxes, decode_boxes
-from ..recipes import DetectionConfig, Fusion, HeadKind, LossConfig, ReadOut
 from .heads import BRANCHES, HeadOutput
 from .losses import task_weights
 from .structures import Detections, Proposals, gather_rows

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..recipes import Fusion, ModelConfig, ReadOut
+from ..config import Fusion, ModelConfig, ReadOut
 from .backbone import ResNetFPN
 from .detections import detect, resolve_sources
 from .heads import Heads

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from ..recipes import HeadConfig, HeadKind, RoIConfig
+from ..config import HeadConfig, HeadKind, RoIConfig
 from .non_local import NonLocalBlock
 from .structures import at_least_float32
 

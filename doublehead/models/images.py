@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ..recipes import ImageConfig
+from ..config import ImageConfig
 from .structures import Detections, ImageBatch, Targets, pad_targets
 
 Size = tuple[int, int]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, smooth_l1_loss
 
+from ..config import HeadKind, LossConfig, ModelConfig, RoIConfig
 from ..ops.boxes import encode_boxes
-from ..recipes import HeadKind, LossConfig, ModelConfig, RoIConfig
 from .heads import BRANCHES, HeadOutput
 from .matching import match, sample
 from .structures import Proposals, RoISamples, Targets, gather_rows

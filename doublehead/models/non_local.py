@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..recipes import NonLocalConfig
+from ..config import NonLocalConfig
 
 
 class NonLocalBlock(nn.Module):

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
+from ..config import RoIConfig
 from ..ops import multiscale_roi_align
-from ..recipes import RoIConfig
 from .backbone import STRIDES
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, relu, smooth_l1_loss
 
+from ..config import RPNConfig
 from ..ops import nms_padded
 from ..ops.boxes import clip_boxes, decode_boxes, encode_boxes
-from ..recipes import RPNConfig
 from .matching import match, sample
 from .structures import ImageBatch, Proposals, Targets, at_least_float32, gather_rows
 
