@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from doublehead.config import BackboneConfig, HeadConfig, ImageConfig, ModelConfig
 from doublehead.models import build_detector
+from doublehead.models.backbone import ResNetFPN
 from doublehead.models.images import ImageTransform
 from doublehead.models.structures import Detections
 
@@ -113,3 +115,13 @@ def test_backbone_weights_from_a_file(tmp_path):
     bad = ModelConfig(backbone=BackboneConfig("resnet18", weights=str(tmp_path / "part.pt")))
     with pytest.raises(ValueError, match="missing"):
         build_detector(bad, 3)
+
+
+@pytest.mark.parametrize("norm, kind", [("batch_norm", nn.BatchNorm2d), ("group_norm", nn.GroupNorm)])
+def test_the_pyramid_is_normalised_where_asked(norm, kind):
+    def pyramid(fpn_norm):
+        config = BackboneConfig("resnet18", norm, weights=None, fpn_channels=32, fpn_norm=fpn_norm)
+        return ResNetFPN(config).fpn
+
+    assert sum(isinstance(module, kind) for module in pyramid(True).modules()) == 8  # 4 lateral, 4 output convolutions
+    assert not any(isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)) for module in pyramid(False).modules())

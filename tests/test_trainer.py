@@ -100,6 +100,24 @@ def test_one_step_is_sgd_by_hand():
         torch.testing.assert_close(parameter.detach(), before[name] - step)
 
 
+def test_one_step_is_adamw_by_hand():
+    model = TinyDetector(3)
+    model.drop = 0
+    trainer = new_trainer(dataclasses.replace(CONFIG, steps=1, optimizer="adamw", momentum=0.8), model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    images, targets = next(batches())
+    sum(model(images, targets).values()).backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    trainer.fit()
+    for name, parameter in model.named_parameters():
+        rate = CONFIG.lr / 3 * (2 if name.endswith("bias") else 1)
+        decay = 0.0 if name.endswith("bias") else 1e-4
+        # The first step's moments, their bias corrected, are the gradient and its square.
+        step = rate * (gradients[name] / (gradients[name].abs() + 1e-8) + decay * before[name])
+        torch.testing.assert_close(parameter.detach(), before[name] - step)
+    assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.8, 0.999)}
+
+
 def test_a_model_with_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match="trainable"):
         build_optimizer(TinyDetector(3).requires_grad_(False), CONFIG)
@@ -230,7 +248,7 @@ def test_evaluation_changes_nothing_in_training():
     assert torch.equal(weights(plain), weights(evaluated))
 
 
-@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9, "amp": "fp16"}, {"accumulate": 2}])
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9, "amp": "fp16"}, {"accumulate": 2}, {"optimizer": "adamw"}])
 def test_a_state_restored_in_another_trainer_ends_with_the_same_bits(options):
     config = dataclasses.replace(CONFIG, **options)
     size = 4 // config.accumulate
@@ -326,6 +344,8 @@ def test_nothing_is_saved_after_a_bad_loss_nobody_has_looked_at():
         ({"batch_size": 6, "accumulate": 4}, "batch_size 6 images cannot be shared by 1 processes x 4"),
         ({"clip_grad_norm": 0.0}, "train.clip_grad_norm is 0.0"),
         ({"amp": "fp8"}, "train.amp is 'fp8'"),
+        ({"optimizer": "lion"}, "train.optimizer is 'lion', one of sgd, adamw"),
+        ({"momentum": 1.0}, "train.momentum is 1.0, less than 1"),
         ({"ema_decay": 1.0}, "train.ema_decay is 1.0"),
     ],
 )

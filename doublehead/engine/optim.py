@@ -12,6 +12,9 @@ from torch import nn
 from doublehead.config import TrainConfig
 
 
+OPTIMIZERS = ("sgd", "adamw")
+
+
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """SGD with momentum, or AdamW, over the trainable parameters, in two groups.
 

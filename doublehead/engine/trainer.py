@@ -20,7 +20,7 @@ from torch import nn
 from doublehead.config import TrainConfig
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import UserError
-from doublehead.engine.optim import WeightAverage, build_optimizer, learning_rate, seed_step, set_learning_rate
+from doublehead.engine.optim import OPTIMIZERS, WeightAverage, build_optimizer, learning_rate, seed_step, set_learning_rate
 from doublehead.engine.signals import Stopped, StopSignals
 from doublehead.engine.tracker import LossTracker
 
@@ -232,6 +232,10 @@ def check_config(config: TrainConfig, world: World) -> None:
     for name, bound in least.items():
         if not getattr(config, name) >= bound:
             raise ValueError(f"train.{name} is {getattr(config, name)}, at least {bound} is accepted")
+    if config.optimizer not in OPTIMIZERS:
+        raise ValueError(f"train.optimizer is {config.optimizer!r}, one of {', '.join(OPTIMIZERS)} is accepted")
+    if not config.momentum < 1:
+        raise ValueError(f"train.momentum is {config.momentum}, less than 1 is accepted")
     if config.amp not in AMP_TYPES:
         raise ValueError(f"train.amp is {config.amp!r}, one of {', '.join(AMP_TYPES)} is accepted")
     if config.clip_grad_norm is not None and not config.clip_grad_norm > 0:
