@@ -109,8 +109,10 @@ def time_side_by_side(
     """
     repeats = {}
     for name, call in providers.items():
-        call()  # warm up: lazy initialisation, caches
-        repeats[name] = max(1, min(1000, int(2e-3 / max(_seconds(call, 1), 1e-9))))
+        once = _seconds(call, 1)  # warms up: lazy initialisation, caches
+        if once < 1:
+            once = _seconds(call, 1)
+        repeats[name] = max(1, min(1000, int(2e-3 / max(once, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in providers}
     started = time.perf_counter()
     for round_index in range(max_rounds):
@@ -122,7 +124,7 @@ def time_side_by_side(
 
 
 def _summary(values: list[float]) -> dict[str, float]:
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values
     return {
         "median_ms": round(statistics.median(values), 5),
         "q20_ms": round(fifths[0], 5),
@@ -133,12 +135,11 @@ def _summary(values: list[float]) -> dict[str, float]:
 
 
 def peak_memory_mib(call: Callable[[], Any], device: str = "cpu") -> float | None:
-    """Memory one call needs on top of its inputs, its result included; None where unknown.
+    """Memory one call needs on top of its inputs, its result included; None where unknown. `call` has run before.
 
     On the CPU this is the process's resident high-water mark (Linux; good to about 0.5 MiB),
     measured after free heap pages went back to the system, so that they are not reused unseen.
     """
-    call()
     gc.collect()
     if device != "cpu":
         torch.cuda.synchronize()

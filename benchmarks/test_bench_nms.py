@@ -43,7 +43,7 @@ def test_nms_200_000(compare):
             "torchvision": lambda: torchvision.ops.nms(boxes, scores, 0.7),
             "doublehead": lambda: nms(boxes, scores, 0.7),
         },
-        min_rounds=3,
+        min_rounds=1,
     )
 
 

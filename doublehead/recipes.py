@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from .config import (
     BackboneConfig,
     DataConfig,
@@ -33,64 +35,62 @@ def _paper(name: str, about: str, kind: HeadKind, backbone: str) -> Recipe:
     return Recipe(name, about, model, DataConfig("coco", "data/coco", "train2017", "val2017", workers=4), TrainConfig())
 
 
-def _small_model(short_side: int, long_side: int, anchor_sizes: tuple[float, ...], samples: int) -> ModelConfig:
+def _small_model(short_side: int, long_side: int, anchor_sizes: tuple[float, ...]) -> ModelConfig:
     """Ext with narrow heads on ResNet-18 from scratch: what a CPU can train in minutes."""
     return ModelConfig(
-        backbone=BackboneConfig("resnet18", "batch_norm", weights=None, frozen_stages=0, fpn_channels=64),
+        backbone=BackboneConfig(
+            "resnet18", "batch_norm", weights=None, frozen_stages=0, fpn_channels=64, fpn_norm=True
+        ),
         rpn=RPNConfig(anchor_sizes, pre_nms_train=400, pre_nms_test=200, post_nms_train=200, post_nms_test=100),
-        roi=RoIConfig(samples=samples, canonical_size=float(short_side)),
+        roi=RoIConfig(samples=48, positive_fraction=0.5, canonical_size=float(short_side)),
         head=HeadConfig("double_head_ext", fc_dim=256, conv_dim=128, conv_blocks=3),
         image=ImageConfig((short_side,), long_side),
     )
 
 
+_SMALL_TRAINING = TrainConfig(
+    steps=600,
+    batch_size=4,
+    optimizer="adamw",  # in so few steps from scratch, SGD gets half as far
+    lr=0.001,
+    bias_lr_factor=1.0,
+    weight_decay=0.01,
+    milestones=(430, 550),
+    warmup_steps=50,
+    clip_grad_norm=10.0,
+    checkpoint_every=100,
+    aspect_ratio_grouping=False,
+)
+
 register(
     Recipe(
         "shapes-ext",
         "the demonstration: a small Double-Head-Ext on generated shapes, minutes on a CPU",
-        _small_model(128, 128, (12, 24, 48, 96, 160), samples=96),
+        _small_model(128, 128, (12, 24, 48, 96, 160)),
         DataConfig("shapes", train_images=2000, val_images=200),
-        TrainConfig(
-            steps=700,
-            batch_size=4,
-            lr=0.01,
-            clip_grad_norm=10.0,
-            milestones=(480, 620),
-            warmup_steps=50,
-            checkpoint_every=100,
-            aspect_ratio_grouping=False,
-        ),
+        _SMALL_TRAINING,
     )
 )
 register(
     Recipe(
         "bccd-small",
         "a small Double-Head-Ext on BCCD blood cells (Pascal VOC layout), from scratch on a CPU",
-        _small_model(192, 256, (12, 24, 48, 96, 160), samples=96),
+        _small_model(192, 256, (12, 24, 48, 96, 160)),
         DataConfig("voc", "data/BCCD", "train", "val", on_bad_record="skip"),
-        TrainConfig(
-            steps=700,
-            batch_size=4,
-            lr=0.01,
-            milestones=(450, 600),
-            warmup_steps=100,
-            clip_grad_norm=10.0,
-            checkpoint_every=200,
-        ),
+        _SMALL_TRAINING,
     )
 )
 register(
     Recipe(
         "tiny-coco-overfit",
         "a check of the machinery: a small Double-Head-Ext learns ten COCO images by heart",
-        _small_model(320, 480, (16, 32, 64, 128, 256), samples=96),
+        _small_model(256, 384, (16, 32, 64, 128, 256)),
         DataConfig("coco", "data/tiny_coco", "train2017", "train2017", train_images=10, val_images=10),
-        TrainConfig(
-            steps=600, batch_size=2, lr=0.01, milestones=(450, 550), warmup_steps=50, clip_grad_norm=10.0,
-            checkpoint_every=200, horizontal_flip=0.0,
+        dataclasses.replace(
+            _SMALL_TRAINING, steps=900, batch_size=2, milestones=(650, 800), checkpoint_every=200, horizontal_flip=0.0
         ),
     )
-)  # fmt: skip
+)
 for _name, _about, _kind, _backbone in (
     ("faster-rcnn-r50-fpn", "the FPN baseline of Table 4: one fc-head for both tasks", "fc", "resnet50"),
     (
