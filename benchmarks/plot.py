@@ -1,0 +1,139 @@
+"""Tables and plots of the recorded results in benchmarks/results/<machine>/*.json.
+
+python benchmarks/plot.py           rewrites benchmarks/RESULTS.md, the tables in README.md, and docs/speed-<machine>.png
+python benchmarks/plot.py --check   writes nothing; names what is out of date, and exits with 1 if anything is
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PEER, OURS = "torchvision", "doublehead"
+
+HEADLINES = {
+    "nms, 4000 boxes, threshold 0.7": "`nms`, 4,000 boxes, threshold 0.7",
+    "nms, 12000 boxes, threshold 0.7": "`nms`, 12,000 boxes, threshold 0.7",
+    "nms, 200000 boxes, threshold 0.7": "`nms`, 200,000 boxes, threshold 0.7",
+    "batched_nms, 80 classes x 1000 boxes, threshold 0.7": "`batched_nms`, 80 classes x 1,000 boxes, threshold 0.7",
+    "batched_nms, 80 classes x 1000 boxes, threshold 0.5": "the same, threshold 0.5",
+    "forward 7x7 channels_last": "`MultiScaleRoIAlign` forward, channels-last",
+    "forward 7x7 nchw": "the same, NCHW",
+    "backward 7x7 channels_last": "`MultiScaleRoIAlign` backward, channels-last",
+    "backward 7x7 nchw": "the same, NCHW",
+}
+"""Case -> its words in README.md; RESULTS.md has all cases."""
+
+
+def load(machine: Path) -> list[dict[str, Any]]:
+    """All cases recorded on one machine, op by op."""
+    return [case for path in sorted(machine.glob("*.json")) for case in json.loads(path.read_text())["cases"]]
+
+
+def describe(cases: list[dict[str, Any]]) -> str:
+    """Where and with what the cases were measured."""
+
+    def each(key: str) -> str:
+        return ", ".join(sorted({str(case["environment"][key]) for case in cases if key in case["environment"]}))
+
+    threads = "" if "cuda" in cases[0]["environment"] else f", {each('threads')} threads"
+    return (
+        f"{each('processor')}{threads}; torch {each('torch')}, torchvision {each('torchvision')}, "
+        f"Python {each('python')}; {each('date')}, commit {each('commit')}"
+    )
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, thousands with a comma."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def row(case: dict[str, Any], label: str, provider: str = PEER) -> str:
+    """One line of a table: times, ratio and peak memory of a provider and of ours."""
+    theirs, ours = case["providers"].get(provider, {}), case["providers"][OURS]
+    ratio = case["speedup"].get(provider)
+    times = [number(theirs.get("median_ms")), number(ours["median_ms"]), f"**{number(ratio)}x**" if ratio else ""]
+    return "| " + " | ".join([label, *times, number(theirs.get("peak_mib")), number(ours.get("peak_mib"))]) + " |"
+
+
+HEADER = "| | {} ms | doublehead ms | ratio | {} MiB | doublehead MiB |\n| --- | --- | --- | --- | --- | --- |"
+
+
+def readme_table(cases: list[dict[str, Any]]) -> str:
+    """The headline cases against torchvision."""
+    known = {case["case"]: case for case in cases}
+    rows = [row(known[name], label) for name, label in HEADLINES.items() if name in known]
+    return "\n".join([HEADER.format(PEER, PEER), *rows, "", f"Medians; {describe(cases)}."])
+
+
+def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
+    """Everything recorded, as one page."""
+    parts = ["# All recorded results", "", "Written by `python benchmarks/plot.py`; medians, in milliseconds and MiB.", ""]
+    for machine, cases in machines.items():
+        parts += [f"## {machine}", "", f"{describe(cases)}.", ""]
+        for provider in sorted({name for case in cases for name in case["speedup"]}, key=lambda name: name != PEER):
+            rows = [row(case, case["case"], provider) for case in cases if provider in case["speedup"]]
+            parts += [f"Against {provider}:", "", HEADER.format(provider, provider), *rows, ""]
+    return "\n".join(parts)
+
+
+def draw(cases: list[dict[str, Any]], path: Path) -> None:
+    """A bar for every case: how many times faster than torchvision."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [(case["case"], case["speedup"][PEER]) for case in cases if PEER in case["speedup"]][::-1]
+    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.28 * len(shown)), layout="constrained")
+    bars = axes.barh([name for name, _ in shown], [ratio for _, ratio in shown], color="0.45")
+    axes.bar_label(bars, [f"{number(ratio)}x" for _, ratio in shown], padding=3)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.margins(x=0.12, y=0.01)
+    axes.set_xlabel("times as fast as torchvision, same inputs and results, one run")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def marked(text: str, machine: str, table: str) -> str:
+    """`text` with `table` between this machine's marks; as it is where there are none."""
+    begin, end = f"<!-- speed {machine} begin -->", f"<!-- speed {machine} end -->"
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)
+
+
+def pages() -> dict[Path, str]:
+    """Every text this script writes: path -> content."""
+    machines = {path.name: load(path) for path in sorted(RESULTS.iterdir()) if path.is_dir()}
+    readme = (ROOT / "README.md").read_text()
+    for machine, cases in machines.items():
+        readme = marked(readme, machine, readme_table(cases))
+    return {ROOT / "README.md": readme, ROOT / "benchmarks" / "RESULTS.md": results_page(machines)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say what is out of date")
+    check = parser.parse_args().check
+    stale = [path for path, text in pages().items() if not path.exists() or path.read_text() != text]
+    if check:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} does not show the recorded results: run python benchmarks/plot.py")
+        sys.exit(1 if stale else 0)
+    for path, text in pages().items():
+        path.write_text(text)
+    for machine in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        draw(load(machine), ROOT / "docs" / f"speed-{machine.name}.png")
+
+
+if __name__ == "__main__":
+    main()
