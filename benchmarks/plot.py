@@ -1,6 +1,6 @@
 """Tables and plots of the recorded results in benchmarks/results/<machine>/*.json.
 
-python benchmarks/plot.py           rewrites benchmarks/RESULTS.md, the tables in README.md, and docs/speed-<machine>.png
+python benchmarks/plot.py           rewrites benchmarks/RESULTS.md, the tables in README.md and docs/speed-<machine>.png
 python benchmarks/plot.py --check   writes nothing; names what is out of date, and exits with 1 if anything is
 """
 
@@ -32,8 +32,14 @@ HEADLINES = {
 
 
 def load(machine: Path) -> list[dict[str, Any]]:
-    """All cases recorded on one machine, op by op."""
-    return [case for path in sorted(machine.glob("*.json")) for case in json.loads(path.read_text())["cases"]]
+    """All cases recorded on one machine, op by op, each with its op."""
+    records = [json.loads(path.read_text()) for path in sorted(machine.glob("*.json"))]
+    return [{"op": record["op"], **case} for record in records for case in record["cases"]]
+
+
+def title(case: dict[str, Any]) -> str:
+    """What a case is called where nothing says which op it is of."""
+    return case["case"] if case["op"] in case["case"] or case["op"] == "nms" else f"{case['op']} {case['case']}"
 
 
 def describe(cases: list[dict[str, Any]]) -> str:
@@ -76,11 +82,16 @@ def readme_table(cases: list[dict[str, Any]]) -> str:
 
 def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
     """Everything recorded, as one page."""
-    parts = ["# All recorded results", "", "Written by `python benchmarks/plot.py`; medians, in milliseconds and MiB.", ""]
+    parts = [
+        "# All recorded results",
+        "",
+        "Written by `python benchmarks/plot.py`; medians, in milliseconds and MiB.",
+        "",
+    ]
     for machine, cases in machines.items():
         parts += [f"## {machine}", "", f"{describe(cases)}.", ""]
         for provider in sorted({name for case in cases for name in case["speedup"]}, key=lambda name: name != PEER):
-            rows = [row(case, case["case"], provider) for case in cases if provider in case["speedup"]]
+            rows = [row(case, title(case), provider) for case in cases if provider in case["speedup"]]
             parts += [f"Against {provider}:", "", HEADER.format(provider, provider), *rows, ""]
     return "\n".join(parts)
 
@@ -92,14 +103,15 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    shown = [(case["case"], case["speedup"][PEER]) for case in cases if PEER in case["speedup"]][::-1]
-    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.28 * len(shown)), layout="constrained")
+    shown = [(title(case), case["speedup"][PEER]) for case in cases if PEER in case["speedup"]][::-1]
+    figure, axes = plt.subplots(figsize=(10, 0.8 + 0.28 * len(shown)), layout="constrained")
     bars = axes.barh([name for name, _ in shown], [ratio for _, ratio in shown], color="0.45")
     axes.bar_label(bars, [f"{number(ratio)}x" for _, ratio in shown], padding=3)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
     axes.margins(x=0.12, y=0.01)
-    axes.set_xlabel("times as fast as torchvision, same inputs and results, one run")
+    axes.xaxis.set_major_formatter("{x:g}x")
+    axes.set_xlabel("times as fast as torchvision")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)

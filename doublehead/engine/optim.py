@@ -11,7 +11,6 @@ from torch import nn
 
 from doublehead.config import TrainConfig
 
-
 OPTIMIZERS = ("sgd", "adamw")
 
 

@@ -20,7 +20,14 @@ from torch import nn
 from doublehead.config import TrainConfig
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import UserError
-from doublehead.engine.optim import OPTIMIZERS, WeightAverage, build_optimizer, learning_rate, seed_step, set_learning_rate
+from doublehead.engine.optim import (
+    OPTIMIZERS,
+    WeightAverage,
+    build_optimizer,
+    learning_rate,
+    seed_step,
+    set_learning_rate,
+)
 from doublehead.engine.signals import Stopped, StopSignals
 from doublehead.engine.tracker import LossTracker
 
