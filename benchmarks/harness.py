@@ -1,15 +1,18 @@
-"""What every benchmark shares: realistic boxes, timing side by side, peak memory, and the record.
+"""What every benchmark shares: timing side by side, peak memory, and the record.
 
 Providers are timed in turns (a, b, c, a, b, c, ...), so that a busy machine slows all of them
 alike, and each is told by its median and two quantiles, never by its best run.
+
+On a GPU, the time of a call is that from the call to the end of its work, waiting included; the
+kernels' own time is beside it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import json
-import math
 import platform
 import re
 import statistics
@@ -21,69 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-
-
-# ---------------------------------------------------------------------------------------------
-# Inputs
-
-
-def rpn_boxes(
-    count: int,
-    *,
-    image_size: tuple[int, int] = (800, 1344),
-    objects: int = 60,
-    clustered: float = 0.7,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Boxes and scores as a region proposal network gives them.
-
-    A share `clustered` of the boxes lies around `objects` objects, the further off the lower its
-    score; the rest is background.  Sides are log-uniform between 16 and 600 pixels.  Uniformly
-    random boxes would flatter NMS: they hardly overlap, so almost nothing depends on anything.
-
-    Returns boxes `Tensor[count, 4]` (x1, y1, x2, y2 in pixels, inside the image) and distinct
-    scores `Tensor[count]` in (0, 1), in no particular order.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    height, width = image_size
-    extent = torch.tensor([float(width), float(height)])
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    def places(number: int) -> tuple[Tensor, Tensor]:
-        side = 16 * torch.exp(uniform(number, 1) * math.log(600 / 16))
-        aspect = torch.exp(0.35 * normal(number, 1))
-        return uniform(number, 2) * extent, torch.cat((side * aspect, side / aspect), 1)
-
-    near = round(count * clustered)
-    object_centres, object_sizes = places(objects)
-    which = (uniform(near) * objects).long()
-    distance = 0.3 * uniform(near, 1)
-    centres = object_centres[which] + distance * normal(near, 2) * object_sizes[which]
-    sizes = object_sizes[which] * torch.exp(distance * normal(near, 2))
-    far_centres, far_sizes = places(count - near)
-    centres, sizes = torch.cat((centres, far_centres)), torch.cat((sizes, far_sizes))
-
-    closeness = torch.cat((1 - 2 * distance[:, 0], torch.zeros(count - near)))
-    scores = torch.sigmoid(4 * closeness - 2 + normal(count)).double()
-    scores += torch.arange(count) * 1e-12  # tells ties apart before the rank below
-    scores = (scores.argsort().argsort().float() + 0.5) / count  # distinct, so that every provider keeps the same
-
-    corners = torch.cat((centres - sizes / 2, centres + sizes / 2), 1)
-    limits = torch.cat((extent, extent))
-    boxes = corners.clamp(min=torch.zeros(4), max=limits)
-    boxes[:, :2] = torch.minimum(boxes[:, :2], limits[:2] - 1)
-    boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)
-    order = torch.randperm(count, generator=generator)
-    return boxes[order], scores[order]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -91,11 +34,13 @@ def rpn_boxes(
 
 
 def _seconds(call: Callable[[], Any], repeats: int) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(repeats):
         call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
     return (time.perf_counter() - started) / repeats
 
 
@@ -132,6 +77,36 @@ def _summary(values: list[float]) -> dict[str, float]:
         "least_ms": round(min(values), 5),
         "samples": len(values),
     }
+
+
+def kernel_milliseconds(call: Callable[[], Any], repeats: int = 5) -> float | None:
+    """How long the GPU itself works for one call: its kernels, copies and fills, by PyTorch's profiler.
+
+    None where the profiler sees nothing (no permission to profile).
+    """
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    microseconds = sum(event.self_device_time_total for event in profile.key_averages())
+    return round(microseconds / 1e3 / repeats, 5) if microseconds else None
+
+
+@functools.cache
+def copy_bytes_per_second() -> float:
+    """What the GPU's memory reaches: a copy of 1 GiB, read and written, median of 20."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(25):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return 2 * 2**30 / statistics.median(times[5:])
 
 
 def peak_memory_mib(call: Callable[[], Any], device: str = "cpu") -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import rpn_boxes
+from inputs import DEVICE, rpn_boxes
 
 from doublehead.ops import batched_nms, nms, nms_padded
 from doublehead.ops.nms import reference
@@ -51,9 +51,9 @@ def eighty_classes() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """80 classes of 1000 boxes each, shuffled, all scores distinct."""
     images = [rpn_boxes(1_000, seed=label) for label in range(80)]
     boxes, scores = (torch.cat(tensors) for tensors in zip(*images, strict=True))
-    order = torch.randperm(80_000, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(80_000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     scores = (scores[order].argsort(stable=True).argsort() + 0.5) / 80_000
-    return boxes[order], scores, torch.arange(80).repeat_interleave(1_000)[order]
+    return boxes[order], scores, torch.arange(80, device=DEVICE).repeat_interleave(1_000)[order]
 
 
 @pytest.mark.parametrize("threshold", [0.7, 0.5])
@@ -91,7 +91,7 @@ def test_proposals(compare):
     # Two images, five pyramid levels of at most 1000 candidates, the best 1000 proposals of each.
     images = [rpn_boxes(5_000, seed=image) for image in range(2)]
     boxes, scores = (torch.stack(tensors) for tensors in zip(*images, strict=True))
-    levels = (torch.arange(5_000) // 1_000).expand(2, -1).contiguous()
+    levels = (torch.arange(5_000, device=DEVICE) // 1_000).expand(2, -1).contiguous()
 
     def per_image():
         return torch.stack([torchvision.ops.batched_nms(boxes[i], scores[i], levels[i], 0.7)[:1000] for i in range(2)])
