@@ -49,13 +49,13 @@ def _small_model(short_side: int, long_side: int, anchor_sizes: tuple[float, ...
 
 
 _SMALL_TRAINING = TrainConfig(
-    steps=500,
+    steps=480,
     batch_size=4,
     optimizer="adamw",  # in so few steps from scratch, SGD gets half as far
     lr=0.001,
     bias_lr_factor=1.0,
     weight_decay=0.01,
-    milestones=(360, 460),
+    milestones=(345, 440),
     warmup_steps=50,
     clip_grad_norm=10.0,
     checkpoint_every=100,
