@@ -90,7 +90,7 @@ def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
     ]
     for machine, cases in machines.items():
         parts += [f"## {machine}", "", f"{describe(cases)}.", ""]
-        for provider in sorted({name for case in cases for name in case["speedup"]}, key=lambda name: name != PEER):
+        for provider in sorted({name for case in cases for name in case["speedup"]}, key=lambda name: (name != PEER, name)):
             rows = [row(case, title(case), provider) for case in cases if provider in case["speedup"]]
             parts += [f"Against {provider}:", "", HEADER.format(provider, provider), *rows, ""]
     return "\n".join(parts)

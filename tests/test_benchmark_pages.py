@@ -29,7 +29,7 @@ def test_every_headline_has_been_recorded(plot):
 
 
 def test_a_changed_result_changes_the_table(plot, tmp_path, monkeypatch):
-    case = plot.load(plot.RESULTS / "cpu")[0]
+    case = next(case for case in plot.load(plot.RESULTS / "cpu") if case["case"] in plot.HEADLINES)
     case["providers"]["doublehead"]["median_ms"] = 123456.0
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "nms.json").write_text(json.dumps({"op": "nms", "cases": [case]}))
