@@ -62,22 +62,38 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def row(case: dict[str, Any], label: str, provider: str = PEER) -> str:
-    """One line of a table: times, ratio and peak memory of a provider and of ours."""
-    theirs, ours = case["providers"].get(provider, {}), case["providers"][OURS]
-    ratio = case["speedup"].get(provider)
-    times = [number(theirs.get("median_ms")), number(ours["median_ms"]), f"**{number(ratio)}x**" if ratio else ""]
-    return "| " + " | ".join([label, *times, number(theirs.get("peak_mib")), number(ours.get("peak_mib"))]) + " |"
+def table(cases: list[tuple[str, dict[str, Any]]], provider: str = PEER) -> list[str]:
+    """Times, ratio and peak memory of a provider and of ours; from a GPU also what the kernels did."""
+    columns = ["", f"{provider} ms", "doublehead ms", "ratio", f"{provider} MiB", "doublehead MiB"]
+    on_gpu = any("kernel_ms" in case["providers"][OURS] for _, case in cases)
+    columns += ["kernels ms", "ratio of kernels", "of copy bandwidth"] if on_gpu else []
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for label, case in cases:
+        theirs, ours = case["providers"].get(provider, {}), case["providers"][OURS]
+        cells = [
+            label,
+            number(theirs.get("median_ms")),
+            number(ours["median_ms"]),
+            times(case["speedup"].get(provider)),
+        ]
+        cells += [number(theirs.get("peak_mib")), number(ours.get("peak_mib"))]
+        if on_gpu:
+            share = ours.get("share_of_copy_bandwidth")
+            cells += [number(ours.get("kernel_ms")), times(case["kernel_speedup"].get(provider))]
+            cells += [f"{share:.0%}" if share else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
-HEADER = "| | {} ms | doublehead ms | ratio | {} MiB | doublehead MiB |\n| --- | --- | --- | --- | --- | --- |"
+def times(ratio: float | None) -> str:
+    return f"**{number(ratio)}x**" if ratio else ""
 
 
 def readme_table(cases: list[dict[str, Any]]) -> str:
     """The headline cases against torchvision."""
     known = {case["case"]: case for case in cases}
-    rows = [row(known[name], label) for name, label in HEADLINES.items() if name in known]
-    return "\n".join([HEADER.format(PEER, PEER), *rows, "", f"Medians; {describe(cases)}."])
+    shown = [(label, known[name]) for name, label in HEADLINES.items() if name in known]
+    return "\n".join([*table(shown), "", f"Medians; {describe(cases)}."])
 
 
 def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
@@ -90,9 +106,10 @@ def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
     ]
     for machine, cases in machines.items():
         parts += [f"## {machine}", "", f"{describe(cases)}.", ""]
-        for provider in sorted({name for case in cases for name in case["speedup"]}, key=lambda name: (name != PEER, name)):
-            rows = [row(case, title(case), provider) for case in cases if provider in case["speedup"]]
-            parts += [f"Against {provider}:", "", HEADER.format(provider, provider), *rows, ""]
+        providers = {name for case in cases for name in case["speedup"]}
+        for provider in sorted(providers, key=lambda name: (name != PEER, name)):
+            shown = [(title(case), case) for case in cases if provider in case["speedup"]]
+            parts += [f"Against {provider}:", "", *table(shown, provider), ""]
     return "\n".join(parts)
 
 

@@ -44,3 +44,12 @@ def test_the_ratio_is_that_of_the_medians(plot):
         for name, ratio in case["speedup"].items():
             times = [case["providers"][provider]["median_ms"] for provider in (name, "doublehead")]
             assert ratio == pytest.approx(times[0] / times[1], rel=0.01)
+
+
+def test_a_gpu_s_table_shows_what_the_kernels_did(plot):
+    case = next(case for case in plot.load(plot.RESULTS / "cpu") if case["case"] in plot.HEADLINES)
+    case["providers"]["doublehead"] |= {"kernel_ms": 0.0625, "share_of_copy_bandwidth": 0.71}
+    case["kernel_speedup"] = {"torchvision": 4.5}
+    header, _, line = plot.table([("one", case)])
+    assert header.count("|") == line.count("|") == 10
+    assert line.endswith("| 0.0625 | **4.5x** | 71% |")
