@@ -13,26 +13,11 @@
 #include <type_traits>
 #include <vector>
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors only pass through inlined functions
-
 #include "common.h"
+#include "lanes.h"
 #include "nms.h"
 
 namespace doublehead::nms {
-
-// 64 bytes of numbers as one value: one AVX-512, two AVX2 or four SSE or NEON registers.
-template <typename T>
-struct LanesOf;
-template <>
-struct LanesOf<float> {
-  typedef float type __attribute__((vector_size(64)));
-};
-template <>
-struct LanesOf<double> {
-  typedef double type __attribute__((vector_size(64)));
-};
-template <typename T>
-using Lanes = typename LanesOf<T>::type;
 
 template <typename T>
 class Candidates {
@@ -90,7 +75,7 @@ class Candidates {
   int64_t runs() const { return runs_.size(); }
 
  private:
-  static constexpr uint32_t kRun = 64 / sizeof(T);  // slots compared at a time
+  static constexpr uint32_t kRun = kLanes<T>;  // slots compared at a time
 
   // Without alignas, code for AVX-512 would expect more of a vector than code for plain x86-64 grants.
   struct alignas(64) Run {

@@ -1,7 +1,7 @@
 // The inner kernels for channels-last features: vectors along the channels, every other dimension one scalar at a time.
 #pragma once
 
-#include "lanes.h"
+#include "load.h"
 #include "weights.h"
 
 #pragma GCC push_options

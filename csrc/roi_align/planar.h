@@ -5,7 +5,7 @@
 // plain loops, which touch the window's pixels alone.
 #pragma once
 
-#include "lanes.h"
+#include "load.h"
 #include "weights.h"
 
 #pragma GCC push_options

@@ -1,30 +1,12 @@
-// 64 bytes of float or double as one value, loaded from and stored to any feature type. GCC's and Clang's vector
-// extension makes one AVX-512, two AVX2 or four SSE/NEON registers of it.
+// Features of any type as lanes: loading widens, storing rounds.
 #pragma once
 
 #include "../common.h"
+#include "../lanes.h"
 
 #include <cstring>
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // lanes only pass through inlined functions
-
 namespace doublehead::roi_align {
-
-template <typename W>
-struct LanesOf;
-template <>
-struct LanesOf<float> {
-  typedef float type __attribute__((vector_size(64)));
-};
-template <>
-struct LanesOf<double> {
-  typedef double type __attribute__((vector_size(64)));
-};
-template <typename W>
-using Lanes = typename LanesOf<W>::type;
-
-template <typename W>
-constexpr int64_t kLanes = 64 / int64_t(sizeof(W));
 
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(64)));
