@@ -47,14 +47,15 @@ DOUBLEHEAD_GEOMETRY W sample_position(const Axis<W>& axis, int64_t bin, int64_t 
   return axis.start + W(bin) * axis.bin + W(W(sample) + W(0.5)) * axis.bin / W(axis.samples);
 }
 
-// The first sample of a bin that may count: adaptive sampling of a huge box has mostly samples before the map.
+// The first sample of a bin that is not before `from`, as long as bins have a positive length: adaptive sampling of a
+// huge box has mostly samples before the map, where a sample counts from -1 on.
 template <typename W>
-DOUBLEHEAD_GEOMETRY int64_t first_sample(const Axis<W>& axis, int64_t bin) {
-  if (axis.samples == 0 || axis.bin <= W(0) || sample_position(axis, bin, 0) >= W(-1)) return 0;
+DOUBLEHEAD_GEOMETRY int64_t first_sample(const Axis<W>& axis, int64_t bin, W from = W(-1)) {
+  if (axis.samples == 0 || axis.bin <= W(0) || sample_position(axis, bin, 0) >= from) return 0;
   int64_t before = 0, after = axis.samples;  // positions never decrease: bisect
   while (after - before > 1) {
     const int64_t middle = before + (after - before) / 2;
-    (sample_position(axis, bin, middle) < W(-1) ? before : after) = middle;
+    (sample_position(axis, bin, middle) < from ? before : after) = middle;
   }
   return after;
 }
