@@ -184,7 +184,7 @@ __device__ __forceinline__ void spread(const W* weights, const W (&value)[V], W 
 // Channels-last. Grid: tiles * chunks of 32 V channels. A warp has a row of the tile: of every box, bin column after bin
 // column, it combines the bins of that row of pixels and gives the sum to the pixels that the bins reach.
 template <typename T, typename W, int V>
-__global__ void __launch_bounds__(kGatherThreads)
+__global__ void __launch_bounds__(kGatherThreads, 2)
     gather_channels_last(const __grid_constant__ Problem<W> problem, const __grid_constant__ Tiles tiles,
                          const Boxes<W> boxes, const int32_t batch_size) {
   DOUBLEHEAD_DYNAMIC_SHARED(W, shared);
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kGatherThreads)
 // Planar. Grid: tiles * chunks of kGatherWarps Q channels. A lane has a column of the tile, a warp Q channels: of every
 // box, bin row after bin row, a lane combines the bins of its column and gives the sum to the pixels that they reach.
 template <typename T, typename W, int Q>
-__global__ void __launch_bounds__(kGatherThreads)
+__global__ void __launch_bounds__(kGatherThreads, 2)
     gather_planar(const __grid_constant__ Problem<W> problem, const __grid_constant__ Tiles tiles,
                   const Boxes<W> boxes, const int32_t batch_size) {
   DOUBLEHEAD_DYNAMIC_SHARED(W, shared);

@@ -100,8 +100,12 @@ __device__ inline void fill_tables(const Problem<W>& problem, const Map& map, co
   for (int32_t i = thread; i < problem.height + problem.width; i += threads) {
     const bool row = i < problem.height;
     const int32_t bin = row ? i : i - problem.height;
-    const Bin filled = fill_bin(row ? axes.rows : axes.columns, bin, row ? map.height : map.width,
-                                row ? map.row_stride : map.pixel_stride, row ? rows : columns,
+    // Chosen number by number: a reference to one of two structures would put both into local memory.
+    const Axis<W> axis = {row ? axes.rows.start : axes.columns.start, row ? axes.rows.bin : axes.columns.bin,
+                          row ? axes.rows.samples : axes.columns.samples};
+    const Slots slots = {rows.adaptive, row ? rows.each : columns.each,
+                         row ? rows.window_first : columns.window_first, 0};
+    const Bin filled = fill_bin(axis, bin, row ? map.height : map.width, row ? map.row_stride : map.pixel_stride, slots,
                                 row ? tables.rows : tables.columns);
     (row ? tables.row_bins : tables.column_bins)[bin] = filled;
   }
