@@ -54,13 +54,13 @@ struct Batch {
 
 // The weight of a pixel in a bin.
 template <typename W>
-__device__ inline W weight_of(const Axis<W>& axis, int64_t bin, int32_t pixel, int32_t extent) {
+__device__ inline W weight_of(const Axis<W>& axis, int32_t bin, int32_t pixel, int32_t extent) {
   const W from = W(pixel - 1), to = W(pixel + 1);  // samples in between read the pixel, also where they are clamped
   const Span<W> span = span_of(axis, bin, bin + 1);
   if (span.high < from || span.low > to) return W(0);
   const W share = W(1) / W(axis.samples);
   W sum = 0;
-  for (int64_t sample = first_sample(axis, bin, from); sample < axis.samples; ++sample) {
+  for (int32_t sample = first_sample(axis, bin, from); sample < axis.samples; ++sample) {
     const W position = sample_position(axis, bin, sample);
     if (axis.bin > W(0) && position > to) break;
     if (!sample_counts(position, extent)) continue;

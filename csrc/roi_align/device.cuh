@@ -73,7 +73,7 @@ struct Span {
 };
 
 template <typename W>
-__device__ inline Span<W> span_of(const Axis<W>& axis, int64_t first, int64_t end) {
+__device__ inline Span<W> span_of(const Axis<W>& axis, int32_t first, int32_t end) {
   const W length = axis.bin * W(1.001);
   const W a = axis.start + W(first) * axis.bin, b = axis.start + W(end - 1) * axis.bin;
   return axis.bin < W(0) ? Span<W>{b + length, a} : Span<W>{a, b + length};
@@ -85,7 +85,7 @@ struct Window {
 };
 
 template <typename W>
-__device__ inline Window window_of(const Axis<W>& axis, int64_t bins, int32_t extent) {
+__device__ inline Window window_of(const Axis<W>& axis, int32_t bins, int32_t extent) {
   const Span<W> span = span_of(axis, 0, bins);
   if (axis.samples == 0 || extent == 0 || !(span.high >= W(-1)) || !(span.low <= W(extent))) return {0, 0};
   const int32_t first = span.low > W(0) ? int32_t(span.low) : 0;

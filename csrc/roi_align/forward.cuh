@@ -48,13 +48,13 @@ __device__ inline Work<T, W> find_work(const Problem<W>& problem, const Room& ro
 template <typename T, typename W>
 __device__ inline W pool_by_samples(const T* channel, const Map& map, const Axes<W>& axes, int32_t ph, int32_t pw) {
   W total = 0;
-  for (int64_t i = first_sample(axes.rows, ph); i < axes.rows.samples; ++i) {
+  for (int32_t i = first_sample(axes.rows, ph); i < axes.rows.samples; ++i) {
     const W y = sample_position(axes.rows, ph, i);
     if (axes.rows.bin > W(0) && y > W(map.height)) break;
     if (!sample_counts(y, map.height)) continue;
     const Bilinear<W> row = bilinear(y, map.height);
     W sum = 0;
-    for (int64_t j = first_sample(axes.columns, pw); j < axes.columns.samples; ++j) {
+    for (int32_t j = first_sample(axes.columns, pw); j < axes.columns.samples; ++j) {
       const W x = sample_position(axes.columns, pw, j);
       if (axes.columns.bin > W(0) && x > W(map.width)) break;
       if (!sample_counts(x, map.width)) continue;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common.h"
+#include "roi_align.h"
 
 #include <utility>
 #include <vector>
@@ -35,6 +36,8 @@ inline void check_pooling(const Pooling& pooling, size_t levels) {
   DOUBLEHEAD_CHECK(!pooling.box_scales.empty(), "roi_align: box_scales must hold at least one scale");
   DOUBLEHEAD_CHECK(pooling.height > 0 && pooling.width > 0, "roi_align: output_size must be positive, got (",
                    pooling.height, ", ", pooling.width, ")");
+  DOUBLEHEAD_CHECK(pooling.sampling_ratio <= kMostSamples, "roi_align: sampling_ratio must be at most 2^30, got ",
+                   pooling.sampling_ratio);
 }
 
 }  // namespace doublehead::roi_align

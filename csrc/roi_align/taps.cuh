@@ -56,19 +56,19 @@ __device__ inline int32_t add_tap(Tap<W>* taps, int32_t count, int64_t offset, W
 
 // One thread, one bin.
 template <typename W>
-__device__ inline Bin fill_bin(const Axis<W>& axis, int64_t bin, int32_t extent, int64_t stride, const Slots& slots,
+__device__ inline Bin fill_bin(const Axis<W>& axis, int32_t bin, int32_t extent, int64_t stride, const Slots& slots,
                                Tap<W>* taps) {
-  int32_t begin = int32_t(bin) * slots.each, count = 0;
+  int32_t begin = bin * slots.each, count = 0;
   const W share = axis.samples ? W(1) / W(axis.samples) : W(0);
-  for (int64_t sample = first_sample(axis, bin); sample < axis.samples; ++sample) {
+  for (int32_t sample = first_sample(axis, bin); sample < axis.samples; ++sample) {
     const W position = sample_position(axis, bin, sample);
     if (axis.bin > W(0) && position > W(extent)) break;  // so are all that follow
     if (!sample_counts(position, extent)) continue;
     const Bilinear<W> between = bilinear(position, extent);
-    if (slots.adaptive && count == 0) begin = between.low - slots.window_first + 2 * int32_t(bin);
-    count = add_tap(taps + begin, count, between.low * stride, between.low_weight * share);
+    if (slots.adaptive && count == 0) begin = between.low - slots.window_first + 2 * bin;
+    count = add_tap(taps + begin, count, int64_t(between.low) * stride, between.low_weight * share);
     if (between.high != between.low) {
-      count = add_tap(taps + begin, count, between.high * stride, between.high_weight * share);
+      count = add_tap(taps + begin, count, int64_t(between.high) * stride, between.high_weight * share);
     }
   }
   if (!slots.adaptive) {
