@@ -204,9 +204,11 @@ __global__ void __launch_bounds__(kGatherThreads, 2)
     const T* grad = batch.grads[box] + channel + rows.first * bin_row + columns.first * problem.channels;
     const W* const row_weights = batch.rows_of(box) + row;
     const W* column_weights = batch.columns_of(box) + columns.first * kTile;
+#pragma unroll 1
     for (int32_t pw = columns.first; pw < columns.end; ++pw) {
       W value[V] = {};
       const T* from = grad;
+#pragma unroll 2
       for (int32_t ph = rows.first; ph < rows.end; ++ph, from += bin_row) {
         add_loaded<V>(load<V>(from), row_weights[ph * kTile], value);
       }

@@ -124,7 +124,7 @@ __device__ __forceinline__ void pool_row(const T* pixels, const Tap<W>* rows, in
 // The warps of a block read neighbouring rows of pixels at about the same time: what two of them read comes from memory
 // once, the second time from the L1 cache.
 template <typename T, typename W, int V>
-__global__ void __launch_bounds__(32 * kWarps, 3)
+__global__ void __launch_bounds__(32 * kWarps, sizeof(W) == 8 ? 2 : 3)
     pool_channels_last(const __grid_constant__ Problem<W> problem, const Room room) {
   DOUBLEHEAD_DYNAMIC_SHARED(Tap<W>, shared);
   const int64_t chunks = (problem.channels + 32 * V - 1) / (32 * V);
