@@ -5,7 +5,7 @@
 
 namespace doublehead::roi_align::device {
 
-constexpr int32_t kListThreads = 1024;
+constexpr int32_t kListThreads = 512;
 
 // The boxes of image i on level l are numbers ranges[i * levels + l] of `windows`, `axes` and `items`, in order of
 // their index. One entry for each of the box scales: item = roi * scales + scale.

@@ -124,7 +124,7 @@ __device__ __forceinline__ void pool_row(const T* pixels, const Tap<W>* rows, in
 // The warps of a block read neighbouring rows of pixels at about the same time: what two of them read comes from memory
 // once, the second time from the L1 cache.
 template <typename T, typename W, int V>
-__global__ void __launch_bounds__(32 * kWarps, sizeof(W) == 8 ? 2 : 3)
+__global__ void __launch_bounds__(32 * kWarps, sizeof(W) == 8 ? 1 : 3)
     pool_channels_last(const __grid_constant__ Problem<W> problem, const Room room) {
   DOUBLEHEAD_DYNAMIC_SHARED(Tap<W>, shared);
   const int64_t chunks = (problem.channels + 32 * V - 1) / (32 * V);
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(32 * kWarps, sizeof(W) == 8 ? 2 : 3)
 // Planar. Grid: boxes * scales * chunks of channels. Lanes lie along the columns of the window, channel after channel:
 // first each column's pixels are combined for the rows of bins, into shared memory, then the columns for the bins.
 template <typename T, typename W>
-__global__ void __launch_bounds__(kPlanarThreads)
+__global__ void __launch_bounds__(kPlanarThreads, sizeof(W) == 8 ? 4 : 6)
     pool_planar(const __grid_constant__ Problem<W> problem, const Room room) {
   DOUBLEHEAD_DYNAMIC_SHARED(Tap<W>, shared);
   constexpr int32_t kSums = kPlanarSumBytes / sizeof(W);
