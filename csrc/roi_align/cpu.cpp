@@ -14,18 +14,6 @@ Tensor make_output(std::vector<int64_t> sizes, ScalarType type, bool channels_la
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-void check_pooling(const Pooling& pooling, size_t levels) {
-  DOUBLEHEAD_CHECK(levels > 0, "roi_align: features must hold at least one level");
-  DOUBLEHEAD_CHECK(pooling.spatial_scales.size() == levels, "roi_align: spatial_scales must have one scale for each of ",
-                   levels, " levels, got ", pooling.spatial_scales.size());
-  for (double scale : pooling.spatial_scales) {
-    DOUBLEHEAD_CHECK(scale > 0, "roi_align: spatial_scales must be positive, got ", scale);
-  }
-  DOUBLEHEAD_CHECK(!pooling.box_scales.empty(), "roi_align: box_scales must hold at least one scale");
-  DOUBLEHEAD_CHECK(pooling.height > 0 && pooling.width > 0, "roi_align: output_size must be positive, got (",
-                   pooling.height, ", ", pooling.width, ")");
-}
-
 Tensor check_rois(const Tensor& rois, ScalarType features) {
   check_cpu(rois, "roi_align: rois");
   check_dim(rois, 2, "roi_align: rois");
@@ -49,14 +37,6 @@ std::vector<Tensor> check_features(const std::vector<Tensor>& features, bool cha
                                                                               : MemoryFormat::Contiguous));
   }
   return checked;
-}
-
-Pooling make_pooling(std::vector<double> spatial_scales, std::vector<double> box_scales,
-                     const std::vector<int64_t>& output_size, int64_t sampling_ratio, bool aligned,
-                     double canonical_size, int64_t canonical_level, int64_t level_rule) {
-  DOUBLEHEAD_CHECK(output_size.size() == 2, "roi_align: output_size must be (height, width)");
-  return {std::move(spatial_scales), std::move(box_scales), output_size[0],  output_size[1], sampling_ratio,
-          aligned,                   canonical_size,        canonical_level, level_rule};
 }
 
 std::vector<Tensor> multiscale_roi_align(std::vector<Tensor> features, Tensor rois, std::vector<double> spatial_scales,

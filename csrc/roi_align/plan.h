@@ -1,20 +1,10 @@
 // What to pool from where: every (box, box scale) with its level and image, grouped and ordered for the cache.
 #pragma once
 
-#include "../common.h"
+#include "pooling.h"
 #include "weights.h"
 
 namespace doublehead::roi_align {
-
-// The operator's arguments, as they stand in its schema after the tensors.
-struct Pooling {
-  std::vector<double> spatial_scales, box_scales;
-  int64_t height, width;  // of the output, in bins
-  int64_t sampling_ratio;
-  bool aligned;
-  double canonical_size;
-  int64_t canonical_level, level_rule;
-};
 
 // One output to make: box `roi` expanded by box scale number `scale`. It begins near pixel (y, x) of its image.
 struct Item {

@@ -23,11 +23,11 @@ template <typename W>
 struct Axis {
   W start;
   W bin;
-  int64_t samples;  // 0: the box pools nothing (it is not finite, or empty under adaptive sampling)
+  int32_t samples;  // 0: the box pools nothing (it is not finite, or empty under adaptive sampling)
 };
 
 // More samples than this in a bin (a box some 10^9 pixels long) count as none: the map's share in such a mean is nil.
-constexpr int64_t kMostSamples = int64_t(1) << 30;
+constexpr int32_t kMostSamples = 1 << 30;
 
 template <typename W>
 DOUBLEHEAD_GEOMETRY Axis<W> make_axis(W low, W high, W scale, int64_t bins, int64_t sampling_ratio, bool aligned) {
@@ -37,24 +37,25 @@ DOUBLEHEAD_GEOMETRY Axis<W> make_axis(W low, W high, W scale, int64_t bins, int6
   if (!std::isfinite(start) || !std::isfinite(end) || !std::isfinite(length)) return {W(0), W(0), 0};
   if (!aligned && length < W(1)) length = W(1);
   const W bin = length / W(bins);
-  if (sampling_ratio > 0) return {start, bin, sampling_ratio};
+  if (sampling_ratio > 0) return {start, bin, int32_t(sampling_ratio)};
   const W samples = std::ceil(bin);
-  return {start, bin, samples > W(0) && samples <= W(kMostSamples) ? int64_t(samples) : 0};
+  return {start, bin, samples > W(0) && samples <= W(kMostSamples) ? int32_t(samples) : 0};
 }
 
 template <typename W>
-DOUBLEHEAD_GEOMETRY W sample_position(const Axis<W>& axis, int64_t bin, int64_t sample) {
+DOUBLEHEAD_GEOMETRY W sample_position(const Axis<W>& axis, int32_t bin, int32_t sample) {
   return axis.start + W(bin) * axis.bin + W(W(sample) + W(0.5)) * axis.bin / W(axis.samples);
 }
 
-// The first sample of a bin that may count: adaptive sampling of a huge box has mostly samples before the map.
+// The first sample of a bin that is not before `from`, as long as bins have a positive length: adaptive sampling of a
+// huge box has mostly samples before the map, where a sample counts from -1 on.
 template <typename W>
-DOUBLEHEAD_GEOMETRY int64_t first_sample(const Axis<W>& axis, int64_t bin) {
-  if (axis.samples == 0 || axis.bin <= W(0) || sample_position(axis, bin, 0) >= W(-1)) return 0;
-  int64_t before = 0, after = axis.samples;  // positions never decrease: bisect
+DOUBLEHEAD_GEOMETRY int32_t first_sample(const Axis<W>& axis, int32_t bin, W from = W(-1)) {
+  if (axis.samples == 0 || axis.bin <= W(0) || sample_position(axis, bin, 0) >= from) return 0;
+  int32_t before = 0, after = axis.samples;  // positions never decrease: bisect
   while (after - before > 1) {
-    const int64_t middle = before + (after - before) / 2;
-    (sample_position(axis, bin, middle) < W(-1) ? before : after) = middle;
+    const int32_t middle = before + (after - before) / 2;
+    (sample_position(axis, bin, middle) < from ? before : after) = middle;
   }
   return after;
 }

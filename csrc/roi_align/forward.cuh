@@ -1,0 +1,212 @@
+// Forward: a block pools a chunk of channels of one box. Its weights are made once, in shared memory. Where there is no
+// room for them (a box of thousands of pixels on a large map, hundreds of bins) bins are pooled sample by sample.
+#pragma once
+
+#include "taps.cuh"
+
+namespace doublehead::roi_align::device {
+
+constexpr int32_t kWarps = 8;                  // at most, channels-last: each pools a row of bins at a time
+constexpr int32_t kPlanarThreads = 128;
+constexpr int32_t kPlanarChannels = 32;        // of a block, planar
+constexpr int32_t kPlanarSumBytes = 16 << 10;  // shared memory for combined rows, planar
+
+// What a block works on.
+template <typename T, typename W>
+struct Work {
+  const Map* map;
+  Axes<W> axes;
+  Window rows, columns;
+  Slots row_slots, column_slots;
+  const T* image;  // null: there is nothing to pool, the output is zero
+  T* output;       // of the box: T[channels, bins, bins] in the strides of its layout
+  bool fits;       // its tables fit into the room
+};
+
+template <typename T, typename W>
+__device__ inline Work<T, W> find_work(const Problem<W>& problem, const Room& room, int64_t item) {
+  const int64_t roi = item / problem.scales;
+  const int32_t scale = int32_t(item % problem.scales);
+  const Place place = find_place(problem, roi);
+  const Map& map = problem.maps[place.level < 0 ? 0 : place.level];
+  Work<T, W> work;
+  work.map = &map;
+  work.axes = find_axes(problem, roi, scale, place.level);
+  work.rows = window_of(work.axes.rows, problem.height, map.height);
+  work.columns = window_of(work.axes.columns, problem.width, map.width);
+  work.row_slots = slots_of(work.axes.rows, problem.height, problem.sampling_ratio, work.rows);
+  work.column_slots = slots_of(work.axes.columns, problem.width, problem.sampling_ratio, work.columns);
+  const bool any = work.rows.first < work.rows.last && work.columns.first < work.columns.last;
+  work.image = any ? static_cast<const T*>(map.data) + place.image * map.image_stride : nullptr;
+  work.output = static_cast<T*>(problem.pooled[scale]) + roi * problem.channels * problem.height * problem.width;
+  work.fits = work.row_slots.total <= room.rows && work.column_slots.total <= room.columns &&
+              problem.height + problem.width <= room.bins;
+  return work;
+}
+
+// One bin of one channel, sample by sample; slow, and right for any box.
+template <typename T, typename W>
+__device__ inline W pool_by_samples(const T* channel, const Map& map, const Axes<W>& axes, int32_t ph, int32_t pw) {
+  W total = 0;
+  for (int32_t i = first_sample(axes.rows, ph); i < axes.rows.samples; ++i) {
+    const W y = sample_position(axes.rows, ph, i);
+    if (axes.rows.bin > W(0) && y > W(map.height)) break;
+    if (!sample_counts(y, map.height)) continue;
+    const Bilinear<W> row = bilinear(y, map.height);
+    W sum = 0;
+    for (int32_t j = first_sample(axes.columns, pw); j < axes.columns.samples; ++j) {
+      const W x = sample_position(axes.columns, pw, j);
+      if (axes.columns.bin > W(0) && x > W(map.width)) break;
+      if (!sample_counts(x, map.width)) continue;
+      const Bilinear<W> column = bilinear(x, map.width);
+      const auto pixel = [&](int32_t at_y, int32_t at_x) {
+        return static_cast<W>(channel[at_y * map.row_stride + at_x * map.pixel_stride]);
+      };
+      sum += row.low_weight * (column.low_weight * pixel(row.low, column.low) +
+                               column.high_weight * pixel(row.low, column.high)) +
+             row.high_weight * (column.low_weight * pixel(row.high, column.low) +
+                                column.high_weight * pixel(row.high, column.high));
+    }
+    total += sum / W(axes.columns.samples);
+  }
+  return total / W(axes.rows.samples);
+}
+
+// `count` channels from `first` on, bin by bin; zeros where there is no image. Output element (channel, bin) is
+// output[channel * channel_step + bin * bin_step].
+template <typename T, typename W>
+__device__ inline void pool_chunk_by_samples(const Problem<W>& problem, const Work<T, W>& work, int64_t first,
+                                             int32_t count, int64_t channel_step, int64_t bin_step) {
+  const int32_t thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  const int64_t bins = int64_t(problem.height) * problem.width;
+  for (int64_t i = thread; i < count * bins; i += threads) {
+    const bool channels_last = channel_step == 1;  // neighbouring threads write neighbouring elements
+    const int64_t channel = first + (channels_last ? i % count : i / bins), bin = channels_last ? i / count : i % bins;
+    const W sum = work.image ? pool_by_samples(work.image + channel * work.map->channel_stride, *work.map, work.axes,
+                                               int32_t(bin / problem.width), int32_t(bin % problem.width))
+                             : W(0);
+    work.output[channel * channel_step + bin * bin_step] = static_cast<T>(sum);
+  }
+}
+
+// One row of bins, V channels: from column to column, the pixels of each combined as the row wants it and given to the
+// bins that read the column. Neighbouring bins share up to two columns, which are kept.
+template <int V, typename T, typename W>
+__device__ __forceinline__ void pool_row(const T* pixels, const Tap<W>* rows, int32_t row_count,
+                                         const Tables<W>& tables, int32_t bins, int64_t channels, T* output) {
+  W older[V] = {}, newer[V] = {};
+  int64_t older_at = -1, newer_at = -1;
+  for (int32_t pw = 0; pw < bins; ++pw, output += channels) {
+    const Bin bin = tables.column_bins[pw];
+    W sum[V] = {};
+    for (int32_t i = bin.begin; i < bin.begin + bin.count; ++i) {
+      const Tap<W> column = tables.columns[i];
+      if (column.offset == older_at) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] = std::fma(column.weight, older[v], sum[v]);
+        continue;
+      }
+      if (column.offset != newer_at) {
+        older_at = newer_at;
+        newer_at = column.offset;
+#pragma unroll
+        for (int v = 0; v < V; ++v) older[v] = newer[v], newer[v] = W(0);
+        add_all_taps<V>(pixels + column.offset, rows, row_count, newer);
+      }
+#pragma unroll
+      for (int v = 0; v < V; ++v) sum[v] = std::fma(column.weight, newer[v], sum[v]);
+    }
+    store<V>(output, sum);
+  }
+}
+
+// Channels-last. Grid: boxes * scales * chunks of 32 V channels; block: 32 lanes, a warp for each of some rows of bins.
+// The warps of a block read neighbouring rows of pixels at about the same time: what two of them read comes from memory
+// once, the second time from the L1 cache.
+template <typename T, typename W, int V>
+__global__ void __launch_bounds__(32 * kWarps, sizeof(W) == 8 ? 1 : 3)
+    pool_channels_last(const __grid_constant__ Problem<W> problem, const Room room) {
+  DOUBLEHEAD_DYNAMIC_SHARED(Tap<W>, shared);
+  const int64_t chunks = (problem.channels + 32 * V - 1) / (32 * V);
+  const int64_t first = blockIdx.x % chunks * (32 * V), channel = first + threadIdx.x * V;
+  const Work<T, W> work = find_work<T>(problem, room, blockIdx.x / chunks);
+  if (!work.image || !work.fits) {
+    const int64_t left = problem.channels - first;
+    pool_chunk_by_samples(problem, work, first, int32_t(left < 32 * V ? left : 32 * V), 1, problem.channels);
+    return;
+  }
+  const Tables<W> tables = place_tables(shared, room, problem.height);
+  fill_tables(problem, *work.map, work.axes, work.row_slots, work.column_slots, tables);
+  __syncthreads();
+  if (channel >= problem.channels) return;
+  for (int32_t ph = threadIdx.y; ph < problem.height; ph += blockDim.y) {
+    const Bin row = tables.row_bins[ph];
+    pool_row<V>(work.image + channel, tables.rows + row.begin, row.count, tables, problem.width, problem.channels,
+                work.output + int64_t(ph) * problem.width * problem.channels + channel);
+  }
+}
+
+// Planar. Grid: boxes * scales * chunks of channels. Lanes lie along the columns of the window, channel after channel:
+// first each column's pixels are combined for the rows of bins, into shared memory, then the columns for the bins.
+template <typename T, typename W>
+__global__ void __launch_bounds__(kPlanarThreads, sizeof(W) == 8 ? 4 : 6)
+    pool_planar(const __grid_constant__ Problem<W> problem, const Room room) {
+  DOUBLEHEAD_DYNAMIC_SHARED(Tap<W>, shared);
+  constexpr int32_t kSums = kPlanarSumBytes / sizeof(W);
+  const int64_t chunks = (problem.channels + kPlanarChannels - 1) / kPlanarChannels;
+  const int64_t first = blockIdx.x % chunks * kPlanarChannels, left = problem.channels - first;
+  const int32_t channels = int32_t(left < kPlanarChannels ? left : kPlanarChannels);
+  const int32_t bins = problem.height * problem.width;
+  const Work<T, W> work = find_work<T>(problem, room, blockIdx.x / chunks);
+  // The columns to combine: those of the window, or, where fewer are read, those of the taps.
+  const int32_t width = work.columns.last - work.columns.first;
+  const bool dense = work.column_slots.adaptive || width <= work.column_slots.total;
+  const int32_t columns = dense ? width : work.column_slots.total;
+  if (!work.image || !work.fits || columns > kSums) {
+    pool_chunk_by_samples(problem, work, first, channels, bins, 1);
+    return;
+  }
+  const Tables<W> tables = place_tables(shared, room, problem.height);
+  W* const sums = tables.rest;  // W[channels, rows of bins, columns], a part of them at a time
+  fill_tables(problem, *work.map, work.axes, work.row_slots, work.column_slots, tables);
+  __syncthreads();
+
+  const int32_t some_rows = problem.height * columns <= kSums ? problem.height : kSums / columns;
+  const int32_t some_channels = kSums / (some_rows * columns);
+  for (int32_t c0 = 0; c0 < channels; c0 += some_channels) {
+    const int32_t c_count = channels - c0 < some_channels ? channels - c0 : some_channels;
+    const T* const planes = work.image + (first + c0) * work.map->channel_stride;
+    for (int32_t ph0 = 0; ph0 < problem.height; ph0 += some_rows) {
+      const int32_t rows = problem.height - ph0 < some_rows ? problem.height - ph0 : some_rows;
+      for (int32_t i = threadIdx.x; i < c_count * columns; i += kPlanarThreads) {
+        const int32_t c = i / columns, column = i % columns;
+        const int64_t x = dense ? work.columns.first + column : tables.columns[column].offset;
+        if (x < 0) continue;  // a slot without a tap
+        const T* const pixels = planes + c * work.map->channel_stride + x;
+        W* to = sums + c * rows * columns + column;
+        for (int32_t ph = ph0; ph < ph0 + rows; ++ph, to += columns) {
+          const Bin row = tables.row_bins[ph];
+          W sum[1] = {};
+          add_all_taps<1>(pixels, tables.rows + row.begin, row.count, sum);
+          *to = sum[0];
+        }
+      }
+      __syncthreads();
+      for (int32_t i = threadIdx.x; i < c_count * rows * problem.width; i += kPlanarThreads) {
+        const int32_t pw = i % problem.width, line = i / problem.width;  // line: channel and row of bins
+        const Bin bin = tables.column_bins[pw];
+        const W* const from = sums + line * columns;
+        W sum = 0;
+        for (int32_t t = bin.begin; t < bin.begin + bin.count; ++t) {
+          const Tap<W> tap = tables.columns[t];
+          sum = std::fma(tap.weight, from[dense ? int32_t(tap.offset) - work.columns.first : t], sum);
+        }
+        const int64_t channel = first + c0 + line / rows;
+        work.output[channel * bins + (ph0 + line % rows) * problem.width + pw] = static_cast<T>(sum);
+      }
+      __syncthreads();
+    }
+  }
+}
+
+}  // namespace doublehead::roi_align::device

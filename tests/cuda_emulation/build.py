@@ -1,0 +1,71 @@
+"""Compiles an emulated kernel (tests/cuda_emulation/*.cpp) and opens it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+ORDERS = (0, 1, 7)  # of the threads: ascending, descending, shuffled
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="cuda_emulation-")  # removed when Python ends
+
+
+@functools.cache
+def open_emulated(source: str) -> Emulated:
+    """The compiled `tests/cuda_emulation/<source>`, or a path elsewhere.
+
+    Needs GCC, as the build itself does on Linux; skips the test where there is none.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("the emulated CUDA kernels are compiled by g++, and there is none")
+    import torch  # its headers define float16 and bfloat16
+
+    path = HERE / source
+    library = Path(_folder().name) / f"{path.stem}.so"
+    include = [f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-isystem", f"{Path(torch.__file__).parent / 'include'}"]
+    flags = ["-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-ffp-contract=off", "-Wall"]
+    subprocess.run([compiler, *flags, *include, str(path), "-o", str(library)], check=True)
+    return Emulated(ctypes.CDLL(str(library)))
+
+
+class Emulated:
+    """A library of functions `extern "C" const char* f(...)`, which return what went wrong, or null."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self._library = library
+
+    def call(self, name: str, *arguments, order: int = 0) -> None:
+        """Runs function `name` with the threads in the given order (emulation.h).
+
+        Tensors become pointers, ints int64_t, floats double.
+
+        Raises:
+            RuntimeError: what the emulator found.
+        """
+        function = getattr(self._library, name)
+        function.restype = ctypes.c_char_p
+        self._library.emulation_set_order(order)
+        message = function(*map(_as_c, arguments))
+        if message is not None:
+            raise RuntimeError(message.decode())
+
+
+def _as_c(argument):
+    if isinstance(argument, float):
+        return ctypes.c_double(argument)
+    if isinstance(argument, int):
+        return ctypes.c_int64(argument)
+    return None if argument is None else ctypes.c_void_p(argument.data_ptr())

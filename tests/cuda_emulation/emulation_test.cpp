@@ -1,0 +1,69 @@
+// Kernels with and without the mistakes that emulation.h is to find; tests/test_cuda_emulation.py runs them.
+#include "emulation.h"
+
+// Every thread reads what its neighbour wrote.
+template <bool kBarrier>
+__global__ void rotate(const int* from, int* to) {
+  __shared__ int values[96];
+  values[threadIdx.x] = from[blockIdx.x * blockDim.x + threadIdx.x];
+  if (kBarrier) __syncthreads();
+  to[blockIdx.x * blockDim.x + threadIdx.x] = values[(threadIdx.x + 1) % blockDim.x];
+}
+
+__global__ void sum_of_warps(const int* from, int* to, int lanes) {
+  if (static_cast<int>(threadIdx.x) % 32 >= lanes) return;
+  int sum = from[threadIdx.x];
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  if (threadIdx.x % 32 == 0) to[threadIdx.x / 32] = sum;
+}
+
+// Half of a warp meets here, half there.
+__global__ void two_places(int* to, bool same) {
+  if (same || threadIdx.x % 32 < 16) {
+    to[threadIdx.x] = __popc(__ballot_sync(same ? 0xffffffffu : 0xffffu, threadIdx.x % 2));
+  } else {
+    to[threadIdx.x] = __shfl_sync(0xffffffffu, 1, 0);
+  }
+}
+
+__global__ void barrier_of_most(int* to) {
+  if (threadIdx.x != 40) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+  to[threadIdx.x] = 1;
+}
+
+__global__ void count_positive(const int* from, int* to) {
+  const int count = __syncthreads_count(from[threadIdx.x] > 0);
+  to[threadIdx.x] = count + 1000 * __syncthreads_or(from[threadIdx.x] > 94) + 10000 * __syncthreads_and(count > 95);
+}
+
+__global__ void fill_shared(int* to, int count) {
+  DOUBLEHEAD_DYNAMIC_SHARED(int, values);
+  if (threadIdx.x == 0) to[0] = values[0];  // as a block finds it
+  __syncthreads();
+  for (int i = threadIdx.x; i < count; i += blockDim.x) values[i] = i;
+}
+
+#define EXPORT extern "C" __attribute__((visibility("default"))) const char*
+
+EXPORT run_rotate(const int* from, int* to, int64_t barrier) {
+  return report_errors([&] { emulate(3, 96, 0, barrier ? rotate<true> : rotate<false>, from, to); });
+}
+EXPORT run_sum_of_warps(const int* from, int* to, int64_t lanes) {
+  return report_errors([&] { emulate(1, 96, 0, sum_of_warps, from, to, static_cast<int>(lanes)); });
+}
+EXPORT run_two_places(int* to, int64_t same) {
+  return report_errors([&] { emulate(1, 96, 0, two_places, to, same != 0); });
+}
+EXPORT run_barrier_of_most(int* to) {
+  return report_errors([&] { emulate(1, 96, 0, barrier_of_most, to); });
+}
+EXPORT run_count_positive(const int* from, int* to) {
+  return report_errors([&] { emulate(1, 96, 0, count_positive, from, to); });
+}
+EXPORT run_fill_shared(int* to, int64_t count, int64_t bytes) {
+  return report_errors([&] { emulate(2, 64, bytes, fill_shared, to, static_cast<int>(count)); });
+}

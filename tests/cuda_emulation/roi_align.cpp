@@ -1,0 +1,127 @@
+// RoIAlign's CUDA kernels on the emulator, launched as csrc/roi_align/cuda.cu launches them.
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "emulation.h"
+
+#include "roi_align/backward.cuh"
+#include "roi_align/forward.cuh"
+#include "roi_align/launch.h"
+
+using namespace doublehead::roi_align::device;
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+namespace {
+
+struct Numbers {
+  int64_t dtype, channels_last, vectors, images, channels, levels, scales, rois, height, width, sampling_ratio, aligned,
+      canonical_level, level_rule;
+};
+
+// maps: data, four strides, height and width of each level; reals: canonical size, spatial scales, box scales.
+template <typename W>
+Problem<W> make_problem(const Numbers& n, const int64_t* maps, const int64_t* pooled, const void* rois,
+                        const double* reals) {
+  Problem<W> problem{};
+  for (int64_t l = 0; l < n.levels; ++l, maps += 7) {
+    problem.maps[l] = {reinterpret_cast<void*>(maps[0]), maps[1], maps[2], maps[3], maps[4], int32_t(maps[5]),
+                       int32_t(maps[6]), reals[1 + l]};
+  }
+  for (int64_t s = 0; s < n.scales; ++s) {
+    problem.pooled[s] = reinterpret_cast<void*>(pooled[s]);
+    problem.box_scales[s] = W(reals[1 + n.levels + s]);
+  }
+  problem.rois = static_cast<const W*>(rois);
+  problem.count = n.rois;
+  problem.sampling_ratio = n.sampling_ratio;
+  problem.channels = n.channels;
+  problem.images = n.images;
+  problem.levels = int32_t(n.levels);
+  problem.scales = int32_t(n.scales);
+  problem.height = int32_t(n.height);
+  problem.width = int32_t(n.width);
+  problem.aligned = n.aligned;
+  problem.canonical_size = W(reals[0]);
+  problem.canonical_level = n.canonical_level;
+  problem.level_rule = n.level_rule;
+  problem.lowest = std::lround(-std::log2(reals[1]));
+  return problem;
+}
+
+unsigned chunks(int64_t channels, int64_t each) { return unsigned((channels + each - 1) / each); }
+
+template <typename T, typename W>
+void forward(const Numbers& n, const Problem<W>& problem, bool no_room) {
+  const Room room = no_room ? Room{0, 0, 0} : make_room(problem);
+  const unsigned items = unsigned(n.rois * n.scales);
+  constexpr int V = 16 / sizeof(T);
+  const int64_t rounds = (n.height + kWarps - 1) / kWarps;
+  const dim3 threads(32, unsigned((n.height + rounds - 1) / rounds));
+  if (!n.channels_last) {
+    emulate(items * chunks(n.channels, kPlanarChannels), kPlanarThreads, room_bytes<W>(room) + kPlanarSumBytes,
+            pool_planar<T, W>, problem, room);
+  } else if (n.vectors) {
+    emulate(items * chunks(n.channels, 32 * V), threads, room_bytes<W>(room), pool_channels_last<T, W, V>, problem,
+            room);
+  } else {
+    emulate(items * chunks(n.channels, 32), threads, room_bytes<W>(room), pool_channels_last<T, W, 1>, problem, room);
+  }
+}
+
+template <typename T, typename W>
+void backward(const Numbers& n, const Problem<W>& problem, unsigned char* workspace) {
+  const Boxes<W> boxes = place_boxes(problem, workspace);
+  emulate(unsigned(n.images * n.levels), kListThreads, 0, list_boxes<W>, problem, boxes);
+  const int32_t columns = n.channels_last ? kTile : kPlanarTile, batch = batch_for(problem, columns);
+  const Tiles tiles = make_tiles(problem, columns);
+  const size_t shared = batch * batch_bytes(problem, columns);
+  const unsigned count = unsigned(tiles.end[0]);
+  constexpr int V = sizeof(T) == 8 ? 2 : 4;
+  const dim3 threads(32, kGatherWarps);
+  if (!n.channels_last) {
+    emulate(count * chunks(n.channels, kGatherWarps * V), threads, shared, gather_planar<T, W, V>, problem, tiles,
+            boxes, batch);
+  } else if (n.vectors) {
+    emulate(count * chunks(n.channels, 32 * V), threads, shared, gather_channels_last<T, W, V>, problem, tiles, boxes,
+            batch);
+  } else {
+    emulate(count * chunks(n.channels, 32), threads, shared, gather_channels_last<T, W, 1>, problem, tiles, boxes,
+            batch);
+  }
+}
+
+template <typename Body>
+void dispatch(int64_t dtype, const Body& body) {
+  switch (dtype) {
+    case 0: return body.template operator()<float, float>();
+    case 1: return body.template operator()<double, double>();
+    case 2: return body.template operator()<Half, float>();
+    default: return body.template operator()<BFloat16, float>();
+  }
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default"))) const char*
+
+EXPORT run_forward(const Numbers* n, const int64_t* maps, const int64_t* pooled, const void* rois, const double* reals,
+                   int64_t no_room) {
+  return report_errors([&] {
+    dispatch(n->dtype, [&]<typename T, typename W>() {
+      forward<T>(*n, make_problem<W>(*n, maps, pooled, rois, reals), no_room != 0);
+    });
+  });
+}
+
+EXPORT run_backward(const Numbers* n, const int64_t* maps, const int64_t* pooled, const void* rois,
+                    const double* reals) {
+  return report_errors([&] {
+    dispatch(n->dtype, [&]<typename T, typename W>() {
+      const Problem<W> problem = make_problem<W>(*n, maps, pooled, rois, reals);
+      std::vector<double> workspace(workspace_bytes(problem) / sizeof(double) + 2, std::nan(""));
+      const uintptr_t address = reinterpret_cast<uintptr_t>(workspace.data());
+      backward<T>(*n, problem, reinterpret_cast<unsigned char*>((address + 15) / 16 * 16));
+    });
+  });
+}

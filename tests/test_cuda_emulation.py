@@ -1,0 +1,74 @@
+"""The emulator that runs CUDA kernels on the CPU: right kernels give the right result, and mistakes are found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_emulation.build import ORDERS, open_emulated
+
+every_order = pytest.mark.parametrize("order", ORDERS)
+
+
+def run(name, *arguments, order=0):
+    open_emulated("emulation_test.cpp").call(f"run_{name}", *arguments, order=order)
+
+
+def numbers(count):
+    return torch.arange(count, dtype=torch.int32), torch.full((count,), -7, dtype=torch.int32)
+
+
+@every_order
+def test_threads_of_a_block_meet_at_a_barrier(order):
+    given, result = numbers(288)
+    run("rotate", given, result, True, order=order)
+    assert torch.equal(result.view(3, 96), given.view(3, 96).roll(-1, 1))
+
+
+def test_missing_barrier_shows_in_another_order():
+    given, result = numbers(288)
+    expected = given.view(3, 96).roll(-1, 1)
+    wrong = []
+    for order in ORDERS:
+        run("rotate", given, result, False, order=order)
+        wrong.append(not torch.equal(result.view(3, 96), expected))
+    assert any(wrong)
+    assert (result == torch.tensor(0xCDCDCDCD).int()).any()  # shared memory starts as garbage
+
+
+@every_order
+def test_warp_collectives(order):
+    given, result = numbers(96)
+    run("sum_of_warps", given, result, 32, order=order)
+    assert result[:3].tolist() == given.view(3, 32).sum(1).tolist()
+    run("two_places", result, True, order=order)
+    assert result.tolist() == [16] * 96
+    run("count_positive", given, result, order=order)
+    assert result.tolist() == [1095] * 96
+
+
+@every_order
+def test_lane_that_has_returned_is_found(order):
+    given, result = numbers(96)
+    with pytest.raises(RuntimeError, match=r"waits at __shfl_xor_sync, .*, but thread \(\d+, 0, 0\).* has returned"):
+        run("sum_of_warps", given, result, 31, order=order)
+
+
+@every_order
+def test_lanes_at_different_places_are_found(order):
+    with pytest.raises(RuntimeError, match="never meet: .*__shfl_sync.*, but thread .*"):
+        run("two_places", numbers(96)[1], False, order=order)
+    with pytest.raises(RuntimeError, match=r"never meet: .*__syncthreads.*, but thread \(40, 0, 0\) .*__syncwarp"):
+        run("barrier_of_most", numbers(96)[1], order=order)
+
+
+def test_write_behind_shared_memory_is_found():
+    result = numbers(1)[1]
+    run("fill_shared", result, 100, 400)
+    assert result.item() == torch.tensor(0xCDCDCDCD).int()
+    with pytest.raises(RuntimeError, match="a write 0 bytes behind the end of the dynamic shared memory"):
+        run("fill_shared", result, 101, 400)
+
+
+def test_limits_of_the_device():
+    with pytest.raises(RuntimeError, match="cannot have 300000 bytes of shared memory"):
+        run("fill_shared", numbers(1)[1], 1, 300000)
