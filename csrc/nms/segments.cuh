@@ -5,8 +5,7 @@
 
 namespace doublehead::nms {
 
-constexpr int kSegmentThreads = 1024, kOwn = 2;  // a thread has kOwn boxes
-constexpr uint32_t kLargestSegment = kSegmentThreads * kOwn;
+constexpr uint32_t kSegmentThreads = 1024, kLargestSegment = 2 * kSegmentThreads;  // a thread has two boxes
 
 // The boxes of all images, ordered by group and in a group by rank.
 struct Segments {
@@ -28,75 +27,86 @@ __global__ void find_segments(Segments segments, const uint8_t* state, uint32_t 
   }
 }
 
+// A box of a segment, in its thread's registers.
+template <typename T>
+struct Owned {
+  Corners<T> corners;
+  uint32_t place, member;  // in the segment; in the image
+  bool alive;              // not struck
+
+  // Which box of the tile it is; kTile or more if it is none of them.
+  __device__ __forceinline__ uint32_t in_tile(uint32_t tile) const { return place - tile * kTile; }
+
+  __device__ __forceinline__ void load(const Segments& segments, uint32_t start, uint64_t key,
+                                       const Corners<T>* all_corners, uint8_t* state) {
+    const uint32_t p = start + place;
+    alive = p < segments.total && segments.keys[p] == key;
+    corners = {};
+    if (!alive) return;
+    member = segments.members[p];
+    corners = all_corners[member];
+    state[member] = kStruck;  // until it is kept
+  }
+
+  // Whether it is still undecided once the boxes `kept` of the tile are known.
+  __device__ __forceinline__ bool survives(uint32_t tile, uint64_t kept, const Corners<T>* boxes, const Rule<T>& rule,
+                                           uint8_t* state) {
+    const uint32_t mine = in_tile(tile);
+    if (mine < kTile && (kept >> mine & 1)) state[member] = kKept;
+    if (place < (tile + 1) * kTile || !alive) return false;
+    const Box<T> box = make_box(corners);
+    for (; kept && alive; kept &= kept - 1) alive = !rule(make_box(boxes[__ffsll(kept) - 1]), box);
+    return alive;
+  }
+};
+
 // Decides on these groups, by tiles: the better boxes of a tile settle it, then those kept strike the boxes behind it.
 // Stops in a group when `most` are kept; the others are struck: no more are wanted.
 template <typename T>
 __global__ __launch_bounds__(kSegmentThreads) void suppress_segments(Segments segments, const Corners<T>* corners,
                                                                     Rule<T> rule, int64_t most, uint8_t* state) {
-  __shared__ Corners<T> tile[kTile];
+  __shared__ Corners<T> boxes[kTile];
   __shared__ uint64_t suppressors[kTile];
   __shared__ bool open[kTile];
   __shared__ uint64_t kept_word;
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto publish = [&](const Owned<T>& own, uint32_t tile) {
+    const uint32_t mine = own.in_tile(tile);
+    if (mine >= kTile) return;
+    boxes[mine] = own.corners;
+    open[mine] = own.alive;
+  };
 
   for (uint32_t s = blockIdx.x; s < *segments.number; s += gridDim.x) {
     const uint32_t start = segments.starts[s];
     const uint64_t key = segments.keys[start];
-    Corners<T> mine[kOwn];
-    bool alive[kOwn];
-    uint32_t member[kOwn];
-#pragma unroll
-    for (int own = 0; own < kOwn; ++own) {
-      const uint32_t p = start + own * kSegmentThreads + thread;
-      alive[own] = p < segments.total && segments.keys[p] == key;
-      member[own] = 0;
-      mine[own] = {};
-      if (!alive[own]) continue;
-      member[own] = segments.members[p];
-      mine[own] = corners[member[own]];
-      state[member[own]] = kStruck;
-    }
+    Owned<T> one{.place = threadIdx.x}, two{.place = threadIdx.x + kSegmentThreads};
+    one.load(segments, start, key, corners, state);
+    two.load(segments, start, key, corners, state);
 
-    int64_t kept_so_far = 0;
-    for (int first = 0; first < static_cast<int>(kLargestSegment); first += kTile) {
-      const int in_tile = thread - first % kSegmentThreads;  // this thread's box of the tile, if it has one
-      const bool publishes = in_tile >= 0 && in_tile < kTile;
-#pragma unroll
-      for (int own = 0; own < kOwn; ++own) {
-        if (!publishes || own != first / kSegmentThreads) continue;
-        tile[in_tile] = mine[own];
-        open[in_tile] = alive[own];
-      }
+    int64_t total = 0;
+    for (uint32_t tile = 0; tile < kLargestSegment / kTile; ++tile) {
+      publish(one, tile);
+      publish(two, tile);
       __syncthreads();
-      for (int b = warp; b < kTile; b += kSegmentThreads / 32) {  // who suppresses box b?
-        const Box<T> box = make_box(tile[b]);
-        const bool low = lane < b && rule(make_box(tile[lane]), box);
-        const bool high = lane + 32 < b && rule(make_box(tile[lane + 32]), box);
+      for (uint32_t b = warp; b < kTile; b += kSegmentThreads / 32) {  // who suppresses box b?
+        const Box<T> box = make_box(boxes[b]);
+        const bool low = lane < b && rule(make_box(boxes[lane]), box);
+        const bool high = lane + 32 < b && rule(make_box(boxes[lane + 32]), box);
         const uint64_t word = ballot64(low, high);
         if (lane == 0) suppressors[b] = word;
       }
       __syncthreads();
       if (warp == 0) {
-        const uint64_t candidates = ballot64(open[lane], open[lane + 32]);
-        const uint64_t word = settle(suppressors[lane], suppressors[lane + 32], candidates);
+        const uint64_t word = settle(suppressors[lane], suppressors[lane + 32], ballot64(open[lane], open[lane + 32]));
         if (lane == 0) kept_word = word;
       }
       __syncthreads();
       const uint64_t kept = kept_word;
-      kept_so_far += __popcll(kept);
-      bool more = false;
-#pragma unroll
-      for (int own = 0; own < kOwn; ++own) {
-        if (publishes && own == first / kSegmentThreads && (kept >> in_tile & 1)) state[member[own]] = kKept;
-        if (own * kSegmentThreads + thread < first + kTile) alive[own] = false;  // decided
-        if (!alive[own]) continue;
-        const Box<T> box = make_box(mine[own]);
-        for (uint64_t left = kept; left && alive[own]; left &= left - 1) {
-          alive[own] = !rule(make_box(tile[__ffsll(left) - 1]), box);
-        }
-        more |= alive[own];
-      }
-      if (!__syncthreads_or(more) || kept_so_far >= most) break;
+      total += __popcll(kept);
+      const bool first = one.survives(tile, kept, boxes, rule, state);
+      const bool second = two.survives(tile, kept, boxes, rule, state);
+      if (!__syncthreads_or(first || second) || total >= most) break;
     }
   }
 }
