@@ -188,7 +188,7 @@ __global__ __launch_bounds__(kResolveThreads) void resolve(Rounds<T> rounds) {
 // The boxes kept in this round strike those behind them: a block takes kStrikeRows of the former, a thread some of the
 // latter. Blocks that strike the same box all write the same.
 template <typename T>
-__global__ __launch_bounds__(kStrikeThreads) void strike(Rounds<T> rounds) {
+__global__ __launch_bounds__(kStrikeThreads, 4) void strike(Rounds<T> rounds) {
   __shared__ Corners<T> rows[kStrikeRows];
   __shared__ uint32_t row_groups[kStrikeRows];
   const uint32_t image = blockIdx.x, first_row = blockIdx.z * kStrikeRows;

@@ -5,7 +5,10 @@
 
 namespace doublehead::nms {
 
-constexpr uint32_t kSegmentThreads = 1024, kLargestSegment = 2 * kSegmentThreads;  // a thread has two boxes
+template <typename T>
+constexpr uint32_t kSegmentThreads = 4096 / sizeof(T);  // a double takes two registers
+template <typename T>
+constexpr uint32_t kLargestSegment = 2 * kSegmentThreads<T>;  // a thread has two boxes
 
 // The boxes of all images, ordered by group and in a group by rank.
 struct Segments {
@@ -63,7 +66,7 @@ struct Owned {
 // Decides on these groups, by tiles: the better boxes of a tile settle it, then those kept strike the boxes behind it.
 // Stops in a group when `most` are kept; the others are struck: no more are wanted.
 template <typename T>
-__global__ __launch_bounds__(kSegmentThreads) void suppress_segments(Segments segments, const Corners<T>* corners,
+__global__ __launch_bounds__(kSegmentThreads<T>, 1) void suppress_segments(Segments segments, const Corners<T>* corners,
                                                                     Rule<T> rule, int64_t most, uint8_t* state) {
   __shared__ Corners<T> boxes[kTile];
   __shared__ uint64_t suppressors[kTile];
@@ -80,16 +83,16 @@ __global__ __launch_bounds__(kSegmentThreads) void suppress_segments(Segments se
   for (uint32_t s = blockIdx.x; s < *segments.number; s += gridDim.x) {
     const uint32_t start = segments.starts[s];
     const uint64_t key = segments.keys[start];
-    Owned<T> one{.place = threadIdx.x}, two{.place = threadIdx.x + kSegmentThreads};
+    Owned<T> one{.place = threadIdx.x}, two{.place = threadIdx.x + kSegmentThreads<T>};
     one.load(segments, start, key, corners, state);
     two.load(segments, start, key, corners, state);
 
     int64_t total = 0;
-    for (uint32_t tile = 0; tile < kLargestSegment / kTile; ++tile) {
+    for (uint32_t tile = 0; tile < kLargestSegment<T> / kTile; ++tile) {
       publish(one, tile);
       publish(two, tile);
       __syncthreads();
-      for (uint32_t b = warp; b < kTile; b += kSegmentThreads / 32) {  // who suppresses box b?
+      for (uint32_t b = warp; b < kTile; b += kSegmentThreads<T> / 32) {  // who suppresses box b?
         const Box<T> box = make_box(boxes[b]);
         const bool low = lane < b && rule(make_box(boxes[lane]), box);
         const bool high = lane + 32 < b && rule(make_box(boxes[lane + 32]), box);

@@ -32,7 +32,7 @@ inline Plan make_plan(int64_t images, int64_t count, int64_t most, bool grouped,
   plan.most = most, plan.grouped = grouped, plan.negative_is_padding = negative_is_padding;
   plan.capacity = std::bit_ceil(2 * plan.count);
   // A block is enough for a small group where there are others beside it.
-  plan.largest_segment = grouped ? std::min(kLargestSegment, plan.count / 2) : 0;
+  plan.largest_segment = grouped ? std::min(kLargestSegment<float>, plan.count / 2) : 0;
   // Long chunks keep one block busy, many rounds are many launches. 256 MiB of masks are the most.
   uint32_t chunk = std::clamp<uint32_t>(plan.count / 8, 4096, kLargestChunk);
   while (chunk > 1024 && static_cast<uint64_t>(plan.images) * chunk * chunk / 8 > 256 << 20) chunk /= 2;
@@ -125,8 +125,9 @@ template <typename C, typename Device>
 void decide_segments(Device& device, const Plan& plan, const Rule<C>& rule, Workspace<C>& space) {
   const Segments segments{space.keys.data, space.members.data, space.starts, space.segment_count, plan.total};
   device.fill(space.segment_count, 0, sizeof(uint32_t));
-  device.launch(blocks_for(plan.total, kThreads), kThreads, find_segments, segments, space.state, plan.largest_segment);
-  device.launch(blocks_for(plan.total, 1, 1024), kSegmentThreads, suppress_segments<C>, segments, space.corners, rule,
+  const uint32_t largest = std::min(plan.largest_segment, kLargestSegment<C>);
+  device.launch(blocks_for(plan.total, kThreads), kThreads, find_segments, segments, space.state, largest);
+  device.launch(blocks_for(plan.total, 1, 1024), kSegmentThreads<C>, suppress_segments<C>, segments, space.corners, rule,
                 plan.most, space.state);
 }
 
