@@ -61,7 +61,7 @@ void check_arguments(const Tensor& boxes, const Tensor& scores, int64_t dim) {
   for (int64_t d = 0; d < dim - 1; ++d) check_size(scores, d, boxes.size(d), "nms: scores");
   check_cuda_device(boxes, "nms: boxes");
   check_same_device(scores, boxes, "nms: scores");
-  DOUBLEHEAD_CHECK(scores.numel() < int64_t(1) << 31, "nms: boxes must be fewer than 2^31");
+  DOUBLEHEAD_CHECK(scores.numel() < int64_t(1) << 30, "nms: boxes must be fewer than 2^30");
 }
 
 void check_groups(const Tensor& groups, const Tensor& scores) {
