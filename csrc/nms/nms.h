@@ -32,7 +32,7 @@ DOUBLEHEAD_NMS_FUNCTION Box<T> make_box(T x1, T y1, T x2, T y2) {
 
 // A GPU has an instruction for these, which differs in what it does with a NaN: see iou.
 template <typename T>
-DOUBLEHEAD_NMS_FUNCTION T larger(T a, T b) {
+DOUBLEHEAD_NMS_FUNCTION T larger(const T& a, const T& b) {
 #if defined(__CUDA_ARCH__)
   return max(a, b);
 #else
@@ -41,7 +41,7 @@ DOUBLEHEAD_NMS_FUNCTION T larger(T a, T b) {
 }
 
 template <typename T>
-DOUBLEHEAD_NMS_FUNCTION T smaller(T a, T b) {
+DOUBLEHEAD_NMS_FUNCTION T smaller(const T& a, const T& b) {
 #if defined(__CUDA_ARCH__)
   return min(a, b);
 #else
