@@ -164,7 +164,7 @@ def test_strided_inputs():
 )
 def test_pairs_at_the_threshold(threshold, side, dtype, seed):
     # The kernel leaves a division out where the result is clear without: here it is not, or only just.
-    pairs = 32
+    pairs = 12
     generator = torch.Generator().manual_seed(seed)
     slack = torch.tensor([1e-8, 1e-7, 1e-6, 4e-6, 1e-5])[torch.randint(5, (pairs,), generator=generator)]
     ratio = (threshold * (1 + slack * torch.randn(pairs, generator=generator))).to(dtype)

@@ -89,19 +89,20 @@ inline std::string missing(const Fiber& fiber) {
 // No thread can run and no warp has met: all threads that have not returned must be at one barrier of the block.
 inline void release_block() {
   std::vector<Fiber*> waiting;
-  uint64_t count = 0;
   for (Fiber& fiber : machine.fibers) {
-    if (fiber.state == Fiber::kDone) continue;
-    const std::string other = missing(fiber);
-    if (!other.empty()) fail("threads never meet: ", describe(fiber), ", but ", other);
-    waiting.push_back(&fiber);
-    count += fiber.wait.value;
+    if (fiber.state != Fiber::kDone) waiting.push_back(&fiber);
   }
-  const Meeting meeting = waiting[0]->wait.meeting;
+  const Wait wait = waiting[0]->wait;
+  uint64_t count = 0;
+  for (const Fiber* fiber : waiting) {
+    const Fiber* lonely = !of_block(fiber->wait.meeting) ? fiber : fiber->wait.meets(wait) ? nullptr : waiting[0];
+    if (lonely) fail("threads never meet: ", describe(*lonely), ", but ", missing(*lonely));
+    count += fiber->wait.value;
+  }
   for (Fiber* fiber : waiting) {
     fiber->result = count;
-    if (meeting == Meeting::block_or) fiber->result = count > 0;
-    if (meeting == Meeting::block_and) fiber->result = count == waiting.size();
+    if (wait.meeting == Meeting::block_or) fiber->result = count > 0;
+    if (wait.meeting == Meeting::block_and) fiber->result = count == waiting.size();
     fiber->state = Fiber::kReady;
   }
 }
