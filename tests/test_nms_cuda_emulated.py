@@ -56,7 +56,7 @@ def assert_equals_reference(boxes, scores, groups, threshold, max_output, **how)
 # Whatever Hypothesis thinks of: small chunks give several rounds, and either way to decide on a group gets its share.
 
 
-@settings(emulated, max_examples=60)
+@settings(emulated, max_examples=100)
 @given(
     images(),
     thresholds,
@@ -70,7 +70,7 @@ def test_padded_equals_reference(example_images, threshold, max_output, chunk, l
     assert_equals_reference(*example_images, threshold, max_output, **how)
 
 
-@settings(emulated, max_examples=40)
+@settings(emulated, max_examples=60)
 @given(images(), thresholds, st.booleans(), st.sampled_from([0, 64]), st.sampled_from([-1, 30]))
 def test_nms_equals_reference(example_images, threshold, grouped, chunk, largest_segment):
     boxes, scores, groups = (tensor[0] for tensor in example_images)
