@@ -218,3 +218,12 @@ def test_large_chunk():
     scores = torch.randperm(5000, generator=torch.Generator().manual_seed(7)).float()
     kept = run_nms(boxes, scores, None, 0.3)
     assert is_greedy_result(kept, boxes, scores, torch.zeros(5000), 0.3)
+
+
+def test_every_row_of_a_tile_strikes():
+    # 192 boxes apart from each other, then each once more: every kept box has one to strike, two tiles or more behind.
+    corners = torch.stack((torch.arange(192) * 20.0, torch.zeros(192)), 1)
+    boxes = torch.cat((corners, corners + 10), 1).repeat(2, 1)
+    scores, groups = torch.arange(384, 0, -1).float(), torch.zeros(384, dtype=torch.int64)
+    for how in (dict(), dict(chunk=128), dict(largest_segment=2048)):
+        assert run_nms(boxes, scores, groups, 0.5, **how).tolist() == list(range(192))

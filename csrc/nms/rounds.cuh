@@ -32,7 +32,8 @@ struct Rounds {
   uint32_t* list;   // [B, chunk] ranks
   uint32_t* kept;   // [B, chunk] ranks, of those kept
   uint64_t* mask;   // [B, chunk, chunk / 64]: word w of box i has the boxes of tile w that i suppresses, in i's own
-                    // tile those that suppress i; only tiles w from i's own on are ever written or read
+                    // tile those that suppress i; only tiles w from i's own on are ever written or read, and in the
+                    // last tile nobody asks for the bits behind the last box
   Progress* progress;
 
   __device__ __forceinline__ uint32_t group(int64_t r) const { return groups ? groups[r] : 0; }
@@ -89,8 +90,6 @@ __global__ __launch_bounds__(kMaskThreads) void fill_mask(Rounds<T> rounds) {
       }
     }
     uint64_t word = uint64_t(halves[1]) << 32 | halves[0];
-    const uint32_t left = listed - column_tile * kTile;
-    if (left < kTile) word &= (uint64_t(1) << left) - 1;
     if (row_tile == column_tile) word &= (uint64_t(1) << thread) - 1;
     if (row < listed) rounds.mask[(int64_t(image) * rounds.chunk + row) * words + column_tile] = word;
   }
