@@ -155,19 +155,11 @@ def test_strided_inputs():
 # The rule at the threshold, and early stop
 
 
-@settings(emulated, max_examples=30)
-@given(
-    st.one_of(st.floats(1e-4, 1.0), st.sampled_from([1e-3, 0.1, 0.3, 0.5, 0.6, 0.7, 1.0])),
-    st.sampled_from([1e-20, 1e-15, 1e-3, 1.0, 500.0, 1e17]),
-    st.sampled_from([torch.float32, torch.float64]),
-    st.integers(0, 2**16),
-)
-def test_pairs_at_the_threshold(threshold, side, dtype, seed):
+def check_pairs(pairs, threshold, side, dtype, seed, *segments):
     # The kernel leaves a division out where the result is clear without: here it is not, or only just.
-    pairs = 12
     generator = torch.Generator().manual_seed(seed)
     slack = torch.tensor([1e-8, 1e-7, 1e-6, 4e-6, 1e-5])[torch.randint(5, (pairs,), generator=generator)]
-    ratio = (threshold * (1 + slack * torch.randn(pairs, generator=generator))).to(dtype)
+    ratio = (threshold * (1 + slack.double() * torch.randn(pairs, generator=generator))).to(dtype)
     sides = side * (1 + torch.rand(pairs, generator=generator, dtype=dtype))
     zero = torch.zeros_like(sides)
     better = torch.stack((zero, zero, sides, sides), 1)
@@ -176,9 +168,26 @@ def test_pairs_at_the_threshold(threshold, side, dtype, seed):
     groups = torch.arange(pairs).repeat(2)
     expected = torch.cat((torch.ones(pairs, dtype=torch.bool), ~(iou.double() > threshold))).nonzero()[:, 0]
     scores = torch.arange(2 * pairs).flip(0).float()
-    for largest_segment in (0, 2):
+    for largest_segment in segments:
         kept = run_nms(torch.cat((better, worse)), scores, groups, threshold, largest_segment=largest_segment)
         assert torch.equal(kept, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 0.7])
+def test_many_pairs_at_the_threshold(threshold, dtype):
+    check_pairs(700, threshold, 1.0, dtype, 0, 0)
+
+
+@settings(emulated, max_examples=30)
+@given(
+    st.one_of(st.floats(1e-4, 1.0), st.sampled_from([1e-3, 0.1, 0.3, 0.5, 0.6, 0.7, 1.0])),
+    st.sampled_from([1e-20, 1e-15, 1e-3, 1.0, 500.0, 1e17]),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.integers(0, 2**16),
+)
+def test_pairs_at_the_threshold(threshold, side, dtype, seed):
+    check_pairs(12, threshold, side, dtype, seed, 0, 2)
 
 
 @every_order
@@ -213,11 +222,13 @@ def test_a_chain_of_suppressions():
 
 
 def test_large_chunk():
-    # 5,000 boxes in two rounds of the size that make_plan chooses: what is behind the first is struck.
+    # 5,000 boxes in two rounds of the size that make_plan chooses, or of 50 tiles: what is behind the first is struck,
+    # and a block of the mask takes several pairs of tiles.
     boxes, _ = clustered_boxes(5000, seed=7, objects=30)
     scores = torch.randperm(5000, generator=torch.Generator().manual_seed(7)).float()
-    kept = run_nms(boxes, scores, None, 0.3)
-    assert is_greedy_result(kept, boxes, scores, torch.zeros(5000), 0.3)
+    for chunk in (0, 3200):
+        kept = run_nms(boxes, scores, None, 0.3, chunk=chunk)
+        assert is_greedy_result(kept, boxes, scores, torch.zeros(5000), 0.3)
 
 
 def test_every_row_of_a_tile_strikes():
