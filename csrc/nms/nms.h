@@ -30,14 +30,30 @@ DOUBLEHEAD_NMS_FUNCTION Box<T> make_box(T x1, T y1, T x2, T y2) {
   return {x1, y1, x2, y2, (x2 - x1) * (y2 - y1)};
 }
 
+// A GPU has an instruction for these, which differs in what it does with a NaN: see iou.
+template <typename T>
+DOUBLEHEAD_NMS_FUNCTION T larger(const T& a, const T& b) {
+#if defined(__CUDA_ARCH__)
+  return max(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+template <typename T>
+DOUBLEHEAD_NMS_FUNCTION T smaller(const T& a, const T& b) {
+#if defined(__CUDA_ARCH__)
+  return min(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 template <typename T>
 DOUBLEHEAD_NMS_FUNCTION T intersection(const Box<T>& a, const Box<T>& b) {
-  const T left = a.x1 > b.x1 ? a.x1 : b.x1;
-  const T top = a.y1 > b.y1 ? a.y1 : b.y1;
-  const T right = a.x2 < b.x2 ? a.x2 : b.x2;
-  const T bottom = a.y2 < b.y2 ? a.y2 : b.y2;
-  const T width = right - left, height = bottom - top, zero{};
-  return (width > zero ? width : zero) * (height > zero ? height : zero);
+  const T width = smaller(a.x2, b.x2) - larger(a.x1, b.x1);
+  const T height = smaller(a.y2, b.y2) - larger(a.y1, b.y1);
+  return larger(width, T{}) * larger(height, T{});
 }
 
 // A box with a NaN coordinate has a NaN area, so that its IoU is NaN whatever the comparisons above made of it.

@@ -1,0 +1,152 @@
+// The threads of an emulated block: each runs on a stack of its own until it waits for others. For emulation.h.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <source_location>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+inline constexpr int warpSize = 32;
+
+namespace doublehead::emulation {
+
+constexpr size_t kStackBytes = 128 << 10, kGuardBytes = 4096, kMaxShared = 227 << 10;
+constexpr int kGarbage = 0xCD, kGuard = 0xA5;
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+enum class Meeting { block_sync, block_or, block_and, block_count, warp_sync, shuffle, shuffle_up, shuffle_down,
+                     shuffle_xor, ballot, match_any, reduce_add, reduce_or, reduce_and, reduce_max, reduce_min };
+
+inline const char* name(Meeting meeting) {
+  static const char* names[] = {"__syncthreads", "__syncthreads_or", "__syncthreads_and", "__syncthreads_count",
+                                "__syncwarp", "__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync",
+                                "__ballot_sync", "__match_any_sync", "__reduce_add_sync", "__reduce_or_sync",
+                                "__reduce_and_sync", "__reduce_max_sync", "__reduce_min_sync"};
+  return names[static_cast<int>(meeting)];
+}
+
+inline bool of_block(Meeting meeting) { return meeting <= Meeting::block_count; }
+
+// Where a thread waits, and what it brings along.
+struct Wait {
+  Meeting meeting;
+  uint32_t mask;
+  uint64_t value;
+  int argument, width;
+  std::source_location where;
+
+  bool meets(const Wait& other) const {
+    return meeting == other.meeting && mask == other.mask && where.line() == other.where.line() &&
+           where.column() == other.where.column() && where.file_name() == other.where.file_name();
+  }
+};
+
+// A thread of the block. Its stack serves block after block: contexts are for the first start of each, from then on
+// jumps do, which are much faster.
+struct Fiber {
+  enum State { kReady, kWaiting, kDone } state;
+  bool started = false;
+  jmp_buf place;
+  uint3 thread;
+  Wait wait;
+  uint64_t result;
+};
+
+// What runs at the moment; one kernel at a time.
+struct Machine {
+  std::vector<Fiber> fibers;
+  std::unique_ptr<std::byte[]> stacks, shared;
+  size_t stack_count = 0, shared_bytes = 0;
+  jmp_buf scheduler;
+  Fiber* current = nullptr;
+  std::function<void()> body;
+  std::exception_ptr error;
+  int order = 0;  // 0: ascending, 1: descending, else a shuffle with this seed
+};
+inline Machine machine;
+
+inline std::byte* dynamic_shared() { return machine.shared.get() + kGuardBytes; }
+
+inline std::string describe(const Fiber& fiber) {
+  std::ostringstream text;
+  text << "thread (" << fiber.thread.x << ", " << fiber.thread.y << ", " << fiber.thread.z << ") of block ("
+       << blockIdx.x << ", " << blockIdx.y << ", " << blockIdx.z << ") ";
+  if (fiber.state == Fiber::kDone) {
+    text << "has returned";
+  } else {
+    const std::string file = fiber.wait.where.file_name();
+    text << "waits at " << name(fiber.wait.meeting) << ", " << file.substr(file.rfind('/') + 1) << ":"
+         << fiber.wait.where.line();
+    if (!of_block(fiber.wait.meeting)) text << ", mask 0x" << std::hex << fiber.wait.mask;
+  }
+  return text.str();
+}
+
+__attribute__((noinline)) inline void yield(Fiber& fiber) {
+  if (_setjmp(fiber.place) == 0) _longjmp(machine.scheduler, 1);
+}
+
+// Called in a thread: it waits, the others run, and the result is what the meeting gives this thread.
+inline uint64_t meet(const Wait& wait) {
+  Fiber* self = machine.current;
+  const size_t lane = (self - machine.fibers.data()) % warpSize;
+  self->wait = wait;
+  self->state = Fiber::kWaiting;
+  if (!of_block(wait.meeting) && !(wait.mask >> lane & 1)) fail(describe(*self), " and is not in the mask");
+  yield(*self);
+  return self->result;
+}
+
+inline void run_fiber() {
+  while (true) {
+    try {
+      machine.body();
+    } catch (...) {
+      machine.error = std::current_exception();
+    }
+    machine.current->state = Fiber::kDone;
+    yield(*machine.current);
+  }
+}
+
+// Runs a thread until it waits or returns.
+__attribute__((noinline)) inline void resume(Fiber& fiber) {
+  machine.current = &fiber;
+  threadIdx = fiber.thread;
+  if (_setjmp(machine.scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack = {machine.stacks.get() + (&fiber - machine.fibers.data()) * kStackBytes, 0, kStackBytes};
+  context.uc_link = nullptr;
+  makecontext(&context, run_fiber, 0);
+  setcontext(&context);
+}
+
+}  // namespace doublehead::emulation
