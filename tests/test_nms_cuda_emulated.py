@@ -211,6 +211,15 @@ def test_nothing_overlaps():
     assert torch.equal(run_nms(boxes, scores, groups, 0.5, largest_segment=2048), expected)
 
 
+@pytest.mark.parametrize("max_output", [63, 64, 65, 127, 128, 129])
+def test_stops_with_the_round_that_has_enough(max_output):
+    corners = torch.stack((torch.arange(200) * 20.0, torch.zeros(200)), 1)
+    boxes, scores = torch.cat((corners, corners + 10), 1)[None], torch.arange(200.0, 0.0, -1.0)[None]
+    groups = torch.zeros(1, 200, dtype=torch.int64)
+    indices, count = run_padded(boxes, scores, groups, 0.5, max_output, chunk=64, largest_segment=0)
+    assert indices[0].tolist() == list(range(max_output)) and count.item() == max_output
+
+
 def test_a_chain_of_suppressions():
     # Box i suppresses box i + 1 alone, so every second is kept: the longest chain a tile can hold.
     left = torch.arange(300) * 3.0
