@@ -14,12 +14,23 @@ import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+OLDEST_SETUPTOOLS = 77  # an older one stops at pyproject.toml's licence, with a page of text that does not say so
 OLDEST_TORCH = (2, 11)  # the stable-ABI target set in CMakeLists.txt
 DEFAULT_ARCHS = ("80", "86", "89", "90", "100", "120")
+
+
+def check_setuptools(version):
+    """An isolated build fetches what it needs; one without isolation uses what there is."""
+    if int(version.split(".")[0]) < OLDEST_SETUPTOOLS:
+        raise SystemExit(
+            f"doublehead: setuptools {version} is too old to build with, {OLDEST_SETUPTOOLS} or newer is needed: "
+            f"pip install 'setuptools>={OLDEST_SETUPTOOLS}'"
+        )
 
 
 class Torch(NamedTuple):
@@ -186,6 +197,7 @@ def find_tool(name):
 
 
 if __name__ == "__main__":
+    check_setuptools(setuptools.__version__)
     setup(
         # Both are declared, and the CUDA one is dropped by CMakeBuild where it cannot be built.
         ext_modules=[Extension("doublehead._C", sources=[]), Extension("doublehead._C_cuda", sources=[])],

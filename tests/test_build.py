@@ -26,6 +26,17 @@ def build():
     return module
 
 
+@pytest.mark.parametrize("version", ["65.5.0", "76.1"])
+def test_an_old_setuptools_is_named(build, version):
+    with pytest.raises(SystemExit, match=f"setuptools {version} is too old .* pip install 'setuptools>=77'"):
+        build.check_setuptools(version)
+
+
+def test_the_oldest_setuptools_is_that_of_pyproject(build):
+    build.check_setuptools(f"{build.OLDEST_SETUPTOOLS}.0.1")
+    assert f'"setuptools>={build.OLDEST_SETUPTOOLS}"' in (ROOT / "pyproject.toml").read_text()
+
+
 # ---------------------------------------------------------------------------------------------
 # Which torch
 
