@@ -13,6 +13,7 @@ from conftest import ROOT
 
 ARCHS = ["sm_80", "sm_90", "sm_100"]
 MOST_REGISTERS = 128  # four warps of a scheduler still fit: 4 schedulers x 4 warps x 32 lanes x 128 = 64 Ki registers
+MOST_REGISTERS_OF_DOUBLE = 192  # float64 is for checking gradients: it need not be fast
 MOST_SHARED = 48 * 1024  # what a kernel gets without asking for more
 
 
@@ -25,6 +26,10 @@ class Kernel(NamedTuple):
     stack: int
     local: int
     shared: int
+
+    @property
+    def most_registers(self) -> int:
+        return MOST_REGISTERS_OF_DOUBLE if "Id" in self.name else MOST_REGISTERS  # mangled: kernel<double, ...>
 
 
 def cuobjdump() -> str | None:
@@ -83,7 +88,8 @@ def test_nothing_spills_or_lies_in_local_memory(kernels):
 
 
 def test_registers_and_shared_memory_stay_in_bounds(kernels):
-    assert [kernel for kernel in kernels if kernel.registers > MOST_REGISTERS or kernel.shared > MOST_SHARED] == []
+    assert [kernel for kernel in kernels if kernel.registers > kernel.most_registers] == []
+    assert [kernel for kernel in kernels if kernel.shared > MOST_SHARED] == []
 
 
 def test_the_report_is_read_right():
