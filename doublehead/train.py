@@ -90,8 +90,10 @@ def run(recipe: Recipe, options: Options) -> None:
         try:
             train(recipe, folder, world, resume)
         except BaseException:
-            with contextlib.suppress(OSError):  # a run that never began leaves no empty folder
+            with contextlib.suppress(OSError):  # a run that never began leaves no empty folder, nor an empty runs/
                 folder.rmdir()
+                if options.out is None:
+                    folder.parent.rmdir()
             raise
 
 

@@ -401,6 +401,14 @@ def test_mistakes_are_told_without_a_traceback(tmp_path, options, message):
     assert not folder.exists()  # nothing was begun, nothing is left
 
 
+def test_a_run_that_never_began_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(["bccd-small", "--data.root", "nowhere", "--train.device", "cpu"])
+    assert "nowhere" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def break_the_model():
     TinyDetector.forward = lambda self, images, targets=None: 1 / 0
 
