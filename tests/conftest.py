@@ -1,12 +1,19 @@
-"""What all tests share: the folder of real pictures, and the `gpu` marker."""
+"""What all tests share: the folder of real pictures, the `gpu` marker, and Triton on the CPU."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+
+#: Where Triton's kernels run in the tests. Without a GPU that is the CPU, in Triton's interpreter, which must be chosen
+#: before a module with kernels is imported.
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if TRITON_DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -16,6 +23,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none here"))
+
+
+@pytest.fixture
+def triton_kernels() -> Iterator[str]:
+    """The device on which `torch.ops.doublehead` runs the Triton kernels: here, if need be, in the interpreter."""
+    pytest.importorskip("triton")
+    from doublehead.ops._library import NAMESPACE, TRITON_KERNELS
+
+    if TRITON_DEVICE == "cuda":
+        yield "cuda"
+        return
+    with torch.library._scoped_library(NAMESPACE, "IMPL") as library:
+        for name, launch in TRITON_KERNELS.items():
+            library.impl(name, launch, "CPU", allow_override=True)
+        yield "cpu"
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -19,6 +19,9 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 #: name -> schema of every operator defined so far.
 SCHEMAS: dict[str, str] = {}
+
+#: operator -> the launcher of its Triton kernel.
+TRITON_KERNELS: dict[str, Callable] = {}
 
 #: "_C" or "_C_cuda" -> why it is not loaded; a part that is loaded is not listed.
 UNLOADED: dict[str, str] = {}
@@ -61,6 +64,42 @@ def define_autocast(name: str, kernel: Callable) -> None:
 
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, without_autocast, f"Autocast{device}")
+
+
+def define_cpu_kernel(name: str, kernel: Callable) -> None:
+    """Serves CPU tensors by `kernel`, plain PyTorch that is faster there than the reference.
+
+    It may read values back, and work on as much as they ask for: on the CPU that costs nothing.
+    """
+    LIBRARY.impl(name, kernel, "CPU")
+
+
+def define_triton_kernel(name: str, module: str, function: str) -> None:
+    """Serves CUDA tensors by a Triton kernel, where there is Triton; else the reference goes on serving them.
+
+    Args:
+        name: of the operator.
+        module: that launches the kernel; it is imported at the first call, as it imports Triton.
+        function: of that module; takes the operator's arguments by position.
+    """
+
+    def launch(*arguments):
+        kernel = getattr(importlib.import_module(module), function)
+        with _device_of(arguments):
+            return kernel(*arguments)
+
+    TRITON_KERNELS[name] = launch
+    if importlib.util.find_spec("triton") is not None:
+        LIBRARY.impl(name, launch, "CUDA")
+
+
+def _device_of(arguments: Iterable) -> contextlib.AbstractContextManager:
+    """Makes the first tensor's GPU the current one: Triton launches there, wherever the tensors are."""
+    for argument in arguments:
+        first = argument[0] if isinstance(argument, (list, tuple)) and argument else argument
+        if isinstance(first, torch.Tensor):
+            return torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
