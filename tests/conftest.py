@@ -47,3 +47,14 @@ def test_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no test pictures: {path} does not exist; DOUBLEHEAD_TEST_DATA names another folder")
     return path
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory holds NaN, as deterministic PyTorch fills it: an element nobody writes is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -17,9 +17,7 @@ every_order = pytest.mark.parametrize("order", ORDERS)
 emulated = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def run_padded(
-    boxes, scores, groups, threshold, max_output, *, padding=True, chunk=0, largest_segment=-1, order=0
-):
+def run_padded(boxes, scores, groups, threshold, max_output, *, padding=True, chunk=0, largest_segment=-1, order=0):
     """The kernels' result, into poisoned memory. chunk, largest_segment: other than those of make_plan (steps.h)."""
     batch, count = scores.shape
     indices = torch.full((batch, max_output), -7)

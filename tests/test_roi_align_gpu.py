@@ -25,8 +25,7 @@ def fpn(images=2, channels=256, dtype=torch.float32, layout=torch.channels_last,
     torch.manual_seed(0)
     sizes = [(100, 168), (50, 84), (25, 42), (13, 21)]
     return [
-        torch.randn(images, channels, *size, device=device).to(dtype).contiguous(memory_format=layout)
-        for size in sizes
+        torch.randn(images, channels, *size, device=device).to(dtype).contiguous(memory_format=layout) for size in sizes
     ]
 
 

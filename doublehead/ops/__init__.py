@@ -3,12 +3,14 @@
 `roi_align`, `MultiScaleRoIAlign`, `nms` and `batched_nms` take torchvision's arguments and give torchvision's results.
 """
 
+from .batch_norm import batch_norm_act
 from .boxes import box_area, box_iou, clip_boxes, decode_boxes, encode_boxes
 from .nms import batched_nms, nms, nms_padded
 from .roi_align import MultiScaleRoIAlign, multiscale_roi_align, roi_align
 
 __all__ = [
     "MultiScaleRoIAlign",
+    "batch_norm_act",
     "batched_nms",
     "box_area",
     "box_iou",

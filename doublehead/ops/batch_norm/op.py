@@ -1,0 +1,189 @@
+"""Batch normalisation with residual and ReLU: the functions, the operators, their gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._library import define, define_autocast, define_autograd, define_cpu_kernel, define_triton_kernel
+from . import reference
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    *,
+    relu: bool = True,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalises by the statistics of this batch, adds the residual, and takes ReLU, all in one.
+
+    y = act((x - mean) * invstd * weight + bias + residual).  Maps are given as rows: a channels-last `Tensor[N, C, H, W]`
+    is `Tensor[N * H * W, C]` without a copy.  The statistics are accumulated in float32 by a rule that does not lose
+    small variances beside large means, in a fixed order: deterministic.  Saved for the backward: x, y and the statistics.
+
+    Args:
+        x: `Tensor[M, C]`, float16, bfloat16, float32 or float64.
+        weight, bias: `Tensor[C]`, floating point, usually float32.
+        residual: `Tensor[M, C]` in the dtype of x, or None.
+        relu: take ReLU at the end.
+        eps: added to the variance.
+
+    Returns:
+        y: `Tensor[M, C]` in the dtype of x.
+        mean, invstd: `Tensor[C]`, float32 (float64 for float64), without gradient.  The (biased) variance is
+            `invstd ** -2 - eps`.
+
+    Raises:
+        TypeError: a dtype is not accepted.
+        ValueError: shapes do not fit, or M is 0.
+
+    Source: Ioffe and Szegedy, Batch Normalization (2015), algorithm 1.
+    """
+    _check(x, weight, bias, residual)
+    return _forward(x, weight, bias, residual, relu, eps)
+
+
+def batch_norm_act_apply(
+    x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
+) -> Tensor:
+    """`batch_norm_act` with given statistics, without gradient: what a backward pass recomputes in place of saving it.
+
+    Arguments and errors are those of `batch_norm_act`; returns `Tensor[M, C]`.
+    """
+    _check(x, weight, bias, residual)
+    return _apply(x, mean, invstd, weight, bias, residual, relu)
+
+
+def batch_norm_act_backward(
+    grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, invstd: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of `batch_norm_act`, for code that keeps its own record of what was saved.
+
+    Args:
+        grad: `Tensor[M, C]`, of y.
+        x, mean, invstd, weight, eps: as in the forward.
+        y: the result, if it went through ReLU; else None.
+
+    Returns:
+        gradients of x `Tensor[M, C]`, weight and bias `Tensor[C]` (in the dtype of the statistics), and of the residual
+        `Tensor[M, C]`: grad where y > 0.
+    """
+    return _backward(grad, x, y, mean, invstd, weight, eps)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
+    if x.dim() != 2 or x.shape[0] == 0:
+        raise ValueError(f"x must have shape [M, C] with M > 0, got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor.shape != x.shape[1:]:
+            raise ValueError(f"{name} must have shape [C] = {list(x.shape[1:])}, got {list(tensor.shape)}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"residual must be like x, {list(x.shape)} {x.dtype}, got {list(residual.shape)} {residual.dtype}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Registration
+
+
+def _statistics_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _reference_backward(grad, x, y, mean, invstd, weight, eps):
+    return reference.batch_norm_act_backward(grad, x, y, mean, invstd, weight)
+
+
+_forward = define(
+    "batch_norm_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, bool relu, float eps) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference=reference.batch_norm_act,
+    fake=lambda x, *_: (x.new_empty(x.shape), _statistics_like(x), _statistics_like(x)),
+)
+_apply = define(
+    "batch_norm_act_apply(Tensor x, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, Tensor? residual, bool relu)"
+    " -> Tensor",
+    reference=reference.batch_norm_act_apply,
+    fake=lambda x, *_: x.new_empty(x.shape),
+)
+_backward = define(
+    "batch_norm_act_backward(Tensor grad, Tensor x, Tensor? y, Tensor mean, Tensor invstd, Tensor weight, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_reference_backward,
+    fake=lambda grad, x, *_: (x.new_empty(x.shape), _statistics_like(x), _statistics_like(x), x.new_empty(x.shape)),
+)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, residual, relu, ctx.eps = inputs
+    y, mean, invstd = output
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(x, y if relu else None, mean, invstd, weight)
+    ctx.mark_non_differentiable(mean, invstd)
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx, grad, *_):
+    if grad is None:
+        return None, None, None, None, None, None
+    x, y, mean, invstd, weight = ctx.saved_tensors
+    grad_x, grad_weight, grad_bias, grad_residual = _backward(grad, x, y, mean, invstd, weight, ctx.eps)
+    grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+    return grad_x, grad_weight, grad_bias, grad_residual if ctx.has_residual else None, None, None
+
+
+define_autograd("batch_norm_act", _gradient, _setup_context)
+define_autocast("batch_norm_act", _forward)  # any dtype will do: the computation is float32 inside
+
+
+# ---------------------------------------------------------------------------------------------
+# CPU: ATen's own kernels, which are as fast as memory. They want a map; rows are one of M x 1 cells, channels-last.
+
+
+def _as_map(rows: Tensor) -> Tensor:
+    return rows.contiguous()[None, :, None].permute(0, 3, 1, 2)
+
+
+def _as_rows(maps: Tensor) -> Tensor:
+    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
+
+
+def _finish(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    if residual is not None:
+        y.add_(residual)
+    return y.relu_() if relu else y
+
+
+def _cpu(x, weight, bias, residual, relu, eps):
+    weight, bias = (parameter.to(_statistics_like(x).dtype) for parameter in (weight, bias))
+    y, mean, invstd = torch.native_batch_norm(_as_map(x), weight, bias, None, None, True, 0.0, eps)
+    return _finish(_as_rows(y), residual, relu), mean, invstd
+
+
+def _cpu_apply(x, mean, invstd, weight, bias, residual, relu):
+    scale = invstd * weight
+    shift = bias - mean * scale
+    y = torch.addcmul(shift, x.to(scale.dtype), scale)
+    return _finish(y, residual, relu).to(x.dtype)
+
+
+def _cpu_backward(grad, x, y, mean, invstd, weight, eps):
+    grad = grad.contiguous()
+    grad = torch.ops.aten.threshold_backward(grad, y, 0) if y is not None else grad.clone()
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+        _as_map(grad), _as_map(x), weight.to(mean.dtype), None, None, mean, invstd, True, eps, [True, True, True]
+    )
+    return _as_rows(grad_x), grad_weight, grad_bias, grad
+
+
+define_cpu_kernel("batch_norm_act", _cpu)
+define_cpu_kernel("batch_norm_act_apply", _cpu_apply)
+define_cpu_kernel("batch_norm_act_backward", _cpu_backward)
+for _name in ("batch_norm_act", "batch_norm_act_apply", "batch_norm_act_backward"):
+    define_triton_kernel(_name, "doublehead.ops.batch_norm.kernel", _name)
