@@ -45,23 +45,21 @@ def torch_modules(x, weight, bias, residual, relu, eps):
 def check(device, rows, channels, dtype, relu, has_residual, peer=reference.batch_norm_act):
     x, weight, bias, residual, grad = (tensor.to(device) for tensor in inputs(rows, channels, dtype))
     residual = residual if has_residual else None
-    actual = with_gradients(batch_norm_act, x, weight, bias, residual, grad, relu)
-    plain = with_gradients(peer, x, weight, bias, residual, grad, relu)
-    wide = [t.double() if t is not None else None for t in (x, weight, bias, residual, grad)]
-    exact = with_gradients(reference.batch_norm_act, *wide, relu)
-    if relu:  # ReLU's slope jumps at 0: where rounding decides the side, no gradient is the right one
-        doubtful = (exact[0] > 0) != (actual[0] > 0)
-        assert doubtful.double().mean() < 1e-2
-        if doubtful.any():
-            actual, plain, exact = actual[:3], plain[:3], exact[:3]
+    given = x, weight, bias, residual
+    wide = [tensor.double() if tensor is not None else None for tensor in given]
+    y, mean, invstd, *gradients = with_gradients(batch_norm_act, *given, grad, relu)
+    exact, exact_mean, exact_invstd = reference.batch_norm_act(*wide, relu, 1e-5)
+    assert_as_exact(y, peer(*given, relu, 1e-5)[0], exact, "y")
     # Each value of x may count with a rounding error of its own; plain PyTorch sums in higher precision on the CPU.
     spread = 4 * torch.finfo(torch.float32).eps * (x.double().abs().max() + 1).item()
-    torch.testing.assert_close(actual[1].double(), exact[1], rtol=0, atol=spread)
-    torch.testing.assert_close(actual[2].double(), exact[2], rtol=spread, atol=0)
-    names = ("y", "mean", "invstd", "x", "weight", "bias", "residual")
-    for name, *values in list(zip(names, actual, plain, exact))[:: 1 if len(actual) > 3 else 3]:
-        if name not in ("mean", "invstd"):
-            assert_as_exact(*values, what=name)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=0, atol=spread)
+    torch.testing.assert_close(invstd.double(), exact_invstd, rtol=spread, atol=0)
+    # ReLU's slope jumps at 0, where rounding decides the side: all are told the side our result is on.
+    grad = torch.where(y > 0, grad, 0) if relu else grad
+    plain = with_gradients(peer, *given, grad, False)[3:]
+    exact = with_gradients(reference.batch_norm_act, *wide, grad.double(), False)[3:]
+    for name, *values in zip(("x", "weight", "bias", "residual"), gradients, plain, exact, strict=False):
+        assert_as_exact(*values, what=f"gradient of {name}")
 
 
 @pytest.mark.parametrize("has_residual", [False, True])
@@ -102,6 +100,16 @@ def test_equals_torch_modules():
     maps = x.view(4, 7, 7, 16).permute(0, 3, 1, 2)
     expected = norm(maps).relu().permute(0, 2, 3, 1).reshape(-1, 16)
     torch.testing.assert_close(batch_norm_act(x, weight.double(), bias.double(), eps=1e-3)[0], expected)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_closed_form_of_the_gradient(relu):
+    wide = [tensor.double() for tensor in inputs(49, 6, torch.float64)]
+    y, mean, invstd, *expected = with_gradients(reference.batch_norm_act, *wide, relu)
+    x, weight, _, _, grad = wide
+    actual = reference.batch_norm_act_backward(grad, x, y if relu else None, mean, invstd, weight)
+    for value, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(value, wanted)
 
 
 def test_gradient_of_the_definition():

@@ -20,9 +20,9 @@ def batch_norm_act(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalises by the statistics of this batch, adds the residual, and takes ReLU, all in one.
 
-    y = act((x - mean) * invstd * weight + bias + residual).  Maps are given as rows: a channels-last `Tensor[N, C, H, W]`
-    is `Tensor[N * H * W, C]` without a copy.  The statistics are accumulated in float32 by a rule that does not lose
-    small variances beside large means, in a fixed order: deterministic.  Saved for the backward: x, y and the statistics.
+    y = act((x - mean) * invstd * weight + bias + residual).  Maps are given as rows: `Tensor[N * H * W, C]`, which a
+    channels-last `Tensor[N, C, H, W]` is without a copy.  The statistics are accumulated in float32 by a rule that does
+    not lose small variances beside large means, in a fixed order.  Saved for the backward: x, y and the statistics.
 
     Args:
         x: `Tensor[M, C]`, float16, bfloat16, float32 or float64.
@@ -107,8 +107,8 @@ _forward = define(
     fake=lambda x, *_: (x.new_empty(x.shape), _statistics_like(x), _statistics_like(x)),
 )
 _apply = define(
-    "batch_norm_act_apply(Tensor x, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, Tensor? residual, bool relu)"
-    " -> Tensor",
+    "batch_norm_act_apply(Tensor x, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, Tensor? residual, "
+    "bool relu) -> Tensor",
     reference=reference.batch_norm_act_apply,
     fake=lambda x, *_: x.new_empty(x.shape),
 )
