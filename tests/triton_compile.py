@@ -46,6 +46,7 @@ def compile_cases(cases: list[Case], archs: tuple[int, ...] = ARCHS) -> list[Com
     """Every case for every architecture.  Fails, with the compiler's words, where one does not compile."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_DEFAULT_FP_FUSION"] = "1"  # as Triton decides by itself today, but then with a warning
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")])
     request = json.dumps({"cases": cases, "archs": archs})
     done = subprocess.run([sys.executable, __file__], input=request, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
