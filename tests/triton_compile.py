@@ -28,6 +28,8 @@ class Case(NamedTuple):
     """Constexpr arguments, and others that are None."""
     num_warps: int
     num_stages: int
+    multiples: tuple[str, ...] = ()
+    """Integer arguments that are multiples of 16, which a launch tells the compiler of."""
 
 
 class Compiled(NamedTuple):
@@ -64,7 +66,7 @@ def _compile(case: Case, arch: int) -> Compiled:
     names = function.arg_names
     assert set(case.signature) | set(case.constants) == set(names), (case.kernel, names)
     signature = {name: "constexpr" if name in case.constants else case.signature[name] for name in names}
-    aligned = [index for index, name in enumerate(names) if signature[name].startswith("*")]
+    aligned = [index for index, name in enumerate(names) if signature[name].startswith("*") or name in case.multiples]
     source = ASTSource(
         fn=function,
         signature=signature,

@@ -5,6 +5,7 @@
 
 from .batch_norm import batch_norm_act
 from .boxes import box_area, box_iou, clip_boxes, decode_boxes, encode_boxes
+from .fused_conv import fused_conv
 from .nms import batched_nms, nms, nms_padded
 from .roi_align import MultiScaleRoIAlign, multiscale_roi_align, roi_align
 
@@ -17,6 +18,7 @@ __all__ = [
     "clip_boxes",
     "decode_boxes",
     "encode_boxes",
+    "fused_conv",
     "multiscale_roi_align",
     "nms",
     "nms_padded",

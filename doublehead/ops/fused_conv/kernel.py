@@ -1,0 +1,157 @@
+"""Fused convolution in Triton: a tiled matrix product that gathers its rows and finishes its tile in registers.
+
+A tile is BLOCK_M cells x BLOCK_N output channels. The inner dimension runs over the taps of the kernel (1 or 9), within
+a tap over channels; a tap's row is the cell's neighbour, or nothing at the border of its map. With `mean`, a tile holds
+the cells of one map, and is averaged before it is stored: a map of 7 x 7 fills 49 of 64 rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import dot_precision
+from . import reference
+
+MOST_CELLS_OF_MEAN = 64
+"""Larger maps are averaged after the product: their cells do not fit one tile."""
+
+
+class Tile(NamedTuple):
+    """Sizes of a tile and how it is worked on."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def tile_of(dtype: torch.dtype, mean: bool) -> Tile:
+    """A fixed table, so that results do not depend on a race between configurations."""
+    if dtype == torch.float32:
+        return Tile(64, 64, 32, 4, 3)
+    return Tile(64, 128, 64, 4, 3) if mean else Tile(128, 128, 64, 8, 3)
+
+
+@triton.jit
+def accumulate(
+    acc, x, weight, row, column, inside_row, out_channels, channels, first_weight, row_weights, height, width,
+    TAPS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + rows of x (gathered by tap) times the weights [column, first_weight + tap * channels + channel]."""
+    steps = tl.cdiv(channels, BLOCK_K)
+    of_column = column < out_channels
+    weight_row = weight + column.to(tl.int64) * row_weights + first_weight
+    for step in range(TAPS * steps):
+        tap = step // steps
+        channel = (step - tap * steps) * BLOCK_K + tl.arange(0, BLOCK_K)
+        of_channel = channel < channels
+        source, valid = row, inside_row
+        if TAPS == 9:
+            down = tap // 3 - 1
+            right = tap % 3 - 1
+            y = (row // width) % height + down
+            x_cell = row % width + right
+            source = row + down * width + right
+            valid = inside_row & (y >= 0) & (y < height) & (x_cell >= 0) & (x_cell < width)
+        a = tl.load(
+            x + source.to(tl.int64)[:, None] * channels + channel[None, :],
+            mask=valid[:, None] & of_channel[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            weight_row[None, :] + (tap * channels + channel)[:, None],
+            mask=of_column[None, :] & of_channel[:, None],
+            other=0.0,
+        )
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def fused_conv_kernel(
+    x, second, weight, bias, residual, count, out, rows, channels, second_channels, out_channels, height, width,
+    TAPS: tl.constexpr, RELU: tl.constexpr, MEAN: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Programs next to each other share rows: the columns of weights are few and stay in the second-level cache.
+    columns = tl.cdiv(out_channels, BLOCK_N)
+    tile = tl.program_id(0) // columns
+    column = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    of_column = column < out_channels
+    cells = height * width
+    lane = tl.arange(0, BLOCK_M)
+    if MEAN:
+        first = tile * cells
+        row = first + lane
+        inside = lane < cells
+    else:
+        first = tile * BLOCK_M
+        row = first + lane
+        inside = row < rows
+    live = rows
+    if count is not None:
+        live = tl.minimum(tl.load(count) * cells, rows).to(tl.int32)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if first < live:
+        weights = TAPS * channels + second_channels
+        acc = accumulate(
+            acc, x, weight, row, column, inside, out_channels, channels, 0, weights, height, width,
+            TAPS, PRECISION, BLOCK_K,
+        )  # fmt: skip
+        if second is not None:
+            acc = accumulate(
+                acc, second, weight, row, column, inside, out_channels, second_channels, channels, weights,
+                height, width, 1, PRECISION, BLOCK_K,
+            )  # fmt: skip
+        if bias is not None:
+            acc += tl.load(bias + column, mask=of_column, other=0.0).to(tl.float32)[None, :]
+        at = row.to(tl.int64)[:, None] * out_channels + column[None, :]
+        kept = inside[:, None] & of_column[None, :]
+        if residual is not None:
+            acc += tl.load(residual + at, mask=kept, other=0.0).to(tl.float32)
+        if RELU:  # NaN stays NaN, as torch.relu has it
+            acc = tl.where(acc < 0, 0.0, acc)
+        acc = tl.where((row < live)[:, None], acc, 0.0)
+
+    if MEAN:
+        average = tl.sum(tl.where(inside[:, None], acc, 0.0), 0) / cells
+        tl.store(out + tile.to(tl.int64) * out_channels + column, average.to(out.dtype.element_ty), mask=of_column)
+    else:
+        at = row.to(tl.int64)[:, None] * out_channels + column[None, :]
+        kept = inside[:, None] & of_column[None, :]
+        if not FILL:
+            kept = kept & (first < live)
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=kept)
+
+
+def fused_conv(x, weight, bias, second, residual, count, size, relu, mean, fill=True) -> Tensor:
+    """The operator's arguments, in order; without `fill`, maps from `count` on may be left unwritten."""
+    height, width = size
+    rows, channels = x.shape
+    cells = height * width
+    if x.dtype == torch.float64 or rows >= 2**31:
+        return reference.fused_conv(x, weight, bias, second, residual, count, size, relu, mean)
+    if mean and cells > MOST_CELLS_OF_MEAN:
+        maps = fused_conv(x, weight, bias, second, residual, count, size, relu, False)
+        return maps.view(-1, cells, len(weight)).mean(1)
+    x, second, residual = (tensor if tensor is None else tensor.contiguous() for tensor in (x, second, residual))
+    memory_format = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+    weight = weight.contiguous(memory_format=memory_format)
+    tile = tile_of(x.dtype, mean)
+    out = x.new_empty((rows // cells if mean else rows, len(weight)))
+    tiles = rows // cells if mean else triton.cdiv(rows, tile.m)
+    if out.numel():
+        fused_conv_kernel[(triton.cdiv(len(weight), tile.n) * tiles,)](
+            x, second, weight, bias, residual, count, out, rows, channels,
+            0 if second is None else second.shape[1], len(weight), height, width,
+            TAPS=9 if weight.dim() == 4 else 1, RELU=relu, MEAN=mean, FILL=fill, PRECISION=dot_precision(x.dtype),
+            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,97 @@
+"""Fused convolution of RoI maps: the function and the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._library import define, define_autograd, define_triton_kernel
+from . import reference
+
+
+def fused_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    size: Sequence[int],
+    second: Tensor | None = None,
+    residual: Tensor | None = None,
+    count: Tensor | None = None,
+    relu: bool = False,
+    mean: bool = False,
+) -> Tensor:
+    """act(conv([x, second]) + bias + residual) in one pass, for inference.
+
+    Maps are given as rows, one a cell: a channels-last `Tensor[N, C, H, W]` is `Tensor[N * H * W, C]` without a copy.
+    A 3x3 convolution gathers its nine neighbours as it reads; nothing is unfolded in memory.
+
+    Args:
+        x: `Tensor[N * H * W, C]`, float16, bfloat16, float32 or float64.
+        weight: `Tensor[out, C]`, with `second` `Tensor[out, C + C2]`; or `Tensor[out, C, 3, 3]`, padded by one.
+        bias: `Tensor[out]` or None.
+        size: (H, W) of the maps.
+        second: `Tensor[N * H * W, C2]`: further input channels, as if concatenated to x.  Only 1x1.
+        residual: `Tensor[N * H * W, out]`, added before ReLU.
+        count: `Tensor[]` int64 on the device: maps from this one on are skipped, and zero in the result.
+        relu: take ReLU.
+        mean: return the average of each map's cells.
+
+    Returns:
+        `Tensor[N * H * W, out]`, or with `mean` `Tensor[N, out]`, in the dtype of x.
+
+    Raises:
+        TypeError: dtypes differ.
+        ValueError: a shape does not fit.
+        RuntimeError: in the backward: there is no gradient.
+    """
+    _check(x, weight, bias, size, second, residual, count)
+    return _op(x, weight, bias, second, residual, count, list(size), relu, mean)
+
+
+def _check(x, weight, bias, size, second, residual, count) -> None:
+    if x.dim() != 2 or len(size) != 2 or x.shape[0] % (size[0] * size[1]):
+        raise ValueError(f"x must have shape [N * H * W, C] with H, W = size, got {list(x.shape)} and {list(size)}")
+    channels = x.shape[1] + (0 if second is None else second.shape[1])
+    kernel = tuple(weight.shape[2:])
+    if weight.shape[1:2] != (channels,) or kernel not in ((), (3, 3)) or (kernel and second is not None):
+        raise ValueError(
+            f"weight must have shape [out, {channels}], or without second [out, {channels}, 3, 3], "
+            f"got {list(weight.shape)}"
+        )
+    out = weight.shape[0]
+    shapes = {
+        "bias": (bias, (out,)),
+        "second": (second, (x.shape[0], channels - x.shape[1])),
+        "residual": (residual, (x.shape[0], out)),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    for name, tensor in (("weight", weight), *((name, tensor) for name, (tensor, _) in shapes.items())):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+    if count is not None and (count.dim() != 0 or count.dtype != torch.int64):
+        raise ValueError(f"count must be a Tensor[] of int64, got {list(count.shape)} {count.dtype}")
+
+
+def _fake(x, weight, bias, second, residual, count, size, relu, mean):
+    return x.new_empty((x.shape[0] // (size[0] * size[1]) if mean else x.shape[0], weight.shape[0]))
+
+
+_op = define(
+    "fused_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? second, Tensor? residual, Tensor? count, int[] size, "
+    "bool relu, bool mean) -> Tensor",
+    reference=reference.fused_conv,
+    fake=_fake,
+)
+
+
+def _no_gradient(ctx, grad):
+    raise RuntimeError("fused_conv has no gradient: it is for inference, with batch norms folded into its weights")
+
+
+define_autograd("fused_conv", _no_gradient, lambda ctx, inputs, output: None)
+define_triton_kernel("fused_conv", "doublehead.ops.fused_conv.kernel", "fused_conv")
