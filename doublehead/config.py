@@ -106,6 +106,10 @@ class HeadConfig:
     shortcut_relu: bool = False
     """ReLU after the first block's shortcut (MMDetection has one, the paper has none)."""
     non_local: NonLocalConfig = field(default_factory=NonLocalConfig)
+    fused: bool = True
+    """Run the conv-head by fused operators (the same results); False: module by module."""
+    recompute: bool = False
+    """In training remember only each residual block's input: less memory, a third more work in these blocks."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,11 @@ class DetectionConfig:
     nms_iou: float = 0.5
     max_detections: int = 100
     min_size: float = 1e-2
+    skip: bool = True
+    """Run the head that only gives boxes on those RoIs alone whose classes pass the score threshold (exact)."""
+    ext_gate: float = 0.0
+    """Of Ext, fused: drop RoIs whose largest foreground fc-score is not above this, before the conv-head sees them.
+    Faster, but approximate: the conv-head's classifier alone may have passed them.  0: off."""
 
 
 @dataclass(frozen=True)

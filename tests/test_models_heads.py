@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from doublehead.config import HeadConfig, NonLocalConfig, RoIConfig
-from doublehead.models.heads import BRANCHES, Bottleneck, ConvTower, FCTower, Heads, WideningBlock
+from doublehead.models.conv_tower import Bottleneck, ConvTower, WideningBlock
+from doublehead.models.heads import BRANCHES, FCTower, Heads
 from doublehead.models.non_local import NonLocalBlock
 
 M = 2**20

@@ -12,6 +12,7 @@ from .backbone import ResNetFPN
 from .detections import detect, resolve_sources
 from .heads import Heads
 from .images import ImageTransform
+from .inference import run_heads
 from .losses import head_losses, sample_rois
 from .roi_pooling import RoIPooling
 from .rpn import RPN
@@ -48,8 +49,12 @@ class Detector(nn.Module):
         features = self.backbone(images.pixels)
         proposals, losses = self.rpn(images, features, targets)
         if targets is None:
-            outputs = self.heads(self.roi_pooling(features, proposals.boxes))
-            return detect(outputs, self.sources, proposals, images.sizes, self.detection, self.config.roi.box_weights)
+            outputs, proposals, box_rois = run_heads(
+                self.heads, self.roi_pooling, features, proposals, self.sources, self.detection
+            )
+            weights = self.config.roi.box_weights
+            found = detect(outputs, self.sources, proposals, images.sizes, self.detection, weights)
+            return found._replace(box_rois=box_rois)
         rois = sample_rois(proposals, targets, self.config.roi)
         outputs = self.heads(self.roi_pooling(features, rois.boxes))
         return losses | head_losses(outputs, rois, self.config)

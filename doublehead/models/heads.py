@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ..config import HeadConfig, HeadKind, RoIConfig
-from .non_local import NonLocalBlock
+from .conv_tower import ConvTower
+from .folding import FoldedWeights, compute_dtype
 from .structures import at_least_float32
 
 
@@ -41,7 +45,11 @@ class HeadOutput(NamedTuple):
 
 
 class FCTower(nn.Sequential):
-    """Two fully connected layers: `Tensor[N, C, S, S]` -> `Tensor[N, dim]`."""
+    """Two fully connected layers: `Tensor[N, C, S, S]` -> `Tensor[N, dim]`.
+
+    At inference without gradients a channels-last map is used as it lies: not the map is reordered but, once, the
+    columns of the first weight.
+    """
 
     def __init__(self, channels: int, size: int, dim: int) -> None:
         layers = nn.Linear(channels * size * size, dim), nn.Linear(dim, dim)
@@ -49,63 +57,27 @@ class FCTower(nn.Sequential):
             nn.init.kaiming_uniform_(layer.weight, a=1)
             nn.init.zeros_(layer.bias)
         super().__init__(nn.Flatten(), layers[0], nn.ReLU(), layers[1], nn.ReLU())
-
-
-class WideningBlock(nn.Module):
-    """The first residual block: 3x3 and 1x1 convolutions beside a 1x1 shortcut, to more channels.
-
-    Args:
-        channels: input width.
-        dim: output width.
-        shortcut_relu: ReLU after the shortcut too (MMDetection's form).
-    """
-
-    def __init__(self, channels: int, dim: int, shortcut_relu: bool = False) -> None:
-        super().__init__()
-        self.residual = nn.Sequential(*conv_norm(channels, channels, 3), nn.ReLU(), *conv_norm(channels, dim, 1))
-        self.shortcut = nn.Sequential(*conv_norm(channels, dim, 1), *([nn.ReLU()] if shortcut_relu else []))
+        self._folded = FoldedWeights()
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.residual(x) + self.shortcut(x)).relu()
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if needs_grad or not x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x)
+        dtype = compute_dtype(x)
+        weight1, bias1, weight2, bias2 = self._folded.get(
+            self.parameters(), (dtype, x.shape[1:]), lambda: self._fold(dtype, x.shape[1:])
+        )
+        cells = x.to(dtype).permute(0, 2, 3, 1).flatten(1)
+        return linear(linear(cells, weight1, bias1).relu_(), weight2, bias2).relu_()
 
+    def train(self, mode: bool = True) -> FCTower:
+        self._folded.forget()
+        return super().train(mode)
 
-class Bottleneck(nn.Module):
-    """Residual bottleneck: 1x1 to a quarter of the channels, 3x3, 1x1 back (He et al. 2016)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        inner = channels // 4
-        self.residual = nn.Sequential(
-            *conv_norm(channels, inner, 1), nn.ReLU(),
-            *conv_norm(inner, inner, 3), nn.ReLU(),
-            *conv_norm(inner, channels, 1),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x + self.residual(x)).relu()
-
-
-class ConvTower(nn.Sequential):
-    """K blocks and average pooling: `Tensor[N, C, S, S]` -> `Tensor[N, dim]`.
-
-    With non-local blocks, K counts them too: one before each bottleneck.
-
-    Raises:
-        ValueError: K under 1, or an even K with non-local blocks.
-    """
-
-    def __init__(self, channels: int, config: HeadConfig) -> None:
-        blocks, non_local = config.conv_blocks, config.non_local
-        if blocks < 1:
-            raise ValueError(f"head.conv_blocks: expected at least 1, got {blocks}")
-        if non_local.enabled and blocks % 2 == 0:
-            raise ValueError(f"head.conv_blocks: expected an odd number with non-local blocks, got {blocks}")
-        layers: list[nn.Module] = [WideningBlock(channels, config.conv_dim, config.shortcut_relu)]
-        for _ in range((blocks - 1) // 2 if non_local.enabled else blocks - 1):
-            if non_local.enabled:
-                layers.append(NonLocalBlock(config.conv_dim, non_local))
-            layers.append(Bottleneck(config.conv_dim))
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    def _fold(self, dtype: torch.dtype, shape: torch.Size) -> list[Tensor]:
+        first, second = self[1], self[3]
+        weight = first.weight.unflatten(1, shape).permute(0, 2, 3, 1).flatten(1)
+        return [tensor.to(dtype) for tensor in (weight, first.bias, second.weight, second.bias)]
 
 
 class Head(nn.Module):
@@ -120,9 +92,12 @@ class Head(nn.Module):
         self.classifier = _linear(dim, num_classes, std=0.01) if branch.classifies else None
         self.regressor = _linear(dim, 4 * num_classes, std=0.001) if branch.regresses else None
 
-    def forward(self, x: Tensor) -> HeadOutput:
-        """`Tensor[N, C, S, S]` -> logits and deltas, at least fp32."""
-        vector = self.tower(x)
+    def forward(self, x: Tensor, count: Tensor | None = None) -> HeadOutput:
+        """`Tensor[N, C, S, S]` -> logits and deltas, at least fp32.
+
+        `count`: `Tensor[]` int64: only the first `count` RoIs matter; a conv tower may leave out the rest.  None: all.
+        """
+        vector = self.tower(x, count) if isinstance(self.tower, ConvTower) else self.tower(x)
         logits = at_least_float32(self.classifier(vector)) if self.classifier is not None else None
         deltas = at_least_float32(self.regressor(vector)).unflatten(1, (-1, 4)) if self.regressor is not None else None
         return HeadOutput(logits, deltas)
@@ -141,14 +116,15 @@ class Heads(nn.ModuleDict):
         scale_of = {"fc": roi.fc_box_scale, "conv": roi.conv_box_scale}
         self.box_scales = {name: scale_of[branch.tower] for name, branch in branches.items()}
 
-    def forward(self, pooled: dict[float, Tensor]) -> dict[str, HeadOutput]:
-        """Box scale -> `Tensor[N, C, S, S]` becomes branch name -> `HeadOutput`."""
-        return {name: head(pooled[self.box_scales[name]]) for name, head in self.items()}
+    def forward(
+        self, pooled: dict[float, Tensor], names: Collection[str] | None = None, count: Tensor | None = None
+    ) -> dict[str, HeadOutput]:
+        """Box scale -> `Tensor[N, C, S, S]` becomes branch name -> `HeadOutput`.
 
-
-def conv_norm(inputs: int, outputs: int, kernel: int) -> tuple[nn.Module, nn.Module]:
-    """A convolution that keeps the size, and the batch norm that follows it."""
-    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(outputs)
+        `names`: of the branches to run; None: all.  `count`: as in `Head`.
+        """
+        run = [name for name in self if names is None or name in names]
+        return {name: self[name](pooled[self.box_scales[name]], count) for name in run}
 
 
 def _linear(inputs: int, outputs: int, std: float) -> nn.Linear:

@@ -40,6 +40,23 @@ class NonLocalBlock(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
+    def attention(self, size):
+        soft = self.config.pairwise != "dot_product"
+        d = self.theta.out_channels // self.config.groups
+        scale = (d**-0.5 if self.config.scale else 1.0) if soft else 1 / (size[0] * size[1])
+        return {"groups": self.config.groups, "softmax": soft, "scale": scale, "relu": self.config.relu_after}
+
+    def fold(self):
+        from ..ops.conv_head import Block
+        from .folding import fold_norm
+
+        weight, bias = fold_norm(self.out, self.norm)
+        scale = torch.rsqrt(self.norm.running_var + self.norm.eps) * self.norm.weight
+        bias = bias + self.out.bias * scale
+        qkv = (self.theta, self.phi, self.g)
+        weights = [torch.cat([c.weight for c in qkv]).flatten(1), torch.cat([c.bias for c in qkv])]
+        return Block.NON_LOCAL, [*weights, weight.flatten(1), bias]
+
     def forward(self, x: Tensor) -> Tensor:
         """`Tensor[N, channels, H, W]` -> the same shape."""
         query, key, value = (self._cells(layer(x)) for layer in (self.theta, self.phi, self.g))

@@ -23,17 +23,21 @@ class RoIPooling(nn.Module):
         self.config = config
         self.box_scales = tuple(sorted(set(box_scales)))
 
-    def forward(self, features: Sequence[Tensor], boxes: Tensor) -> dict[float, Tensor]:
+    def forward(
+        self, features: Sequence[Tensor], boxes: Tensor, box_scales: Sequence[float] | None = None
+    ) -> dict[float, Tensor]:
         """Pool every box once per box scale.
 
         Args:
             features: P2 .. P5 (further levels are left out), each `Tensor[B, C, H, W]`.
-            boxes: `Tensor[B, R, 4]`.
+            boxes: `Tensor[B, R, 4]`, or `Tensor[K, 5]` with the number of the image first.
+            box_scales: some of the heads' scales; None: all.
 
         Returns:
-            box scale -> `Tensor[B * R, C, output_size, output_size]`.
+            box scale -> `Tensor[B * R, C, output_size, output_size]`, or `Tensor[K, ...]`.
         """
         size = self.config.output_size
+        box_scales = self.box_scales if box_scales is None else tuple(box_scales)
         pooled = multiscale_roi_align(
             list(features[: len(STRIDES)]),
             boxes,
@@ -41,8 +45,8 @@ class RoIPooling(nn.Module):
             spatial_scales=[1 / stride for stride in STRIDES],
             sampling_ratio=self.config.sampling_ratio,
             aligned=self.config.aligned,
-            box_scales=self.box_scales,
+            box_scales=box_scales,
             canonical_size=self.config.canonical_size,
             level_rule=self.config.level_rule,
         )
-        return dict(zip(self.box_scales, pooled, strict=True))
+        return dict(zip(box_scales, pooled, strict=True))

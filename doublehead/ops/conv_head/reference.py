@@ -61,5 +61,6 @@ def _bottleneck(x, weight1, bias1, weight3, bias3, weight2, bias2):
 def _non_local(x, qkv_weight, qkv_bias, out_weight, out_bias, attention: Attention):
     qkv = _conv(x, qkv_weight, qkv_bias).flatten(2).transpose(1, 2).contiguous()  # [N, H*W, 3*D]
     mixed = non_local_attention(qkv, attention.groups, attention.softmax, attention.scale)
-    y = _conv(mixed.transpose(1, 2).unflatten(2, x.shape[2:]), out_weight, out_bias) + x
+    mixed = mixed.transpose(1, 2).reshape(len(x), mixed.shape[2], *x.shape[2:])
+    y = _conv(mixed, out_weight, out_bias) + x
     return y.relu() if attention.relu else y

@@ -1,0 +1,222 @@
+"""The conv-head's tower: residual and non-local blocks, then the average over cells (PAPER Figure 5, Table 2).
+
+Plain modules define it. `ConvTower` runs them in one of three ways, with the same results:
+
+- inference: batch norms folded, all blocks in one operator (`doublehead.ops.conv_head`);
+- training: blocks with fused batch norm, ReLU and residual, which remember less (`doublehead.ops.conv_head.training`);
+- plain: module by module. For everything else: gradients in eval mode, synchronised or frozen batch norms, training
+  under torch.compile (which fuses by itself), or `fused=False`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..config import HeadConfig
+from ..ops.conv_head import Block, conv_head, training
+from .folding import FoldedWeights, compute_dtype, fold_norm
+from .non_local import NonLocalBlock
+
+
+class ResidualBlock(nn.Module):
+    """What the two kinds of residual block share: their layers in training."""
+
+    def layers(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        """Convolutions with their norms, in the order of `doublehead.ops.conv_head.training`."""
+        raise NotImplementedError
+
+    def train_rows(self, x: Tensor, size: Sequence[int], recompute: bool) -> Tensor:
+        """As `forward`, on rows `Tensor[N * H * W, C]`, remembering less; with `recompute` only the input."""
+        weights = [
+            training.ConvNorm(conv.weight.to(x.dtype), norm.weight, norm.bias, norm.eps) for conv, norm in self.layers()
+        ]
+        run = self._train_function()
+        if recompute:
+            y, statistics = checkpoint(run, x, weights, size, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, statistics = run(x, weights, size)
+        for (_, norm), (mean, invstd) in zip(self.layers(), statistics, strict=True):
+            track_statistics(norm, mean, invstd, len(x))
+        return y
+
+    def _train_function(self) -> Callable:
+        raise NotImplementedError
+
+
+class WideningBlock(ResidualBlock):
+    """The first residual block: 3x3 and 1x1 convolutions beside a 1x1 shortcut, to more channels.
+
+    Args:
+        channels: input width.
+        dim: output width.
+        shortcut_relu: ReLU after the shortcut too (MMDetection's form).
+    """
+
+    def __init__(self, channels: int, dim: int, shortcut_relu: bool = False) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(*conv_norm(channels, channels, 3), nn.ReLU(), *conv_norm(channels, dim, 1))
+        self.shortcut = nn.Sequential(*conv_norm(channels, dim, 1), *([nn.ReLU()] if shortcut_relu else []))
+        self.shortcut_relu = shortcut_relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.residual(x) + self.shortcut(x)).relu()
+
+    def layers(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        conv3, norm3, _, conv1, norm1 = self.residual
+        return [(conv3, norm3), (conv1, norm1), (self.shortcut[0], self.shortcut[1])]
+
+    def fold(self) -> tuple[Block, list[Tensor]]:
+        """Kind and folded weights for `conv_head`."""
+        (weight3, bias3), (weight1, bias1), (short, short_bias) = (fold_norm(*layer) for layer in self.layers())
+        weight1, short = weight1.flatten(1), short.flatten(1)
+        if self.shortcut_relu:
+            return Block.WIDENING_SHORTCUT_RELU, [weight3, bias3, weight1, bias1, short, short_bias]
+        return Block.WIDENING, [weight3, bias3, torch.cat((weight1, short), dim=1), bias1 + short_bias]
+
+    def _train_function(self) -> Callable:
+        return lambda x, weights, size: training.widening(x, weights, size, self.shortcut_relu)
+
+
+class Bottleneck(ResidualBlock):
+    """Residual bottleneck: 1x1 to a quarter of the channels, 3x3, 1x1 back (He et al. 2016)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        inner = channels // 4
+        self.residual = nn.Sequential(
+            *conv_norm(channels, inner, 1), nn.ReLU(),
+            *conv_norm(inner, inner, 3), nn.ReLU(),
+            *conv_norm(inner, channels, 1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.residual(x)).relu()
+
+    def layers(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        return [(self.residual[index], self.residual[index + 1]) for index in (0, 3, 6)]
+
+    def fold(self) -> tuple[Block, list[Tensor]]:
+        """Kind and folded weights for `conv_head`."""
+        (weight1, bias1), (weight3, bias3), (weight2, bias2) = (fold_norm(*layer) for layer in self.layers())
+        return Block.BOTTLENECK, [weight1.flatten(1), bias1, weight3, bias3, weight2.flatten(1), bias2]
+
+    def _train_function(self) -> Callable:
+        return training.bottleneck
+
+
+class ConvTower(nn.Sequential):
+    """K blocks and average pooling: `Tensor[N, C, S, S]` -> `Tensor[N, dim]`.
+
+    With non-local blocks, K counts them too: one before each bottleneck.
+
+    Args:
+        channels: input width.
+        config: depth, width, non-local blocks, and whether to run fused.
+
+    Raises:
+        ValueError: K under 1, or an even K with non-local blocks.
+    """
+
+    def __init__(self, channels: int, config: HeadConfig) -> None:
+        blocks, non_local = config.conv_blocks, config.non_local
+        if blocks < 1:
+            raise ValueError(f"head.conv_blocks: expected at least 1, got {blocks}")
+        if non_local.enabled and blocks % 2 == 0:
+            raise ValueError(f"head.conv_blocks: expected an odd number with non-local blocks, got {blocks}")
+        layers: list[nn.Module] = [WideningBlock(channels, config.conv_dim, config.shortcut_relu)]
+        for _ in range((blocks - 1) // 2 if non_local.enabled else blocks - 1):
+            if non_local.enabled:
+                layers.append(NonLocalBlock(config.conv_dim, non_local))
+            layers.append(Bottleneck(config.conv_dim))
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fused, self.recompute = config.fused, config.recompute
+        self._folded = FoldedWeights()
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self)[:-2]
+
+    def forward(self, x: Tensor, count: Tensor | None = None) -> Tensor:
+        """`count`: `Tensor[]` int64: only the first `count` RoIs matter, the rest may hold anything.  None: all."""
+        if self.folds(x):
+            return self._infer(x, count)
+        if self._trains_fused():
+            return self._train(x)
+        return super().forward(x)
+
+    def train(self, mode: bool = True) -> ConvTower:
+        self._folded.forget()
+        return super().train(mode)
+
+    def folds(self, x: Tensor) -> bool:
+        """Whether `x` goes through the folded operator: inference, without gradients."""
+        if not self.fused or self.training or not self._plain_norms():
+            return False
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        return not needs_grad
+
+    def _trains_fused(self) -> bool:
+        norms = self._norms()
+        return (
+            self.fused
+            and self._plain_norms()
+            and all(norm.training and norm.momentum is not None for norm in norms)
+            and not torch.compiler.is_compiling()
+        )
+
+    def _norms(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+    def _plain_norms(self) -> bool:
+        """Not SyncBatchNorm, and with the statistics and weights that the fused paths use."""
+        return all(type(norm) is nn.BatchNorm2d and norm.track_running_stats and norm.affine for norm in self._norms())
+
+    def _infer(self, x: Tensor, count: Tensor | None) -> Tensor:
+        dtype, size = compute_dtype(x), x.shape[2:]
+        tensors = [*self.parameters(), *self.buffers()]
+        kinds, folded = self._folded.get(tensors, dtype, lambda: self._fold(dtype))
+        x = x.to(dtype, memory_format=torch.channels_last)
+        non_local = [block for block in self.blocks if isinstance(block, NonLocalBlock)]
+        attention = non_local[0].attention(size) if non_local else {}
+        return conv_head(x, folded, kinds, count, **attention)
+
+    def _fold(self, dtype: torch.dtype) -> tuple[list[Block], list[Tensor]]:
+        kinds, folded = [], []
+        for block in self.blocks:
+            kind, tensors = block.fold()
+            kinds.append(kind)
+            folded += [
+                tensor.to(dtype).contiguous(
+                    memory_format=torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+                )
+                for tensor in tensors
+            ]
+        return kinds, folded
+
+    def _train(self, x: Tensor) -> Tensor:
+        dtype, (number, _, *size) = compute_dtype(x), x.shape
+        rows = x.to(dtype).permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # a view of channels-last maps
+        for block in self.blocks:
+            if isinstance(block, ResidualBlock):
+                rows = block.train_rows(rows, size, self.recompute)
+            else:
+                rows = block(rows.view(number, *size, -1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(0, 2)
+        return rows.view(number, size[0] * size[1], -1).mean(1)
+
+
+@torch.no_grad()
+def track_statistics(norm: nn.BatchNorm2d, mean: Tensor, invstd: Tensor, rows: int) -> None:
+    """Moves the running statistics towards this batch's, as `nn.BatchNorm2d` does (with the unbiased variance)."""
+    variance = (invstd.double() ** -2 - norm.eps).clamp(min=0) * (rows / max(rows - 1, 1))
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+    norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
+    norm.num_batches_tracked += 1
+
+
+def conv_norm(inputs: int, outputs: int, kernel: int) -> tuple[nn.Module, nn.Module]:
+    """A convolution that keeps the size, and the batch norm that follows it."""
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(outputs)
