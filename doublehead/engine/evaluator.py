@@ -45,9 +45,10 @@ def evaluate(
     Returns:
         `(metrics, results)`.  `metrics` (the same on every process; in [0, 1], None where there is
         nothing to measure) has the names of `COCO_NUMBERS`, `classes` (name -> AP, AP50), `images`,
-        `detections` and, with `voc`, `voc` (mAP50 and classes).  Without any ground-truth box, as in
-        a test split, only the counts are there.  `results` is COCO's submission format, in the data
-        set's order, on the main process; empty on the others.
+        `detections`, `box_rois` (see `rois_of_the_box_head`) and, with `voc`, `voc` (mAP50 and
+        classes).  Without any ground-truth box, as in a test split, only the counts are there.
+        `results` is COCO's submission format, in the data set's order, on the main process; empty
+        on the others.
     """
     world = world or World(device=next(model.parameters()).device)
     mine = predict(model, dataset, world, workers=workers, progress=progress)
@@ -56,8 +57,9 @@ def evaluate(
     results: CocoResults = []
 
     def measure() -> dict[str, Any]:
-        results.extend(coco_results({i: p for share in shares for i, p in share.items()}, dataset))
-        return compute_metrics(dataset.coco_ground_truth(), results, dataset, voc)
+        found = {image_id: prediction for share in shares for image_id, prediction in share.items()}
+        results.extend(coco_results(found, dataset))
+        return compute_metrics(dataset.coco_ground_truth(), results, dataset, voc) | rois_of_the_box_head(found)
 
     return world.on_main(measure), results
 
@@ -74,13 +76,29 @@ def predict(
     total = -(-len(dataset) // world.size)
     bar = tqdm(loader, total=total, desc="evaluating", unit="image", leave=False, disable=None if progress else True)
     found = {}
-    with inference(model):
+    with inference(model), watch_rois(model) as rois:
         for images, targets in bar:
             outputs = model([image.to(world.device) for image in images])
-            for target, output in zip(targets, outputs, strict=True):
+            for row, (target, output) in enumerate(zip(targets, outputs, strict=True)):
+                counts = {name: values[row] for name, values in rois.items()}
                 # A share may repeat an image to be as long as the others: the same key, the same value.
-                found[int(target["image_id"])] = {name: value.cpu() for name, value in output.items()}
+                found[int(target["image_id"])] = {name: value.cpu() for name, value in (output | counts).items()}
     return found
+
+
+@contextlib.contextmanager
+def watch_rois(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Holds `rois` and `box_rois` of the detector's last batch (see `Detections`); stays empty for other models."""
+    seen: dict[str, torch.Tensor] = {}
+    core = getattr(model, "detector", None)
+    if core is None:
+        yield seen
+        return
+    hook = core.register_forward_hook(lambda _, __, found: seen.update(rois=found.rois, box_rois=found.box_rois))
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def predict_images(
@@ -124,6 +142,15 @@ def coco_results(predictions: dict[int, dict[str, torch.Tensor]], dataset: Any) 
             category = dataset.category_ids[label - 1]
             results.append({"image_id": image_id, "category_id": category, "bbox": corner + size, "score": score})
     return results
+
+
+def rois_of_the_box_head(predictions: dict[int, dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """`box_rois`: the mean number of RoIs of an image, and of those that went through the head that gives the boxes."""
+    counts = [(int(output["rois"]), int(output["box_rois"])) for output in predictions.values() if "rois" in output]
+    if not counts:
+        return {}
+    rois, box_rois = (sum(numbers) / len(counts) for numbers in zip(*counts, strict=True))
+    return {"box_rois": {"all": rois, "seen": box_rois, "share": box_rois / rois if rois else 0.0}}
 
 
 def compute_metrics(ground_truth: dict[str, Any], results: CocoResults, dataset: Any, voc: bool) -> dict[str, Any]:
@@ -187,8 +214,19 @@ def _mean(values: Any) -> float | None:
 
 def format_metrics(metrics: dict[str, Any]) -> str:
     """The metrics as a small table, in percent; `-` where there is nothing to measure."""
+    return "\n".join([*_accuracy_lines(metrics), *_work_lines(metrics)])
+
+
+def _work_lines(metrics: dict[str, Any]) -> list[str]:
+    rois = metrics.get("box_rois")
+    if rois is None:
+        return []
+    return ["", f"the box head saw {rois['seen']:.0f} of {rois['all']:.0f} RoIs an image, {_percent(rois['share'])} %"]
+
+
+def _accuracy_lines(metrics: dict[str, Any]) -> list[str]:
     if "AP" not in metrics:
-        return f"{metrics['images']} images, {metrics['detections']} detections; no ground truth to measure against"
+        return [f"{metrics['images']} images, {metrics['detections']} detections; no ground truth to measure against"]
     lines = ["  ".join(f"{name:>5}" for name in COCO_NUMBERS)]
     lines += ["  ".join(f"{_percent(metrics[name]):>5}" for name in COCO_NUMBERS), ""]
     voc = metrics.get("voc")
@@ -199,7 +237,7 @@ def format_metrics(metrics: dict[str, Any]) -> str:
         lines.append(row + (f"  {_percent(voc['classes'][name]):>8}" if voc else ""))
     if voc:
         lines += ["", f"VOC mAP at IoU 0.5, area under the precision-recall curve (2010+): {_percent(voc['mAP50'])}"]
-    return "\n".join(lines)
+    return lines
 
 
 def _percent(value: float | None) -> str:

@@ -16,7 +16,7 @@ from .inference import run_heads
 from .losses import head_losses, sample_rois
 from .roi_pooling import RoIPooling
 from .rpn import RPN
-from .structures import Detections, ImageBatch, Targets
+from .structures import Detections, ImageBatch, Proposals, Targets
 
 
 class Detector(nn.Module):
@@ -49,15 +49,16 @@ class Detector(nn.Module):
         features = self.backbone(images.pixels)
         proposals, losses = self.rpn(images, features, targets)
         if targets is None:
-            outputs, proposals, box_rois = run_heads(
-                self.heads, self.roi_pooling, features, proposals, self.sources, self.detection
-            )
-            weights = self.config.roi.box_weights
-            found = detect(outputs, self.sources, proposals, images.sizes, self.detection, weights)
-            return found._replace(box_rois=box_rois)
+            return self._detect(features, proposals, images.sizes)
         rois = sample_rois(proposals, targets, self.config.roi)
         outputs = self.heads(self.roi_pooling(features, rois.boxes))
         return losses | head_losses(outputs, rois, self.config)
+
+    def _detect(self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
+        heads = run_heads(self.heads, self.roi_pooling, features, proposals, self.sources, self.detection)
+        weights = self.config.roi.box_weights
+        found = detect(heads.outputs, self.sources, heads.proposals, sizes, self.detection, weights)
+        return found._replace(rois=proposals.valid.sum(1), box_rois=heads.box_rois)
 
     def set_readout(self, readout: ReadOut, fusion: Fusion | None = None) -> None:
         """Choose how an Ext model is read out; see `DetectionConfig`.

@@ -53,9 +53,10 @@ def run_heads(
     tower = heads[sources.boxes].tower
     if not (gated or skips) or not (isinstance(tower, ConvTower) and tower.folds(features[0])):
         outputs = heads(pooling(features, proposals.boxes), {*sources.classes, sources.boxes})
-        return HeadsResult(
-            outputs, _gate(proposals, outputs, sources, config) if gated else proposals, _count(proposals)
-        )
+        ran = proposals.valid.sum(1)
+        if gated:
+            proposals = _gate(proposals, outputs[sources.classes[0]].logits, config.ext_gate)
+        return HeadsResult(outputs, proposals, ran)
 
     first = sources.classes[0]
     outputs = heads(pooling(features, proposals.boxes, [heads.box_scales[first]]), {first})
@@ -69,13 +70,9 @@ def run_heads(
     return HeadsResult(outputs, proposals._replace(valid=passes) if gated else proposals, passes.sum(1))
 
 
-def _gate(proposals: Proposals, outputs: dict[str, HeadOutput], sources: Sources, config: DetectionConfig) -> Proposals:
-    passes = may_be_detected(outputs[sources.classes[0]].logits, config.ext_gate)
-    return proposals._replace(valid=proposals.valid & passes.view_as(proposals.valid))
-
-
-def _count(proposals: Proposals) -> Tensor:
-    return proposals.valid.sum(1)
+def _gate(proposals: Proposals, logits: Tensor, threshold: float) -> Proposals:
+    passes = may_be_detected(logits, threshold).view_as(proposals.valid)
+    return proposals._replace(valid=proposals.valid & passes)
 
 
 def _restore(output: HeadOutput, selection: Selection) -> HeadOutput:

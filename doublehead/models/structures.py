@@ -73,8 +73,10 @@ class Detections(NamedTuple):
     """`Tensor[B, D]`, int64; 0 in empty slots."""
     count: Tensor
     """`Tensor[B]`, int64: filled slots of each image."""
+    rois: Tensor | None = None
+    """`Tensor[B]`, int64: how many RoIs each image had."""
     box_rois: Tensor | None = None
-    """`Tensor[B]`, int64: how many RoIs of each image went through the head that gives the boxes."""
+    """`Tensor[B]`, int64: how many of them went through the head that gives the boxes."""
 
 
 def pad_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> Targets:
