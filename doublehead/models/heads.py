@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from ..config import HeadConfig, HeadKind, RoIConfig
-from .non_local import NonLocalBlock
+from ..config import HeadConfig, HeadKind, NonLocalConfig, RoIConfig
+from ..ops import NonLocalBlock
 from .structures import at_least_float32
 
 
@@ -103,7 +103,7 @@ class ConvTower(nn.Sequential):
         layers: list[nn.Module] = [WideningBlock(channels, config.conv_dim, config.shortcut_relu)]
         for _ in range((blocks - 1) // 2 if non_local.enabled else blocks - 1):
             if non_local.enabled:
-                layers.append(NonLocalBlock(config.conv_dim, non_local))
+                layers.append(non_local_block(config.conv_dim, non_local))
             layers.append(Bottleneck(config.conv_dim))
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -149,6 +149,23 @@ class Heads(nn.ModuleDict):
 def conv_norm(inputs: int, outputs: int, kernel: int) -> tuple[nn.Module, nn.Module]:
     """A convolution that keeps the size, and the batch norm that follows it."""
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(outputs)
+
+
+def non_local_block(channels: int, config: NonLocalConfig) -> NonLocalBlock:
+    """The block that the configuration describes, half as wide inside.
+
+    Raises:
+        ValueError: half of the channels does not divide into the groups.
+    """
+    if channels % 2 or channels // 2 % config.groups:
+        raise ValueError(f"head.non_local.groups: {config.groups} groups do not divide half of {channels} channels")
+    return NonLocalBlock(
+        channels,
+        pairwise=config.pairwise,
+        groups=config.groups,
+        scale=config.scale,
+        relu_after=config.relu_after,
+    )
 
 
 def _linear(inputs: int, outputs: int, std: float) -> nn.Linear:
