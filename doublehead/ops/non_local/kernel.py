@@ -212,7 +212,7 @@ class Configuration(NamedTuple):
 #: 16-bit tiles have the 64 rows that wgmma wants; float32 has no tensor cores to feed, and small tiles.
 CONFIGURATIONS: dict[tuple[str, bool], tuple[Configuration, ...]] = {
     ("forward", True): (
-        Configuration(64, 64, 64, 4, 3),
+        Configuration(64, 64, 64, 4, 2),
         Configuration(64, 128, 64, 8, 2),
         Configuration(64, 256, 64, 8, 2),
     ),
@@ -220,7 +220,7 @@ CONFIGURATIONS: dict[tuple[str, bool], tuple[Configuration, ...]] = {
     ("backward_blocks", True): (Configuration(64, 128, 64, 8, 2), Configuration(64, 256, 32, 8, 2)),
     ("forward", False): (
         Configuration(32, 64, 16, 4, 1),
-        Configuration(16, 128, 16, 8, 2),
+        Configuration(16, 128, 16, 8, 1),
         Configuration(16, 256, 16, 8, 2),
     ),
     ("backward_whole", False): (Configuration(64, 64, 16, 8, 1),),

@@ -38,19 +38,17 @@ def non_local_attention_backward(grad: Tensor, qkv: Tensor, groups: int, softmax
 
     dV = P^T dO;  dP = dO V^T;  dS = P (dP - sum over keys of dP P), or dP;  dQ = scale * dS K;  dK = scale * dS^T Q.
     """
-    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     query, key, value = qkv.chunk(3, dim=2)
-    tensors = grad, query, key, value, *grad_qkv.chunk(3, dim=2)
-    for g, q, k, v, grad_q, grad_k, grad_v in _groups(groups, *tensors):
+    grads = []
+    for g, q, k, v in _groups(groups, grad, query, key, value):
         weights = _weights(q, k, softmax, scale)
         grad_logits = _products(g, v, scale)
         if softmax:
             grad_logits = weights * (grad_logits - (weights * grad_logits).sum(dim=2, keepdim=True))
         weights, grad_logits = weights.to(qkv.dtype), grad_logits.to(qkv.dtype)
-        grad_q.copy_(torch.bmm(grad_logits, k))
-        grad_k.copy_(torch.bmm(grad_logits.transpose(1, 2), q))
-        grad_v.copy_(torch.bmm(weights.transpose(1, 2), g))
-    return grad_qkv
+        pairs = (grad_logits, k), (grad_logits.transpose(1, 2), q), (weights.transpose(1, 2), g)
+        grads.append([torch.bmm(*pair) for pair in pairs])
+    return torch.cat([grad for of_part in zip(*grads, strict=True) for grad in of_part], dim=2)
 
 
 def _groups(groups: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
