@@ -212,7 +212,7 @@ class Configuration(NamedTuple):
 #: 16-bit tiles have the 64 rows that wgmma wants; float32 has no tensor cores to feed, and small tiles.
 CONFIGURATIONS: dict[tuple[str, bool], tuple[Configuration, ...]] = {
     ("forward", True): (
-        Configuration(64, 64, 64, 4, 2),
+        Configuration(64, 64, 64, 8, 3),
         Configuration(64, 128, 64, 8, 2),
         Configuration(64, 256, 64, 8, 2),
     ),

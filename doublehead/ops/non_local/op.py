@@ -52,7 +52,7 @@ def non_local(
     values are one matrix product.  At inference the batch norm is folded into the last one.  On CUDA a Triton kernel
     takes the attention of maps of up to 256 cells where d is a multiple of 16 up to 512 (not of float64); all else is
     plain PyTorch.  Its gradient is deterministic.  Under autocast the matrix products and the attention run in the
-    autocast dtype.
+    autocast dtype.  `torch.compile` compiles `dot_product` anew for each map size, which is in the operator's scale.
 
     Args:
         x: `Tensor[N, C, H, W]`, floating point.  In channels-last memory format it is used as it is, else copied.
