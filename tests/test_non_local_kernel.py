@@ -23,7 +23,7 @@ def poisoned(monkeypatch):
             return getattr(torch, name)
 
         @staticmethod
-        def empty(*shape, **options):
+        def empty(shape, **options):
             return torch.full(shape, torch.nan, **options)
 
         @staticmethod
@@ -54,8 +54,8 @@ def run(device: str, qkv, grad, *attention):
         (2, 64, 1, 48),
         (1, 65, 4, 16),
         (1, 65, 1, 128),
-        (1, 130, 1, 80),
-        (2, 196, 1, 48),
+        (1, 100, 1, 80),
+        (1, 196, 1, 48),
     ],
 )
 def test_kernel_is_as_exact_as_pytorch(triton_kernels, poisoned, number, cells, groups, width, softmax, dtype):
@@ -102,15 +102,15 @@ def test_a_roi_with_nan_leaves_the_others_alone(triton_kernels, cells, softmax):
 
 
 def test_strided_inputs(triton_kernels):
-    wide, grad = qkv_and_grad(2, 20, 64, torch.float32)
+    wide, _ = qkv_and_grad(2, 20, 64, torch.float32)
     qkv = wide[..., :96]  # rows further apart than they are long
-    turned = torch.randn(2, 32, 20).transpose(1, 2)
-    for actual, expected in zip(
-        run(triton_kernels, qkv, turned, 1, True, 0.2), run("cpu", qkv.contiguous(), turned.contiguous(), 1, True, 0.2),
-        strict=True,
-    ):  # fmt: skip
-        torch.testing.assert_close(actual.cpu(), expected.cpu())
-    assert grad.shape == (2, 20, 64)
+    grad = torch.randn(2, 32, 20).transpose(1, 2)
+    inputs = qkv.to(triton_kernels), grad.to(triton_kernels)
+    assert not any(tensor.is_contiguous() for tensor in inputs)
+    out = OPERATORS.non_local_attention(inputs[0], 1, True, 0.2)
+    grad_qkv = OPERATORS.non_local_attention_backward(inputs[1], inputs[0], 1, True, 0.2)
+    for actual, expected in zip((out, grad_qkv), rounded(qkv, grad, 1, True, 0.2), strict=True):
+        torch.testing.assert_close(actual.cpu(), expected)
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def non_local_attention(qkv: Tensor, groups: int, softmax: bool, scale: float) -
         return reference.non_local_attention(qkv, groups, softmax, scale)
     qkv = qkv.contiguous()
     number, cells, inner = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    out = qkv.new_empty(number, cells, inner)
+    out = torch.empty((number, cells, inner), dtype=qkv.dtype, device=qkv.device)
     chosen = configuration("forward", cells, qkv.dtype)
     _launch(forward, chosen, (qkv, out), groups, softmax, scale)
     return out
@@ -258,7 +258,8 @@ def non_local_attention_backward(grad: Tensor, qkv: Tensor, groups: int, softmax
         _launch(backward_whole, whole, (qkv, grad, grad_qkv), groups, softmax, scale)
         return grad_qkv
     chosen = configuration("backward_blocks", cells, qkv.dtype)
-    statistics = qkv.new_empty((number, groups, 3, cells) if softmax else 0, dtype=torch.float32)
+    size = (number, groups, 3, cells) if softmax else (0,)
+    statistics = torch.empty(size, dtype=torch.float32, device=qkv.device)
     for kernel in (backward_queries, backward_keys):
         _launch(kernel, chosen, (qkv, grad, grad_qkv, statistics), groups, softmax, scale)
     return grad_qkv
