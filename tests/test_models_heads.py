@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from doublehead.config import HeadConfig, NonLocalConfig, RoIConfig
-from doublehead.models.conv_tower import Bottleneck, ConvTower, WideningBlock
+from doublehead.models.conv_tower import Bottleneck, ConvTower, WideningBlock, non_local_block
 from doublehead.models.heads import BRANCHES, FCTower, Heads
-from doublehead.models.non_local import NonLocalBlock
+from doublehead.ops import NonLocalBlock
 
 M = 2**20
 
@@ -28,7 +28,7 @@ def conv_tower(blocks: int, non_local: bool) -> ConvTower:
     [
         (lambda: WideningBlock(256, 1024), 1_114_112),
         (lambda: Bottleneck(1024), 1_114_112),
-        (lambda: NonLocalBlock(1024, NonLocalConfig()), 2_097_152),
+        (lambda: NonLocalBlock(1024, groups=4), 2_097_152),
         (lambda: FCTower(256, 7, 1024), 13_893_632),
     ],
 )
@@ -113,22 +113,21 @@ def test_starting_weights():
 
 def plain_non_local(block: NonLocalBlock, x: torch.Tensor) -> torch.Tensor:
     """The block's formula, one RoI and one group at a time."""
-    config = block.config
     cells = x.shape[2] * x.shape[3]
     theta, phi, g = block.theta(x), block.phi(x), block.g(x)
-    width = theta.shape[1] // config.groups
+    width = theta.shape[1] // block.groups
     mixed = torch.zeros_like(g)
-    for roi, group in itertools.product(range(len(x)), range(config.groups)):
+    for roi, group in itertools.product(range(len(x)), range(block.groups)):
         part = slice(group * width, (group + 1) * width)
         t, p, v = (y[roi, part].reshape(width, cells) for y in (theta, phi, g))
         pairwise = t.T @ p  # row: the cell that looks; column: the cell looked at
-        if config.pairwise == "dot_product":
+        if block.pairwise == "dot_product":
             pairwise = pairwise / cells
         else:
-            pairwise = torch.softmax(pairwise / (width**0.5 if config.scale else 1), dim=1)
+            pairwise = torch.softmax(pairwise / (width**0.5 if block.scale else 1), dim=1)
         mixed[roi, part] = (v @ pairwise.T).reshape(width, *x.shape[2:])
     y = x + block.norm(block.out(mixed))
-    return y.relu() if config.relu_after else y
+    return y.relu() if block.relu_after else y
 
 
 @pytest.mark.parametrize(
@@ -142,7 +141,7 @@ def plain_non_local(block: NonLocalBlock, x: torch.Tensor) -> torch.Tensor:
 )
 def test_non_local_forms(config):
     torch.manual_seed(0)
-    block = NonLocalBlock(32, config).double().eval()
+    block = non_local_block(32, config).double().eval()
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.5)
     x = torch.randn(3, 32, 5, 7, dtype=torch.double)
@@ -151,7 +150,7 @@ def test_non_local_forms(config):
 
 def test_a_fresh_non_local_block_adds_nothing():
     x = torch.randn(2, 16, 7, 7)
-    torch.testing.assert_close(NonLocalBlock(16, NonLocalConfig(relu_after=False))(x), x)
+    torch.testing.assert_close(NonLocalBlock(16)(x), x)
 
 
 def test_shortcut_relu_is_mmdetections_switch():

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import HeadConfig
+from ..config import HeadConfig, NonLocalConfig
+from ..ops import NonLocalBlock
+from ..ops.batch_norm.op import track_statistics
 from ..ops.conv_head import Block, conv_head, training
 from .folding import FoldedWeights, compute_dtype, fold_norm
-from .non_local import NonLocalBlock
 
 
 class ResidualBlock(nn.Module):
@@ -40,7 +41,8 @@ class ResidualBlock(nn.Module):
         else:
             y, statistics = run(x, weights, size)
         for (_, norm), (mean, invstd) in zip(self.layers(), statistics, strict=True):
-            track_statistics(norm, mean, invstd, len(x))
+            track_statistics(norm.running_mean, norm.running_var, mean, invstd, len(x), norm.momentum, norm.eps)
+            norm.num_batches_tracked.add_(1)
         return y
 
     def _train_function(self) -> Callable:
@@ -130,11 +132,24 @@ class ConvTower(nn.Sequential):
         layers: list[nn.Module] = [WideningBlock(channels, config.conv_dim, config.shortcut_relu)]
         for _ in range((blocks - 1) // 2 if non_local.enabled else blocks - 1):
             if non_local.enabled:
-                layers.append(NonLocalBlock(config.conv_dim, non_local))
+                layers.append(non_local_block(config.conv_dim, non_local))
             layers.append(Bottleneck(config.conv_dim))
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.fused, self.recompute = config.fused, config.recompute
+        self.recompute = config.recompute
         self._folded = FoldedWeights()
+        self.fused = config.fused
+
+    @property
+    def fused(self) -> bool:
+        """Whether the fused operators may run; False: every layer as a module of its own."""
+        return self._fused
+
+    @fused.setter
+    def fused(self, fused: bool) -> None:
+        self._fused = fused
+        for block in self.blocks:
+            if isinstance(block, NonLocalBlock):
+                block.fused = fused
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -181,13 +196,13 @@ class ConvTower(nn.Sequential):
         kinds, folded = self._folded.get(tensors, dtype, lambda: self._fold(dtype))
         x = x.to(dtype, memory_format=torch.channels_last)
         non_local = [block for block in self.blocks if isinstance(block, NonLocalBlock)]
-        attention = non_local[0].attention(size) if non_local else {}
+        attention = attention_arguments(non_local[0], size) if non_local else {}
         return conv_head(x, folded, kinds, count, **attention)
 
     def _fold(self, dtype: torch.dtype) -> tuple[list[Block], list[Tensor]]:
         kinds, folded = [], []
         for block in self.blocks:
-            kind, tensors = block.fold()
+            kind, tensors = fold_non_local(block) if isinstance(block, NonLocalBlock) else block.fold()
             kinds.append(kind)
             folded += [
                 tensor.to(dtype).contiguous(
@@ -208,13 +223,37 @@ class ConvTower(nn.Sequential):
         return rows.view(number, size[0] * size[1], -1).mean(1)
 
 
-@torch.no_grad()
-def track_statistics(norm: nn.BatchNorm2d, mean: Tensor, invstd: Tensor, rows: int) -> None:
-    """Moves the running statistics towards this batch's, as `nn.BatchNorm2d` does (with the unbiased variance)."""
-    variance = (invstd.double() ** -2 - norm.eps).clamp(min=0) * (rows / max(rows - 1, 1))
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-    norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
-    norm.num_batches_tracked += 1
+def non_local_block(channels: int, config: NonLocalConfig) -> NonLocalBlock:
+    """The block that the configuration describes, half as wide inside.
+
+    Raises:
+        ValueError: half of the channels does not divide into the groups.
+    """
+    if channels % 2 or channels // 2 % config.groups:
+        raise ValueError(f"head.non_local.groups: {config.groups} groups do not divide half of {channels} channels")
+    return NonLocalBlock(
+        channels,
+        pairwise=config.pairwise,
+        groups=config.groups,
+        scale=config.scale,
+        relu_after=config.relu_after,
+    )
+
+
+def fold_non_local(block: NonLocalBlock) -> tuple[Block, list[Tensor]]:
+    """Kind and folded weights for `conv_head`."""
+    layers = block.theta, block.phi, block.g
+    weight = torch.cat([layer.weight.flatten(1) for layer in layers])
+    out, bias = fold_norm(block.out, block.norm)
+    return Block.NON_LOCAL, [weight, torch.cat([layer.bias for layer in layers]), out.flatten(1), bias]
+
+
+def attention_arguments(block: NonLocalBlock, size: Sequence[int]) -> dict[str, int | bool | float]:
+    """How `conv_head` is told of the block's attention on maps of `size` (H, W)."""
+    softmax = block.pairwise == "embedded_gaussian"
+    width = block.theta.out_channels // block.groups
+    scale = (width**-0.5 if block.scale else 1.0) if softmax else 1 / (size[0] * size[1])
+    return {"groups": block.groups, "softmax": softmax, "scale": scale, "relu": block.relu_after}
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int) -> tuple[nn.Module, nn.Module]:

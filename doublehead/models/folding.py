@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 
-def fold_norm(conv: nn.Conv2d | Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that does what `conv` (without bias) and `norm` at inference do."""
-    weight = conv.weight if isinstance(conv, nn.Conv2d) else conv
+def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that does what `conv` and then `norm` do at inference."""
     scale = torch.rsqrt(norm.running_var + norm.eps) * norm.weight
-    return weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
+    mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
+    return conv.weight * scale.view(-1, 1, 1, 1), norm.bias - mean * scale
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -7,11 +7,14 @@ from .batch_norm import batch_norm_act
 from .boxes import box_area, box_iou, clip_boxes, decode_boxes, encode_boxes
 from .fused_conv import fused_conv
 from .nms import batched_nms, nms, nms_padded
+from .non_local import BatchNorm, NonLocalBlock, non_local
 from .roi_align import MultiScaleRoIAlign, multiscale_roi_align, roi_align
 
 __all__ = [
+    "BatchNorm",
     "MultiScaleRoIAlign",
     "batch_norm_act",
+    "NonLocalBlock",
     "batched_nms",
     "box_area",
     "box_iou",
@@ -22,5 +25,6 @@ __all__ = [
     "multiscale_roi_align",
     "nms",
     "nms_padded",
+    "non_local",
     "roi_align",
 ]

@@ -74,6 +74,22 @@ def batch_norm_act_backward(
     return _backward(grad, x, y, mean, invstd, weight, eps)
 
 
+@torch.no_grad()
+def track_statistics(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, invstd: Tensor, rows: int, momentum: float, eps: float
+) -> None:
+    """Moves running statistics towards a batch's in place, as `torch.nn.BatchNorm2d` does, with the unbiased variance.
+
+    Args:
+        running_mean, running_var: `Tensor[C]`, written to.
+        mean, invstd: `Tensor[C]`, of `batch_norm_act` on `rows` rows with this `eps`.
+        momentum: the batch's share.
+    """
+    variance = (invstd.double() ** -2 - eps).clamp(min=0) * (rows / max(rows - 1, 1))
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.lerp_(variance.to(running_var.dtype), momentum)
+
+
 def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
     if x.dim() != 2 or x.shape[0] == 0:
         raise ValueError(f"x must have shape [M, C] with M > 0, got {list(x.shape)}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._library import define, define_autograd, define_triton_kernel
+from .._library import define, define_autograd, define_cpu_kernel, define_triton_kernel
 from . import reference
 
 
@@ -93,5 +93,15 @@ def _no_gradient(ctx, grad):
     raise RuntimeError("fused_conv has no gradient: it is for inference, with batch norms folded into its weights")
 
 
+def _cpu(x, weight, bias, second, residual, count, size, relu, mean):
+    if weight.dim() == 4 or second is not None or residual is None or count is not None:
+        return reference.fused_conv(x, weight, bias, second, residual, count, size, relu, mean)
+    y = torch.addmm(residual, x, weight.t())  # the sum costs no pass of its own
+    y = y if bias is None else y.add_(bias)
+    y = y.relu_() if relu else y
+    return y.view(-1, size[0] * size[1], len(weight)).mean(1) if mean else y
+
+
+define_cpu_kernel("fused_conv", _cpu)
 define_autograd("fused_conv", _no_gradient, lambda ctx, inputs, output: None)
 define_triton_kernel("fused_conv", "doublehead.ops.fused_conv.kernel", "fused_conv")

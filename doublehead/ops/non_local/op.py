@@ -1,0 +1,215 @@
+"""The non-local block as a function, and its attention as an operator with a gradient."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._library import define, define_autocast, define_autograd, define_triton_kernel
+from ..batch_norm.op import batch_norm_act, track_statistics
+from ..fused_conv.op import fused_conv
+from . import reference
+
+PAIRWISE = ("dot_product", "embedded_gaussian")
+
+
+class BatchNorm(NamedTuple):
+    """What a batch norm over C channels is made of; each tensor `Tensor[C]`."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    """None, with `running_var`: no running statistics, those of the batch are taken at inference too."""
+    running_var: Tensor | None
+    eps: float = 1e-5
+    momentum: float = 0.1
+    """Share of the batch in the updated running statistics."""
+
+
+def non_local(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    *,
+    pairwise: Literal["dot_product", "embedded_gaussian"] = "dot_product",
+    groups: int = 1,
+    scale: bool = False,
+    relu: bool = False,
+    norm: BatchNorm | None = None,
+    training: bool = False,
+) -> Tensor:
+    """Non-local block: y = x + BN(W_out attention(x) + b_out), the attention among the cells of each map.
+
+    Of each cell's query, key and value, D features in `groups` independent parts of d = D / groups:
+
+        dot_product           attention = Q K^T V / (H W)
+        embedded_gaussian     attention = softmax(Q K^T) V; with `scale`, softmax(Q K^T / sqrt(d)) V
+
+    The pairwise products are kept in float32 at least, also for 16-bit input, as they can be large.  Queries, keys and
+    values are one matrix product.  At inference the batch norm is folded into the last one.  On CUDA a Triton kernel
+    takes the attention of maps of up to 256 cells where d is a multiple of 16 up to 512 (not of float64); all else is
+    plain PyTorch.  Its gradient is deterministic.  Under autocast the matrix products and the attention run in the
+    autocast dtype.  `torch.compile` compiles `dot_product` anew for each map size, which is in the operator's scale.
+
+    Args:
+        x: `Tensor[N, C, H, W]`, floating point.  In channels-last memory format it is used as it is, else copied.
+        qkv_weight: `Tensor[3 * D, C]`, of queries, then keys, then values; `qkv_bias`: `Tensor[3 * D]` or None.
+        out_weight: `Tensor[C, D]`; `out_bias`: `Tensor[C]` or None.
+        pairwise: see above.
+        groups: must divide D.
+        scale: see above; no effect on `dot_product`.
+        relu: after the residual.
+        norm: the batch norm, or None.  In training its running statistics are updated in place, unbiased as those of
+            `torch.nn.BatchNorm2d`.
+        training: `norm` takes the statistics of the batch.
+
+    Returns:
+        `Tensor[N, C, H, W]`, channels-last, in the dtype of `x`.
+
+    Raises:
+        TypeError: x is not floating point.
+        ValueError: a shape does not fit, or an option is not accepted.
+
+    Source: Wang et al., Non-local Neural Networks (CVPR 2018), equations 1-6.
+    """
+    _check(x, qkv_weight, qkv_bias, out_weight, out_bias, pairwise, groups)
+    number, channels, height, width = x.shape
+    rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    mixed = mix(rows.view(number, height * width, channels), qkv_weight, qkv_bias, pairwise, groups, scale)
+    mixed = mixed.flatten(0, 1)
+    if norm is None or (not training and norm.running_mean is not None):
+        weight, bias = (out_weight, out_bias) if norm is None else _fold(norm, out_weight, out_bias)
+        y = _project_and_add(rows, mixed, weight, bias, relu)
+        return y.view(number, height, width, channels).permute(0, 3, 1, 2)
+    y = _normalize_and_add(rows, F.linear(mixed, out_weight, out_bias), norm, relu)
+    return y.view(number, height, width, channels).permute(0, 3, 1, 2)
+
+
+def mix(cells: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, pairwise: str, groups: int, scale: bool) -> Tensor:
+    """The attention of `non_local`, without what follows it: `Tensor[N, T, C]` -> `Tensor[N, T, D]`."""
+    qkv = F.linear(cells, qkv_weight, qkv_bias)
+    if pairwise == "dot_product":
+        return _op(qkv, groups, False, 1 / cells.shape[1])
+    return _op(qkv, groups, True, (qkv_weight.shape[0] // 3 // groups) ** -0.5 if scale else 1.0)
+
+
+def _fold(norm: BatchNorm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the projection with the batch norm of inference in them, in float32 at least."""
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    factor = (norm.running_var.to(precise) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight
+    shift = -norm.running_mean * factor if bias is None else (bias - norm.running_mean) * factor
+    return weight * factor[:, None], shift if norm.bias is None else shift + norm.bias
+
+
+def _project_and_add(residual: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """`relu(residual + mixed W^T + bias)` over rows: `Tensor[M, C]` and `Tensor[M, D]` -> `Tensor[M, C]`."""
+    weight, bias = weight.to(mixed.dtype), None if bias is None else bias.to(mixed.dtype)
+    tensors = (residual, mixed, weight) if bias is None else (residual, mixed, weight, bias)
+    if residual.dtype != mixed.dtype:  # autocast of a float32 x: the residual keeps its precision
+        y = residual + F.linear(mixed, weight, bias)
+    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        y = torch.addmm(residual, mixed, weight.t())
+        y = y if bias is None else y + bias
+    else:
+        return fused_conv(mixed, weight, bias, size=(1, 1), residual=residual, relu=relu)
+    return y.relu() if relu else y
+
+
+def _normalize_and_add(residual: Tensor, projected: Tensor, norm: BatchNorm, relu: bool) -> Tensor:
+    """`relu(residual + BN(projected))` with the statistics of the batch, over rows: `Tensor[M, C]`."""
+    plain = norm.weight is None or norm.bias is None or residual.dtype != projected.dtype
+    if plain or torch.compiler.is_compiling():  # the compiler fuses by itself
+        maps = projected[None, :, None].permute(0, 3, 1, 2)  # of M x 1 cells, channels-last
+        y = F.batch_norm(
+            maps, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, norm.momentum, norm.eps
+        )
+        y = residual + y[0, :, :, 0].t()
+        return y.relu_() if relu else y
+    y, mean, invstd = batch_norm_act(projected, norm.weight, norm.bias, residual, relu=relu, eps=norm.eps)
+    if norm.running_mean is not None:
+        track_statistics(norm.running_mean, norm.running_var, mean, invstd, len(projected), norm.momentum, norm.eps)
+    return y
+
+
+# ---------------------------------------------------------------------------------------------
+# Argument checks
+
+
+def _check(x, qkv_weight, qkv_bias, out_weight, out_bias, pairwise, groups) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape [N, C, H, W], got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if pairwise not in PAIRWISE:
+        raise ValueError(f"pairwise must be one of {', '.join(PAIRWISE)}, got {pairwise!r}")
+    channels, inner = x.shape[1], qkv_weight.shape[0] // 3
+    _check_shape("qkv_weight", qkv_weight, [3 * inner, channels], "[3 * D, C]")
+    _check_shape("out_weight", out_weight, [channels, inner], "[C, D]")
+    if qkv_bias is not None:
+        _check_shape("qkv_bias", qkv_bias, [3 * inner], "[3 * D]")
+    if out_bias is not None:
+        _check_shape("out_bias", out_bias, [channels], "[C]")
+    if groups < 1 or inner % groups:
+        raise ValueError(f"groups must be at least 1 and divide D = {inner}, got {groups}")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: list[int], letters: str) -> None:
+    if list(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {letters} = {shape}, got {list(tensor.shape)}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Registration
+
+
+def _fake(qkv, groups, softmax, scale):
+    return qkv.new_empty((qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3))
+
+
+def _fake_backward(grad, qkv, groups, softmax, scale):
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+_ATTENTION = "int groups, bool softmax, float scale"
+_op = define(
+    f"non_local_attention(Tensor qkv, {_ATTENTION}) -> Tensor", reference=reference.non_local_attention, fake=_fake
+)
+_op_backward = define(
+    f"non_local_attention_backward(Tensor grad, Tensor qkv, {_ATTENTION}) -> Tensor",
+    reference=reference.non_local_attention_backward,
+    fake=_fake_backward,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    qkv, *ctx.attention = inputs
+    ctx.save_for_backward(qkv)
+
+
+def _backward(ctx, grad):
+    (qkv,) = ctx.saved_tensors
+    return _op_backward(grad, qkv, *ctx.attention), None, None, None
+
+
+def _second_backward(ctx, grad):
+    raise RuntimeError("non_local: the gradient of its gradient is not defined")
+
+
+def _autocast(qkv, *attention):
+    """In the autocast dtype, as a matrix product is; float64 stays."""
+    dtype = qkv.dtype if qkv.dtype == torch.float64 else torch.get_autocast_dtype(qkv.device.type)
+    return _op(qkv.to(dtype), *attention)
+
+
+define_autograd("non_local_attention", _backward, _setup_context)
+define_autograd("non_local_attention_backward", _second_backward, lambda ctx, inputs, output: None)
+define_autocast("non_local_attention", _autocast)
+for _name in ("non_local_attention", "non_local_attention_backward"):
+    define_triton_kernel(_name, "doublehead.ops.non_local.kernel", _name)

@@ -1,0 +1,55 @@
+"""The Triton kernels of the non-local block, compiled for GPUs that are not there: no spills, and tensor cores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_compile import ARCHS, Case, compile_cases
+
+pytest.importorskip("triton")
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+POINTERS = {
+    "forward": ("qkv", "out"),
+    "backward_whole": ("qkv", "grad", "grad_qkv"),
+    "backward_queries": ("qkv", "grad", "grad_qkv", "statistics"),
+    "backward_keys": ("qkv", "grad", "grad_qkv", "statistics"),
+}
+
+
+def case(function: str, cells: int, dtype: str, width: int, softmax: bool) -> Case:
+    """The kernel as its launcher would have it."""
+    from doublehead.ops.non_local import kernel
+
+    table = function if function in ("forward", "backward_whole") else "backward_blocks"
+    chosen = kernel.configuration(table, cells, DTYPES[dtype])
+    signature = {name: "*fp32" if name == "statistics" else f"*{dtype}" for name in POINTERS[function]}
+    return Case(
+        "doublehead.ops.non_local.kernel",
+        function,
+        signature | {"cells": "i32", "groups": "i32", "scale": "fp32"},
+        kernel.constants(chosen, width, softmax, "ieee"),
+        chosen.num_warps,
+        chosen.num_stages,
+    )
+
+
+@pytest.mark.parametrize(
+    ("cells", "dtype", "archs", "variants"),
+    [
+        (49, "bf16", ARCHS, [(512, True), (128, False)]),
+        (100, "bf16", (90,), [(512, True)]),
+        (196, "bf16", ARCHS, [(512, True), (128, False)]),
+        (49, "fp32", (90,), [(512, True), (128, False)]),
+        (196, "fp32", (80,), [(512, True), (128, False)]),
+    ],
+)
+def test_no_spills(cells, dtype, archs, variants):
+    functions = ["forward", "backward_whole"] if cells <= 64 else ["forward", "backward_queries", "backward_keys"]
+    cases = [case(function, cells, dtype, *variant) for function in functions for variant in variants]
+    for compiled in compile_cases(cases, archs):
+        about = f"{compiled.case.kernel} {compiled.case.constants} sm_{compiled.arch}"
+        assert compiled.stack == compiled.local == 0, about
+        assert compiled.shared <= SHARED_LIMIT[compiled.arch], about
+        assert compiled.wgmma == (compiled.arch == 90 and dtype == "bf16"), about
