@@ -162,7 +162,10 @@ def backward_queries(qkv, grad, grad_qkv, statistics, cells, groups, scale, SOFT
 def backward_keys(qkv, grad, grad_qkv, statistics, cells, groups, scale, SOFTMAX: tl.constexpr,
                   WIDTH: tl.constexpr, ROWS: tl.constexpr, CELLS: tl.constexpr, CHUNK: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
-    """The gradients of a block of keys and of their values."""
+    """The gradients of a block of keys and of their values.
+
+    Weights of keys beyond T are anything, infinity too: each is a row of its own in the end, and never stored.
+    """
     feature, row = _place(cells, groups, WIDTH)
     keys = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     queries = tl.arange(0, CELLS)
