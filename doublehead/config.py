@@ -109,7 +109,7 @@ class HeadConfig:
     fused: bool = True
     """Run the conv-head by fused operators (the same results); False: module by module."""
     recompute: bool = False
-    """In training remember only each residual block's input: less memory, a third more work in these blocks."""
+    """In training remember only the inputs of residual blocks: less memory, a third more work in them."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 POINTERS = {
-    "forward": ("qkv", "out"),
+    "forward": ("qkv", "out", "count"),
     "backward_whole": ("qkv", "grad", "grad_qkv"),
     "backward_queries": ("qkv", "grad", "grad_qkv", "statistics"),
     "backward_keys": ("qkv", "grad", "grad_qkv", "statistics"),
@@ -24,7 +24,8 @@ def case(function: str, cells: int, dtype: str, width: int, softmax: bool) -> Ca
 
     table = function if function in ("forward", "backward_whole") else "backward_blocks"
     chosen = kernel.configuration(table, cells, DTYPES[dtype])
-    signature = {name: "*fp32" if name == "statistics" else f"*{dtype}" for name in POINTERS[function]}
+    signature = {name: f"*{dtype}" for name in POINTERS[function]}
+    signature |= {name: kind for name, kind in (("statistics", "*fp32"), ("count", "*i64")) if name in signature}
     return Case(
         "doublehead.ops.non_local.kernel",
         function,

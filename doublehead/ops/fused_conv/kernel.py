@@ -125,10 +125,8 @@ def fused_conv_kernel(
         tl.store(out + tile.to(tl.int64) * out_channels + column, average.to(out.dtype.element_ty), mask=of_column)
     else:
         at = row.to(tl.int64)[:, None] * out_channels + column[None, :]
-        kept = inside[:, None] & of_column[None, :]
-        if not FILL:
-            kept = kept & (first < live)
-        tl.store(out + at, acc.to(out.dtype.element_ty), mask=kept)
+        wanted = inside if FILL else inside & (row < live)
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=wanted[:, None] & of_column[None, :])
 
 
 def fused_conv(x, weight, bias, second, residual, count, size, relu, mean, fill=True) -> Tensor:

@@ -85,7 +85,7 @@ def _softmax(logits, columns, cells):
 
 
 @triton.jit
-def forward(qkv, out, cells, groups, scale, SOFTMAX: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+def forward(qkv, out, count, cells, groups, scale, SOFTMAX: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
             CELLS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     feature, row = _place(cells, groups, WIDTH)
     queries = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -95,6 +95,8 @@ def forward(qkv, out, cells, groups, scale, SOFTMAX: tl.constexpr, WIDTH: tl.con
     q = qkv + row * stride + feature
     k, v = q + inner, q + 2 * inner
 
+    if count is not None:  # a map that does not count has no cells: nothing is loaded, nothing stored
+        cells = tl.where(tl.program_id(0) // groups < tl.load(count), cells, 0)
     weights = _products(q, k, queries, keys, stride, stride, cells, WIDTH, CHUNK, PRECISION) * scale
     if SOFTMAX:
         weights, _, _ = _softmax(weights, keys, cells)
@@ -237,15 +239,20 @@ def configuration(kernel: str, cells: int, dtype: torch.dtype) -> Configuration 
     return next(fitting, None)
 
 
-def non_local_attention(qkv: Tensor, groups: int, softmax: bool, scale: float) -> Tensor:
-    """See `reference.non_local_attention`, which serves what the kernel does not."""
+def non_local_attention(
+    qkv: Tensor, groups: int, softmax: bool, scale: float, count: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """See `reference.non_local_attention`, which serves what the kernel does not.
+
+    `count`: `Tensor[]` int64: the RoIs from this one on may be left unwritten.  None: none is.
+    """
     if not _served(qkv, groups):
         return reference.non_local_attention(qkv, groups, softmax, scale)
     qkv = qkv.contiguous()
     number, cells, inner = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     out = torch.empty((number, cells, inner), dtype=qkv.dtype, device=qkv.device)
     chosen = configuration("forward", cells, qkv.dtype)
-    _launch(forward, chosen, (qkv, out), groups, softmax, scale)
+    _launch(forward, chosen, (qkv, out, count), groups, softmax, scale)
     return out
 
 
@@ -274,7 +281,7 @@ def _served(qkv: Tensor, groups: int) -> bool:
     return small and qkv.shape[0] > 0 and qkv.dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
-def _launch(kernel, chosen: Configuration, tensors: tuple[Tensor, ...], groups: int, softmax: bool, scale: float):
+def _launch(kernel, chosen: Configuration, tensors: tuple[Tensor | None, ...], groups, softmax, scale) -> None:
     qkv = tensors[0]
     number, cells, _ = qkv.shape
     kernel[number * groups, triton.cdiv(cells, chosen.rows)](
