@@ -36,10 +36,12 @@ def served_by(name: str, device: str) -> tuple[str, str]:
     """What runs operator `name` on `device` ("cpu" or "cuda"), and why.
 
     Returns:
-        ("native", "") or ("reference", the reason why there is no native kernel).
+        (what its kernel is written in, "") or ("reference", the reason why there is no kernel).
     """
     if _library.native(name, device):
-        return "native", ""
+        return _library.language(name, device), ""
+    if name in _library.TRITON_KERNELS and device == "cuda":
+        return "reference", "Triton is not installed"
     part = "_C" if device == "cpu" else "_C_cuda"
     if part in _library.UNLOADED:
         return "reference", f"{part} is not loaded"

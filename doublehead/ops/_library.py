@@ -23,6 +23,9 @@ SCHEMAS: dict[str, str] = {}
 #: operator -> the launcher of its Triton kernel.
 TRITON_KERNELS: dict[str, Callable] = {}
 
+#: operators with a path of their own for the CPU in plain PyTorch.
+CPU_KERNELS: set[str] = set()
+
 #: "_C" or "_C_cuda" -> why it is not loaded; a part that is loaded is not listed.
 UNLOADED: dict[str, str] = {}
 
@@ -71,6 +74,7 @@ def define_cpu_kernel(name: str, kernel: Callable) -> None:
 
     It may read values back, and work on as much as they ask for: on the CPU that costs nothing.
     """
+    CPU_KERNELS.add(name)
     LIBRARY.impl(name, kernel, "CPU")
 
 
@@ -118,8 +122,15 @@ def enable_autograd():
 
 
 def native(name: str, device: str) -> bool:
-    """Whether a compiled kernel of operator `name` serves `device` ("cpu" or "cuda"); if not, the reference does."""
+    """Whether operator `name` has a kernel of its own for `device` ("cpu" or "cuda"); if not, the reference serves it."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device.upper())
+
+
+def language(name: str, device: str) -> str:
+    """What the kernel is written in: "C++", "CUDA", "Triton" or "PyTorch"."""
+    if device == "cuda":
+        return "Triton" if name in TRITON_KERNELS else "CUDA"
+    return "PyTorch" if name in CPU_KERNELS else "C++"
 
 
 def load_compiled_parts() -> None:
