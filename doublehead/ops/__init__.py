@@ -4,8 +4,10 @@
 """
 
 from .boxes import box_area, box_iou, clip_boxes, decode_boxes, encode_boxes
+from .detections import detections
 from .nms import batched_nms, nms, nms_padded
 from .roi_align import MultiScaleRoIAlign, multiscale_roi_align, roi_align
+from .score_fusion import fuse_scores
 
 __all__ = [
     "MultiScaleRoIAlign",
@@ -14,7 +16,9 @@ __all__ = [
     "box_iou",
     "clip_boxes",
     "decode_boxes",
+    "detections",
     "encode_boxes",
+    "fuse_scores",
     "multiscale_roi_align",
     "nms",
     "nms_padded",
