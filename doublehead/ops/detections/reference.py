@@ -41,12 +41,12 @@ def detections(
     Arguments and results are those of the public function.  Shapes depend on shapes alone.
     """
     scores = class_scores(logits, fusion)[..., 1:]
+    candidate = (scores > score_threshold) & valid[..., None]
     decoded = decode_boxes(deltas[:, :, 1:], proposals[:, :, None], box_weights).flatten(1, 2)
     boxes = clip_boxes(decoded, sizes)
-    takes_part = (scores > score_threshold) & valid[..., None]
-    takes_part &= sound(decoded, boxes, min_size).view_as(scores)
+    sound = decoded.isfinite().all(-1) & large(boxes, min_size)
     labels = torch.arange(1, scores.shape[2] + 1, device=scores.device)
-    groups = torch.where(takes_part, labels, -1).flatten(1)
+    groups = torch.where(candidate & sound.view_as(candidate), labels, -1).flatten(1)
     return suppress(boxes, scores.flatten(1), groups, nms_iou, max_detections)
 
 
@@ -57,9 +57,10 @@ def class_scores(logits: Sequence[Tensor], fusion: str) -> Tensor:
     return FUSIONS[fusion](*probabilities) if len(probabilities) == 2 else probabilities[0]
 
 
-def sound(decoded: Tensor, clipped: Tensor, min_size: float) -> Tensor:
-    """Which boxes `Tensor[..., 4]` are finite before clipping and large enough after it: `Tensor[...]` bool."""
-    return decoded.isfinite().all(-1) & ((clipped[..., 2:] - clipped[..., :2]) >= min_size).all(-1)
+def large(boxes: Tensor, min_size: float) -> Tensor:
+    """Which boxes `Tensor[..., 4]` are at least `min_size` wide and high: `Tensor[...]` bool."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return (x2 - x1 >= min_size) & (y2 - y1 >= min_size)
 
 
 def suppress(
