@@ -11,7 +11,7 @@ from ..boxes import clip_boxes, decode_boxes
 from . import reference
 
 #: From one candidate in this many on it is quicker to decode all boxes than to copy the candidates out.
-DENSE = 4
+DENSE = 3
 
 
 def detections(

@@ -175,10 +175,10 @@ def candidates(
     """What of all RoIs and classes takes part: boxes `[B, R * S, 4]`, scores and groups (class, or -1) `[B, R * S]`."""
     batch, rois, classes = logits[0].shape
     slots = candidate_slots(classes, fusion, score_threshold)
-    like = {"device": deltas.device}
-    boxes = torch.empty((batch, rois * slots, 4), dtype=torch.float32, **like)
-    scores = torch.empty((batch, rois * slots), dtype=torch.float32, **like)
-    groups = torch.empty((batch, rois * slots), dtype=torch.int64, **like)
+    shape, device = (batch, rois * slots), deltas.device
+    boxes = torch.empty((*shape, 4), dtype=torch.float32, device=device)
+    scores = torch.empty(shape, dtype=torch.float32, device=device)
+    groups = torch.empty(shape, dtype=torch.int64, device=device)
     block = next_power_of_2(classes)
     _candidates[(batch * rois,)](
         logits[0].contiguous(), logits[-1].contiguous(), deltas.contiguous(), proposals.contiguous(),
@@ -193,7 +193,7 @@ def candidates(
 def gather(kept: Tensor, boxes: Tensor, scores: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes `[B, D, 4]`, scores and labels `[B, D]` of the candidates `kept` `[B, D]`; zeros where that is -1."""
     batch, number = kept.shape
-    kept_boxes = boxes.new_empty((batch, number, 4))
+    kept_boxes = torch.empty((batch, number, 4), dtype=boxes.dtype, device=boxes.device)
     kept_scores, kept_labels = torch.empty_like(kept, dtype=scores.dtype), torch.empty_like(kept)
     _gather[(batch, triton.cdiv(number, BLOCK_DETECTIONS))](
         kept, boxes, scores, groups, kept_boxes, kept_scores, kept_labels, scores.shape[1], number,

@@ -37,8 +37,7 @@ def fuse(fc, conv, METHOD: tl.constexpr):
 
 @triton.jit
 def _softmax_backward(grad, probabilities):
-    weighted = probabilities * grad
-    return weighted - probabilities * tl.sum(weighted, 0)
+    return (grad - tl.sum(grad * probabilities, 0)) * probabilities
 
 
 @triton.jit

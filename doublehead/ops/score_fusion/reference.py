@@ -59,5 +59,4 @@ def _softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _softmax_backward(grad: Tensor, probabilities: Tensor) -> Tensor:
-    weighted = probabilities * grad
-    return weighted - probabilities * weighted.sum(-1, keepdim=True)
+    return (grad - (grad * probabilities).sum(-1, keepdim=True)) * probabilities
