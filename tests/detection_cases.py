@@ -54,10 +54,13 @@ def clear(inputs, options) -> bool:
     """
     logits, _, _, valid, _ = inputs
     threshold = options["score_threshold"]
-    scores = candidate_scores(logits, options, valid).double()
-    scores = torch.cat((scores[scores > threshold - 1e-6], torch.tensor([threshold]).double()))
-    steps = scores.sort().values.diff()
-    return not bool(((steps > 0) & (steps < 1e-6)).any())
+    for image in range(len(valid)):
+        scores = candidate_scores([item[image] for item in logits], options, valid[image]).double()
+        scores = torch.cat((scores[scores > threshold - 1e-6], torch.tensor([threshold]).double()))
+        steps = scores.sort().values.diff()
+        if ((steps > 0) & (steps < 1e-6)).any():
+            return False
+    return True
 
 
 def naive(inputs, options, image) -> list[tuple[float, int, list[float]]]:

@@ -82,13 +82,14 @@ def test_definition_equals_the_loop_over_boxes(fusion, heads):
         inputs[1][0, 3, 2], inputs[1][1, :, 1, 0] = NAN, INF
         options = OPTIONS | {"fusion": fusion, "max_detections": 12, "min_size": 8.0}
         boxes, scores, labels, count = defined(inputs, options)
+        assert count.any()
         for image in range(3):
             expected = naive(inputs, options, image)
             number = int(count[image])
-            assert number == len(expected) > 0
+            assert number == len(expected)
             assert labels[image, :number].tolist() == [label for _, label, _ in expected]
             assert scores[image, :number].tolist() == [score for score, _, _ in expected]
-            torch.testing.assert_close(boxes[image, :number], torch.tensor([box for *_, box in expected]))
+            torch.testing.assert_close(boxes[image, :number], torch.tensor([box for *_, box in expected]).view(-1, 4))
             assert not boxes[image, number:].any() and not scores[image, number:].any()
             assert not labels[image, number:].any()
 
@@ -148,9 +149,11 @@ def test_kernels_equal_the_definition(triton_kernels, poison, problem):
 @pytest.mark.parametrize("classes", [2, 81, 366])
 @pytest.mark.parametrize("fusion", FUSION_NAMES)
 def test_crowds(device, exact, poison, classes, fusion):
-    inputs = tensors(2, 20, classes, seed=1, scale=3.0 if classes > 2 else 1.0, crowd=2)
-    count = check(inputs, device, exact, fusion=fusion, max_detections=30)[3]
-    survivors = (candidate_scores(inputs[0], OPTIONS | {"fusion": fusion}, inputs[3]) > 0.05).sum()
+    options = OPTIONS | {"fusion": fusion, "max_detections": 30}
+    scale = 3.0 if classes > 2 else 1.0
+    inputs = next(x for seed in range(99) if clear(x := tensors(2, 20, classes, seed, 2, scale, crowd=2), options))
+    count = check(inputs, device, exact, **options)[3]
+    survivors = (candidate_scores(inputs[0], options, inputs[3]) > 0.05).sum()
     assert 0 < count.sum() < survivors  # some are suppressed
 
 
@@ -218,14 +221,10 @@ def test_what_is_not_finite_costs_what_is_made_of_it_and_no_other(device, exact,
     deltas[1, 0, 1, 2], deltas[1, 1, 2, 0], deltas[1, 2, 3, 1] = NAN, INF, -INF
     options = dict(fusion=fusion, nms_iou=1.0, max_detections=60, min_size=0.0, score_threshold=-1.0)
     found = check((logits, deltas, proposals, valid, sizes), device, exact, **options)
-    # The same without: bad RoIs are not valid, bad classes are excluded by hand.
-    expected = run(clean, OPTIONS | options | {"max_detections": 60})
-    assert found[3].tolist() == [3 * 3, 8 * 3 - 3 + 3]
-    keep = [set(), set()]
-    for image in range(2):
-        roi_boxes = {tuple(box) for box in expected[0][image].round(decimals=2).tolist()}
-        keep[image] = {tuple(box) for box in found[0][image, : found[3][image]].round(decimals=2).tolist()}
-        assert keep[image] <= roi_boxes and found[0].isfinite().all()
+    assert found[3].tolist() == [3 * 3, 9 * 3 - 3]
+    clean[3][0, :6] = False  # the first image without its bad RoIs
+    for a, e in zip(found, run(clean, OPTIONS | options, device), strict=True):
+        assert torch.equal(a[0], e[0])
 
 
 def test_infinite_logarithms_of_sides_are_bounded(device, exact):
@@ -247,10 +246,10 @@ def test_an_excluded_class_is_no_error(device, exact):
 
 def test_padding_may_hold_anything(device, exact, poison):
     inputs = tensors(2, 8, 4, seed=8)
+    inputs[3][:, ::3] = False
     expected = check(inputs, device, exact)
     for item in (*inputs[0], inputs[1], inputs[2]):
         item[~inputs[3]] = NAN
-    assert not inputs[3].all()
     for a, e in zip(check(inputs, device, exact), expected, strict=True):
         assert torch.equal(a, e)
 
@@ -429,9 +428,10 @@ def test_errors(change, error, message):
 
 def test_compiled_kernels_do_not_spill():
     pytest.importorskip("triton")
+    from triton_compile import Case, compile_cases
+
     from doublehead.ops.detections.kernel import BLOCK_DETECTIONS
     from doublehead.ops.score_fusion.kernel import MAX_CLASSES, warps
-    from triton_compile import Case, compile_cases
 
     module = "doublehead.ops.detections.kernel"
     sizes = {name: "i32" for name in ("rois", "classes", "slots")}

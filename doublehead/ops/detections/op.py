@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -70,7 +69,7 @@ def detections(
     logits = tuple(logits)
     _check_tensors(logits, deltas, proposals, valid, sizes)
     check_fusion("fusion", fusion)
-    if math.isnan(score_threshold):
+    if score_threshold != score_threshold:
         raise ValueError("score_threshold must be a number, got nan")
     if max_detections < 0:
         raise ValueError(f"max_detections must be >= 0, got {max_detections}")
