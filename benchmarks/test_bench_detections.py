@@ -28,7 +28,7 @@ def head_outputs(batch: int, rois: int, classes: int) -> tuple[list[Tensor], Ten
 
     The better a proposal fits its object, the surer are both heads of the object's class, and the less the box moves.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(4)  # of its best scores none are so close that rounding may swap them
     proposals = torch.stack([rpn_boxes(rois, seed=image)[0].cpu() for image in range(batch)])
     best, which = box_iou(proposals, proposals[:, :40]).max(-1)
     labels = torch.randint(1, classes, (batch, 40), generator=generator).gather(1, which)
