@@ -69,7 +69,7 @@ def detections(
     logits = tuple(logits)
     _check_tensors(logits, deltas, proposals, valid, sizes)
     check_fusion("fusion", fusion)
-    if score_threshold != score_threshold:
+    if score_threshold != score_threshold:  # torch.compile cannot trace math.isnan of a float it does not know
         raise ValueError("score_threshold must be a number, got nan")
     if max_detections < 0:
         raise ValueError(f"max_detections must be >= 0, got {max_detections}")
