@@ -348,7 +348,10 @@ def test_opcheck(heads, rois, dtype):
 
 def test_it_has_no_gradient():
     logits, deltas, *others = tensors()
-    found = detections([item.requires_grad_() for item in logits], deltas.requires_grad_(), *others)
+    logits, deltas = [item.requires_grad_() for item in logits], deltas.requires_grad_()
+    found = detections(logits, deltas, *others)
+    assert not any(item.requires_grad for item in found)
+    found = torch.ops.doublehead.detections(logits, deltas, *others, *OPTIONS.values())
     assert not any(item.requires_grad for item in found)
 
 

@@ -75,10 +75,14 @@ def detections(
         raise ValueError(f"max_detections must be >= 0, got {max_detections}")
     if len(box_weights) != 4 or not all(box_weights):
         raise ValueError(f"box_weights must be 4 numbers other than 0 (dx, dy, dw, dh), got {tuple(box_weights)}")
-    return _detections(
+    arguments = (
         logits, deltas, proposals, valid, sizes, fusion, score_threshold, nms_iou, max_detections, min_size,
         tuple(box_weights),
     )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return _detections(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():  # there is no gradient to record, and it is the shorter way
+        return _detections(*arguments)
 
 
 def _check_tensors(logits: Sequence[Tensor], deltas: Tensor, proposals: Tensor, valid: Tensor, sizes: Tensor) -> None:
