@@ -1,4 +1,4 @@
-"""Read-outs, score fusion and the way from head outputs to detections."""
+"""Read-outs, and the way from head outputs to detections."""
 
 import dataclasses
 
@@ -8,30 +8,12 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import clip_boxes_to_image, nms
 
 from doublehead.config import DetectionConfig, LossConfig
-from doublehead.models.detections import class_scores, detect, resolve_sources
+from doublehead.models.detections import detect, resolve_sources
 from doublehead.models.heads import BRANCHES, HeadOutput
 from doublehead.models.structures import Proposals
+from doublehead.ops import fuse_scores
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-
-
-def test_fusion_formulas():
-    torch.manual_seed(0)
-    logits = [torch.randn(5, 4) * 3, torch.randn(5, 4) * 3]
-    fc, conv = (item.softmax(1) for item in logits)
-    expected = {
-        "complementary": fc + conv * (1 - fc),
-        "max": torch.stack([fc, conv]).amax(0),
-        "average": (fc + conv) / 2,
-    }
-    for fusion, scores in expected.items():
-        torch.testing.assert_close(class_scores(logits, fusion), scores)
-    torch.testing.assert_close(class_scores(logits[:1], "complementary"), fc)
-
-
-def test_large_logits_stay_finite():
-    logits = [torch.tensor([[1e4, -1e4, 0.0]]), torch.tensor([[-1e4, 1e4, 0.0]])]
-    torch.testing.assert_close(class_scores(logits, "complementary"), torch.tensor([[1.0, 1.0, 0.0]]))
 
 
 def test_sources_of_every_kind():
@@ -118,7 +100,7 @@ def test_detect_equals_the_loop_over_classes():
     for fusion in ("complementary", "max", "average"):
         sources = resolve_sources("double_head_ext", "fused", fusion, LossConfig())
         result = detect(outputs, sources, proposals, sizes, dataclasses.replace(config, fusion=fusion), WEIGHTS)
-        scores = class_scores([outputs["fc"].logits, outputs["conv"].logits], fusion).unflatten(0, (batch, slots))
+        scores = fuse_scores(outputs["fc"].logits, outputs["conv"].logits, fusion).unflatten(0, (batch, slots))
         deltas = outputs["conv"].deltas.unflatten(0, (batch, slots))
         for row in range(batch):
             valid = proposals.valid[row]

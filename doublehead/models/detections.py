@@ -1,18 +1,17 @@
-"""From the heads' outputs to detections: read-out, score fusion (Equation 4), per-class NMS."""
+"""From the heads' outputs to detections: which heads are read out, and the call of the operator."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..config import DetectionConfig, Fusion, HeadKind, LossConfig, ReadOut
-from ..ops import nms_padded
-from ..ops.boxes import clip_boxes, decode_boxes
+from ..ops import detections
+from ..ops.score_fusion import FUSIONS
 from .heads import BRANCHES, HeadOutput
 from .losses import task_weights
-from .structures import Detections, Proposals, gather_rows
+from .structures import Detections, Proposals
 
 
 class Sources(NamedTuple):
@@ -49,8 +48,8 @@ def resolve_sources(kind: HeadKind, readout: ReadOut, fusion: Fusion, loss: Loss
         return Sources((classes,), boxes)
     if readout not in EXT_SOURCES:
         raise ValueError(f"detection.readout: expected one of {', '.join(EXT_SOURCES)}, got {readout!r}")
-    if fusion not in FUSIONS and fusion != "none":
-        raise ValueError(f"detection.fusion: expected one of {', '.join(FUSIONS)}, none, got {fusion!r}")
+    if fusion not in FUSIONS:
+        raise ValueError(f"detection.fusion: expected one of {', '.join(FUSIONS)}, got {fusion!r}")
     sources = EXT_SOURCES["split" if readout == "fused" and fusion == "none" else readout]
     weights = task_weights(kind, loss)
     untrained = [f"{name}-head's classifier" for name in sources.classes if weights[name][0] == 0]
@@ -62,14 +61,6 @@ def resolve_sources(kind: HeadKind, readout: ReadOut, fusion: Fusion, loss: Loss
             f"loss weights leave untrained (l_fc = {loss.l_fc}, l_conv = {loss.l_conv}); choose another read-out"
         )
     return sources
-
-
-FUSIONS = {
-    "complementary": lambda fc, conv: fc + conv * (1 - fc),
-    "max": torch.maximum,
-    "average": lambda fc, conv: (fc + conv) / 2,
-}
-"""How two classifiers' probabilities become one score (PAPER Table 3); "none" takes the fc-head's."""
 
 
 def detect(
@@ -93,39 +84,19 @@ def detect(
     Returns:
         Detections with `max_detections` slots, best score first.
     """
-    scores = class_scores([outputs[name].logits for name in sources.classes], config.fusion)
-    batch, slots = proposals.valid.shape
-    scores = scores.unflatten(0, (batch, slots))[..., 1:]  # [B, R, foreground classes]
-    deltas = outputs[sources.boxes].deltas.unflatten(0, (batch, slots))[:, :, 1:]
-    boxes = decode_boxes(deltas, proposals.boxes[:, :, None], box_weights).flatten(1, 2)
-    boxes = clip_boxes(boxes, sizes)
-
-    labels = torch.arange(1, scores.shape[2] + 1, device=scores.device).expand_as(scores)
-    wide = ((boxes[..., 2:] - boxes[..., :2]) >= config.min_size).all(-1).view_as(scores)
-    candidate = (scores > config.score_threshold) & proposals.valid[..., None] & wide
-    groups = torch.where(candidate, labels, -1).flatten(1)
-    scores = scores.flatten(1)
-    kept, count = nms_padded(boxes, scores, groups, config.nms_iou, config.max_detections)
-
-    filled = torch.arange(config.max_detections, device=kept.device) < count[:, None]
-    kept = kept.clamp(min=0)
+    slots = proposals.valid.shape  # of the batch: [B, R]
     return Detections(
-        boxes=torch.where(filled[..., None], gather_rows(boxes, kept), 0.0),
-        scores=torch.where(filled, scores.gather(1, kept), 0.0),
-        labels=torch.where(filled, groups.gather(1, kept), 0),
-        count=count,
+        *detections(
+            [outputs[name].logits.unflatten(0, slots) for name in sources.classes],
+            outputs[sources.boxes].deltas.unflatten(0, slots),
+            proposals.boxes,
+            proposals.valid,
+            sizes,
+            fusion=config.fusion,
+            score_threshold=config.score_threshold,
+            nms_iou=config.nms_iou,
+            max_detections=config.max_detections,
+            min_size=config.min_size,
+            box_weights=box_weights,
+        )
     )
-
-
-def class_scores(logits: list[Tensor], fusion: Fusion) -> Tensor:
-    """Class probabilities of one classifier, or of two fused.
-
-    Args:
-        logits: one or two `Tensor[N, classes]`, the fc-head's first.
-        fusion: how to join two.
-
-    Returns:
-        `Tensor[N, classes]`.  A fused row need not sum to one (Equation 4 is no distribution).
-    """
-    probabilities = [torch.softmax(item, dim=-1) for item in logits]
-    return probabilities[0] if len(probabilities) == 1 else FUSIONS[fusion](*probabilities)

@@ -1,26 +1,34 @@
 """Operators on boxes and features.  They need torch alone.
 
 `roi_align`, `MultiScaleRoIAlign`, `nms` and `batched_nms` take torchvision's arguments and give torchvision's results.
+`non_local`, `batch_norm_act`, `fused_conv` and `conv_head` are what a conv-head is made of, `fuse_scores` and
+`detections` what follows the heads.
 """
 
 from .batch_norm import batch_norm_act
 from .boxes import box_area, box_iou, clip_boxes, decode_boxes, encode_boxes
+from .conv_head import conv_head
+from .detections import detections
 from .fused_conv import fused_conv
 from .nms import batched_nms, nms, nms_padded
 from .non_local import BatchNorm, NonLocalBlock, non_local
 from .roi_align import MultiScaleRoIAlign, multiscale_roi_align, roi_align
+from .score_fusion import fuse_scores
 
 __all__ = [
     "BatchNorm",
     "MultiScaleRoIAlign",
-    "batch_norm_act",
     "NonLocalBlock",
+    "batch_norm_act",
     "batched_nms",
     "box_area",
     "box_iou",
     "clip_boxes",
+    "conv_head",
     "decode_boxes",
+    "detections",
     "encode_boxes",
+    "fuse_scores",
     "fused_conv",
     "multiscale_roi_align",
     "nms",

@@ -1,0 +1,202 @@
+"""Triton kernels of the detections: from a RoI's logits to its few candidates, and from kept candidates to the result.
+
+Between the two works `nms_padded`.  Nothing waits for the device, and sizes depend on shapes and options alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import next_power_of_2
+from ..nms import nms_padded
+from ..score_fusion.kernel import fuse, serves, softmax_row, warps
+from . import reference
+
+#: Detections written by one program of the second kernel.
+BLOCK_DETECTIONS = 128
+
+#: The bound of `boxes.decode_boxes` for the logarithms of a box's sides.
+MAX_LOG_RATIO = tl.constexpr(math.log(1000 / 16))
+
+
+def candidate_slots(classes: int, fusion: str, score_threshold: float) -> int:
+    """Slots that surely hold every foreground class of a RoI whose score exceeds the threshold, and at least one.
+
+    With probabilities f and c of two heads, a score is at most f + c, or for one head, "none" and "average" the scores
+    of a row sum to at most 1.  So the scores sum to at most `total` = 2 or 1, and fewer than total / threshold exceed
+    the threshold.  Rounding, in units of u = 2^-24: a softmax divides each of C non-negative numbers by their computed
+    sum, which is off by at most C - 1 roundings in any order of addition, and the division by one more; the fusion
+    rounds each score up at most three times, the threshold was rounded once.  Each is a factor of at most 1 + u; that
+    product is below 1 + 2u (C + 16), as C u is small.
+    """
+    foreground = classes - 1
+    total = 2 if fusion in ("complementary", "max") else 1
+    most = total * (1 + (classes + 16) * 2.0**-23)
+    if score_threshold * foreground <= most:  # a low threshold, zero and negative ones among them, excludes no class
+        return foreground
+    return max(1, int(most / score_threshold))
+
+
+@triton.jit
+def _minimum(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _clip(x, limit):
+    return _minimum(tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL), limit)
+
+
+@triton.jit
+def _finite(x):
+    return tl.abs(x) < float("inf")  # false for NaN
+
+
+@triton.jit
+def _decode_axis(low, high, shift, log_ratio, shift_weight, ratio_weight):
+    """One axis of `boxes.decode_boxes`, operation by operation: both ends of the moved interval."""
+    size = high - low
+    centre = tl.div_rn(shift, shift_weight) * size + (low + 0.5 * size)
+    half = 0.5 * (tl.exp(_minimum(tl.div_rn(log_ratio, ratio_weight), MAX_LOG_RATIO)) * size)
+    return centre - half, centre + half
+
+
+@triton.jit
+def _candidates(
+    fc_logits, conv_logits, deltas, proposals, valid, sizes, boxes, scores, groups, rois, classes, slots,
+    threshold, min_size, weight_x, weight_y, weight_w, weight_h,
+    FUSION: tl.constexpr, BLOCK_CLASSES: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+):  # fmt: skip
+    """One RoI: its candidates fill the first of its slots in the order of classes; the others get the group -1."""
+    row = tl.program_id(0).to(tl.int64)
+    image = row // rois
+    label = tl.arange(0, BLOCK_CLASSES)
+    score = softmax_row(fc_logits, row, label, classes)
+    if FUSION != "none":
+        score = fuse(score, softmax_row(conv_logits, row, label, classes), FUSION)
+    to_exceed = tl.where(tl.load(valid + row) != 0, threshold, float("inf"))
+    takes_part = (score > to_exceed) & (label > 0) & (label < classes)
+
+    delta = deltas + (row * classes + label) * 4
+    dx = tl.load(delta, mask=takes_part, other=0.0).to(tl.float32)
+    dy = tl.load(delta + 1, mask=takes_part, other=0.0).to(tl.float32)
+    dw = tl.load(delta + 2, mask=takes_part, other=0.0).to(tl.float32)
+    dh = tl.load(delta + 3, mask=takes_part, other=0.0).to(tl.float32)
+    proposal = proposals + row * 4
+    left, top = tl.load(proposal).to(tl.float32), tl.load(proposal + 1).to(tl.float32)
+    right, bottom = tl.load(proposal + 2).to(tl.float32), tl.load(proposal + 3).to(tl.float32)
+    height, width = tl.load(sizes + image * 2).to(tl.float32), tl.load(sizes + image * 2 + 1).to(tl.float32)
+
+    x1, x2 = _decode_axis(left, right, dx, dw, weight_x, weight_w)
+    y1, y2 = _decode_axis(top, bottom, dy, dh, weight_y, weight_h)
+    takes_part &= _finite(x1) & _finite(y1) & _finite(x2) & _finite(y2)
+    x1, y1, x2, y2 = _clip(x1, width), _clip(y1, height), _clip(x2, width), _clip(y2, height)
+    takes_part &= (x2 - x1 >= min_size) & (y2 - y1 >= min_size)
+
+    number = takes_part.to(tl.int32)
+    place = row * slots + tl.cumsum(number, 0) - 1
+    tl.store(boxes + place * 4, x1, mask=takes_part)
+    tl.store(boxes + place * 4 + 1, y1, mask=takes_part)
+    tl.store(boxes + place * 4 + 2, x2, mask=takes_part)
+    tl.store(boxes + place * 4 + 3, y2, mask=takes_part)
+    tl.store(scores + place, score, mask=takes_part)
+    tl.store(groups + place, label, mask=takes_part)
+
+    slot = tl.arange(0, BLOCK_SLOTS)
+    unused = (slot >= tl.sum(number, 0)) & (slot < slots)
+    tl.store(scores + row * slots + slot, -float("inf"), mask=unused)  # behind all others, wherever they are sorted
+    tl.store(groups + row * slots + slot, -1, mask=unused)
+
+
+@triton.jit
+def _gather(
+    kept, boxes, scores, groups, kept_boxes, kept_scores, kept_labels, candidates, detections, BLOCK: tl.constexpr
+):
+    """The detections of one image: candidates `kept`, zeros where that is -1."""
+    image = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < detections
+    target = image * detections + place
+    index = tl.load(kept + target, mask=inside, other=-1)
+    found = index >= 0
+    source = image * candidates + index
+    tl.store(kept_scores + target, tl.load(scores + source, mask=found, other=0.0), mask=inside)
+    tl.store(kept_labels + target, tl.load(groups + source, mask=found, other=0), mask=inside)
+    corner = tl.arange(0, 4)[None, :]
+    box = tl.load(boxes + source[:, None] * 4 + corner, mask=found[:, None], other=0.0)
+    tl.store(kept_boxes + target[:, None] * 4 + corner, box, mask=inside[:, None])
+
+
+def detections(
+    logits: Sequence[Tensor],
+    deltas: Tensor,
+    proposals: Tensor,
+    valid: Tensor,
+    sizes: Tensor,
+    fusion: str,
+    score_threshold: float,
+    nms_iou: float,
+    max_detections: int,
+    min_size: float,
+    box_weights: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launches the kernels; arguments and results as in `reference.detections`."""
+    in_float32 = serves(*logits) and torch.float64 not in (deltas.dtype, proposals.dtype)
+    if not in_float32 or logits[0].shape[-1] == 1 or max_detections == 0:
+        return reference.detections(
+            logits, deltas, proposals, valid, sizes, fusion, score_threshold, nms_iou, max_detections, min_size,
+            box_weights,
+        )  # fmt: skip
+    fusion = fusion if len(logits) == 2 else "none"
+    boxes, scores, groups = candidates(
+        logits, deltas, proposals, valid, sizes, fusion, score_threshold, min_size, box_weights
+    )
+    kept, count = nms_padded(boxes, scores, groups, nms_iou, max_detections)
+    return *gather(kept, boxes, scores, groups), count
+
+
+def candidates(
+    logits: Sequence[Tensor],
+    deltas: Tensor,
+    proposals: Tensor,
+    valid: Tensor,
+    sizes: Tensor,
+    fusion: str,
+    score_threshold: float,
+    min_size: float,
+    box_weights: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What of all RoIs and classes takes part: boxes `[B, R * S, 4]`, scores and groups (class, or -1) `[B, R * S]`."""
+    batch, rois, classes = logits[0].shape
+    slots = candidate_slots(classes, fusion, score_threshold)
+    shape, device = (batch, rois * slots), deltas.device
+    boxes = torch.empty((*shape, 4), dtype=torch.float32, device=device)
+    scores = torch.empty(shape, dtype=torch.float32, device=device)
+    groups = torch.empty(shape, dtype=torch.int64, device=device)
+    block = next_power_of_2(classes)
+    _candidates[(batch * rois,)](
+        logits[0].contiguous(), logits[-1].contiguous(), deltas.contiguous(), proposals.contiguous(),
+        valid.contiguous().view(torch.uint8), sizes.contiguous(), boxes, scores, groups, rois, classes, slots,
+        score_threshold, min_size, *box_weights,
+        FUSION=fusion, BLOCK_CLASSES=block, BLOCK_SLOTS=next_power_of_2(slots), num_warps=warps(block),
+        enable_fp_fusion=False,  # boxes as PyTorch computes them: no product and sum in one rounding
+    )  # fmt: skip
+    return boxes, scores, groups
+
+
+def gather(kept: Tensor, boxes: Tensor, scores: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes `[B, D, 4]`, scores and labels `[B, D]` of the candidates `kept` `[B, D]`; zeros where that is -1."""
+    batch, number = kept.shape
+    kept_boxes = torch.empty((batch, number, 4), dtype=boxes.dtype, device=boxes.device)
+    kept_scores, kept_labels = torch.empty_like(kept, dtype=scores.dtype), torch.empty_like(kept)
+    _gather[(batch, triton.cdiv(number, BLOCK_DETECTIONS))](
+        kept, boxes, scores, groups, kept_boxes, kept_scores, kept_labels, scores.shape[1], number,
+        BLOCK=BLOCK_DETECTIONS, num_warps=4,
+    )  # fmt: skip
+    return kept_boxes, kept_scores, kept_labels

@@ -1,0 +1,91 @@
+"""Detections in plain PyTorch: the definition, for any device.
+
+A candidate is a foreground class of a valid RoI.  It takes part if
+
+    score > score_threshold     the score of `score_fusion`; a NaN exceeds nothing
+    its box is finite           as decoded, before it is clipped to the image
+    width, height >= min_size   as clipped
+
+so a NaN or an infinity costs the candidates that are made of it and no other: a bad logit all classes of its RoI (the
+softmax spreads it), a bad delta its class, a bad proposal its RoI.  Infinite logarithms of sides are no exception to
+the bound that `boxes.decode_boxes` sets.  Candidates are ordered by score, equal scores by RoI and then by class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..boxes import clip_boxes, decode_boxes
+from ..nms import nms_padded
+from ..score_fusion.reference import FUSIONS, compute_dtype
+
+
+def detections(
+    logits: Sequence[Tensor],
+    deltas: Tensor,
+    proposals: Tensor,
+    valid: Tensor,
+    sizes: Tensor,
+    fusion: str,
+    score_threshold: float,
+    nms_iou: float,
+    max_detections: int,
+    min_size: float,
+    box_weights: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Every class of every RoI is decoded, clipped and tested; the rest is `nms_padded`.
+
+    Arguments and results are those of the public function.  Shapes depend on shapes alone.
+    """
+    scores = class_scores(logits, fusion)[..., 1:]
+    candidate = (scores > score_threshold) & valid[..., None]
+    decoded = decode_boxes(deltas[:, :, 1:], proposals[:, :, None], box_weights).flatten(1, 2)
+    boxes = clip_boxes(decoded, sizes)
+    sound = decoded.isfinite().all(-1) & large(boxes, min_size)
+    labels = torch.arange(1, scores.shape[2] + 1, device=scores.device)
+    groups = torch.where(candidate & sound.view_as(candidate), labels, -1).flatten(1)
+    return suppress(boxes, scores.flatten(1), groups, nms_iou, max_detections)
+
+
+def class_scores(logits: Sequence[Tensor], fusion: str) -> Tensor:
+    """Of one classifier the probabilities, of two their fusion: `Tensor[B, R, C]`."""
+    dtype = compute_dtype(*logits)
+    probabilities = [torch.softmax(item, dim=-1, dtype=dtype) for item in logits]
+    return FUSIONS[fusion](*probabilities) if len(probabilities) == 2 else probabilities[0]
+
+
+def large(boxes: Tensor, min_size: float) -> Tensor:
+    """Which boxes `Tensor[..., 4]` are at least `min_size` wide and high: `Tensor[...]` bool."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return (x2 - x1 >= min_size) & (y2 - y1 >= min_size)
+
+
+def suppress(
+    boxes: Tensor, scores: Tensor, groups: Tensor, nms_iou: float, max_detections: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best of candidates `[B, N]`, zeros behind the last; those of group -1 do not exist."""
+    if boxes.shape[1] == 0:
+        return empty_detections(boxes, scores, max_detections)
+    kept, count = nms_padded(boxes, scores, groups, nms_iou, max_detections)
+    empty = kept < 0
+    kept = kept.clamp(min=0)
+    return (
+        boxes.gather(1, kept[..., None].expand(-1, -1, 4)).masked_fill_(empty[..., None], 0),
+        scores.gather(1, kept).masked_fill_(empty, 0),
+        groups.gather(1, kept).masked_fill_(empty, 0),
+        count,
+    )
+
+
+def empty_detections(boxes: Tensor, scores: Tensor, max_detections: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """No detections, in the dtypes of `boxes` and `scores`, for as many images as these have."""
+    batch = boxes.shape[0]
+    return (
+        boxes.new_zeros((batch, max_detections, 4)),
+        scores.new_zeros((batch, max_detections)),
+        scores.new_zeros((batch, max_detections), dtype=torch.int64),
+        scores.new_zeros((batch,), dtype=torch.int64),
+    )
