@@ -217,7 +217,7 @@ CONFIGURATIONS: dict[tuple[str, bool], tuple[Configuration, ...]] = {
     ("forward", True): (
         Configuration(64, 64, 64, 8, 3),
         Configuration(64, 128, 64, 8, 2),
-        Configuration(64, 256, 64, 8, 2),
+        Configuration(64, 256, 32, 8, 2),
     ),
     ("backward_whole", True): (Configuration(64, 64, 64, 8, 3),),
     ("backward_blocks", True): (Configuration(64, 128, 64, 8, 2), Configuration(64, 256, 32, 8, 2)),
