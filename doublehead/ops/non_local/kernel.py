@@ -227,7 +227,7 @@ CONFIGURATIONS: dict[tuple[str, bool], tuple[Configuration, ...]] = {
         Configuration(16, 256, 16, 8, 2),
     ),
     ("backward_whole", False): (Configuration(64, 64, 16, 8, 1),),
-    ("backward_blocks", False): (Configuration(16, 128, 16, 8, 1), Configuration(16, 256, 16, 8, 1)),
+    ("backward_blocks", False): (Configuration(16, 128, 16, 8, 1), Configuration(16, 256, 16, 4, 1)),
 }
 
 
