@@ -122,7 +122,7 @@ def enable_autograd():
 
 
 def native(name: str, device: str) -> bool:
-    """Whether operator `name` has a kernel of its own for `device` ("cpu" or "cuda"); if not, the reference serves it."""
+    """Whether operator `name` has a kernel of its own for `device` ("cpu" or "cuda"); else the reference serves it."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device.upper())
 
 

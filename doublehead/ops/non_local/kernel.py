@@ -219,7 +219,7 @@ CONFIGURATIONS: dict[tuple[str, bool], tuple[Configuration, ...]] = {
     ("forward", True): (
         Configuration(64, 64, 64, 8, 3),
         Configuration(64, 128, 64, 8, 2),
-        Configuration(64, 256, 64, 8, 2),
+        Configuration(64, 256, 32, 8, 2),
     ),
     ("backward_whole", True): (Configuration(64, 64, 64, 8, 3),),
     ("backward_blocks", True): (Configuration(64, 128, 64, 8, 2), Configuration(64, 256, 32, 8, 2)),
@@ -229,7 +229,7 @@ CONFIGURATIONS: dict[tuple[str, bool], tuple[Configuration, ...]] = {
         Configuration(16, 256, 16, 8, 2),
     ),
     ("backward_whole", False): (Configuration(64, 64, 16, 8, 1),),
-    ("backward_blocks", False): (Configuration(16, 128, 16, 8, 1), Configuration(16, 256, 16, 8, 1)),
+    ("backward_blocks", False): (Configuration(16, 128, 16, 8, 1), Configuration(16, 256, 16, 4, 1)),
 }
 
 
