@@ -6,8 +6,9 @@
 #
 # build        the library in place, with the machine's own torch
 # test         the tests marked `gpu`
+# triton       the tests of the Triton kernels, which without a GPU run in the interpreter
 # sanitize     a few of them under compute-sanitizer: memcheck, racecheck, initcheck
-# nms, roi_align, roi_batches
+# nms, roi_align, roi_batches, non_local, conv_head, detections
 #              the benchmarks; they write benchmarks/results/<gpu>/*.json
 # plot         tables and plots from the records
 #
@@ -26,6 +27,8 @@ gpu_tests() { grep -lE 'mark\.gpu' tests/test_*.py; }
 
 stage_test() { "$python" -m pytest -q -m gpu $(gpu_tests); }
 
+stage_triton() { "$python" -m pytest -q $(grep -lE 'triton_kernels' tests/test_*.py); }
+
 stage_sanitize() {
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed: nothing checked"; return 0; }
   local failed=0 tool some="every_element or any_strides or strided_inputs or strange_boxes or early_stop"
@@ -40,9 +43,12 @@ stage_sanitize() {
 stage_nms() { measure benchmarks/test_bench_nms.py; }
 stage_roi_align() { measure benchmarks/test_bench_roi_align.py -k "not batches"; }
 stage_roi_batches() { measure benchmarks/test_bench_roi_align.py -k "batches"; }
+stage_non_local() { measure benchmarks/test_bench_non_local.py; }
+stage_conv_head() { measure benchmarks/test_bench_conv_head.py; }
+stage_detections() { measure benchmarks/test_bench_detections.py benchmarks/test_bench_score_fusion.py; }
 stage_plot() { "$python" benchmarks/plot.py; }
 
-all=(build test sanitize nms roi_align roi_batches plot)
+all=(build test triton sanitize nms roi_align roi_batches non_local conv_head detections plot)
 [ $# -gt 0 ] && stages=("$@") || stages=("${all[@]}")
 for stage in "${stages[@]}"; do
   [[ " ${all[*]} " == *" $stage "* ]] || { echo "no stage '$stage'; there are: ${all[*]}" >&2; exit 2; }

@@ -30,6 +30,22 @@ HEADLINES = {
 }
 """Case -> its words in README.md; RESULTS.md has all cases."""
 
+MODULES = "the same modules in PyTorch"
+HEADS = {
+    "conv-head inference": ("conv-head, inference", "reference", MODULES),
+    "conv-head training step": ("conv-head, training step", "reference", MODULES),
+    "conv-head training step, recompute": ("the same, `recompute`", "reference", MODULES),
+    "double_head with the exact skip": ("`double_head`, a quarter of the RoIs passes", "reference", MODULES),
+    "non-local block, dot_product, 4 groups, inference": ("non-local block, inference", "reference", MODULES),
+    "non-local block, dot_product, 4 groups, training": ("non-local block, training step", "reference", MODULES),
+    "detections: 1 x 1000 RoIs x 81 classes, two heads": (
+        "two heads' logits to 100 detections, 81 classes",
+        "torchvision, nms per class",
+        "torchvision, class by class",
+    ),
+}
+"""The same for what is no operator of torchvision: case -> its words, whom it is compared with, the peer's words."""
+
 
 def load(machine: Path) -> list[dict[str, Any]]:
     """All cases recorded on one machine, op by op, each with its op."""
@@ -64,25 +80,32 @@ def number(value: float | None) -> str:
 
 def table(cases: list[tuple[str, dict[str, Any]]], provider: str = PEER) -> list[str]:
     """Times, ratio and peak memory of a provider and of ours; from a GPU also what the kernels did."""
-    columns = ["", f"{provider} ms", "doublehead ms", "ratio", f"{provider} MiB", "doublehead MiB"]
     on_gpu = any("kernel_ms" in case["providers"][OURS] for _, case in cases)
-    columns += ["kernels ms", "ratio of kernels", "of copy bandwidth"] if on_gpu else []
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    for label, case in cases:
-        theirs, ours = case["providers"].get(provider, {}), case["providers"][OURS]
-        cells = [
-            label,
-            number(theirs.get("median_ms")),
-            number(ours["median_ms"]),
-            times(case["speedup"].get(provider)),
-        ]
-        cells += [number(theirs.get("peak_mib")), number(ours.get("peak_mib"))]
-        if on_gpu:
-            share = ours.get("share_of_copy_bandwidth")
-            cells += [number(ours.get("kernel_ms")), times(case["kernel_speedup"].get(provider))]
-            cells += [f"{share:.0%}" if share else ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    rows = [[label, *compared(case, provider, on_gpu)] for label, case in cases]
+    return markdown(["", *columns(provider, on_gpu)], rows)
+
+
+def columns(peer: str, on_gpu: bool) -> list[str]:
+    """The names of what `compared` gives."""
+    names = [f"{peer} ms", "doublehead ms", "ratio", f"{peer} MiB", "doublehead MiB"]
+    return names + (["kernels ms", "ratio of kernels", "of copy bandwidth"] if on_gpu else [])
+
+
+def compared(case: dict[str, Any], provider: str, on_gpu: bool) -> list[str]:
+    """The cells of one case: a provider beside ours."""
+    theirs, ours = case["providers"].get(provider, {}), case["providers"][OURS]
+    cells = [number(theirs.get("median_ms")), number(ours["median_ms"]), times(case["speedup"].get(provider))]
+    cells += [number(theirs.get("peak_mib")), number(ours.get("peak_mib"))]
+    if on_gpu:
+        share = ours.get("share_of_copy_bandwidth")
+        cells += [number(ours.get("kernel_ms")), times(case["kernel_speedup"].get(provider))]
+        cells += [f"{share:.0%}" if share else ""]
+    return cells
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A table's lines."""
+    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
 
 
 def times(ratio: float | None) -> str:
@@ -93,7 +116,22 @@ def readme_table(cases: list[dict[str, Any]]) -> str:
     """The headline cases against torchvision."""
     known = {case["case"]: case for case in cases}
     shown = [(label, known[name]) for name, label in HEADLINES.items() if name in known]
-    return "\n".join([*table(shown), "", f"Medians; {describe(cases)}."])
+    return "\n".join([*table(shown), "", f"Medians; {describe([case for _, case in shown])}."])
+
+
+def heads_table(cases: list[dict[str, Any]]) -> str:
+    """The heads' cases, each against its own peer."""
+    known = {case["case"]: case for case in cases}
+    shown = [(known[name], *words) for name, words in HEADS.items() if name in known]
+    if not shown:
+        return "Not measured yet."
+    on_gpu = any("kernel_ms" in case["providers"][OURS] for case, *_ in shown)
+    rows = [
+        [f"{label}, {case['details']['rois']} RoIs", words, *compared(case, provider, on_gpu)]
+        for case, label, provider, words in shown
+    ]
+    lines = markdown(["", "peer", *columns("peer", on_gpu)], rows)
+    return "\n".join([*lines, "", f"Medians; {describe([case for case, *_ in shown])}."])
 
 
 def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
@@ -134,9 +172,9 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def marked(text: str, machine: str, table: str) -> str:
-    """`text` with `table` between this machine's marks; as it is where there are none."""
-    begin, end = f"<!-- speed {machine} begin -->", f"<!-- speed {machine} end -->"
+def marked(text: str, name: str, table: str) -> str:
+    """`text` with `table` between the marks of this name; as it is where there are none."""
+    begin, end = f"<!-- {name} begin -->", f"<!-- {name} end -->"
     return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)
 
 
@@ -145,7 +183,8 @@ def pages() -> dict[Path, str]:
     machines = {path.name: load(path) for path in sorted(RESULTS.iterdir()) if path.is_dir()}
     readme = (ROOT / "README.md").read_text()
     for machine, cases in machines.items():
-        readme = marked(readme, machine, readme_table(cases))
+        readme = marked(readme, f"speed {machine}", readme_table(cases))
+        readme = marked(readme, f"heads {machine}", heads_table(cases))
     return {ROOT / "README.md": readme, ROOT / "benchmarks" / "RESULTS.md": results_page(machines)}
 
 

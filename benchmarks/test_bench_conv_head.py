@@ -80,7 +80,7 @@ def test_inference(compare):
 
     compare(
         op="conv_head",
-        case=f"conv-head inference, {ROIS} RoIs",
+        case="conv-head inference",
         details=DETAILS | {"gflop": MFLOP * ROIS / 1e3},
         check=close,
         providers={
@@ -107,7 +107,7 @@ def test_training_step(compare, recompute):
 
     compare(
         op="conv_head",
-        case=f"conv-head training step, {ROIS} RoIs" + (", recompute" if recompute else ""),
+        case="conv-head training step" + (", recompute" if recompute else ""),
         details=DETAILS | {"gflop": 3 * MFLOP * ROIS / 1e3},
         check=close,
         providers={
@@ -158,7 +158,7 @@ def test_double_head_with_the_exact_skip(compare):
 
     compare(
         op="conv_head",
-        case=f"double_head, {ROIS} RoIs, {SURVIVORS} pass",
+        case="double_head with the exact skip",
         details=DETAILS | {"survivors": survivors.item()},
         check=close,
         providers={
