@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import define, define_autocast, define_autograd, define_triton_kernel
+from .._library import define, define_autocast, define_autograd, define_triton_kernel, native
 from . import reference
 from .reference import FUSIONS, compute_dtype
 
@@ -48,6 +48,9 @@ def fuse_scores(fc_logits: Tensor, conv_logits: Tensor, method: str = "complemen
     if conv_logits.device != fc_logits.device:
         raise ValueError(f"conv_logits must be on the same device, {fc_logits.device}, got {conv_logits.device}")
     check_fusion("method", method)
+    kernel = native("fuse_scores", fc_logits.device.type)
+    if not kernel and method != "none" and not torch.compiler.is_compiling():
+        return reference.fuse_scores(fc_logits, conv_logits, method)  # its own gradient keeps what ours computes again
     return _fuse_scores(fc_logits, conv_logits, method)
 
 
