@@ -45,6 +45,8 @@ class Options:
     """Of an Ext model: which head classifies and which gives the boxes."""
     fusion: Fusion | None = None
     """Of an Ext model: how `fused` joins the two classifiers."""
+    ext_gate: float | None = None
+    """Of an Ext model read out as `fused`: leave out RoIs whose best fc-score is not above this; approximate."""
     out: str | None = None
     """Write the detections to this file, in COCO's submission format."""
     device: str = "auto"
@@ -127,9 +129,9 @@ def check_output(path: str | None) -> None:
 
 def set_readout(model, options: Options, trained) -> None:
     """Change an Ext model's read-out where the command line asks for it."""
-    if options.readout or options.fusion:
+    if options.readout or options.fusion or options.ext_gate is not None:
         readout = options.readout or ("fused" if options.fusion else trained.readout)
-        model.set_readout(readout, options.fusion or trained.fusion)
+        model.set_readout(readout, options.fusion or trained.fusion, options.ext_gate)
 
 
 if __name__ == "__main__":

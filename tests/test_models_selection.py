@@ -107,6 +107,12 @@ def test_the_gate_of_ext_drops_rois_and_is_off_by_default(fused):
     assert all(tuple(box.tolist()) in kept for box in gated.boxes[0, :1].round(decimals=6))
 
 
+@pytest.mark.parametrize("gate", [-0.1, 1.0, float("nan")])
+def test_a_gate_that_is_no_score_is_named(gate):
+    with pytest.raises(ValueError, match="detection.ext_gate: expected 0 .off. or a score below 1"):
+        detector("double_head_ext").set_readout("fused", ext_gate=gate)
+
+
 def test_selection_is_a_permutation_with_the_selected_in_front():
     for selected in ([], [True], [False], [False, True, True, False, True], [True] * 4, [False] * 4):
         chosen = torch.tensor(selected, dtype=torch.bool)

@@ -60,15 +60,18 @@ class Detector(nn.Module):
         found = detect(heads.outputs, self.sources, heads.proposals, sizes, self.detection, weights)
         return found._replace(rois=proposals.valid.sum(1), box_rois=heads.box_rois)
 
-    def set_readout(self, readout: ReadOut, fusion: Fusion | None = None) -> None:
-        """Choose how an Ext model is read out; see `DetectionConfig`.
+    def set_readout(self, readout: ReadOut, fusion: Fusion | None = None, ext_gate: float | None = None) -> None:
+        """Choose how an Ext model is read out; see `DetectionConfig`.  None: as configured.
 
         Raises:
-            ValueError: the heads were not trained for it (see `resolve_sources`).
+            ValueError: the heads were not trained for it (see `resolve_sources`), or a gate outside of 0 .. 1.
         """
         fusion = fusion or self.config.detection.fusion
         self.sources = resolve_sources(self.config.head.kind, readout, fusion, self.config.loss)
-        self.detection = dataclasses.replace(self.config.detection, readout=readout, fusion=fusion)
+        ext_gate = self.config.detection.ext_gate if ext_gate is None else ext_gate
+        if not 0 <= ext_gate < 1:
+            raise ValueError(f"detection.ext_gate: expected 0 (off) or a score below 1, got {ext_gate}")
+        self.detection = dataclasses.replace(self.config.detection, readout=readout, fusion=fusion, ext_gate=ext_gate)
 
 
 class DoubleHeadRCNN(nn.Module):
@@ -112,9 +115,9 @@ class DoubleHeadRCNN(nn.Module):
             return self.detector(batch, self.transform.targets(targets, before, after))
         return self.transform.detections(self.detector(batch), before, after)
 
-    def set_readout(self, readout: ReadOut, fusion: Fusion | None = None) -> None:
+    def set_readout(self, readout: ReadOut, fusion: Fusion | None = None, ext_gate: float | None = None) -> None:
         """Choose how an Ext model is read out: see `Detector.set_readout`."""
-        self.detector.set_readout(readout, fusion)
+        self.detector.set_readout(readout, fusion, ext_gate)
 
 
 def build_detector(config: ModelConfig, num_classes: int) -> DoubleHeadRCNN:

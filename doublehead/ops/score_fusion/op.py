@@ -48,10 +48,20 @@ def fuse_scores(fc_logits: Tensor, conv_logits: Tensor, method: str = "complemen
     if conv_logits.device != fc_logits.device:
         raise ValueError(f"conv_logits must be on the same device, {fc_logits.device}, got {conv_logits.device}")
     check_fusion("method", method)
-    kernel = native("fuse_scores", fc_logits.device.type)
-    if not kernel and method != "none" and not torch.compiler.is_compiling():
-        return reference.fuse_scores(fc_logits, conv_logits, method)  # its own gradient keeps what ours computes again
+    if method != "none" and not torch.compiler.is_compiling() and not native("fuse_scores", fc_logits.device.type):
+        return _without_kernel(fc_logits, conv_logits, method)
     return _fuse_scores(fc_logits, conv_logits, method)
+
+
+def _without_kernel(fc_logits: Tensor, conv_logits: Tensor, method: str) -> Tensor:
+    """Plain PyTorch: with a gradient of its own, which keeps what ours computes again; without one, in place."""
+    if torch.is_grad_enabled() and (fc_logits.requires_grad or conv_logits.requires_grad):
+        return reference.fuse_scores(fc_logits, conv_logits, method)
+    dtype = compute_dtype(fc_logits, conv_logits)
+    fc, conv = (torch.softmax(logits, dim=-1, dtype=dtype) for logits in (fc_logits, conv_logits))
+    if method == "complementary":
+        return conv.mul_(1 - fc).add_(fc)
+    return torch.maximum(fc, conv, out=fc) if method == "max" else fc.add_(conv).div_(2)
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
