@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-STEPS = 10
+STEPS = 8
 
 
 @pytest.fixture

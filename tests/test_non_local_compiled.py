@@ -18,7 +18,7 @@ POINTERS = {
 }
 
 
-def case(function: str, cells: int, dtype: str, width: int, softmax: bool) -> Case:
+def case(function: str, cells: int, dtype: str, width: int, softmax: bool, precision: str = "ieee") -> Case:
     """The kernel as its launcher would have it."""
     from doublehead.ops.non_local import kernel
 
@@ -27,7 +27,7 @@ def case(function: str, cells: int, dtype: str, width: int, softmax: bool) -> Ca
     others = {"statistics": "*fp32", "count": "*i64"}
     signature = {name: others.get(name, f"*{dtype}") for name in POINTERS[function]}
     signature |= {"cells": "i32", "groups": "i32", "scale": "fp32"}
-    constants = kernel.constants(chosen, width, softmax, "ieee")
+    constants = kernel.constants(chosen, width, softmax, precision)
     if width == 512:  # a single group: Triton makes a constant of every integer that is 1
         del signature["groups"]
         constants["groups"] = 1
@@ -53,3 +53,11 @@ def test_no_spills(cells, dtype, archs, variants):
         assert compiled.stack == compiled.local == 0, about
         assert compiled.shared <= SHARED_LIMIT[compiled.arch], about
         assert compiled.wgmma == (compiled.arch == 90 and dtype == "bf16"), about
+
+
+def test_tf32_does_not_spill():
+    for compiled in compile_cases(
+        [case(name, 49, "fp32", 128, False, "tf32") for name in ("forward", "backward_whole")]
+    ):
+        assert compiled.stack == compiled.local == 0, compiled
+        assert compiled.shared <= SHARED_LIMIT[compiled.arch], compiled
