@@ -215,7 +215,7 @@ def test_every_operator_has_reference_and_fake():
 def test_every_operator_with_a_cpu_kernel_uses_it():
     sources = "".join(path.read_text() for path in (ROOT / "csrc").glob("*/cpu.cpp"))
     implemented = set(re.findall(r'\bimpl\("(\w+)"', sources))
-    assert implemented == {name for name in _library.SCHEMAS if _library.native(name, "cpu")}
+    assert implemented == {name for name in _library.SCHEMAS if _library.native(name, "cpu")} - _library.CPU_KERNELS
     assert implemented, "no CPU kernel at all"
 
 
