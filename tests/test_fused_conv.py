@@ -140,11 +140,11 @@ def cases() -> list[Case]:
     pointers = ("x", "second", "weight", "bias", "residual", "count", "out")
     numbers = ("rows", "channels", "second_channels", "out_channels", "height", "width")
 
-    def case(dtype, precision="ieee", taps=1, mean=False, without=()):
+    def case(dtype, precision="ieee", taps=1, mean=False, without=(), ones=()):
         tile = tile_of(dtype, mean)
         name = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
         signature = {key: name for key in pointers} | {"count": "*i64"} | {key: "i32" for key in numbers}
-        constants = {key: None for key in without}
+        constants = {key: None for key in without} | {key: 1 for key in ones}  # a launch makes a 1 a constant
         constants |= {"TAPS": taps, "RELU": True, "MEAN": mean, "FILL": False, "PRECISION": precision}
         constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
         return Case(
@@ -157,6 +157,7 @@ def cases() -> list[Case]:
         case(torch.bfloat16, without=("residual",)),
         case(torch.bfloat16, taps=9, without=("second", "residual")),
         case(torch.bfloat16, mean=True, without=("second",)),
+        case(torch.bfloat16, without=("second", "count"), ones=("height", "width")),  # as the non-local block calls it
         case(torch.float32, "tf32", without=("second",)),
         case(torch.float32, taps=9, without=("second", "residual")),
     ]

@@ -100,7 +100,9 @@ def _candidates(
     takes_part &= (x2 - x1 >= min_size) & (y2 - y1 >= min_size)
 
     number = takes_part.to(tl.int32)
-    place = row * slots + tl.cumsum(number, 0) - 1
+    rank = tl.cumsum(number, 0) - 1
+    takes_part &= rank < slots  # true by `candidate_slots`; were it not, no other row may suffer
+    place = row * slots + rank
     tl.store(boxes + place * 4, x1, mask=takes_part)
     tl.store(boxes + place * 4 + 1, y1, mask=takes_part)
     tl.store(boxes + place * 4 + 2, x2, mask=takes_part)
