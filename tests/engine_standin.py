@@ -55,8 +55,8 @@ class TinyDetector(nn.Module):
         losses = [self._losses(image, target) for image, target in zip(images, targets, strict=True)]
         return {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
 
-    def set_readout(self, readout, fusion=None):
-        self.readout = (readout, fusion)
+    def set_readout(self, readout, fusion=None, ext_gate=None):
+        self.readout = (readout, fusion, ext_gate)
 
     def _outputs(self, image):
         x = self.features(F.interpolate(image[None].float() / 255, (32, 32), mode="bilinear"))

@@ -278,13 +278,14 @@ def test_results_file_is_what_pycocotools_reads(saved, tmp_path, capsys):
 
 def test_readout_and_fusion_reach_the_model():
     trained = DetectionConfig(readout="split", fusion="max")
-    for readout, fusion, expected in (
-        ("fc", None, ("fc", "max")),
-        (None, "average", ("fused", "average")),  # a fusion is for the fused read-out
-        ("fused", "none", ("fused", "none")),
+    for readout, fusion, gate, expected in (
+        ("fc", None, None, ("fc", "max", None)),
+        (None, "average", None, ("fused", "average", None)),  # a fusion is for the fused read-out
+        ("fused", "none", None, ("fused", "none", None)),
+        (None, None, 0.01, ("split", "max", 0.01)),
     ):
         model = TinyDetector(3)
-        set_readout(model, Options("x", readout=readout, fusion=fusion), trained)
+        set_readout(model, Options("x", readout=readout, fusion=fusion, ext_gate=gate), trained)
         assert model.readout == expected
     model = TinyDetector(3)
     set_readout(model, Options("x"), trained)
