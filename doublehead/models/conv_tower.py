@@ -193,7 +193,10 @@ class ConvTower(nn.Sequential):
     def _infer(self, x: Tensor, count: Tensor | None) -> Tensor:
         dtype, size = compute_dtype(x), x.shape[2:]
         tensors = [*self.parameters(), *self.buffers()]
-        kinds, folded = self._folded.get(tensors, dtype, lambda: self._fold(dtype))
+        if torch.compiler.is_compiling():  # part of the graph; torch 2.11 does not trace the lambda below
+            kinds, folded = self._fold(dtype)
+        else:
+            kinds, folded = self._folded.get(tensors, dtype, lambda: self._fold(dtype))
         x = x.to(dtype, memory_format=torch.channels_last)
         non_local = [block for block in self.blocks if isinstance(block, NonLocalBlock)]
         attention = attention_arguments(non_local[0], size) if non_local else {}

@@ -64,9 +64,12 @@ class FCTower(nn.Sequential):
         if needs_grad or not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
         dtype = compute_dtype(x)
-        weight1, bias1, weight2, bias2 = self._folded.get(
-            self.parameters(), (dtype, x.shape[1:]), lambda: self._fold(dtype, x.shape[1:])
-        )
+        if torch.compiler.is_compiling():  # part of the graph; torch 2.11 does not trace the lambda below
+            folded = self._fold(dtype, x.shape[1:])
+        else:
+            kind = (dtype, x.shape[1:])
+            folded = self._folded.get(self.parameters(), kind, lambda: self._fold(dtype, x.shape[1:]))
+        weight1, bias1, weight2, bias2 = folded
         cells = x.to(dtype).permute(0, 2, 3, 1).flatten(1)
         return linear(linear(cells, weight1, bias1).relu_(), weight2, bias2).relu_()
 

@@ -56,7 +56,7 @@ def _check(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int], count: T
         raise ValueError(f"x must have shape [N, C, H, W], got {list(x.shape)}")
     if not blocks or blocks[0] not in (Block.WIDENING, Block.WIDENING_SHORTCUT_RELU):
         raise ValueError(f"blocks must begin with a widening one, got {[Block(block).name for block in blocks]}")
-    wanted = sum(TENSORS[Block(block)] for block in blocks)
+    wanted = sum(TENSORS[block] for block in blocks)
     if len(tensors) != wanted:
         raise ValueError(f"tensors must be {wanted} weights and biases for these blocks, got {len(tensors)}")
     for index, tensor in enumerate(tensors):
