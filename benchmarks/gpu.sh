@@ -44,7 +44,7 @@ stage_nms() { measure benchmarks/test_bench_nms.py; }
 stage_roi_align() { measure benchmarks/test_bench_roi_align.py -k "not batches"; }
 stage_roi_batches() { measure benchmarks/test_bench_roi_align.py -k "batches"; }
 stage_non_local() { measure benchmarks/test_bench_non_local.py; }
-stage_conv_head() { measure benchmarks/test_bench_conv_head.py; }
+stage_conv_head() { measure benchmarks/test_bench_{conv_head,fused_conv,batch_norm}.py; }
 stage_detections() { measure benchmarks/test_bench_detections.py benchmarks/test_bench_score_fusion.py; }
 stage_plot() { "$python" benchmarks/plot.py; }
 
