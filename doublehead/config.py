@@ -14,7 +14,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-HeadKind = Literal["fc", "conv", "double_fc", "double_conv", "double_head", "double_head_reverse", "double_head_ext"]
+HeadKind = Literal[
+    "fc", "conv", "double_fc", "double_conv", "double_head", "double_head_reverse", "double_head_ext", "conv5"
+]
 Norm = Literal["frozen_batch_norm", "batch_norm", "group_norm"]
 Fusion = Literal["complementary", "max", "average", "none"]
 ReadOut = Literal["fused", "split", "fc", "conv"]
@@ -22,7 +24,7 @@ ReadOut = Literal["fused", "split", "fc", "conv"]
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """ResNet with a feature pyramid (torchvision's modules)."""
+    """ResNet (torchvision's modules), with a feature pyramid or cut before its last stage."""
 
     name: Literal["resnet18", "resnet50", "resnet101"] = "resnet50"
     norm: Norm = "frozen_batch_norm"
@@ -30,12 +32,15 @@ class BackboneConfig:
     norm_eps: float = 1e-5
     """Of the batch norms (torchvision's COCO_V1 detectors need 0)."""
     weights: str | None = "imagenet"
-    """`imagenet` (torchvision downloads them), the path of a ResNet state_dict, or None: from scratch."""
+    """`imagenet` (torchvision downloads them), the path of a ResNet state_dict, a detector's model.safetensors (its
+    backbone and pyramid are taken), or None: from scratch."""
     frozen_stages: int = 2
     """How many of stem, layer1 .. layer4 are not trained (2: stem and layer1)."""
     fpn_channels: int = 256
     fpn_norm: bool = False
     """Normalise the pyramid's convolutions too: what a detector trained from scratch needs (He et al. 2019)."""
+    neck: Literal["fpn", "none"] = "fpn"
+    """`fpn`: maps P2 .. P6; `none`: C4 alone, for head.kind `conv5`."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class RPNConfig:
     """Region proposal network (Ren et al. 2015, on a pyramid)."""
 
     anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
-    """One anchor side in pixels for each pyramid level P2, P3, ..."""
+    """One anchor side in pixels for each pyramid level P2, P3, ...; without a pyramid all of them on its one map."""
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     positive_iou: float = 0.7
     negative_iou: float = 0.3
@@ -96,7 +101,10 @@ class NonLocalConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The heads: which kinds, how wide, how deep (PAPER Figure 1, Tables 1 and 2)."""
+    """The heads: which kinds, how wide, how deep (PAPER Figure 1, Tables 1 and 2).
+
+    `conv5` is the head of a backbone without a pyramid: the ResNet's last stage, which has its own width and depth.
+    """
 
     kind: HeadKind = "double_head_ext"
     fc_dim: int = 1024

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..config import Fusion, ModelConfig, ReadOut
-from .backbone import ResNetFPN
+from .backbone import build_backbone
 from .detections import detect, resolve_sources
 from .heads import Heads
 from .images import ImageTransform
@@ -38,10 +38,11 @@ class Detector(nn.Module):
             raise ValueError(f"num_classes: expected at least 2 (background and one class), got {num_classes}")
         self.config = config
         self.num_classes = num_classes
-        self.backbone = ResNetFPN(config.backbone)
-        self.rpn = RPN(config.rpn, config.backbone.fpn_channels)
-        self.heads = Heads(config.head, config.roi, config.backbone.fpn_channels, num_classes)
-        self.roi_pooling = RoIPooling(config.roi, self.heads.box_scales.values())
+        backbone = build_backbone(config.backbone)
+        self.backbone = backbone.body
+        self.rpn = RPN(config.rpn, backbone.channels, backbone.levels)
+        self.heads = Heads(config.head, config.roi, backbone.channels, num_classes, backbone.conv5)
+        self.roi_pooling = RoIPooling(config.roi, self.heads.box_scales.values(), backbone.strides)
         self.set_readout(config.detection.readout, config.detection.fusion)
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> Detections | dict[str, Tensor]:

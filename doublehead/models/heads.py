@@ -18,7 +18,7 @@ from .structures import at_least_float32
 class Branch(NamedTuple):
     """One head of a kind: its tower, and the tasks it is trained for."""
 
-    tower: Literal["fc", "conv"]
+    tower: Literal["fc", "conv", "conv5"]
     classifies: bool
     regresses: bool
 
@@ -31,8 +31,9 @@ BRANCHES: dict[HeadKind, dict[str, Branch]] = {
     "double_head": {"fc": Branch("fc", True, False), "conv": Branch("conv", False, True)},
     "double_head_reverse": {"fc": Branch("fc", False, True), "conv": Branch("conv", True, False)},
     "double_head_ext": {"fc": Branch("fc", True, True), "conv": Branch("conv", True, True)},
+    "conv5": {"conv5": Branch("conv5", True, True)},
 }
-"""Branch name -> branch, for every kind of PAPER Table 1 and Ext."""
+"""Branch name -> branch, for every kind of PAPER Table 1, Ext, and the C4 baseline of Table 4."""
 
 
 class HeadOutput(NamedTuple):
@@ -83,15 +84,19 @@ class FCTower(nn.Sequential):
         return [tensor.to(dtype) for tensor in (weight, first.bias, second.weight, second.bias)]
 
 
+class Conv5Tower(nn.Sequential):
+    """A ResNet's last stage and the average over cells: `Tensor[N, C, S, S]` -> `Tensor[N, 2 C]`."""
+
+    def __init__(self, conv5: nn.Module) -> None:
+        super().__init__(conv5, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 class Head(nn.Module):
     """A tower with a linear classifier, a linear class-specific box regressor, or both."""
 
-    def __init__(self, branch: Branch, config: HeadConfig, channels: int, size: int, num_classes: int) -> None:
+    def __init__(self, branch: Branch, tower: nn.Module, dim: int, num_classes: int) -> None:
         super().__init__()
-        if branch.tower == "fc":
-            self.tower, dim = FCTower(channels, size, config.fc_dim), config.fc_dim
-        else:
-            self.tower, dim = ConvTower(channels, config), config.conv_dim
+        self.tower = tower
         self.classifier = _linear(dim, num_classes, std=0.01) if branch.classifies else None
         self.regressor = _linear(dim, 4 * num_classes, std=0.001) if branch.regresses else None
 
@@ -107,16 +112,36 @@ class Head(nn.Module):
 
 
 class Heads(nn.ModuleDict):
-    """All heads of a kind; each sees the RoIs at its own box scale."""
+    """All heads of a kind; each sees the RoIs at its own box scale.
 
-    def __init__(self, config: HeadConfig, roi: RoIConfig, channels: int, num_classes: int) -> None:
+    Args:
+        config: kind, widths, depth.
+        roi: how RoIs are pooled.
+        channels: of the pooled maps.
+        num_classes: classes with background.
+        conv5: the ResNet's last stage, where the backbone has no pyramid.
+
+    Raises:
+        ValueError: an unknown kind, or one that does not go with the backbone.
+    """
+
+    def __init__(
+        self, config: HeadConfig, roi: RoIConfig, channels: int, num_classes: int, conv5: nn.Module | None = None
+    ) -> None:
         if config.kind not in BRANCHES:
             raise ValueError(f"head.kind: expected one of {', '.join(BRANCHES)}, got {config.kind!r}")
+        if (config.kind == "conv5") != (conv5 is not None):
+            raise ValueError(f"head.kind: 'conv5' and backbone.neck 'none' need each other, got kind {config.kind!r}")
+        build = {
+            "fc": lambda: (FCTower(channels, roi.output_size, config.fc_dim), config.fc_dim),
+            "conv": lambda: (ConvTower(channels, config), config.conv_dim),
+            "conv5": lambda: (Conv5Tower(conv5), 2 * channels),
+        }
         branches = BRANCHES[config.kind]
         super().__init__(
-            {name: Head(branch, config, channels, roi.output_size, num_classes) for name, branch in branches.items()}
+            {name: Head(branch, *build[branch.tower](), num_classes) for name, branch in branches.items()}
         )
-        scale_of = {"fc": roi.fc_box_scale, "conv": roi.conv_box_scale}
+        scale_of = {"fc": roi.fc_box_scale, "conv": roi.conv_box_scale, "conv5": 1.0}
         self.box_scales = {name: scale_of[branch.tower] for name, branch in branches.items()}
 
     def forward(

@@ -8,18 +8,18 @@ from torch import Tensor, nn
 
 from ..config import RoIConfig
 from ..ops import multiscale_roi_align
-from .backbone import STRIDES
 
 
 class RoIPooling(nn.Module):
-    """RoIAlign over P2 .. P5, for all images, levels and box scales in one call.
+    """RoIAlign over P2 .. P5 (or C4), for all images, levels and box scales in one call.
 
     The two heads may look at boxes enlarged by different factors (`fc_box_scale`,
     `conv_box_scale`); the level is chosen from the box as proposed.
     """
 
-    def __init__(self, config: RoIConfig, box_scales: Iterable[float]) -> None:
+    def __init__(self, config: RoIConfig, box_scales: Iterable[float], strides: Sequence[int] = (4, 8, 16, 32)) -> None:
         super().__init__()
+        self.strides = tuple(strides)
         self.config = config
         self.box_scales = tuple(sorted(set(box_scales)))
 
@@ -29,7 +29,7 @@ class RoIPooling(nn.Module):
         """Pool every box once per box scale.
 
         Args:
-            features: P2 .. P5 (further levels are left out), each `Tensor[B, C, H, W]`.
+            features: one per stride (further levels are left out), each `Tensor[B, C, H, W]`.
             boxes: `Tensor[B, R, 4]`, or `Tensor[K, 5]` with the number of the image first.
             box_scales: some of the heads' scales; None: all.
 
@@ -39,10 +39,10 @@ class RoIPooling(nn.Module):
         size = self.config.output_size
         box_scales = self.box_scales if box_scales is None else tuple(box_scales)
         pooled = multiscale_roi_align(
-            list(features[: len(STRIDES)]),
+            list(features[: len(self.strides)]),
             boxes,
             (size, size),
-            spatial_scales=[1 / stride for stride in STRIDES],
+            spatial_scales=[1 / stride for stride in self.strides],
             sampling_ratio=self.config.sampling_ratio,
             aligned=self.config.aligned,
             box_scales=box_scales,

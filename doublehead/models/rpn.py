@@ -18,19 +18,31 @@ BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
 
 class RPN(nn.Module):
-    """A 3x3 convolution and two 1x1 outputs on every pyramid level, then NMS within each level."""
+    """A 3x3 convolution and two 1x1 outputs on every level, then NMS within each level.
 
-    def __init__(self, config: RPNConfig, channels: int) -> None:
+    Args:
+        config: anchors, sampling, limits.
+        channels: of every map.
+        levels: how many maps: one for each anchor size, or 1, which then has all sizes.
+
+    Raises:
+        ValueError: another number of levels.
+    """
+
+    def __init__(self, config: RPNConfig, channels: int, levels: int = 5) -> None:
         super().__init__()
         self.config = config
-        anchors = len(config.aspect_ratios)
+        cells = torch.stack([cell_anchors(size, config.aspect_ratios) for size in config.anchor_sizes])
+        if levels not in (1, len(cells)):
+            raise ValueError(f"rpn.anchor_sizes: expected one for each of {levels} levels, got {len(cells)}")
+        cells = cells.view(levels, -1, 4)
+        anchors = cells.shape[1]
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.objectness = nn.Conv2d(channels, anchors, 1)
         self.deltas = nn.Conv2d(channels, 4 * anchors, 1)
         for layer in (self.conv, self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
-        cells = torch.stack([cell_anchors(size, config.aspect_ratios) for size in config.anchor_sizes])
         self.register_buffer("cells", cells, persistent=False)
 
     def forward(
