@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from doublehead.config import DataConfig, Fusion, ReadOut
+from doublehead.config import Fusion, ReadOut
+from doublehead.engine.data_options import EvaluationData, data_config
 from doublehead.engine.errors import UserError, shown_to_user
 
 PROGRAM = "python -m doublehead.evaluate"
-
-
-@dataclass(frozen=True)
-class EvaluationData:
-    """Which images; what is not given is as it was in training."""
-
-    root: str | None = None
-    """Folder of the data set."""
-    format: Literal["shapes", "coco", "voc"] | None = None
-    val_split: str | None = None
-    val_images: int | None = None
-    """Use only the first N images."""
-    image_size: int | None = None
-    """Side of a generated image (shapes only)."""
-    on_bad_record: Annotated[Literal["error", "skip"] | None, tyro.conf.arg(aliases=("--on-bad-record",))] = None
-    """What to do with a broken image or annotation: stop with its name, or leave it out and count it."""
-    workers: int | None = None
-    """Loader processes per rank."""
 
 
 @dataclass(frozen=True)
@@ -93,25 +76,6 @@ def run(options: Options) -> None:
             say(format_metrics(metrics))
             if options.out:
                 say(f"\n{len(results)} detections written to {options.out}")
-
-
-def data_config(trained: DataConfig, given: EvaluationData) -> DataConfig:
-    """The data of training, changed by what the command line gave.
-
-    Raises:
-        UserError: the data set's folder is not given, or the one of training is not there.
-    """
-    changes = {f.name: getattr(given, f.name) for f in fields(given) if getattr(given, f.name) is not None}
-    config = replace(trained, **changes)
-    if config.format == "shapes":
-        return config
-    if given.root is None and config.format != trained.format:
-        raise UserError(f"--data.format {config.format} needs --data.root: training was on {trained.format}")
-    if config.root is None:
-        raise UserError(f"--data.root is missing: the folder of the {config.format} data set")
-    if given.root is None and not Path(config.root).is_dir():
-        raise UserError(f"the data set of training, {config.root}, is not here: give --data.root")
-    return config
 
 
 def check_output(path: str | None) -> None:

@@ -138,9 +138,7 @@ class Heads(nn.ModuleDict):
             "conv5": lambda: (Conv5Tower(conv5), 2 * channels),
         }
         branches = BRANCHES[config.kind]
-        super().__init__(
-            {name: Head(branch, *build[branch.tower](), num_classes) for name, branch in branches.items()}
-        )
+        super().__init__({name: Head(branch, *build[branch.tower](), num_classes) for name, branch in branches.items()})
         scale_of = {"fc": roi.fc_box_scale, "conv": roi.conv_box_scale, "conv5": 1.0}
         self.box_scales = {name: scale_of[branch.tower] for name, branch in branches.items()}
 
