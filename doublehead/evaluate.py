@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from doublehead.config import Fusion, ReadOut
-from doublehead.engine.data_options import EvaluationData, data_config
-from doublehead.engine.errors import UserError, shown_to_user
+from doublehead.config import Fusion, ReadOut, to_dict
+from doublehead.engine.data_options import EvaluationData, check_output, data_config
+from doublehead.engine.errors import shown_to_user
 
 PROGRAM = "python -m doublehead.evaluate"
 
@@ -32,6 +30,8 @@ class Options:
     """Of an Ext model read out as `fused`: leave out RoIs whose best fc-score is not above this; approximate."""
     out: str | None = None
     """Write the detections to this file, in COCO's submission format."""
+    metrics: str | None = None
+    """Write the metrics to this file; RUN/metrics-NAME.json counts in `python -m doublehead.tables`."""
     device: str = "auto"
     """`auto`: CUDA where there is one, else CPU."""
 
@@ -54,6 +54,7 @@ def run(options: Options) -> None:
     from doublehead.engine.logs import counted_warnings, say
 
     check_output(options.out)
+    check_output(options.metrics, "--metrics")
     with join_world(options.device) as world, counted_warnings(shown=world.is_main):
         model, recipe, classes, _ = load_model(options.checkpoint)
         with config_errors():
@@ -72,23 +73,13 @@ def run(options: Options) -> None:
         )
         if options.out:
             world.on_main(lambda: write_json(options.out, results, indent=None))
+        if options.metrics:
+            how = {"detection": readout_used(model), "data": to_dict(data)}
+            world.on_main(lambda: write_json(options.metrics, how | metrics))
         if world.is_main:
             say(format_metrics(metrics))
             if options.out:
                 say(f"\n{len(results)} detections written to {options.out}")
-
-
-def check_output(path: str | None) -> None:
-    """Refuse a results file that cannot be written, before the work and not after it.
-
-    Raises:
-        UserError: its folder does not exist or is closed, or it is a folder itself.
-    """
-    if path is None:
-        return
-    folder = Path(path).parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(path).is_dir():
-        raise UserError(f"--out {path}: cannot be written: give a file in a folder that exists and is writable")
 
 
 def set_readout(model, options: Options, trained) -> None:
@@ -96,6 +87,12 @@ def set_readout(model, options: Options, trained) -> None:
     if options.readout or options.fusion or options.ext_gate is not None:
         readout = options.readout or ("fused" if options.fusion else trained.readout)
         model.set_readout(readout, options.fusion or trained.fusion, options.ext_gate)
+
+
+def readout_used(model) -> dict[str, str | float]:
+    """The part of `DetectionConfig` that the command line may change."""
+    used = model.detector.detection
+    return {"readout": used.readout, "fusion": used.fusion, "ext_gate": used.ext_gate}
 
 
 if __name__ == "__main__":

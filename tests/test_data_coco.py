@@ -52,6 +52,22 @@ def test_training_leaves_out_what_it_cannot_learn_from(coco):
     assert build_dataset(coco.config(), "val").image_ids == [10, 20, 30]
 
 
+def test_a_test_split_has_no_boxes_and_other_names(coco):
+    """As COCO publishes test-dev2017: image_info_*.json without annotations, images in test2017."""
+    coco.config()
+    content = {key: value for key, value in coco.content.items() if key != "annotations"}
+    (coco.root / "annotations" / "image_info_test-dev2017.json").write_text(json.dumps(content))
+    (coco.root / "val").rename(coco.root / "test2017")
+    data = build_dataset(DataConfig("coco", str(coco.root), val_split="test-dev2017"), "val")
+    assert data.image_ids == [10, 20, 30] and boxes_of(data) == [[], [], []]
+    assert data[1][0].shape == (3, 40, 30) and data.coco_ground_truth()["annotations"] == []
+    instances = coco.json_file("train")
+    del coco.content["annotations"]
+    instances.write_text(json.dumps(coco.content))
+    with pytest.raises(DataError, match="no list 'annotations'"):  # of a split that should have boxes
+        build_dataset(DataConfig("coco", str(coco.root), train_split="train"), "train")
+
+
 def test_ground_truth_is_the_file(coco):
     truth = build_dataset(coco.config(), "val").coco_ground_truth()
     found = [{k: v for k, v in a.items() if k != "ignore"} for a in truth["annotations"]]

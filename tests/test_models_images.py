@@ -1,11 +1,15 @@
 """Normalising, resizing and padding, and the way back."""
 
+import dataclasses
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from doublehead.config import BackboneConfig, HeadConfig, ImageConfig, ModelConfig
+from doublehead.config import BackboneConfig, HeadConfig, ImageConfig, ModelConfig, Recipe
+from doublehead.engine.checkpoint import save_model
 from doublehead.models import build_detector
 from doublehead.models.backbone import ResNetFPN
 from doublehead.models.images import ImageTransform
@@ -115,6 +119,31 @@ def test_backbone_weights_from_a_file(tmp_path):
     bad = ModelConfig(backbone=BackboneConfig("resnet18", weights=str(tmp_path / "part.pt")))
     with pytest.raises(ValueError, match="missing"):
         build_detector(bad, 3)
+
+
+def test_backbone_weights_from_a_detector(tmp_path):
+    """As fine-tuning does: body and pyramid are taken, live batch norms may become frozen ones."""
+    small = BackboneConfig("resnet18", "batch_norm", weights=None, fpn_channels=16, fpn_norm=True)
+    recipe = Recipe(model=ModelConfig(backbone=small, head=HeadConfig("fc", fc_dim=8)))
+    trained = build_detector(recipe.model, 3)
+    path = tmp_path / "model.safetensors"
+    save_model(path, trained, recipe, ["a", "b"], [1, 2], 0)
+    frozen = dataclasses.replace(small, norm="frozen_batch_norm", weights=str(path))
+    model = build_detector(ModelConfig(backbone=frozen, head=HeadConfig("conv", conv_dim=16)), 7).detector.backbone
+    pixels = torch.rand(1, 3, 64, 64)
+    for found, expected in zip(model.eval()(pixels), trained.eval().detector.backbone(pixels), strict=True):
+        torch.testing.assert_close(found, expected)
+
+    def refused(message, **changes):
+        with pytest.raises(ValueError, match=message):
+            build_detector(ModelConfig(backbone=dataclasses.replace(frozen, **changes), head=HeadConfig("fc")), 3)
+
+    save_file({"detector.backbone.body.conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "other.safetensors")
+    refused("does not fit.*size mismatch", fpn_channels=32)
+    refused("does not fit: missing", norm="batch_norm", fpn_norm=False, weights=str(tmp_path / "other.safetensors"))
+    refused("only start a backbone with neck 'fpn'", neck="none")
+    path.write_bytes(path.read_bytes()[:1000])
+    refused("not a safetensors file, or truncated")
 
 
 @pytest.mark.parametrize("norm, kind", [("batch_norm", nn.BatchNorm2d), ("group_norm", nn.GroupNorm)])

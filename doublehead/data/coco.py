@@ -1,8 +1,10 @@
 """COCO JSON: `<root>/annotations/instances_<split>.json`, images in `<root>/<split>` or `<root>/images/<split>`.
 
 The split `train` also finds `instances_train2017.json` where that is the only year present.  Classes are the file's
-categories by ascending id; ids may be sparse.  Boxes are x, y, width, height from the image's corner: here
-(x, y, x + width, y + height).  `height` and `width` of an image, `area` and `iscrowd` of an annotation may be missing.
+categories by ascending id; ids may be sparse.  A test split has no boxes: `image_info_<split>.json`, and its images may
+lie in the folder of another subset (test-dev2017 is part of test2017).  Boxes are x, y, width, height from the image's
+corner: here (x, y, x + width, y + height).  `height` and `width` of an image, `area` and `iscrowd` of an annotation may
+be missing.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ def read_coco(
         DataError: file or folder missing, invalid JSON, not a COCO file, repeated category.
     """
     path, split = _find(root, split)
-    content = _load(path)
-    folder = next((at for at in (root / split, root / "images" / split) if at.is_dir()), None)
+    content = _load(path, has_boxes=path.name.startswith("instances_"))
+    subset = re.sub(r"-dev(?=\d{4}$)", "", split)
+    places = [place / name for name in dict.fromkeys((split, subset)) for place in (root, root / "images")]
+    folder = next((place for place in places if place.is_dir()), None)
     if folder is None:
         raise DataError(f"{root / split}: no such folder, nor {root / 'images' / split}; the images of {path} are "
                         "looked for there", "missing folder")  # fmt: skip
@@ -44,6 +48,8 @@ def read_coco(
 def _find(root: Path, split: str) -> tuple[Path, str]:
     folder = root / "annotations"
     found = sorted(path.stem.removeprefix("instances_") for path in folder.glob("instances_*.json"))
+    if split not in found and (folder / f"image_info_{split}.json").is_file():
+        return folder / f"image_info_{split}.json", split
     if split not in found:
         years = [name for name in found if re.fullmatch(re.escape(split) + r"\d{4}", name)]
         if len(years) != 1:
@@ -54,13 +60,15 @@ def _find(root: Path, split: str) -> tuple[Path, str]:
     return folder / f"instances_{split}.json", split
 
 
-def _load(path: Path) -> dict[str, list[Any]]:
+def _load(path: Path, has_boxes: bool = True) -> dict[str, list[Any]]:
     try:
         content = json.loads(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # JSONDecodeError tells line and column
         raise DataError(f"{path}: invalid JSON: {error}", "invalid JSON") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}", "missing file") from error
+    if not has_boxes and isinstance(content, dict):
+        content.setdefault("annotations", [])
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(f"{path}: no list '{key}' at the top level: not COCO instances", "invalid JSON")

@@ -34,12 +34,12 @@ class NonFiniteLossError(UserError):
 
 @contextlib.contextmanager
 def config_errors() -> Iterator[None]:
-    """Inside, a `ValueError` is a mistake in the configuration, so it becomes a `UserError`."""
+    """Inside, a `ValueError` is a mistake in the configuration, so it becomes a `UserError`; so is a missing file."""
     try:
         yield
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
 
 

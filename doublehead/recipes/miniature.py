@@ -13,7 +13,8 @@ from doublehead.config import DataConfig, HeadKind, LossConfig, ModelConfig, Rec
 
 from .small import SHAPES_ANCHORS, SMALL_TRAINING, small_model
 
-START = "runs/miniature/start/model.safetensors"
+START_FOLDER = "runs/miniature/start"
+START = f"{START_FOLDER}/model.safetensors"
 MINIATURES: dict[HeadKind, str] = {
     "fc": "miniature-fc",
     "conv": "miniature-conv",
@@ -31,7 +32,7 @@ def miniature_recipes() -> list[Recipe]:
     return [
         Recipe(
             name,
-            f"the paper in miniature: {kind} on generated shapes",
+            f"the paper in miniature: {kind} on generated shapes; first: shapes-ext --out {START_FOLDER}",
             _model(kind),
             DataConfig("shapes", train_images=2000, val_images=400),
             replace(SMALL_TRAINING, milestones=(350, 440), warmup_steps=25, checkpoint_every=0),

@@ -1,0 +1,208 @@
+"""The paper's tables beside what runs gave: collects finished runs, compares, prints.
+
+A run counts for a row when its recipe is the row's: the same model, data and training, whatever the seed, the device
+and where things lie.  A run that was changed by other options is named, and left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from doublehead.config import DataConfig, Recipe, from_dict, to_dict
+from doublehead.engine.errors import UserError
+from doublehead.engine.files import RECIPE_FILE, read_recipe
+from doublehead.paper import Row, Table
+from doublehead.recipes import RECIPES
+
+_ANYWHERE = {"train": {"seed", "device", "log_every", "checkpoint_every", "eval_every"},
+             "data": {"root", "workers", "on_bad_record"}}  # fmt: skip
+"""What does not make another training of a recipe."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One measurement of one run."""
+
+    recipe: Recipe
+    """With the data and the read-out it was measured with."""
+    metrics: dict[str, Any]
+    folder: Path
+
+
+@dataclass
+class Found:
+    """What a folder of runs holds."""
+
+    evaluations: list[Evaluation] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What was left out, and why."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Runs of one row, in percent: mean over the runs and sample standard deviation (None with one run)."""
+
+    mean: float | None = None
+    std: float | None = None
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return ""
+        return f"{self.mean:.1f}" + (f" ±{self.std:.1f}" if self.std is not None else "")
+
+
+def collect(root: str | Path) -> Found:
+    """Every finished run in `root`, at any depth: its own metrics and those of `evaluate --metrics RUN/metrics-*.json`.
+
+    Raises:
+        UserError: `root` is no folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"--runs {root}: no such folder")
+    found = Found()
+    for path in sorted(root.rglob(RECIPE_FILE)):
+        _collect_run(path.parent, found)
+    return found
+
+
+def _collect_run(folder: Path, found: Found) -> None:
+    try:
+        recipe = read_recipe(folder)
+    except UserError as error:
+        found.notes.append(f"{error}: left out")
+        return
+    files = [path for path in [folder / "metrics.json", *sorted(folder.glob("metrics-*.json"))] if path.is_file()]
+    if not files:
+        found.notes.append(f"{folder}: not finished, left out")
+    for path in files:
+        try:
+            metrics = json.loads(path.read_text(encoding="utf-8"))
+            found.evaluations.append(Evaluation(_as_measured(recipe, metrics), metrics, folder))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            found.notes.append(f"{path}: not the metrics of an evaluation ({error}), left out")
+    if files and (changes := changed_fields(recipe, RECIPES.get(recipe.name))):
+        found.notes.append(f"{folder}: {recipe.name} with other {', '.join(changes)}: counts for no row of that name")
+
+
+def _as_measured(recipe: Recipe, metrics: dict[str, Any]) -> Recipe:
+    """`recipe` with the data and read-out that the metrics file names; without them, its own."""
+    detection = replace(recipe.model.detection, **metrics.get("detection", {}))
+    data = from_dict(to_dict(recipe.data) | metrics.get("data", {}), DataConfig)
+    return replace(recipe, model=replace(recipe.model, detection=detection), data=data)
+
+
+def changed_fields(recipe: Recipe, original: Recipe | None) -> list[str]:
+    """The options in which `recipe` is another training than `original`; empty without an original."""
+    if original is None:
+        return []
+    return sorted(_differences(_identity(recipe), _identity(original)))
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """What makes a training and its measurement, as nested dicts."""
+    values = to_dict(recipe)
+    for part, names in _ANYWHERE.items():
+        values[part] = {name: value for name, value in values[part].items() if name not in names}
+    return {part: values[part] for part in ("model", "data", "train")}
+
+
+def _differences(one: Any, other: Any, name: str = "") -> Iterable[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in one.keys() | other.keys():
+            yield from _differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
+    elif json.dumps(one) != json.dumps(other):
+        yield name
+
+
+def wanted_recipe(row: Row, table: Table, miniature: bool = False) -> Recipe | None:
+    """What a run of this row must be; None: the row does not exist in miniature."""
+    name = row.miniature if miniature else row.recipe
+    if name is None:
+        return None
+    recipe = RECIPES[name]
+    if row.fusion is not None:
+        detection = replace(recipe.model.detection, fusion=row.fusion)
+        recipe = replace(recipe, model=replace(recipe.model, detection=detection))
+    if table.split is not None and not miniature:
+        recipe = replace(recipe, data=replace(recipe.data, val_split=table.split))
+    return recipe
+
+
+def row_evaluations(row: Row, table: Table, found: Found, miniature: bool = False) -> list[Evaluation]:
+    """The evaluations that count for a row, one for each run."""
+    wanted = wanted_recipe(row, table, miniature)
+    if wanted is None:
+        return []
+    identity = _identity(wanted)
+    matching = [item for item in found.evaluations if _identity(item.recipe) == identity]
+    return list({item.folder: item for item in matching}.values())
+
+
+def cell(evaluations: Sequence[Evaluation], column: str) -> Cell:
+    """Mean and standard deviation of one metric; an evaluation without it does not count."""
+    values = [100 * item.metrics[column] for item in evaluations if item.metrics.get(column) is not None]
+    if not values:
+        return Cell()
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return Cell(mean)
+    return Cell(mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)))
+
+
+def compare(table: Table, found: Found, miniature: bool = False) -> list[list[Any]]:
+    """One line per row: label, recipe, number of runs, then for each column the paper's number and a `Cell`."""
+    lines = []
+    for row in table.rows:
+        evaluations = row_evaluations(row, table, found, miniature)
+        line: list[Any] = [row.label, (row.miniature if miniature else row.recipe) or "", len(evaluations)]
+        for column, published in zip(table.columns, row.published, strict=True):
+            line += [published, cell(evaluations, column)]
+        lines.append(line)
+    return lines
+
+
+def as_text(number: int, table: Table, lines: Sequence[Sequence[Any]], markdown: bool = False) -> str:
+    """The table for reading; a blank means: no run."""
+    header = ["", "recipe", "runs"]
+    for column in table.columns:
+        header += [f"{column} paper", "yours"]
+    rows = [[str(value) for value in line] for line in lines]
+    for row in rows:
+        row[2] = "" if row[2] == "0" else row[2]
+    title = f"Table {number}. {table.title}"
+    if markdown:
+        body = ["| " + " | ".join(header) + " |", "|" + " --- |" * 2 + " ---: |" * (len(header) - 2)]
+        body += ["| " + " | ".join(row) + " |" for row in rows]
+        return "\n".join([f"**{title}**", "", *body, *(["", table.note] if table.note else [])])
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    body = ["  ".join(_aligned(text, width, i) for i, (text, width) in enumerate(zip(row, widths, strict=True)))
+            for row in [header, *rows]]  # fmt: skip
+    return "\n".join([title, "", *(line.rstrip() for line in body), *(["", table.note] if table.note else [])])
+
+
+def as_csv(number: int, table: Table, lines: Sequence[Sequence[Any]]) -> str:
+    """The table for programs: empty where there is no run."""
+    columns = ["table", "row", "recipe", "runs"]
+    for column in table.columns:
+        columns += [f"{column} paper", f"{column} mean", f"{column} std"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for line in lines:
+        row = [number, *line[:3]]
+        for value in line[3:]:
+            row += [value.mean, value.std] if isinstance(value, Cell) else [value]
+        writer.writerow("" if value is None else value for value in row)
+    return text.getvalue().rstrip("\n")
+
+
+def _aligned(text: str, width: int, column: int) -> str:
+    return text.ljust(width) if column < 2 else text.rjust(width)
