@@ -8,9 +8,13 @@ import statistics
 
 import pytest
 
-from doublehead import tables
+from doublehead import evaluate, tables
+from doublehead.analysis.tables import collect
 from doublehead.config import Recipe, to_dict
+from doublehead.data.shapes import CLASSES
+from doublehead.engine.checkpoint import save_model
 from doublehead.engine.smoke import smoke, smoke_recipe
+from doublehead.models import build_detector
 from doublehead.paper import TABLES, rows_of
 from doublehead.recipes import RECIPES
 from doublehead.recipes.miniature import MINIATURES
@@ -128,6 +132,25 @@ def test_one_training_serves_all_fusions(tmp_path, capsys):
     rows, _ = rows_printed(["3", "--runs", str(tmp_path)], capsys)
     found = {label: row["AP mean"] and round(float(row["AP mean"]), 1) for label, row in rows.items()}
     assert found == {"none (fc-head's)": "", "max": 39.9, "average": 40.1, "complementary": 40.3}
+
+
+def test_evaluate_writes_what_tables_reads(tmp_path, capsys):
+    recipe = RECIPES["miniature-double-head-ext"]
+    data = dataclasses.replace(recipe.data, val_images=2, workers=0)
+    backbone = dataclasses.replace(recipe.model.backbone, weights=None)
+    small = dataclasses.replace(recipe, data=data, model=dataclasses.replace(recipe.model, backbone=backbone))
+    folder = tmp_path / "ext"
+    write_run(folder, small, numbers(0.5))
+    save_model(folder / "model.safetensors", build_detector(small.model, 7), small, CLASSES, range(1, 7), 0)
+    evaluate.main([str(folder), "--fusion", "max", "--metrics", str(folder / "metrics-max.json"), "--device", "cpu"])
+    written = json.loads((folder / "metrics-max.json").read_text())
+    assert written["detection"] == {"readout": "fused", "fusion": "max", "ext_gate": 0.0}
+    assert written["data"] == to_dict(data) and 0 <= written["AP"] <= 1
+    of_max = {item.recipe.model.detection.fusion: item.metrics["AP"] for item in collect(tmp_path).evaluations}
+    assert of_max == {"complementary": 0.5, "max": written["AP"]}
+    with pytest.raises(SystemExit):
+        evaluate.main([str(folder), "--metrics", "/nowhere/metrics.json"])
+    assert "--metrics /nowhere/metrics.json: cannot be written" in capsys.readouterr().err
 
 
 def test_test_dev_counts_for_table_5_alone(tmp_path, capsys):
