@@ -34,12 +34,12 @@ class NonFiniteLossError(UserError):
 
 @contextlib.contextmanager
 def config_errors() -> Iterator[None]:
-    """Inside, a `ValueError` is a mistake in the configuration, so it becomes a `UserError`."""
+    """Inside, a `ValueError` or a file that is not there is a mistake in the configuration: a `UserError`."""
     try:
         yield
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
 
 
