@@ -34,7 +34,7 @@ class NonFiniteLossError(UserError):
 
 @contextlib.contextmanager
 def config_errors() -> Iterator[None]:
-    """Inside, a `ValueError` is a mistake in the configuration, so it becomes a `UserError`; so is a missing file."""
+    """Inside, a `ValueError` or a file that is not there is a mistake in the configuration: a `UserError`."""
     try:
         yield
     except UserError:

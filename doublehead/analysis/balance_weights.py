@@ -1,0 +1,304 @@
+"""AP over the balance weights (l_fc, l_conv) of Double-Head-Ext, for its four read-outs (Figure 6).
+
+One training for each cell of the grid, in `OUT/runs/l_fc-0.7-l_conv-0.8`; each finished run is evaluated in four ways,
+which `readouts.json` in its folder remembers.  So a grid that was stopped goes on where it was, and parts of one grid
+may be trained by several commands with the same --out; `--collect` then draws the whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from doublehead.analysis.balance_figure import draw_grid
+from doublehead.analysis.options import BalanceWeights
+from doublehead.analysis.output import output_folder, save_figure, write_csv
+from doublehead.config import ModelConfig, ReadOut, Recipe, TrainConfig, to_dict
+from doublehead.data import build_dataset
+from doublehead.engine.checkpoint import MODEL_FILE, load_model
+from doublehead.engine.distributed import World
+from doublehead.engine.errors import UserError, config_errors
+from doublehead.engine.evaluator import evaluate
+from doublehead.engine.files import RECIPE_FILE, read_recipe, write_json
+from doublehead.engine.logs import say
+from doublehead.engine.run import METRICS_FILE, train
+from doublehead.models.detections import EXT_SOURCES, resolve_sources
+from doublehead.recipes import RECIPES
+
+READOUTS_FILE = "readouts.json"
+NUMBERS = ("AP", "AP50", "AP75")
+WITHOUT_EFFECT = ("data.workers", "train.device", "train.checkpoint_every", "train.log_every", "train.eval_every")
+"""Fields in which two runs may differ and still have learned the same."""
+Results = dict[str, dict[str, float | None]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of the grid."""
+
+    l_fc: float
+    l_conv: float
+    recipe: Recipe
+    folder: Path
+    """Of its run, which may not exist yet."""
+    finished: bool
+
+
+def run(options: BalanceWeights, world: World) -> None:
+    """Train and evaluate what is missing, then write `balance-weights.csv` and `balance-weights.png`.
+
+    Raises:
+        UserError: no Ext recipe, an impossible grid, a folder that holds something else, or data that cannot be used.
+    """
+    recipe = ext_recipe(options)
+    recipes = [cell_recipe(recipe, *weights, options) for weights in grid_weights(options)]
+    out = output_folder(options.out, world)
+    cells = world.on_main(lambda: plan(recipes, out, options.runs))
+    todo = [cell for cell in cells if cell.finished or not options.collect]
+    if world.is_main:
+        _say_plan(cells, todo)
+    bar = tqdm(todo, desc="grid", unit="run", disable=None if world.is_main else True)
+    begun = time.monotonic()
+    for number, cell in enumerate(bar):
+        if world.is_main and not cell.finished:
+            say(f"run {number + 1} of {len(todo)}: l_fc {cell.l_fc}, l_conv {cell.l_conv}{_left(begun, number, todo)}")
+        measure(cell, world)
+    world.on_main(lambda: write_results(cells, out, recipe.name))
+
+
+def ext_recipe(options: BalanceWeights) -> Recipe:
+    """The recipe that the grid changes, with the command line's steps, seed and device.
+
+    Raises:
+        UserError: there is none of this name, it is not of an Ext that joins its classifiers, or a number is too small.
+    """
+    recipe = RECIPES.get(options.recipe)
+    if recipe is None:
+        raise UserError(f"--recipe: there is no recipe {options.recipe!r}; the recipes are: {', '.join(RECIPES)}")
+    kind, fusion = recipe.model.head.kind, recipe.model.detection.fusion
+    if kind != "double_head_ext":
+        raise UserError(f"--recipe {options.recipe}: its head is {kind!r}; only 'double_head_ext' has balance weights")
+    if fusion == "none":
+        raise UserError(f"--recipe {options.recipe}: its detection.fusion is 'none', but Figure 6 (d) needs one")
+    if options.steps is not None and options.steps < 1:
+        raise UserError(f"--steps is {options.steps}, at least 1 is accepted")
+    if options.seed is not None and options.seed < 0:
+        raise UserError(f"--seed is {options.seed}, at least 0 is accepted")
+    training = with_steps(recipe.train, options.steps)
+    seed = training.seed if options.seed is None else options.seed
+    return replace(recipe, train=replace(training, seed=seed, device=options.device))
+
+
+def with_steps(config: TrainConfig, steps: int | None) -> TrainConfig:
+    """`config` for this many steps (None: as it is), its milestones and warm-up in proportion."""
+    if steps is None:
+        return config
+    milestones = tuple(round(step * steps / config.steps) for step in config.milestones)
+    warmup = round(config.warmup_steps * steps / config.steps)
+    return replace(config, steps=steps, milestones=milestones, warmup_steps=warmup)
+
+
+def grid_weights(options: BalanceWeights) -> list[tuple[float, float]]:
+    """Every pair (l_fc, l_conv), in rising order.
+
+    Raises:
+        UserError: an empty axis, or a weight outside of 0 .. 1.
+    """
+    for name, values in (("--l-fc", options.l_fc), ("--l-conv", options.l_conv)):
+        if not values:
+            raise UserError(f"{name}: the grid is empty, give at least one weight")
+        if wrong := [value for value in values if not 0 <= value <= 1]:
+            raise UserError(f"{name}: {wrong[0]} is no balance weight, numbers from 0 to 1 are accepted")
+    return [(l_fc, l_conv) for l_fc in sorted(set(options.l_fc)) for l_conv in sorted(set(options.l_conv))]
+
+
+def cell_recipe(recipe: Recipe, l_fc: float, l_conv: float, options: BalanceWeights) -> Recipe:
+    """`recipe` with these weights, and a read-out that they train.
+
+    Raises:
+        UserError: they train none.
+    """
+    model = replace(recipe.model, loss=replace(recipe.model.loss, l_fc=l_fc, l_conv=l_conv))
+    valid = trained_readouts(model)
+    if not valid:
+        missing = "classifies" if l_fc == 0 else "regresses boxes"
+        raise UserError(f"l_fc {l_fc} with l_conv {l_conv}: no head learns what {missing}; leave the pair out")
+    # The recipe's own read-out if it can be, else as near to the whole as the weights allow.
+    wanted = (model.detection.readout, "fused", "split", "fc", "conv")
+    readout = next(readout for readout in wanted if readout in valid)
+    name = f"{recipe.name}, {_cell_name(l_fc, l_conv)}"
+    return replace(recipe, name=name, model=replace(model, detection=replace(model.detection, readout=readout)))
+
+
+def trained_readouts(model: ModelConfig) -> list[ReadOut]:
+    """The read-outs of an Ext whose classifiers and regressor its loss weights train."""
+    found = []
+    for readout in EXT_SOURCES:
+        try:
+            resolve_sources(model.head.kind, readout, model.detection.fusion, model.loss)
+        except ValueError:
+            continue
+        found.append(readout)
+    return found
+
+
+def _cell_name(l_fc: float, l_conv: float) -> str:
+    return f"l_fc-{l_fc}-l_conv-{l_conv}"
+
+
+def plan(recipes: list[Recipe], out: Path, runs: str | None) -> list[Cell]:
+    """Find each cell's run: finished in `out`, finished in the folder `runs`, or to be trained in `out`.
+
+    Raises:
+        UserError: `runs` is no folder, a run's folder in `out` holds another recipe, or a finished run cannot be
+            written to (its read-outs are kept there).
+    """
+    others = list(finished_runs(runs)) if runs is not None else []
+    cells = []
+    for recipe in recipes:
+        loss = recipe.model.loss
+        folder = out / "runs" / _cell_name(loss.l_fc, loss.l_conv)
+        if (folder / RECIPE_FILE).exists() and (changed := differences(read_recipe(folder), recipe)):
+            raise UserError(f"{folder}: holds a run with {changed[0]}; give another --out, or the options it had")
+        finished = _is_finished(folder)
+        if not finished:
+            same = [path for path, other in others if not differences(other, recipe)]
+            folder, finished = (same[0], True) if same else (folder, False)
+        if finished and not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{folder}: is not writable, but {READOUTS_FILE} has to be written there")
+        cells.append(Cell(loss.l_fc, loss.l_conv, recipe, folder, finished))
+    return cells
+
+
+def finished_runs(folder: str) -> Iterator[tuple[Path, Recipe]]:
+    """Finished runs at any depth, by name; those with a recipe of another version are left out.
+
+    Raises:
+        UserError: no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"--runs {folder}: no such folder")
+    for path in sorted(Path(folder).rglob(RECIPE_FILE)):
+        if not _is_finished(path.parent):
+            continue
+        try:
+            yield path.parent, read_recipe(path.parent)
+        except UserError as error:
+            say(f"left out: {error}")
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / METRICS_FILE).is_file() and (folder / MODEL_FILE).is_file()
+
+
+def differences(found: Recipe, wanted: Recipe) -> list[str]:
+    """Where two recipes would not learn the same, as `train.steps 480 instead of 960`."""
+    before, after = (dict(_flat(to_dict(recipe))) for recipe in (found, wanted))
+    names = [name for name in after if name.startswith(("model.", "data.", "train."))]
+    names = [name for name in names if not name.startswith("model.detection.") and name not in WITHOUT_EFFECT]
+    return [f"{name} {before[name]} instead of {after[name]}" for name in names if before[name] != after[name]]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _say_plan(cells: list[Cell], todo: list[Cell]) -> None:
+    finished = sum(cell.finished for cell in cells)
+    say(f"{len(cells)} pairs of weights: {finished} are trained, {len(todo) - finished} are to be trained")
+    if absent := len(cells) - len(todo):
+        names = [_cell_name(cell.l_fc, cell.l_conv) for cell in cells if not cell.finished]
+        say(f"--collect: {absent} stay gaps: {', '.join(names[:6])}{', ...' if absent > 6 else ''}")
+
+
+def _left(begun: float, done: int, todo: list[Cell]) -> str:
+    trained = sum(not cell.finished for cell in todo[:done])
+    if not trained:
+        return ""
+    left = sum(not cell.finished for cell in todo[done:]) * (time.monotonic() - begun) / trained
+    return f", about {left / 60:.0f} minutes left"
+
+
+def measure(cell: Cell, world: World) -> None:
+    """Train the cell's run where it is not finished, and evaluate the read-outs that are not known yet."""
+    if not cell.finished:
+        _train(cell, world)
+    valid = trained_readouts(cell.recipe.model)
+    known = world.on_main(lambda: read_results(cell.folder))
+    for readout in [readout for readout in valid if readout not in known]:
+        metrics = _evaluate(cell, readout, world)
+        known[readout] = {name: metrics.get(name) for name in NUMBERS}
+        world.on_main(lambda: write_json(cell.folder / READOUTS_FILE, known))
+
+
+def _train(cell: Cell, world: World) -> None:
+    world.on_main(lambda: cell.folder.mkdir(parents=True, exist_ok=True))
+    try:
+        train(cell.recipe, cell.folder, world, resume=True)
+    except BaseException:
+        with contextlib.suppress(OSError):  # a run that never began leaves no empty folder
+            cell.folder.rmdir()
+        raise
+
+
+def _evaluate(cell: Cell, readout: ReadOut, world: World) -> dict[str, Any]:
+    model, recipe, classes, _ = load_model(cell.folder)
+    with config_errors():
+        dataset = build_dataset(recipe.data, "val", classes=classes)
+    model.set_readout(readout)
+    model.to(world.device)
+    return evaluate(model, dataset, world, workers=recipe.data.workers, progress=world.is_main)[0]
+
+
+def read_results(folder: Path) -> Results:
+    """Read-out -> AP, AP50, AP75 in 0 .. 1, of those evaluated so far.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / READOUTS_FILE
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {readout: {name: values[readout][name] for name in NUMBERS} for readout in values}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete it and it is made again") from error
+
+
+def write_results(cells: list[Cell], out: Path, name: str) -> None:
+    """Write the table and the figure, and say the best cell of each read-out."""
+    rows: list[list[Any]] = []
+    aps: dict[ReadOut, dict] = {readout: {} for readout in EXT_SOURCES}
+    untrained: dict[ReadOut, set] = {readout: set() for readout in EXT_SOURCES}
+    for cell in cells:
+        results = read_results(cell.folder)
+        valid = trained_readouts(cell.recipe.model)
+        for readout in EXT_SOURCES:
+            if readout not in valid:
+                untrained[readout].add((cell.l_fc, cell.l_conv))
+            numbers = [results.get(readout, {}).get(name) for name in NUMBERS]
+            rows.append([cell.l_fc, cell.l_conv, readout, *numbers, cell.folder if results else None])
+            aps[readout][cell.l_fc, cell.l_conv] = numbers[0]
+    write_csv(out / "balance-weights.csv", ("l_fc", "l_conv", "readout", *NUMBERS, "run"), rows)
+    save_figure(out / "balance-weights.png", draw_grid(aps, untrained, name))
+    for readout, values in aps.items():
+        known = {weights: ap for weights, ap in values.items() if ap is not None}
+        if not known:
+            say(f"{readout:<5}  no run to measure")
+            continue
+        best = max(known, key=known.__getitem__)
+        say(f"{readout:<5}  best AP {100 * known[best]:.1f} at l_fc {best[0]}, l_conv {best[1]}; {len(known)} runs")
+    say(f"{out}: balance-weights.csv, balance-weights.png")

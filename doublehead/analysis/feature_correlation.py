@@ -1,0 +1,196 @@
+"""Spatial correlation of the maps that go into the heads and come out of them (Figure 8).
+
+Every ground-truth object's box is a RoI.  For each head the input is its pooled S x S map.  The output of a conv-head
+is its map before the average over cells.  An fc-head has none; it is rebuilt by splitting the first layer's weight into
+one C x dim matrix for each cell, which multiplies that cell's features (without bias and ReLU, which belong to the sum
+over the cells).  The correlation of two cells is the cosine of their feature vectors, averaged over the objects.
+
+Cosines are summed as integers, so any number of processes gives the same digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from doublehead.analysis.cell_maps import (
+    PAIR,
+    checkpoint_specs,
+    draw_cell_maps,
+    mean_of_pairs,
+    pair_limits,
+    pair_rows,
+)
+from doublehead.analysis.options import FeatureCorrelation
+from doublehead.analysis.output import output_folder, save_figure, write_csv
+from doublehead.analysis.readers import Reader, open_readers
+from doublehead.data import DetectionDataset, build_dataset
+from doublehead.engine.data_options import data_config
+from doublehead.engine.distributed import World
+from doublehead.engine.errors import UserError, config_errors
+from doublehead.engine.logs import say
+from doublehead.models.conv_tower import ConvTower
+from doublehead.models.heads import FCTower
+
+UNIT = 2**30  # a cosine of 1 as an integer; int64 then holds the sum of 2**33 objects
+MAPS = ("input", "output")
+Key = tuple[str, str]
+"""Head, and which of its `MAPS`."""
+
+
+@dataclass
+class CosineSum:
+    """The cosines of an S x S map's cells, summed over objects."""
+
+    total: Tensor
+    """`Tensor[S*S, S*S]` int64: the sum of round(cosine * UNIT)."""
+    count: Tensor
+    """`Tensor[S*S, S*S]` int64: of how many objects."""
+    objects: int = 0
+    zeros: int = 0
+    """Feature vectors that were zero: they have no direction, and so no cosine with any other."""
+
+    def __add__(self, other: CosineSum) -> CosineSum:
+        total, count = self.total + other.total, self.count + other.count
+        return CosineSum(total, count, self.objects + other.objects, self.zeros + other.zeros)
+
+    def mean(self) -> np.ndarray:
+        """Float64 [S*S, S*S]; NaN where no object had a cosine."""
+        mean = self.total.double() / UNIT / self.count
+        return mean.masked_fill(self.count == 0, torch.nan).numpy()
+
+
+Sums = dict[Key, CosineSum]
+
+
+def run(options: FeatureCorrelation, world: World) -> None:
+    """Write `feature-correlation.csv` and `feature-correlation.png`.
+
+    Raises:
+        UserError: no checkpoint, classes that differ, data that cannot be used, or data without an object.
+        CheckpointError: a checkpoint cannot be read.
+    """
+    checkpoint_specs(options.checkpoints)
+    readers = open_readers(options.checkpoints, world.device)
+    with config_errors():
+        data = data_config(readers[0].recipe.data, options.data)
+        dataset = build_dataset(data, "val", classes=readers[0].classes)
+    out = output_folder(options.out, world)
+    if world.is_main:
+        say(f"{len(dataset)} images of {dataset.name}")
+    shares = world.gather_on_main(add_share(readers, dataset, world))
+    world.on_main(lambda: write_results(merge(shares), out))
+
+
+def add_share(readers: list[Reader], dataset: DetectionDataset, world: World) -> Sums:
+    """The sums over this process's images: every `world.size`-th, from its rank on."""
+    sums: Sums = {}
+    share = range(world.rank, len(dataset), world.size)
+    for index in tqdm(share, desc="objects' maps", unit="image", disable=None if world.is_main else True):
+        image, target = dataset[index]
+        if not len(target["boxes"]):
+            continue
+        for reader in readers:
+            maps = head_maps(reader, image.to(world.device), target["boxes"])
+            sums = merge([sums, {key: cosine_sum(features) for key, features in maps.items()}])
+    return sums
+
+
+def merge(shares: Iterable[Sums]) -> Sums:
+    """Add what belongs together."""
+    merged: Sums = {}
+    for share in shares:
+        for key, value in share.items():
+            merged[key] = merged[key] + value if key in merged else value
+    return merged
+
+
+@torch.inference_mode()
+def head_maps(reader: Reader, image: Tensor, boxes: Tensor) -> dict[Key, Tensor]:
+    """Input and output map of every head.
+
+    Args:
+        image: `Tensor[3, H, W]` uint8.
+        boxes: `Tensor[K, 4]`, in its pixels.
+
+    Returns:
+        (head, map) -> `Tensor[K, C, S, S]`.
+    """
+    detector = reader.model.detector
+    features = reader.features(image, boxes)
+    rois = torch.cat((features.boxes.new_zeros(len(boxes), 1), features.boxes), dim=1)
+    pooled = detector.roi_pooling(features.maps, rois)
+    found = {}
+    for name, head in detector.heads.items():
+        x = pooled[detector.heads.box_scales[name]]
+        found[f"{reader.name}, {name}", "input"] = x
+        found[f"{reader.name}, {name}", "output"] = output_map(head.tower, x)
+    return found
+
+
+def output_map(tower: nn.Module, x: Tensor) -> Tensor:
+    """The map that a tower makes of `x` `Tensor[K, C, S, S]`: `Tensor[K, dim, S, S]` (see the module's text)."""
+    if isinstance(tower, FCTower):
+        return torch.einsum("kcyx,dcyx->kdyx", x, tower[1].weight.unflatten(1, x.shape[1:]))
+    blocks = tower.blocks if isinstance(tower, ConvTower) else tower[:1]  # the C4 baseline's last stage is one module
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+def cosine_sum(features: Tensor) -> CosineSum:
+    """The sum over the K objects of `features` `Tensor[K, C, S, S]`."""
+    cells = features.double().flatten(2).transpose(1, 2)  # [K, S*S, C]
+    length = cells.norm(dim=2, keepdim=True)
+    known = length.squeeze(2) > 0
+    unit = cells / length.clamp(min=torch.finfo(torch.float64).tiny)
+    cosines = (unit @ unit.transpose(1, 2) * UNIT).round().long()
+    count = (known[:, :, None] & known[:, None, :]).long().sum(0)
+    return CosineSum(cosines.sum(0).cpu(), count.cpu(), len(features), int((~known).sum()))
+
+
+def write_results(sums: Sums, out: Path) -> None:
+    """Write the table and the figure, and say the means.
+
+    Raises:
+        UserError: there was no object.
+    """
+    if not sums:
+        raise UserError("the data have no object, so there is nothing to correlate: give data with annotations")
+    means = {key: value.mean() for key, value in sums.items()}
+    rows = [(*key, *row) for key, matrix in means.items() for row in pair_rows(matrix)]
+    objects = [count for value in sums.values() for count in value.count.flatten().tolist()]
+    table = [(*row, count) for row, count in zip(rows, objects, strict=True)]
+    write_csv(out / "feature-correlation.csv", ("head", "map", *PAIR, "cosine", "objects"), table)
+    save_figure(out / "feature-correlation.png", draw(means))
+    for (head, which), value in sums.items():
+        mean = mean_of_pairs(means[head, which])
+        say(f"{head}, {which}: mean cosine of two cells {mean:.4f}, {value.objects} objects")
+        if value.zeros:
+            say(f"{head}, {which}: {value.zeros} feature vectors were zero; they have no cosine and are left out")
+    say(f"{out}: feature-correlation.csv, feature-correlation.png")
+
+
+def draw(means: dict[Key, np.ndarray]) -> Any:
+    """A row for each head: the input's cells at the left, the output's at the right, all on one scale of colours."""
+    from matplotlib.figure import Figure
+
+    heads = list(dict.fromkeys(head for head, _ in means))
+    figure = Figure(figsize=(11.6, 5.2 * len(heads)), layout="constrained")
+    panels = figure.subplots(len(heads), 2, squeeze=False)
+    limits = pair_limits(list(means.values()))
+    for row, head in enumerate(heads):
+        for axes, which in zip(panels[row], MAPS, strict=True):
+            matrix = means[head, which]
+            title = f"{head}: {which}, mean of two cells {mean_of_pairs(matrix):.2f}"
+            shown = draw_cell_maps(axes, matrix, limits, title)
+    figure.colorbar(shown, ax=panels, label="mean cosine of the cells' features", shrink=0.7 / len(heads) ** 0.5)
+    figure.suptitle("Spatial correlation of the heads' maps (dot: the cell itself, always 1)")
+    return figure
