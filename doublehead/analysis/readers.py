@@ -38,6 +38,8 @@ class ImageFeatures(NamedTuple):
     """`Tensor[n, 4]`: the ground truth in the batch's pixels."""
     scale: Tensor
     """`Tensor[4]`: the batch's pixels per pixel of the image, for x1, y1, x2, y2."""
+    padded: tuple[int, int]
+    """(height, width) of the batch."""
 
 
 class Reading(NamedTuple):
@@ -67,7 +69,8 @@ class Reader:
         maps = self.model.detector.backbone(batch.pixels)
         y, x = after[0][0] / before[0], after[0][1] / before[1]
         scale = torch.tensor([x, y, x, y], device=batch.pixels.device)
-        return ImageFeatures(maps, batch.sizes, boxes.to(scale.device) * scale, scale)
+        padded = (batch.pixels.shape[-2], batch.pixels.shape[-1])
+        return ImageFeatures(maps, batch.sizes, boxes.to(scale.device) * scale, scale, padded)
 
     @torch.inference_mode()
     def read(self, features: ImageFeatures, boxes: Tensor, labels: Tensor) -> Reading:
@@ -88,6 +91,18 @@ class Reader:
         moved = clip_boxes(moved[None], features.size)[0]
         return Reading(scores.gather(1, own).squeeze(1), moved)
 
+    def read_all(self, features: ImageFeatures, boxes: Tensor, labels: Tensor, chunk: int) -> Reading:
+        """`read` of any number of boxes, at most `chunk` at a time.
+
+        Raises:
+            UserError: a score or a box is not finite.
+        """
+        parts = [self.read(features, *part) for part in zip(boxes.split(chunk), labels.split(chunk), strict=True)]
+        scores, moved = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        if not bool(scores.isfinite().all() & moved.isfinite().all()):
+            raise UserError(f"{self.name}: gives scores or boxes that are not finite: choose a sound checkpoint")
+        return Reading(scores, moved)
+
     @torch.inference_mode()
     def detect(self, image: Tensor) -> dict[str, Tensor]:
         """Final detections of `image` with this read-out, in its pixels (see `DoubleHeadRCNN`)."""
@@ -95,11 +110,20 @@ class Reader:
         return self.model([image])[0]
 
     @torch.inference_mode()
-    def proposals(self, features: ImageFeatures, padded: Sequence[int]) -> Tensor:
-        """The RPN's proposals, `Tensor[n, 4]` in the batch's pixels.  `padded`: (height, width) of the batch."""
-        pixels = features.maps[0].new_empty((1, 3, *padded))  # only its shape is looked at
+    def proposals(self, features: ImageFeatures) -> Tensor:
+        """The RPN's proposals, `Tensor[n, 4]` in the batch's pixels."""
+        pixels = features.maps[0].new_empty((1, 3, *features.padded))  # only its shape is looked at
         proposals, _ = self.model.detector.rpn(ImageBatch(pixels, features.size), features.maps)
         return proposals.boxes[proposals.valid]
+
+
+def shared_features(readers: Sequence[Reader], image: Tensor, boxes: Tensor) -> list[ImageFeatures]:
+    """`Reader.features` for each reader, computed once for those that read the same detector."""
+    found: dict[int, ImageFeatures] = {}
+    for reader in readers:
+        if id(reader.model) not in found:
+            found[id(reader.model)] = reader.features(image, boxes)
+    return [found[id(reader.model)] for reader in readers]
 
 
 def parse_spec(text: str) -> HeadSpec:

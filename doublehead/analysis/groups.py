@@ -1,0 +1,119 @@
+"""Groups of objects: by size as COCO has it, by the difficulty of their class."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from doublehead.engine.errors import UserError
+from doublehead.engine.run import METRICS_FILE
+
+SIZES = ("small", "medium", "large")
+LIMITS = (32.0**2, 96.0**2)
+"""Areas in pixels of the image as stored: small is [0, 32^2), medium [32^2, 96^2), large all above."""
+UNMATCHED = len(SIZES)
+"""In the place of a size: belongs to no object."""
+DIFFICULTIES = ("easy classes", "medium classes", "hard classes")
+
+
+class Group(NamedTuple):
+    """A group and the cells that belong to it."""
+
+    name: str
+    classes: tuple[int, ...]
+    """Places in the data set's list of classes."""
+    sizes: tuple[int, ...]
+    """Places in `SIZES`, or `UNMATCHED`."""
+
+
+def find_groups(classes: Sequence[str], difficulty: str | None) -> list[Group]:
+    """All, small, medium, large and, with `difficulty`, easy, medium and hard classes.
+
+    Args:
+        classes: of the data set.
+        difficulty: a metrics.json or the folder of a run that has one.
+
+    Raises:
+        UserError: see `read_class_ap`; fewer than three classes have an AP.
+    """
+    every, sized = tuple(range(len(classes))), tuple(range(len(SIZES)))
+    groups = [Group("all", every, (*sized, UNMATCHED))]
+    groups += [Group(name, every, (size,)) for size, name in enumerate(SIZES)]
+    if difficulty is None:
+        return groups
+    thirds = difficulty_thirds(read_class_ap(difficulty, classes))
+    if not all(thirds):
+        raise UserError(f"--difficulty {difficulty}: ranking needs the AP of at least three classes of the data")
+    return groups + [Group(name, third, sized) for name, third in zip(DIFFICULTIES, thirds, strict=True)]
+
+
+def difficulty_thirds(ap: Sequence[float | None]) -> list[tuple[int, ...]]:
+    """Easy, medium and hard: the places of the highest, the middle and the lowest third; None has no place.
+
+    Of equal values the first comes first.  Where the number is no multiple of three, the easier thirds are larger.
+    """
+    known = [place for place, value in enumerate(ap) if value is not None]
+    ranked = sorted(known, key=lambda place: -ap[place])
+    third, rest = divmod(len(ranked), 3)
+    ends = [third + (rest > 0), 2 * third + rest]
+    return [tuple(sorted(part)) for part in (ranked[: ends[0]], ranked[ends[0] : ends[1]], ranked[ends[1] :])]
+
+
+def read_class_ap(path: str, classes: Sequence[str]) -> list[float | None]:
+    """The AP of each class from a run's metrics; None where there was nothing to measure.
+
+    Raises:
+        UserError: no such file, no metrics, or a class of the data set is missing.
+    """
+    file = Path(path) / METRICS_FILE if Path(path).is_dir() else Path(path)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--difficulty {file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"--difficulty {file}: not a metrics.json: {error}") from error
+    measured = found.get("classes") if isinstance(found, dict) else None
+    if not isinstance(measured, dict) or not all(_is_measured(values) for values in measured.values()):
+        raise UserError(f"--difficulty {file}: has no AP of classes; give the metrics.json of a trained run")
+    if missing := [name for name in classes if name not in measured]:
+        raise UserError(f"--difficulty {file}: lacks the class {missing[0]!r} of the data ({len(missing)} are missing)")
+    return [measured[name]["AP"] for name in classes]
+
+
+def object_sizes(image_ids: Sequence[int], annotations: Iterable[dict[str, Any]]) -> dict[int, Tensor]:
+    """Image id -> places in `SIZES` of its objects, `Tensor[n]` int64, in the order of the image's target.
+
+    By the annotations' areas (COCO: of the mask), which is how COCO's evaluation sorts them; an area on a limit is
+    there in both groups, here in the larger.  Crowd and difficult objects are left out, as in targets.
+    """
+    areas: dict[int, list[float]] = defaultdict(list)
+    for annotation in annotations:
+        if not annotation["iscrowd"]:
+            areas[annotation["image_id"]].append(annotation["area"])
+    limits = torch.tensor(LIMITS, dtype=torch.float64)
+    return {
+        image_id: torch.bucketize(torch.tensor(areas[image_id], dtype=torch.float64), limits, right=True)
+        for image_id in image_ids
+    }
+
+
+def describe(groups: Sequence[Group], classes: Sequence[str], sizes: dict[int, Tensor]) -> list[str]:
+    """Lines that say how many objects there are of each size, and which classes are easy, medium and hard."""
+    counts = torch.cat(list(sizes.values())).bincount(minlength=len(SIZES)).tolist()
+    lines = ["objects: " + ", ".join(f"{count:,} {name}" for count, name in zip(counts, SIZES, strict=True))]
+    ranked = [group for group in groups if group.name in DIFFICULTIES]
+    lines += [f"{group.name}: {', '.join(classes[place] for place in group.classes)}" for group in ranked]
+    in_none = [name for place, name in enumerate(classes) if not any(place in group.classes for group in ranked)]
+    if ranked and in_none:
+        lines.append(f"neither easy, medium nor hard, for lack of an AP: {', '.join(in_none)}")
+    return lines
+
+
+def _is_measured(values: Any) -> bool:
+    return isinstance(values, dict) and isinstance(values.get("AP", ""), float | int | None)

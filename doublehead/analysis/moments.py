@@ -1,0 +1,150 @@
+"""Mean, standard deviation and correlation of any number of pairs, in constant memory and without rounding.
+
+Scores and IoUs lie in [0, 1].  They are rounded to multiples of 2^-24, the step of float32 just below 1, and summed as
+integers, which have no rounding: sums of parts may be added in any order, on any number of processes, and give the same
+bits as one pass over everything.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+STEPS = 2**24
+"""Steps of 1."""
+_PART = 2**14
+"""So many products of up to 2^48 stay within int64."""
+
+
+class Moments(NamedTuple):
+    """Sums over pairs (x, y), as Python integers: of any size."""
+
+    count: int = 0
+    x: int = 0
+    y: int = 0
+    xx: int = 0
+    yy: int = 0
+    xy: int = 0
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both sets of pairs together."""
+        return Moments(*(a + b for a, b in zip(self, other, strict=True)))
+
+    @property
+    def x_mean(self) -> float | None:
+        """None without pairs."""
+        return self.x / (self.count * STEPS) if self.count else None
+
+    @property
+    def y_mean(self) -> float | None:
+        """None without pairs."""
+        return self.y / (self.count * STEPS) if self.count else None
+
+    @property
+    def x_std(self) -> float | None:
+        """The population's: divided by the count.  None without pairs."""
+        return math.sqrt(self._spread(self.x, self.xx)) / (self.count * STEPS) if self.count else None
+
+    @property
+    def y_std(self) -> float | None:
+        """The population's: divided by the count.  None without pairs."""
+        return math.sqrt(self._spread(self.y, self.yy)) / (self.count * STEPS) if self.count else None
+
+    @property
+    def pearson(self) -> float | None:
+        """Pearson's correlation, in [-1, 1].  None where x or y does not vary."""
+        x, y = self._spread(self.x, self.xx), self._spread(self.y, self.yy)
+        if x == 0 or y == 0:
+            return None
+        together = self.count * self.xy - self.x * self.y
+        return max(-1.0, min(1.0, together / (math.sqrt(x) * math.sqrt(y))))
+
+    def _spread(self, total: int, squares: int) -> int:
+        """count^2 times the variance: a difference of integers, so nothing cancels."""
+        return self.count * squares - total * total
+
+
+class MomentTable:
+    """Moments of many cells; a cell is a tuple of small integers, such as (head, class, bin).
+
+    Args:
+        shape: along each axis, how many there are.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.shape = tuple(shape)
+        self.cells: dict[tuple[int, ...], Moments] = {}
+
+    def add(self, cells: Sequence[int | Tensor], x: Tensor, y: Tensor) -> None:
+        """Add K pairs.
+
+        Args:
+            cells: for each axis the pairs' cell, `Tensor[K]` int64 or one number for all.
+            x, y: `Tensor[K]`, floating point, in [0, 1].
+        """
+        if len(x) == 0:
+            return
+        numbers = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        for count, cell in zip(self.shape, cells, strict=True):
+            numbers = numbers * count + cell
+        found, sums = _sums(numbers, x, y)
+        for number, values in zip(found, sums, strict=True):
+            self._put(self._unravel(number), Moments(*values))
+
+    def merge(self, other: MomentTable) -> None:
+        """Add another table of the same shape."""
+        if other.shape != self.shape:
+            raise ValueError(f"tables of shapes {self.shape} and {other.shape} cannot be merged")
+        for cell, moments in other.cells.items():
+            self._put(cell, moments)
+
+    def total(self, *where: int | Collection[int]) -> Moments:
+        """The moments of all cells that have, along each axis, the given number or one of the given numbers."""
+        choices = [[one] if isinstance(one, int) else one for one in where]
+        moments = Moments()
+        for cell in itertools.product(*choices):
+            if cell in self.cells:
+                moments = moments.merge(self.cells[cell])
+        return moments
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; cells without pairs are left out, the others sorted."""
+        return {
+            "shape": list(self.shape),
+            "cells": [[list(cell), list(self.cells[cell])] for cell in sorted(self.cells)],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MomentTable:
+        """Rebuild what `to_dict` gave."""
+        table = cls(values["shape"])
+        table.cells = {tuple(cell): Moments(*moments) for cell, moments in values["cells"]}
+        return table
+
+    def _put(self, cell: tuple[int, ...], moments: Moments) -> None:
+        self.cells[cell] = self.cells.get(cell, Moments()).merge(moments)
+
+    def _unravel(self, number: int) -> tuple[int, ...]:
+        cell = []
+        for count in reversed(self.shape):
+            number, place = divmod(number, count)
+            cell.append(place)
+        return tuple(reversed(cell))
+
+
+def _sums(numbers: Tensor, x: Tensor, y: Tensor) -> tuple[list[int], list[list[int]]]:
+    """The different `numbers`, and for each of them the six sums; computed where the tensors lie."""
+    x, y = ((values.double() * STEPS).round().long() for values in (x, y))
+    pairs = torch.stack((torch.ones_like(x), x, y, x * x, y * y, x * y))
+    found, places = numbers.unique(return_inverse=True)
+    parts = [
+        pairs.new_zeros(6, len(found)).index_add_(1, place, part)
+        for place, part in zip(places.split(_PART), pairs.split(_PART, dim=1), strict=True)
+    ]
+    columns = torch.stack(parts).permute(2, 1, 0).tolist()  # cell, sum, part
+    return found.tolist(), [[sum(part) for part in column] for column in columns]

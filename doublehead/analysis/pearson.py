@@ -1,0 +1,216 @@
+"""Figure 3: Pearson's correlation between classification scores and boxes' IoUs, for three kinds of boxes.
+
+- windows: the sliding windows of every object (see `windows`).  x is the score of the object's class, y the window's
+  IoU with the object.
+- proposals: those of the RPN that overlap an object.  Each goes with the object that it overlaps most; x is the score
+  of that object's class, y the proposal's IoU with it.
+- detections: what is left after NMS.  x is the detection's score, y its IoU with the object of its class that it
+  overlaps most.  A detection that overlaps none has IoU 0; it counts in the group of all, and in no other.
+
+Groups go by the object.  Crowd and difficult objects are not there, so a detection of one counts as one of nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from doublehead.analysis.groups import UNMATCHED
+from doublehead.analysis.moments import Moments, MomentTable
+from doublehead.analysis.options import Pearson
+from doublehead.analysis.output import save_figure, write_csv
+from doublehead.analysis.readers import ImageFeatures, Reader, shared_features
+from doublehead.analysis.study import Study, open_study
+from doublehead.analysis.windows import ObjectWindows, object_windows
+from doublehead.data import Target
+from doublehead.engine.distributed import World
+from doublehead.engine.logs import say
+from doublehead.ops import box_iou, clip_boxes
+
+FIGURE = "pearson"
+KINDS = ("windows", "proposals", "detections")
+TITLES = ("sliding windows", "RPN proposals", "detections after NMS")
+COLUMNS = ("head", "boxes", "group", "pairs", "pearson")
+LEAST_PAIRS = 3
+"""Two pairs correlate perfectly whatever they are."""
+HATCHES = ("", "///", "...", "\\\\\\", "xxx", "ooo", "---", "+++")
+
+
+class Pairs(NamedTuple):
+    """Boxes of one kind in one image, as a head sees them."""
+
+    scores: Tensor
+    """`Tensor[K]`."""
+    ious: Tensor
+    """`Tensor[K]`, in [0, 1]."""
+    labels: Tensor
+    """`Tensor[K]`, int64, from 1 on."""
+    sizes: Tensor
+    """`Tensor[K]`, int64: of the object, or `UNMATCHED`."""
+
+
+class Correlation(NamedTuple):
+    """One bar."""
+
+    head: str
+    kind: str
+    group: str
+    pairs: int
+    value: float | None
+    """None where too few pairs are there, or scores or IoUs do not vary."""
+
+
+class Objects(NamedTuple):
+    """The ground truth of an image, on the device."""
+
+    boxes: Tensor
+    """`Tensor[G, 4]`, the image's pixels."""
+    labels: Tensor
+    """`Tensor[G]`, int64, from 1 on."""
+    sizes: Tensor
+    """`Tensor[G]`, int64."""
+
+
+def run(options: Pearson, world: World) -> None:
+    """Draw the figure; see `Pearson`.
+
+    Raises:
+        UserError: an option that cannot be followed (see `open_study`), or a state of another measurement in `out`.
+        DataError: the data cannot be used.
+    """
+    study = open_study(FIGURE, options, world)
+
+    def measure(image: Tensor, target: Target) -> tuple[MomentTable, int]:
+        return measure_image(study, options, image.to(world.device), target)
+
+    table = study.measure(measure, _shape(study), world)
+    world.on_main(lambda: write_results(study, table))
+
+
+def measure_image(study: Study, options: Pearson, image: Tensor, target: Target) -> tuple[MomentTable, int]:
+    """Moments of an image's boxes for all heads, by (head, kind, class, size), and the number of pairs."""
+    device = image.device
+    objects = Objects(
+        target["boxes"].to(device), target["labels"].to(device), study.sizes[target["image_id"]].to(device)
+    )
+    windows = object_windows(image, target, options.seed)
+    table, count = MomentTable(_shape(study)), 0
+    for head, (reader, features) in enumerate(
+        zip(study.readers, shared_features(study.readers, image, target["boxes"]), strict=True)
+    ):
+        found = {"detections": detection_pairs(reader.detect(image), objects)}
+        if len(objects.boxes):
+            found["windows"] = window_pairs(reader, features, objects, windows, options.chunk)
+            found["proposals"] = proposal_pairs(reader, features, objects, options.chunk)
+        for kind, pairs in found.items():
+            table.add((head, KINDS.index(kind), pairs.labels - 1, pairs.sizes), pairs.scores, pairs.ious)
+            count += len(pairs.scores)
+    return table, count
+
+
+def window_pairs(
+    reader: Reader, features: ImageFeatures, objects: Objects, windows: ObjectWindows, chunk: int
+) -> Pairs:
+    """All windows, each with the object it was made for."""
+    boxes = clip_boxes((windows.boxes * features.scale)[None], features.size)[0]
+    return _read_pairs(reader, features, objects, boxes, windows.ious, windows.objects, chunk)
+
+
+def proposal_pairs(reader: Reader, features: ImageFeatures, objects: Objects, chunk: int) -> Pairs:
+    """The proposals that overlap an object, each with the one it overlaps most."""
+    proposals = reader.proposals(features)
+    ious, nearest = box_iou(proposals, features.boxes).clamp(0, 1).max(dim=1)
+    overlaps = ious > 0
+    return _read_pairs(reader, features, objects, proposals[overlaps], ious[overlaps], nearest[overlaps], chunk)
+
+
+def detection_pairs(found: dict[str, Tensor], objects: Objects) -> Pairs:
+    """Detections, each with the object of its class that it overlaps most, if there is one."""
+    boxes, labels = found["boxes"], found["labels"]
+    if len(objects.boxes) == 0 or len(boxes) == 0:
+        return Pairs(found["scores"], torch.zeros_like(found["scores"]), labels, torch.full_like(labels, UNMATCHED))
+    same = labels[:, None] == objects.labels
+    ious, nearest = torch.where(same, box_iou(boxes, objects.boxes), 0).clamp(0, 1).max(dim=1)
+    return Pairs(found["scores"], ious, labels, torch.where(ious > 0, objects.sizes[nearest], UNMATCHED))
+
+
+def _read_pairs(
+    reader: Reader, features: ImageFeatures, objects: Objects, boxes: Tensor, ious: Tensor, matched: Tensor, chunk: int
+) -> Pairs:
+    labels = objects.labels[matched]
+    scores = reader.read_all(features, boxes, labels, chunk).scores if len(boxes) else ious
+    return Pairs(scores, ious, labels, objects.sizes[matched])
+
+
+def write_results(study: Study, table: MomentTable) -> None:
+    """Write `pearson.csv` and `pearson.png`, and say which bars are missing."""
+    correlations = [
+        correlate(reader.name, kind, group.name, table.total(head, number, group.classes, group.sizes))
+        for head, reader in enumerate(study.readers)
+        for number, kind in enumerate(KINDS)
+        for group in study.groups
+    ]
+    for gap in (one for one in correlations if one.value is None):
+        why = "too few pairs" if gap.pairs < LEAST_PAIRS else "scores or IoUs do not vary"
+        say(f"{gap.head}, {gap.kind}, {gap.group}: no correlation, {why} ({gap.pairs})")
+    write_csv(study.folder / f"{FIGURE}.csv", COLUMNS, correlations)
+    title = f"Correlation of scores and boxes' IoUs, {len(study.dataset)} images of {study.dataset.name}"
+    draw(study.folder / f"{FIGURE}.png", correlations, title)
+    say(f"{study.folder}: {FIGURE}.csv, {FIGURE}.png")
+
+
+def correlate(head: str, kind: str, group: str, moments: Moments) -> Correlation:
+    """The bar that some moments (x the scores, y the IoUs) make."""
+    value = moments.pearson if moments.count >= LEAST_PAIRS else None
+    return Correlation(head, kind, group, moments.count, value)
+
+
+def draw(path: Path, correlations: Sequence[Correlation], title: str) -> None:
+    """Three panels of bars, a cluster for each group and in it one for each head."""
+    from matplotlib.figure import Figure
+
+    groups = list(dict.fromkeys(one.group for one in correlations))
+    heads = list(dict.fromkeys(one.head for one in correlations))
+    width = 0.8 / len(heads)
+    figure = Figure(figsize=(max(10, 1.2 + 0.33 * 3 * len(groups) * (len(heads) + 1)), 4.6), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, kind, name in zip(panels, KINDS, TITLES, strict=True):
+        for number, head in enumerate(heads):
+            values = [one.value for one in correlations if (one.head, one.kind) == (head, kind)]
+            places = [place + (number - (len(heads) - 1) / 2) * width for place in range(len(groups))]
+            _draw_bars(axes, places, values, width, number, head)
+        axes.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
+        axes.set(title=name, xlim=(-0.6, len(groups) - 0.4))
+        axes.axhline(0, color="black", lw=0.8)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    panels[0].set_ylabel("Pearson's correlation")
+    panels[0].margins(y=0.16)  # for the numbers
+    figure.suptitle(title)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    save_figure(path, figure)
+
+
+def _draw_bars(axes, places: list[float], values: list[float | None], width: float, number: int, head: str) -> None:
+    heights = [math.nan if value is None else value for value in values]
+    hatch = HATCHES[number % len(HATCHES)]
+    bars = axes.bar(
+        places, heights, width, label=head, hatch=hatch, color=f"C{number}", alpha=0.75, edgecolor="black", lw=0.6
+    )
+    labels = ["gap" if value is None else f"{value:.2f}" for value in values]
+    for bar, label in zip(bars, labels, strict=True):
+        height = 0.0 if label == "gap" else bar.get_height()
+        side = "top" if height < 0 else "bottom"
+        axes.annotate(
+            label, (bar.get_x() + width / 2, height), (0, -2 if height < 0 else 2), textcoords="offset points",
+            ha="center", va=side, fontsize="x-small", rotation=90,
+        )  # fmt: skip
+
+
+def _shape(study: Study) -> tuple[int, ...]:
+    return len(study.readers), len(KINDS), len(study.dataset.classes), UNMATCHED + 1

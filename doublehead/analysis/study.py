@@ -1,0 +1,71 @@
+"""What the statistics over objects (Figures 2, 3 and 7) begin with: readers, images, groups and a place for states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from doublehead.analysis import windows
+from doublehead.analysis.groups import Group, describe, find_groups, object_sizes
+from doublehead.analysis.moments import MomentTable
+from doublehead.analysis.options import Pearson, SlidingWindows
+from doublehead.analysis.output import output_folder
+from doublehead.analysis.readers import Reader, open_readers
+from doublehead.analysis.shards import Measure, State, fingerprint, measure_images
+from doublehead.data import DetectionDataset, build_dataset
+from doublehead.engine.data_options import data_config
+from doublehead.engine.distributed import World
+from doublehead.engine.errors import UserError, config_errors
+from doublehead.engine.logs import say
+
+
+@dataclass
+class Study:
+    """Everything but the measurement itself."""
+
+    figure: str
+    """Its name on the command line and of its files."""
+    readers: list[Reader]
+    dataset: DetectionDataset
+    workers: int
+    groups: list[Group]
+    sizes: dict[int, Tensor]
+    """Image id -> size of each object, see `object_sizes`."""
+    folder: Path
+    fingerprint: dict[str, Any]
+
+    def measure(self, measure: Measure, shape: Sequence[int], world: World) -> MomentTable:
+        """`measure` of all images, merged; see `measure_images`.  `shape` is that of the tables."""
+        empty = State(self.fingerprint, MomentTable(shape))
+        return measure_images(measure, self.dataset, world, self.folder / "state" / self.figure, empty, self.workers)
+
+
+def open_study(figure: str, options: SlidingWindows | Pearson, world: World) -> Study:
+    """Check the options, load the detectors and the annotations, and say what will be compared.
+
+    Raises:
+        UserError: an option that cannot be followed.
+        CheckpointError: a checkpoint cannot be read.
+        DataError: the data cannot be used, or have other classes than the detectors.
+    """
+    if options.chunk < 1:
+        raise UserError(f"--chunk is {options.chunk}, at least 1 is accepted")
+    folder = output_folder(options.out, world)
+    readers = open_readers(options.heads, world.device)
+    classes, trained = readers[0].classes, readers[0].recipe.data
+    groups = find_groups(classes, options.difficulty)
+    with config_errors():
+        config = data_config(trained, options.data)
+        dataset = build_dataset(config, "val", classes=classes)
+    annotations = dataset.annotations()
+    sizes = object_sizes(dataset.image_ids, annotations)
+    if world.is_main:
+        say(f"{figure}: {', '.join(reader.name for reader in readers)} on {len(dataset)} images of {dataset.name}")
+        for line in describe(groups, classes, sizes):
+            say(line)
+    depends_on = fingerprint(readers, dataset, annotations, seed=options.seed, windows=windows.VERSION)
+    return Study(figure, readers, dataset, config.workers, groups, sizes, folder, depends_on)
