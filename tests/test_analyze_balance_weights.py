@@ -10,7 +10,7 @@ from engine_standin import one_thread  # noqa: F401 (a fixture)
 from PIL import Image
 
 from doublehead.analysis import balance_weights
-from doublehead.analysis.balance_weights import cell_recipe, differences, ext_recipe, grid_weights, with_steps
+from doublehead.analysis.balance_weights import cell_recipe, ext_recipe, grid_weights, with_steps
 from doublehead.analysis.options import BalanceWeights
 from doublehead.analyze import main
 from doublehead.config import DataConfig, TrainConfig, to_dict
@@ -183,13 +183,6 @@ def test_steps_keep_the_proportions():
     assert with_steps(config, None) is config
     changed = with_steps(config, 200)
     assert (changed.steps, changed.milestones, changed.warmup_steps) == (200, (120, 180), 10)
-
-
-def test_differences_name_what_matters(tiny):
-    assert differences(replace(tiny, name="x", about="y"), tiny) == []
-    assert differences(replace(tiny, train=replace(tiny.train, steps=9, log_every=9)), tiny) == [
-        "train.steps 9 instead of 2"
-    ]
 
 
 def test_the_grid_is_sorted_and_has_each_pair_once():

@@ -176,7 +176,12 @@ def test_changed_and_unfinished_runs_are_named_and_left_out(tmp_path, capsys):
     (tmp_path / "foreign" / "recipe.json").write_text('{"soup": 1}')
     rows, notes = rows_printed(["1", "--runs", str(tmp_path)], capsys)
     assert rows["single fc"]["runs"] == "0"
-    for note in ("short: faster-rcnn-r50-fpn with other train.steps", "stopped: not finished", "broken", "foreign"):
+    for note in (
+        "short: faster-rcnn-r50-fpn with train.steps 10 instead of 180000",
+        "stopped: not finished",
+        "broken",
+        "foreign",
+    ):
         assert note in notes
 
 

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from doublehead.analysis.balance_figure import draw_grid
 from doublehead.analysis.options import BalanceWeights
 from doublehead.analysis.output import output_folder, save_figure, write_csv
-from doublehead.config import ModelConfig, ReadOut, Recipe, TrainConfig, to_dict
+from doublehead.analysis.runs import differences, run_folders
+from doublehead.config import ModelConfig, ReadOut, Recipe, TrainConfig
 from doublehead.data import build_dataset
 from doublehead.engine.checkpoint import MODEL_FILE, load_model
 from doublehead.engine.distributed import World
@@ -35,8 +36,7 @@ from doublehead.recipes import RECIPES
 
 READOUTS_FILE = "readouts.json"
 NUMBERS = ("AP", "AP50", "AP75")
-WITHOUT_EFFECT = ("data.workers", "train.device", "train.checkpoint_every", "train.log_every", "train.eval_every")
-"""Fields in which two runs may differ and still have learned the same."""
+_READOUT = ("model.detection.",)  # every run is read out in four ways, whatever its own
 Results = dict[str, dict[str, float | None]]
 
 
@@ -166,11 +166,11 @@ def plan(recipes: list[Recipe], out: Path, runs: str | None) -> list[Cell]:
     for recipe in recipes:
         loss = recipe.model.loss
         folder = out / "runs" / _cell_name(loss.l_fc, loss.l_conv)
-        if (folder / RECIPE_FILE).exists() and (changed := differences(read_recipe(folder), recipe)):
+        if (folder / RECIPE_FILE).exists() and (changed := differences(read_recipe(folder), recipe, _READOUT)):
             raise UserError(f"{folder}: holds a run with {changed[0]}; give another --out, or the options it had")
         finished = _is_finished(folder)
         if not finished:
-            same = [path for path, other in others if not differences(other, recipe)]
+            same = [path for path, other in others if not differences(other, recipe, _READOUT)]
             folder, finished = (same[0], True) if same else (folder, False)
         if finished and not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"{folder}: is not writable, but {READOUTS_FILE} has to be written there")
@@ -184,35 +184,15 @@ def finished_runs(folder: str) -> Iterator[tuple[Path, Recipe]]:
     Raises:
         UserError: no such folder.
     """
-    if not Path(folder).is_dir():
-        raise UserError(f"--runs {folder}: no such folder")
-    for path in sorted(Path(folder).rglob(RECIPE_FILE)):
-        if not _is_finished(path.parent):
-            continue
+    for path in filter(_is_finished, run_folders(folder)):
         try:
-            yield path.parent, read_recipe(path.parent)
+            yield path, read_recipe(path)
         except UserError as error:
             say(f"left out: {error}")
 
 
 def _is_finished(folder: Path) -> bool:
     return (folder / METRICS_FILE).is_file() and (folder / MODEL_FILE).is_file()
-
-
-def differences(found: Recipe, wanted: Recipe) -> list[str]:
-    """Where two recipes would not learn the same, as `train.steps 480 instead of 960`."""
-    before, after = (dict(_flat(to_dict(recipe))) for recipe in (found, wanted))
-    names = [name for name in after if name.startswith(("model.", "data.", "train."))]
-    names = [name for name in names if not name.startswith("model.detection.") and name not in WITHOUT_EFFECT]
-    return [f"{name} {before[name]} instead of {after[name]}" for name in names if before[name] != after[name]]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _say_plan(cells: list[Cell], todo: list[Cell]) -> None:

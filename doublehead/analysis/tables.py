@@ -10,20 +10,19 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from doublehead.analysis.runs import differences, run_folders
 from doublehead.config import DataConfig, Recipe, from_dict, to_dict
 from doublehead.engine.errors import UserError
-from doublehead.engine.files import RECIPE_FILE, read_recipe
+from doublehead.engine.files import read_recipe
 from doublehead.paper import Row, Table
 from doublehead.recipes import RECIPES
 
-_ANYWHERE = {"train": {"seed", "device", "log_every", "checkpoint_every", "eval_every"},
-             "data": {"root", "workers", "on_bad_record"}}  # fmt: skip
-"""What does not make another training of a recipe."""
+_SEED = ("train.seed",)  # runs of several seeds are one row: mean and standard deviation
 
 
 @dataclass(frozen=True)
@@ -64,12 +63,9 @@ def collect(root: str | Path) -> Found:
     Raises:
         UserError: `root` is no folder.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"--runs {root}: no such folder")
     found = Found()
-    for path in sorted(root.rglob(RECIPE_FILE)):
-        _collect_run(path.parent, found)
+    for folder in run_folders(root):
+        _collect_run(folder, found)
     return found
 
 
@@ -88,8 +84,11 @@ def _collect_run(folder: Path, found: Found) -> None:
             found.evaluations.append(Evaluation(_as_measured(recipe, metrics), metrics, folder))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             found.notes.append(f"{path}: not the metrics of an evaluation ({error}), left out")
-    if files and (changes := changed_fields(recipe, RECIPES.get(recipe.name))):
-        found.notes.append(f"{folder}: {recipe.name} with other {', '.join(changes)}: counts for no row of that name")
+    changes = differences(recipe, RECIPES.get(recipe.name, recipe), _SEED)
+    if files and changes:
+        found.notes.append(
+            f"{folder}: {recipe.name} with {', '.join(map(str, changes))}: counts for no row of that name"
+        )
 
 
 def _as_measured(recipe: Recipe, metrics: dict[str, Any]) -> Recipe:
@@ -97,29 +96,6 @@ def _as_measured(recipe: Recipe, metrics: dict[str, Any]) -> Recipe:
     detection = replace(recipe.model.detection, **metrics.get("detection", {}))
     data = from_dict(to_dict(recipe.data) | metrics.get("data", {}), DataConfig)
     return replace(recipe, model=replace(recipe.model, detection=detection), data=data)
-
-
-def changed_fields(recipe: Recipe, original: Recipe | None) -> list[str]:
-    """The options in which `recipe` is another training than `original`; empty without an original."""
-    if original is None:
-        return []
-    return sorted(_differences(_identity(recipe), _identity(original)))
-
-
-def _identity(recipe: Recipe) -> dict[str, Any]:
-    """What makes a training and its measurement, as nested dicts."""
-    values = to_dict(recipe)
-    for part, names in _ANYWHERE.items():
-        values[part] = {name: value for name, value in values[part].items() if name not in names}
-    return {part: values[part] for part in ("model", "data", "train")}
-
-
-def _differences(one: Any, other: Any, name: str = "") -> Iterable[str]:
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in one.keys() | other.keys():
-            yield from _differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
-    elif json.dumps(one) != json.dumps(other):
-        yield name
 
 
 def wanted_recipe(row: Row, table: Table, miniature: bool = False) -> Recipe | None:
@@ -141,8 +117,7 @@ def row_evaluations(row: Row, table: Table, found: Found, miniature: bool = Fals
     wanted = wanted_recipe(row, table, miniature)
     if wanted is None:
         return []
-    identity = _identity(wanted)
-    matching = [item for item in found.evaluations if _identity(item.recipe) == identity]
+    matching = [item for item in found.evaluations if not differences(item.recipe, wanted, _SEED)]
     return list({item.folder: item for item in matching}.values())
 
 
