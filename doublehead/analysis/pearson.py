@@ -155,13 +155,26 @@ def write_results(study: Study, table: MomentTable) -> None:
         for number, kind in enumerate(KINDS)
         for group in study.groups
     ]
-    for gap in (one for one in correlations if one.value is None):
-        why = "too few pairs" if gap.pairs < LEAST_PAIRS else "scores or IoUs do not vary"
-        say(f"{gap.head}, {gap.kind}, {gap.group}: no correlation, {why} ({gap.pairs})")
+    for line in describe_gaps(correlations):
+        say(line)
     write_csv(study.folder / f"{FIGURE}.csv", COLUMNS, correlations)
     title = f"Correlation of scores and boxes' IoUs, {len(study.dataset)} images of {study.dataset.name}"
     draw(study.folder / f"{FIGURE}.png", correlations, title)
     say(f"{study.folder}: {FIGURE}.csv, {FIGURE}.png")
+
+
+def describe_gaps(correlations: Sequence[Correlation]) -> list[str]:
+    """A line for each missing bar, or one for a group that has none at all."""
+    lines = []
+    for group in dict.fromkeys(one.group for one in correlations):
+        mine = [one for one in correlations if one.group == group]
+        if not any(one.pairs for one in mine):
+            lines.append(f"{group}: no objects, so no bars")
+            continue
+        for gap in (one for one in mine if one.value is None):
+            why = "too few pairs" if gap.pairs < LEAST_PAIRS else "scores or IoUs do not vary"
+            lines.append(f"{group}: no bar for {gap.head}'s {gap.kind}: {why} ({gap.pairs})")
+    return lines
 
 
 def correlate(head: str, kind: str, group: str, moments: Moments) -> Correlation:
@@ -177,7 +190,7 @@ def draw(path: Path, correlations: Sequence[Correlation], title: str) -> None:
     groups = list(dict.fromkeys(one.group for one in correlations))
     heads = list(dict.fromkeys(one.head for one in correlations))
     width = 0.8 / len(heads)
-    figure = Figure(figsize=(max(10, 1.2 + 0.33 * 3 * len(groups) * (len(heads) + 1)), 4.6), layout="constrained")
+    figure = Figure(figsize=(max(10, 1.2 + 0.25 * 3 * len(groups) * (len(heads) + 1)), 4.6), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     for axes, kind, name in zip(panels, KINDS, TITLES, strict=True):
         for number, head in enumerate(heads):
