@@ -8,9 +8,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from data_samples import CocoFolder
 
 from doublehead.analysis import groups
 from doublehead.analysis.moments import STEPS, Moments, MomentTable
+from doublehead.data import build_dataset
 from doublehead.engine.errors import UserError
 
 CLASSES = ["a", "b", "c", "d"]
@@ -124,6 +126,20 @@ def test_sizes_go_by_the_annotated_area():
     sizes = groups.object_sizes([4, 9], found)
     assert sizes[4].tolist() == [0, 0, 1, 1, 2, 2] and sizes[9].tolist() == []
     assert groups.describe([], [], sizes) == ["objects: 2 small, 2 medium, 2 large"]
+
+
+def test_sizes_are_in_the_order_of_the_targets(tmp_path):
+    folder = CocoFolder(tmp_path)
+    areas = {6: 9999.0, 2: 50.0, 9: 1024.0}  # of masks: they say nothing of the boxes
+    for number, (i, area) in enumerate(areas.items()):
+        folder.content["annotations"].append(folder.box(i, 20, (7, 3, 7)[number], [number, 1, 8, 9], area=area))
+    dataset = build_dataset(folder.config(), "val")
+    sizes = groups.object_sizes(dataset.image_ids, dataset.annotations())
+    assert {image_id: size.tolist() for image_id, size in sizes.items()} == {10: [0], 20: [0, 2, 0, 1], 30: []}
+    for _, target in dataset:
+        assert len(target["labels"]) == len(sizes[target["image_id"]])
+    cat, dog = dataset.classes.index("cat") + 1, dataset.classes.index("dog") + 1
+    assert dataset[1][1]["labels"].tolist() == [dog, cat, dog, cat]  # in the order of `areas`, after the first
 
 
 @pytest.mark.parametrize(

@@ -127,8 +127,10 @@ def test_a_stopped_analysis_goes_on(result, run, tmp_path, monkeypatch, capsys):
 
 def test_detections_go_with_the_best_object_of_their_class():
     objects = pearson.Objects(
-        torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8], [50, 50, 60, 60]]), torch.tensor([1, 2, 2]), torch.tensor([0, 1, 2])
-    )  # fmt: skip
+        torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8], [50, 50, 60, 60]]),
+        torch.tensor([1, 2, 2]),
+        torch.tensor([0, 1, 2]),
+    )
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [50, 50, 60, 55], [50, 50, 60, 60], [80, 80, 90, 90]])
     scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])
     found = {"boxes": boxes, "scores": scores, "labels": torch.tensor([1, 2, 2, 1, 2])}

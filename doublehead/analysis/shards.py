@@ -117,11 +117,14 @@ def _measure_share(
             state.add([target["image_id"]], table)
             rois += count
             now = time.monotonic()
-            bar.set_postfix_str(f"{rois / (now - begun):,.0f} RoIs/s", refresh=False)
+            speed = f"{rois / (now - begun):,.0f} RoIs/s"
+            bar.set_postfix_str(speed, refresh=False)
             bar.update()
             if now - saved >= SAVE_SECONDS:
                 state.write(path)
                 saved = now
+                if world.is_main and bar.disable:  # not on a terminal: plain lines
+                    say(f"{len(state.done)} of {len(mine)} images, {speed}")
     if mine:
         state.write(path)
     return rois

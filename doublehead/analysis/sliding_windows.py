@@ -113,7 +113,7 @@ def draw(path: Path, curves: Sequence[Curve], title: str) -> None:
         axes.plot([0, 1], [0, 1], color="0.6", lw=1, zorder=0, label="unmoved" if axes is rows[1][0] else None)
     for column, group in enumerate(groups):
         for curve in (curve for curve in curves if curve.group == group):
-            _draw_curve(rows[:, column], curve, heads.index(curve.head))
+            _draw_curve(rows[:, column], curve, heads.index(curve.head), shade=0.3 / max(2, len(heads)))
         if not any(moments.count for curve in curves if curve.group == group for moments in curve.bins):
             for axes in rows[:, column]:
                 axes.text(0.5, 0.5, "no objects", ha="center", va="center", backgroundcolor="white")
@@ -124,11 +124,11 @@ def draw(path: Path, curves: Sequence[Curve], title: str) -> None:
     for axes in rows.flat:
         axes.grid(alpha=0.3)
     figure.suptitle(f"{title}\nmean and standard deviation of {BINS} bins of the windows' IoU with their object")
-    figure.legend(*rows[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*rows[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     save_figure(path, figure)
 
 
-def _draw_curve(axes: Any, curve: Curve, number: int) -> None:
+def _draw_curve(axes: Any, curve: Curve, number: int, shade: float) -> None:
     line, marker = STYLES[number % len(STYLES)]
     centres = [(b + 0.5) / BINS for b in range(BINS)]
     for panel, means, spreads in (
@@ -139,7 +139,7 @@ def _draw_curve(axes: Any, curve: Curve, number: int) -> None:
         means = [mean for mean, _ in pairs]
         panel.plot(centres, means, line, color=f"C{number}", marker=marker, ms=4, lw=1.5, label=curve.head)
         low, high = [m - s for m, s in pairs], [m + s for m, s in pairs]
-        panel.fill_between(centres, low, high, color=f"C{number}", alpha=0.15, lw=0)
+        panel.fill_between(centres, low, high, color=f"C{number}", alpha=shade, lw=0)
 
 
 def _rows(curve: Curve) -> list[tuple]:
