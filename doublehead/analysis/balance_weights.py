@@ -224,11 +224,8 @@ def _say_plan(cells: list[Cell], todo: list[Cell]) -> None:
 
 
 def _left(begun: float, done: int, todo: list[Cell]) -> str:
-    trained = sum(not cell.finished for cell in todo[:done])
-    if not trained:
-        return ""
-    left = sum(not cell.finished for cell in todo[done:]) * (time.monotonic() - begun) / trained
-    return f", about {left / 60:.0f} minutes left"
+    trained, left = (sum(not cell.finished for cell in part) for part in (todo[:done], todo[done:]))
+    return f", about {left * (time.monotonic() - begun) / trained / 60:.0f} minutes left" if trained else ""
 
 
 def measure(cell: Cell, world: World) -> None:
