@@ -37,7 +37,6 @@ READOUTS_FILE = "readouts.json"
 NUMBERS = ("AP", "AP50", "AP75")
 WITHOUT_EFFECT = ("data.workers", "train.device", "train.checkpoint_every", "train.log_every", "train.eval_every")
 """Fields in which two runs may differ and still have learned the same."""
-Results = dict[str, dict[str, float | None]]
 
 
 @dataclass(frozen=True)
@@ -259,7 +258,7 @@ def _evaluate(cell: Cell, readout: ReadOut, world: World) -> dict[str, Any]:
     return evaluate(model, dataset, world, workers=recipe.data.workers, progress=world.is_main)[0]
 
 
-def read_results(folder: Path) -> Results:
+def read_results(folder: Path) -> dict[str, dict[str, float | None]]:
     """Read-out -> AP, AP50, AP75 in 0 .. 1, of those evaluated so far.
 
     Raises:
