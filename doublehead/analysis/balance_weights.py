@@ -37,7 +37,6 @@ from doublehead.recipes import RECIPES
 READOUTS_FILE = "readouts.json"
 NUMBERS = ("AP", "AP50", "AP75")
 _READOUT = ("model.detection.",)  # every run is read out in four ways, whatever its own
-Results = dict[str, dict[str, float | None]]
 
 
 @dataclass(frozen=True)
@@ -204,11 +203,8 @@ def _say_plan(cells: list[Cell], todo: list[Cell]) -> None:
 
 
 def _left(begun: float, done: int, todo: list[Cell]) -> str:
-    trained = sum(not cell.finished for cell in todo[:done])
-    if not trained:
-        return ""
-    left = sum(not cell.finished for cell in todo[done:]) * (time.monotonic() - begun) / trained
-    return f", about {left / 60:.0f} minutes left"
+    trained, left = (sum(not cell.finished for cell in part) for part in (todo[:done], todo[done:]))
+    return f", about {left * (time.monotonic() - begun) / trained / 60:.0f} minutes left" if trained else ""
 
 
 def measure(cell: Cell, world: World) -> None:
@@ -242,7 +238,7 @@ def _evaluate(cell: Cell, readout: ReadOut, world: World) -> dict[str, Any]:
     return evaluate(model, dataset, world, workers=recipe.data.workers, progress=world.is_main)[0]
 
 
-def read_results(folder: Path) -> Results:
+def read_results(folder: Path) -> dict[str, dict[str, float | None]]:
     """Read-out -> AP, AP50, AP75 in 0 .. 1, of those evaluated so far.
 
     Raises:

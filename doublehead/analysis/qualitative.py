@@ -1,0 +1,259 @@
+"""Where the conv-head alone, the fc-head alone and Ext differ most on one Ext model (Figures 9 and 10).
+
+Every image of the data is read out in the three ways.  An object is a case where one head finds it and the other misses
+it (Figure 9), or where one head finds it twice and the other once (Figure 10).  All cases go into a table, the most
+telling ones into pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from doublehead.analysis.options import Qualitative
+from doublehead.analysis.output import output_folder, save_figure, write_csv
+from doublehead.analysis.readers import Reader
+from doublehead.config import ReadOut
+from doublehead.data import DetectionDataset, build_dataset
+from doublehead.engine.checkpoint import load_model
+from doublehead.engine.data_options import data_config
+from doublehead.engine.distributed import World
+from doublehead.engine.errors import UserError, config_errors
+from doublehead.engine.logs import say
+from doublehead.models.detections import resolve_sources
+from doublehead.ops.boxes import box_iou
+
+READOUTS: dict[str, ReadOut] = {"conv": "conv", "fc": "fc", "Ext": "fused"}
+"""Column of the figure -> read-out."""
+FOUND_IOU = 0.5
+DUPLICATE_IOU = 0.3
+"""A second box that lies this well on an object is a duplicate: NMS has left it, as it is far from the first."""
+COLUMNS = (
+    "kind", "image_id", "file", "class", "x1", "y1", "x2", "y2", "conv", "fc", "Ext", "conv_score", "fc_score",
+    "Ext_score", "conv_duplicate", "fc_duplicate", "Ext_duplicate", "conv_score_at_box", "fc_score_at_box", "picture",
+)  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """A way in which two heads differ on an object."""
+
+    name: str
+    head: str
+    word: str
+    """What became of the object in `head`."""
+    other: str
+    other_word: str
+    title: str
+
+
+KINDS = (
+    Kind("only-fc-finds", "fc", "found", "conv", "missed", "The fc-head finds what the conv-head misses"),
+    Kind("only-conv-finds", "conv", "found", "fc", "missed", "The conv-head finds what the fc-head misses"),
+    Kind("fc-duplicates", "fc", "duplicate", "conv", "found", "The fc-head finds twice what the conv-head finds once"),
+    Kind(
+        "conv-duplicates", "conv", "duplicate", "fc", "found", "The conv-head finds twice what the fc-head finds once"
+    ),
+)
+
+
+class Verdict(NamedTuple):
+    """What became of an object in one read-out."""
+
+    word: str
+    """`found`: one detection is its, and lies well; `duplicate`: several are its; `missed`: none of its class lies well
+    on it; `unclear`: one does, but is a neighbour's."""
+    score: float | None
+    """Of the best detection; of a missed object, below the threshold.  None: there is no detection at all."""
+    duplicate: float | None = None
+    """Score of the second detection."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An object on which two heads differ."""
+
+    kind: Kind
+    image: int
+    """Index in the data set."""
+    object: int
+    """Index in the image's ground truth."""
+    label: int
+    box: tuple[float, float, float, float]
+    verdicts: dict[str, Verdict]
+    at_box: dict[str, float]
+    """Head -> score of the class on the object's own box."""
+
+    @property
+    def telling(self) -> float:
+        """Larger is more telling: the gap of the heads' scores, or the duplicate's score."""
+        mine, other = self.verdicts[self.kind.head], self.verdicts[self.kind.other]
+        return mine.duplicate if mine.duplicate is not None else mine.score - (other.score or 0.0)
+
+
+def run(options: Qualitative, world: World) -> None:
+    """Write `qualitative.csv` and, for each kind that occurs, `qualitative-KIND.png`.
+
+    Raises:
+        UserError: no Ext model, a read-out it was not trained for, or options or data that cannot be used.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    readers = open_ext(options, world.device)
+    recipe, classes = readers["Ext"].recipe, readers["Ext"].classes
+    with config_errors():
+        dataset = build_dataset(data_config(recipe.data, options.data), "val", classes=classes)
+    out = output_folder(options.out, world)
+    if world.is_main:
+        say(f"{options.checkpoint}, on {len(dataset)} images of {dataset.name}")
+    shares = world.gather_on_main(find_in_share(readers, dataset, world, options.score_threshold))
+
+    def write() -> None:
+        cases = sorted((case for share in shares for case in share), key=lambda case: (case.image, case.object))
+        write_results(cases, readers, dataset, options, out)
+
+    world.on_main(write)
+
+
+def open_ext(options: Qualitative, device: torch.device) -> dict[str, Reader]:
+    """A reader for each of `READOUTS`; they share one model.
+
+    Raises:
+        UserError: the options are out of range, or the model has not these read-outs.
+    """
+    if not options.checkpoint:
+        raise UserError("no checkpoint is named: give the one of a Double-Head-Ext")
+    if options.cases < 1:
+        raise UserError(f"--cases is {options.cases}, at least 1 is accepted")
+    model, recipe, classes, _ = load_model(options.checkpoint)
+    config = recipe.model
+    least = config.detection.score_threshold
+    if not least <= options.score_threshold <= 1:
+        accepted = f"a number from {least:g} (below which this model detects nothing) to 1"
+        raise UserError(f"--score-threshold is {options.score_threshold}, {accepted} is accepted")
+    if config.head.kind != "double_head_ext":
+        raise UserError(f"{options.checkpoint}: its head is {config.head.kind!r}; two heads that both classify and "
+                        "regress has only 'double_head_ext'")  # fmt: skip
+    readers = {}
+    for name, readout in READOUTS.items():
+        with config_errors():
+            sources = resolve_sources(config.head.kind, readout, config.detection.fusion, config.loss)
+        readers[name] = Reader(name, model.to(device), recipe, classes, sources)
+    return readers
+
+
+def find_in_share(
+    readers: dict[str, Reader], dataset: DetectionDataset, world: World, threshold: float
+) -> list[Case]:  # fmt: skip
+    """The cases in this process's images: every `world.size`-th, from its rank on."""
+    found: list[Case] = []
+    share = range(world.rank, len(dataset), world.size)
+    for index in tqdm(share, desc="three read-outs", unit="image", disable=None if world.is_main else True):
+        image, target = dataset[index]
+        boxes, labels = target["boxes"], target["labels"]
+        if not len(boxes):
+            continue
+        outputs = detect(readers, image.to(world.device))
+        verdicts = {name: judge(output, boxes, labels, threshold) for name, output in outputs.items()}
+        if chosen := differing(verdicts):
+            scores = scores_at_boxes(readers, image.to(world.device), boxes, labels)
+            for kind, k in chosen:
+                words = {name: values[k] for name, values in verdicts.items()}
+                at_box = {name: values[k] for name, values in scores.items()}
+                found.append(Case(kind, index, k, int(labels[k]), tuple(boxes[k].tolist()), words, at_box))
+    return found
+
+
+def detect(readers: dict[str, Reader], image: Tensor) -> dict[str, dict[str, Tensor]]:
+    """Read-out -> detections of `image`, on the host."""
+    return {name: {key: value.cpu() for key, value in reader.detect(image).items()} for name, reader in readers.items()}
+
+
+def scores_at_boxes(readers: dict[str, Reader], image: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, list[float]]:
+    """Head -> score of each object's class on its own box."""
+    features = readers["Ext"].features(image, boxes)
+    labels = labels.to(features.boxes.device)
+    return {name: readers[name].read(features, features.boxes, labels).scores.tolist() for name in ("conv", "fc")}
+
+
+def judge(output: dict[str, Tensor], boxes: Tensor, labels: Tensor, threshold: float) -> list[Verdict]:
+    """What became of each object in a read-out.
+
+    A detection belongs to the object of its class on which it lies best.
+
+    Args:
+        output: detections: boxes `Tensor[D, 4]`, labels `Tensor[D]`, scores `Tensor[D]`.
+        boxes: `Tensor[n, 4]`, the objects', n >= 1; labels: `Tensor[n]`.
+        threshold: detections with a lower score count as not there.
+    """
+    same = output["labels"][:, None] == labels
+    iou = torch.where(same, box_iou(output["boxes"], boxes).nan_to_num(0), 0)
+    owner, shown = iou.argmax(1), output["scores"] >= threshold
+    verdicts = []
+    for k in range(len(boxes)):
+        well = iou[:, k] >= FOUND_IOU
+        own = shown & (owner == k) & (iou[:, k] >= DUPLICATE_IOU)
+        scores = output["scores"][own].sort(descending=True).values.tolist()
+        if len(scores) > 1:
+            verdicts.append(Verdict("duplicate", *scores[:2]))
+        elif (own & well).any():
+            verdicts.append(Verdict("found", scores[0]))
+        else:
+            word = "unclear" if (shown & well).any() else "missed"
+            best = output["scores"][well].tolist()
+            verdicts.append(Verdict(word, max(best, default=None)))
+    return verdicts
+
+
+def differing(verdicts: dict[str, list[Verdict]]) -> list[tuple[Kind, int]]:
+    """The objects that are cases, with their kinds."""
+    found = []
+    for k in range(len(verdicts["conv"])):
+        words = {name: verdicts[name][k].word for name in ("conv", "fc")}
+        found += [(kind, k) for kind in KINDS if (words[kind.head], words[kind.other]) == (kind.word, kind.other_word)]
+    return found
+
+
+def most_telling(cases: list[Case], kind: Kind, count: int) -> list[Case]:
+    """At most `count` cases of a kind, the most telling first, one for each image."""
+    best: dict[int, Case] = {}
+    for case in sorted((case for case in cases if case.kind == kind), key=lambda case: -case.telling):
+        best.setdefault(case.image, case)
+    return list(best.values())[:count]
+
+
+def write_results(
+    cases: list[Case], readers: dict[str, Reader], dataset: DetectionDataset, options: Qualitative, out: Path
+) -> None:
+    """Draw the most telling cases of each kind and write the table of all."""
+    from doublehead.analysis.qualitative_figure import draw_cases
+
+    device = next(readers["Ext"].model.parameters()).device
+    pictures: dict[tuple[str, int, int], str] = {}
+    for kind in KINDS:
+        path = out / f"qualitative-{kind.name}.png"
+        number = sum(case.kind == kind for case in cases)
+        chosen = most_telling(cases, kind, options.cases)
+        if not chosen:
+            path.unlink(missing_ok=True)  # an earlier call's
+            say(f"{kind.title}: no such object, no picture")
+            continue
+        outputs = [detect(readers, dataset[case.image][0].to(device)) for case in chosen]
+        save_figure(path, draw_cases(kind, chosen, outputs, dataset, options.score_threshold))
+        pictures |= {(kind.name, case.image, case.object): path.name for case in chosen}
+        say(f"{kind.title}: {number} objects, {len(chosen)} in {path.name}")
+    rows = [_row(case, dataset, pictures.get((case.kind.name, case.image, case.object))) for case in cases]
+    write_csv(out / "qualitative.csv", COLUMNS, rows)
+    say(f"{out}: qualitative.csv, {len(cases)} cases")
+
+
+def _row(case: Case, dataset: DetectionDataset, picture: str | None) -> list:
+    verdicts = [case.verdicts[name] for name in READOUTS]
+    return [
+        case.kind.name, dataset.image_ids[case.image], dataset.file_names[case.image], dataset.classes[case.label - 1],
+        *case.box, *(v.word for v in verdicts), *(v.score for v in verdicts), *(v.duplicate for v in verdicts),
+        case.at_box["conv"], case.at_box["fc"], picture,
+    ]  # fmt: skip
