@@ -58,6 +58,8 @@ def test_sums_are_exact_beyond_int64():
     table.merge(table_of((0, 0), ones, ones))
     assert table.cells[1, 0, 0] == Moments(100_000, *[100_000 * STEPS] * 2, *[100_000 * STEPS**2] * 3)
     assert 100_000 * STEPS**2 > 2**63
+    between = torch.tensor([0.4, 0.6, 1.4, 1.6]) / STEPS  # goes to the nearest step
+    assert table_of((0, 0), between, between).cells[1, 0, 0] == Moments(4, 4, 4, 6, 6, 6)
     steps = torch.tensor([0, 1, STEPS // 2 + 1, STEPS - 1, STEPS])
     found = table_of((0, 0), steps / STEPS, 1 - steps / STEPS).cells[1, 0, 0]
     assert found.x == steps.sum() and found.xx == sum(s * s for s in steps.tolist())
