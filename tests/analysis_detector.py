@@ -93,11 +93,11 @@ def windows_225(monkeypatch):
 
 
 @contextlib.contextmanager
-def stop_after(monkeypatch, module, images: int):
+def stop_after(monkeypatch, module, images: int, function: str = "measure_image"):
     """Inside, a measurement saves after each image and is killed after so many of them."""
     from doublehead.analysis import shards
 
-    original, count = module.measure_image, 0
+    original, count = getattr(module, function), 0
 
     def measure_image(*arguments):
         nonlocal count
@@ -107,7 +107,7 @@ def stop_after(monkeypatch, module, images: int):
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "measure_image", measure_image)
+        patch.setattr(module, function, measure_image)
         patch.setattr(shards, "SAVE_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             yield

@@ -1,19 +1,27 @@
 """`python -m doublehead.analyze feature-correlation`: the cosines are those of a loop over objects and cells."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
 import torch
+from analysis_detector import stop_after
 from engine_standin import MemoryDataset, one_thread  # noqa: F401 (a fixture)
 from PIL import Image
 from test_analyze_fc_weights import failure, saved
 
 from doublehead.analysis import feature_correlation
-from doublehead.analysis.feature_correlation import CosineSum, add_share, cosine_sum, head_maps, merge, output_map
+from doublehead.analysis.feature_correlation import (
+    CosineSum,
+    CosineTable,
+    cosine_sum,
+    head_maps,
+    measure_image,
+    output_map,
+)
 from doublehead.analysis.readers import open_readers
 from doublehead.analyze import main
-from doublehead.engine.distributed import World
 
 CPU = torch.device("cpu")
 
@@ -61,8 +69,10 @@ def test_cosines_are_numpys_and_zero_vectors_are_left_out():
 def test_sums_do_not_depend_on_how_the_objects_are_shared():
     features = torch.randn(7, 4, 2, 2, generator=torch.manual_seed(0))
     whole = cosine_sum(features)
-    parts = [{"a": cosine_sum(part)} for part in features.split([3, 1, 3])]
-    merged = merge([*reversed(parts), {}])["a"]
+    table = CosineTable()
+    for part in reversed(features.split([3, 1, 3])):
+        table.merge(CosineTable({("a", "input"): cosine_sum(part)}))
+    merged = CosineTable.from_dict(json.loads(json.dumps(table.to_dict()))).sums["a", "input"]
     assert (merged.total == whole.total).all() and (merged.count == whole.count).all() and merged.objects == 7
 
 
@@ -108,17 +118,22 @@ def test_each_head_sees_the_object_at_its_own_scale(tmp_path):
     assert (pooled[1.0] != pooled[1.3]).any()
 
 
-def test_shares_of_three_processes_make_the_whole(tmp_path):
+def whole(readers) -> CosineTable:
+    table = CosineTable()
+    for image, target in (pictures()[i] for i in range(5)):
+        table.merge(measure_image(readers, image, target))
+    return table
+
+
+def test_images_make_the_whole(tmp_path):
     saved(tmp_path / "run")
     readers = open_readers([f"m={tmp_path / 'run'}"], CPU)
-    whole = add_share(readers, pictures(), World())
-    parts = merge(add_share(readers, pictures(), World(rank, 3)) for rank in range(3))
-    assert list(parts) == list(whole) and {value.objects for value in parts.values()} == {5}
-    assert all((parts[key].total == whole[key].total).all() for key in whole)
+    sums = whole(readers).sums
+    assert {value.objects for value in sums.values()} == {5}
     images = [pictures()[i] for i in (0, 2, 3, 4)]
     inputs = [head_maps(readers[0], image, target["boxes"])["m, conv", "output"] for image, target in images]
     expected, _ = numpy_mean(torch.cat(inputs).numpy())
-    np.testing.assert_allclose(whole["m, conv", "output"].mean(), expected, atol=1e-8)
+    np.testing.assert_allclose(sums["m, conv", "output"].mean(), expected, atol=1e-8)
 
 
 # ---------------------------------------------------------------------- the command
@@ -137,12 +152,25 @@ def test_table_and_figure(memory, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 * 81
     readers = open_readers([f"m={tmp_path / 'run'}"], CPU)
-    expected = add_share(readers, pictures(), World())["m, fc", "output"]
+    expected = whole(readers).sums["m, fc", "output"]
     place = {"head": "m, fc", "map": "output", "row": "1", "column": "2", "other_row": "3", "other_column": "3"}
     (row,) = [row for row in rows if place.items() <= row.items()]
     assert float(row["cosine"]) == expected.mean()[1, 8] and int(row["objects"]) == expected.count[1, 8]
     assert min(Image.open(out / "feature-correlation.png").size) > 500
     assert "m, conv, output: mean cosine of two cells" in capsys.readouterr().out
+
+
+def test_a_stopped_measurement_goes_on(memory, tmp_path, monkeypatch, capsys):
+    saved(tmp_path / "run")
+    command = ["feature-correlation", f"m={tmp_path / 'run'}", "--device", "cpu", "--out"]
+    main([*command, str(tmp_path / "whole")])
+    with stop_after(monkeypatch, feature_correlation, 3):
+        main([*command, str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "feature-correlation.csv").exists()
+    main([*command, str(tmp_path / "out")])
+    assert "3 of 5 images are done already" in capsys.readouterr().out
+    names = ("feature-correlation.csv", "feature-correlation.png")
+    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
 
 
 def test_a_single_head_has_one_row(memory, tmp_path, capsys):
@@ -163,4 +191,4 @@ def test_mistakes_are_named(tmp_path, capsys, monkeypatch):
         feature_correlation, "build_dataset", lambda *args, **more: MemoryDataset(pictures()._images, [])
     )
     assert "the data have no object" in failure(["feature-correlation", tmp_path / "run", *end], capsys)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["state"]

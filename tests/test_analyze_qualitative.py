@@ -1,10 +1,12 @@
 """`python -m doublehead.analyze qualitative`: finds the telling objects, and says so where there are none."""
 
 import csv
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from analysis_detector import stop_after
 from engine_standin import MemoryDataset, one_thread  # noqa: F401 (a fixture)
 from PIL import Image
 from test_analyze_fc_weights import failure, saved
@@ -14,9 +16,10 @@ from doublehead.analysis.options import Qualitative
 from doublehead.analysis.qualitative import (
     KINDS,
     Case,
+    Cases,
     Verdict,
     differing,
-    find_in_share,
+    find_cases,
     judge,
     most_telling,
     open_ext,
@@ -24,7 +27,6 @@ from doublehead.analysis.qualitative import (
 from doublehead.analysis.qualitative_figure import score_text, view_around
 from doublehead.analyze import main
 from doublehead.engine.checkpoint import load_model, save_model
-from doublehead.engine.distributed import World
 from doublehead.engine.evaluator import inference
 
 CPU = torch.device("cpu")
@@ -190,7 +192,7 @@ def test_cases_are_listed_and_drawn(staged, tmp_path, capsys):
     assert [row["conv_score"] for row in rows] == ["", str(output(FIRST)["scores"].item()), "", ""]
     assert float(rows[1]["fc_duplicate"]) == pytest.approx(0.6) and rows[0]["fc_duplicate"] == ""
     assert all(0 < float(row["fc_score_at_box"]) < 1 for row in rows) and rows[0]["class"] == "a"
-    names = sorted(path.name for path in out.iterdir())
+    names = sorted(path.name for path in out.iterdir() if path.is_file())
     assert names == ["qualitative-fc-duplicates.png", "qualitative-only-fc-finds.png", "qualitative.csv"]
     assert min(Image.open(out / names[0]).size) > 400
     said = capsys.readouterr().out
@@ -198,11 +200,28 @@ def test_cases_are_listed_and_drawn(staged, tmp_path, capsys):
     assert "The conv-head finds what the fc-head misses: no such object, no picture" in said
 
 
-def test_processes_share_the_images(staged):
+def test_a_stopped_search_goes_on(staged, tmp_path, monkeypatch, capsys):
+    command = ["qualitative", str(staged), "--device", "cpu", "--out"]
+    main([*command, str(tmp_path / "whole")])
+    with stop_after(monkeypatch, qualitative, 2, "find_cases"):
+        main([*command, str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "qualitative.csv").exists()
+    main([*command, str(tmp_path / "out")])
+    assert "2 of 5 images are done already" in capsys.readouterr().out
+    files = [path.name for path in (tmp_path / "whole").iterdir() if path.is_file()]
+    assert len(files) == 3
+    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in files)
+    assert failure([*command, str(tmp_path / "out"), "--score-threshold", "0.6"], capsys).count("other score_threshold")
+
+
+def test_cases_come_in_the_order_of_the_data(staged):
     readers = open_ext(Qualitative("", checkpoint=str(staged)), CPU)
-    whole = find_in_share(readers, pictures(), World(), 0.5)
-    parts = [c for rank in range(3) for c in find_in_share(readers, pictures(), World(rank, 3), 0.5)]
-    assert sorted(parts, key=lambda c: (c.image, c.object)) == whole and len(whole) == 4
+    merged = Cases()
+    for number in (3, 1, 0, 2, 4):
+        part = Cases(find_cases(readers, number, *pictures()[number], 0.5))
+        merged.merge(Cases.from_dict(json.loads(json.dumps(part.to_dict()))))
+    assert [(case.image, case.object) for case in merged.sorted()] == [(0, 0), (1, 0), (2, 0), (2, 1)]
+    assert merged.sorted()[1].kind is FC_TWICE
 
 
 def test_read_outs_and_scores_are_the_models(tmp_path):

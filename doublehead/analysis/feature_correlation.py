@@ -5,12 +5,11 @@ is its map before the average over cells.  An fc-head has none; it is rebuilt by
 one C x dim matrix for each cell, which multiplies that cell's features (without bias and ReLU, which belong to the sum
 over the cells).  The correlation of two cells is the cosine of their feature vectors, averaged over the objects.
 
-Cosines are summed as integers, so any number of processes gives the same digits.
+Cosines are summed as integers, so any number of processes gives the same digits, and a stopped measurement goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from doublehead.analysis.cell_maps import (
     PAIR,
@@ -31,7 +29,8 @@ from doublehead.analysis.cell_maps import (
 from doublehead.analysis.options import FeatureCorrelation
 from doublehead.analysis.output import output_folder, save_figure, write_csv
 from doublehead.analysis.readers import Reader, open_readers
-from doublehead.data import DetectionDataset, build_dataset
+from doublehead.analysis.shards import State, fingerprint, measure_images
+from doublehead.data import Target, build_dataset
 from doublehead.engine.data_options import data_config
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import UserError, config_errors
@@ -67,7 +66,39 @@ class CosineSum:
         return mean.masked_fill(self.count == 0, torch.nan).numpy()
 
 
-Sums = dict[Key, CosineSum]
+class CosineTable:
+    """A `CosineSum` for each map of each head; a `shards.Summary`."""
+
+    def __init__(self, sums: dict[Key, CosineSum] | None = None) -> None:
+        self.sums = sums or {}
+
+    def empty(self) -> CosineTable:
+        """A table without objects."""
+        return CosineTable()
+
+    def merge(self, other: CosineTable) -> None:
+        """Add what belongs together."""
+        for key, value in other.sums.items():
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "sums": [
+                [*key, value.total.tolist(), value.count.tolist(), value.objects, value.zeros]
+                for key, value in self.sums.items()
+            ]
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CosineTable:
+        """Rebuild what `to_dict` gave."""
+        return cls(
+            {
+                (head, which): CosineSum(torch.tensor(total), torch.tensor(count), objects, zeros)
+                for head, which, total, count, objects, zeros in values["sums"]
+            }
+        )
 
 
 def run(options: FeatureCorrelation, world: World) -> None:
@@ -85,31 +116,24 @@ def run(options: FeatureCorrelation, world: World) -> None:
     out = output_folder(options.out, world)
     if world.is_main:
         say(f"{len(dataset)} images of {dataset.name}")
-    shares = world.gather_on_main(add_share(readers, dataset, world))
-    world.on_main(lambda: write_results(merge(shares), out))
+
+    def measure(image: Tensor, target: Target) -> tuple[CosineTable, int]:
+        return measure_image(readers, image.to(world.device), target), len(target["boxes"])
+
+    state = State(fingerprint(readers, dataset, dataset.annotations()), CosineTable())
+    folder = out / "state" / "feature-correlation"
+    table = measure_images(measure, dataset, world, folder, state, data.workers, counted="objects")
+    world.on_main(lambda: write_results(table, out))
 
 
-def add_share(readers: list[Reader], dataset: DetectionDataset, world: World) -> Sums:
-    """The sums over this process's images: every `world.size`-th, from its rank on."""
-    sums: Sums = {}
-    share = range(world.rank, len(dataset), world.size)
-    for index in tqdm(share, desc="objects' maps", unit="image", disable=None if world.is_main else True):
-        image, target = dataset[index]
-        if not len(target["boxes"]):
-            continue
+def measure_image(readers: list[Reader], image: Tensor, target: Target) -> CosineTable:
+    """The sums over an image's objects, for all maps of all heads; `image`: `Tensor[3, H, W]` uint8."""
+    table = CosineTable()
+    if len(target["boxes"]):
         for reader in readers:
-            maps = head_maps(reader, image.to(world.device), target["boxes"])
-            sums = merge([sums, {key: cosine_sum(features) for key, features in maps.items()}])
-    return sums
-
-
-def merge(shares: Iterable[Sums]) -> Sums:
-    """Add what belongs together."""
-    merged: Sums = {}
-    for share in shares:
-        for key, value in share.items():
-            merged[key] = merged[key] + value if key in merged else value
-    return merged
+            maps = head_maps(reader, image, target["boxes"])
+            table.merge(CosineTable({key: cosine_sum(features) for key, features in maps.items()}))
+    return table
 
 
 @torch.inference_mode()
@@ -156,19 +180,20 @@ def cosine_sum(features: Tensor) -> CosineSum:
     return CosineSum(cosines.sum(0).cpu(), count.cpu(), len(features), int((~known).sum()))
 
 
-def write_results(sums: Sums, out: Path) -> None:
+def write_results(table: CosineTable, out: Path) -> None:
     """Write the table and the figure, and say the means.
 
     Raises:
         UserError: there was no object.
     """
+    sums = table.sums
     if not sums:
         raise UserError("the data have no object, so there is nothing to correlate: give data with annotations")
     means = {key: value.mean() for key, value in sums.items()}
     rows = [(*key, *row) for key, matrix in means.items() for row in pair_rows(matrix)]
     objects = [count for value in sums.values() for count in value.count.flatten().tolist()]
-    table = [(*row, count) for row, count in zip(rows, objects, strict=True)]
-    write_csv(out / "feature-correlation.csv", ("head", "map", *PAIR, "cosine", "objects"), table)
+    lines = [(*row, count) for row, count in zip(rows, objects, strict=True)]
+    write_csv(out / "feature-correlation.csv", ("head", "map", *PAIR, "cosine", "objects"), lines)
     save_figure(out / "feature-correlation.png", draw(means))
     for (head, which), value in sums.items():
         mean = mean_of_pairs(means[head, which])

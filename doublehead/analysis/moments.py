@@ -96,6 +96,10 @@ class MomentTable:
         for number, values in zip(found, sums, strict=True):
             self._put(self._unravel(number), Moments(*values))
 
+    def empty(self) -> MomentTable:
+        """A table of the same shape without pairs."""
+        return MomentTable(self.shape)
+
     def merge(self, other: MomentTable) -> None:
         """Add another table of the same shape."""
         if other.shape != self.shape:

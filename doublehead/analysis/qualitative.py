@@ -7,19 +7,20 @@ telling ones into pictures.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from doublehead.analysis.options import Qualitative
 from doublehead.analysis.output import output_folder, save_figure, write_csv
 from doublehead.analysis.readers import Reader
+from doublehead.analysis.shards import State, fingerprint, measure_images
 from doublehead.config import ReadOut
-from doublehead.data import DetectionDataset, build_dataset
+from doublehead.data import DetectionDataset, Target, build_dataset
 from doublehead.engine.checkpoint import load_model
 from doublehead.engine.data_options import data_config
 from doublehead.engine.distributed import World
@@ -95,6 +96,40 @@ class Case:
         return mine.duplicate if mine.duplicate is not None else mine.score - (other.score or 0.0)
 
 
+class Cases:
+    """The cases of some images; a `shards.Summary`."""
+
+    def __init__(self, cases: Iterable[Case] = ()) -> None:
+        self.cases = list(cases)
+
+    def empty(self) -> Cases:
+        """No cases."""
+        return Cases()
+
+    def merge(self, other: Cases) -> None:
+        """Take in those of other images."""
+        self.cases += other.cases
+
+    def sorted(self) -> list[Case]:
+        """In the data set's order, whoever found them."""
+        return sorted(self.cases, key=lambda case: (case.image, case.object))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"cases": [vars(case) | {"kind": case.kind.name} for case in self.cases]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Cases:
+        """Rebuild what `to_dict` gave."""
+        kinds = {kind.name: kind for kind in KINDS}
+        cases = []
+        for value in values["cases"]:
+            verdicts = {name: Verdict(*verdict) for name, verdict in value["verdicts"].items()}
+            changes = {"kind": kinds[value["kind"]], "box": tuple(value["box"]), "verdicts": verdicts}
+            cases.append(Case(**(value | changes)))
+        return cls(cases)
+
+
 def run(options: Qualitative, world: World) -> None:
     """Write `qualitative.csv` and, for each kind that occurs, `qualitative-KIND.png`.
 
@@ -105,17 +140,24 @@ def run(options: Qualitative, world: World) -> None:
     readers = open_ext(options, world.device)
     recipe, classes = readers["Ext"].recipe, readers["Ext"].classes
     with config_errors():
-        dataset = build_dataset(data_config(recipe.data, options.data), "val", classes=classes)
+        data = data_config(recipe.data, options.data)
+        dataset = build_dataset(data, "val", classes=classes)
     out = output_folder(options.out, world)
     if world.is_main:
         say(f"{options.checkpoint}, on {len(dataset)} images of {dataset.name}")
-    shares = world.gather_on_main(find_in_share(readers, dataset, world, options.score_threshold))
+    numbers = {image_id: number for number, image_id in enumerate(dataset.image_ids)}
 
-    def write() -> None:
-        cases = sorted((case for share in shares for case in share), key=lambda case: (case.image, case.object))
-        write_results(cases, readers, dataset, options, out)
+    def measure(image: Tensor, target: Target) -> tuple[Cases, int]:
+        found = find_cases(
+            readers, numbers[target["image_id"]], image.to(world.device), target, options.score_threshold
+        )
+        return Cases(found), len(target["boxes"])
 
-    world.on_main(write)
+    heads = list(readers.values())
+    depends_on = fingerprint(heads, dataset, dataset.annotations(), score_threshold=options.score_threshold)
+    folder, empty = out / "state" / "qualitative", State(depends_on, Cases())
+    cases = measure_images(measure, dataset, world, folder, empty, data.workers, counted="objects").sorted()
+    world.on_main(lambda: write_results(cases, readers, dataset, options, out))
 
 
 def open_ext(options: Qualitative, device: torch.device) -> dict[str, Reader]:
@@ -145,25 +187,21 @@ def open_ext(options: Qualitative, device: torch.device) -> dict[str, Reader]:
     return readers
 
 
-def find_in_share(
-    readers: dict[str, Reader], dataset: DetectionDataset, world: World, threshold: float
+def find_cases(
+    readers: dict[str, Reader], number: int, image: Tensor, target: Target, threshold: float
 ) -> list[Case]:  # fmt: skip
-    """The cases in this process's images: every `world.size`-th, from its rank on."""
-    found: list[Case] = []
-    share = range(world.rank, len(dataset), world.size)
-    for index in tqdm(share, desc="three read-outs", unit="image", disable=None if world.is_main else True):
-        image, target = dataset[index]
-        boxes, labels = target["boxes"], target["labels"]
-        if not len(boxes):
-            continue
-        outputs = detect(readers, image.to(world.device))
-        verdicts = {name: judge(output, boxes, labels, threshold) for name, output in outputs.items()}
-        if chosen := differing(verdicts):
-            scores = scores_at_boxes(readers, image.to(world.device), boxes, labels)
-            for kind, k in chosen:
-                words = {name: values[k] for name, values in verdicts.items()}
-                at_box = {name: values[k] for name, values in scores.items()}
-                found.append(Case(kind, index, k, int(labels[k]), tuple(boxes[k].tolist()), words, at_box))
+    """The cases in image `number` of the data set; `image`: `Tensor[3, H, W]` uint8."""
+    boxes, labels = target["boxes"], target["labels"]
+    if not len(boxes):
+        return []
+    verdicts = {name: judge(output, boxes, labels, threshold) for name, output in detect(readers, image).items()}
+    chosen = differing(verdicts)
+    scores = scores_at_boxes(readers, image, boxes, labels) if chosen else {}
+    found = []
+    for kind, k in chosen:
+        words = {name: values[k] for name, values in verdicts.items()}
+        at_box = {name: values[k] for name, values in scores.items()}
+        found.append(Case(kind, number, k, int(labels[k]), tuple(boxes[k].tolist()), words, at_box))
     return found
 
 

@@ -1,6 +1,6 @@
 """Runs a measurement over all images on any number of processes; a stopped one goes on from where it was.
 
-Each process keeps the moments of its images in a file of its own.  Their sums are exact (see `moments`), so neither the
+Each process keeps the summary of its images in a file of its own.  Merging is exact (see `moments`), so neither the
 number of processes nor stops in between change a bit of the result; another device or number of threads may, as
 the heads' own rounding depends on them.
 """
@@ -13,13 +13,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from doublehead.analysis.moments import MomentTable
 from doublehead.analysis.readers import Reader
 from doublehead.config import to_dict
 from doublehead.data import DetectionDataset, Loader, Target
@@ -29,9 +28,28 @@ from doublehead.engine.files import write_json
 from doublehead.engine.logs import say
 
 SAVE_SECONDS = 30.0
-Measure = Callable[[Tensor, Target], tuple[MomentTable, int]]
-"""(image `Tensor[3, H, W]` uint8 on the host, its target) -> (its moments, RoIs that went through the heads)."""
 _MERGED = "merged.json"
+
+
+class Summary(Protocol):
+    """What a measurement leaves of any number of images; merging must be exact, in whatever order."""
+
+    def empty(self) -> Summary:
+        """One of the same kind that holds nothing."""
+
+    def merge(self, other: Any) -> None:
+        """Take in another one."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Summary:
+        """Rebuild what `to_dict` gave."""
+
+
+Measure = Callable[[Tensor, Target], tuple[Any, int]]
+"""(image `Tensor[3, H, W]` uint8 on the host, its target) -> (its summary, how many RoIs or objects that were)."""
 
 
 @dataclass
@@ -40,11 +58,11 @@ class State:
 
     fingerprint: dict[str, Any]
     """What the result depends on; states of different ones have nothing to do with each other."""
-    table: MomentTable
+    table: Summary
     done: set[int] = field(default_factory=set)
     """Image ids."""
 
-    def add(self, images: Iterable[int], table: MomentTable) -> None:
+    def add(self, images: Iterable[int], table: Summary) -> None:
         """Take in images that are not done yet."""
         self.table.merge(table)
         self.done.update(images)
@@ -73,17 +91,19 @@ def measure_images(
     folder: Path,
     empty: State,
     workers: int = 0,
-) -> MomentTable:
+    counted: str = "RoIs",
+) -> Any:
     """Measure all images that are not done yet, each on one process, and merge everything.
 
     Args:
         measure: of one image; it must depend on nothing else.
         folder: of the states; made if need be.
-        empty: the fingerprint and a table of the right shape.
+        empty: the fingerprint and an empty summary.
         workers: processes that load images, for each process.
+        counted: what `measure` counts.
 
     Returns:
-        The moments of all images, on every process.
+        The summary of all images, on every process.
 
     Raises:
         UserError: `folder` holds a state of something else, or a damaged one.
@@ -94,30 +114,37 @@ def measure_images(
     if world.is_main and done:
         say(f"{folder}: {len(done)} of {len(dataset)} images are done already")
     begun = time.monotonic()
-    rois = sum(world.gather(_measure_share(measure, dataset, world, folder, empty, todo, workers)))
+    count = sum(world.gather(_measure_share(measure, dataset, world, folder, empty, todo, workers, counted)))
     if world.is_main and todo:
         seconds = time.monotonic() - begun
-        say(f"{len(todo)} images, {rois:,} RoIs in {seconds:.1f} s: {rois / seconds:,.0f} RoIs/s")
+        say(f"{len(todo)} images, {count:,} {counted} in {seconds:.1f} s: {count / seconds:,.0f} {counted}/s")
     return world.on_main(lambda: _merge_states(folder, empty)).table
 
 
 def _measure_share(
-    measure: Measure, dataset: DetectionDataset, world: World, folder: Path, empty: State, todo: list[int], workers: int
+    measure: Measure,
+    dataset: DetectionDataset,
+    world: World,
+    folder: Path,
+    empty: State,
+    todo: list[int],
+    workers: int,
+    counted: str,
 ) -> int:
-    """This process's share; returns the number of its RoIs."""
+    """This process's share; returns how many RoIs or objects it had."""
     mine = todo[world.rank :: world.size]
-    state = State(empty.fingerprint, MomentTable(empty.table.shape))
+    state = State(empty.fingerprint, empty.table.empty())
     path = folder / f"rank-{world.rank}.json"
     loader = Loader(dataset, [[(0, index)] for index in mine], None, workers if mine else 0)
-    rois, begun = 0, time.monotonic()
+    total, begun = 0, time.monotonic()
     saved = begun
     with tqdm(total=len(mine), unit="image", disable=None if world.is_main else True, dynamic_ncols=True) as bar:
         for (image,), (target,) in loader:
             table, count = measure(image, target)
             state.add([target["image_id"]], table)
-            rois += count
+            total += count
             now = time.monotonic()
-            speed = f"{rois / (now - begun):,.0f} RoIs/s"
+            speed = f"{total / (now - begun):,.0f} {counted}/s"
             bar.set_postfix_str(speed, refresh=False)
             bar.update()
             if now - saved >= SAVE_SECONDS:
@@ -127,13 +154,13 @@ def _measure_share(
                     say(f"{len(state.done)} of {len(mine)} images, {speed}")
     if mine:
         state.write(path)
-    return rois
+    return total
 
 
 def _merge_states(folder: Path, empty: State) -> State:
     """All states in `folder` as one, which then is the only file there."""
     folder.mkdir(parents=True, exist_ok=True)
-    merged = State(empty.fingerprint, MomentTable(empty.table.shape))
+    merged = State(empty.fingerprint, empty.table.empty())
     files = sorted(folder.glob("rank-*.json"))
     if (folder / _MERGED).exists():
         files.insert(0, folder / _MERGED)
@@ -156,7 +183,7 @@ def _read_state(file: Path, empty: State) -> State:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         before, done = content["fingerprint"], set(content["done"])
-        table = MomentTable.from_dict(content["table"])
+        table = type(empty.table).from_dict(content["table"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: damaged: remove {file.parent}, or give another --out") from error
     now = json.loads(json.dumps(empty.fingerprint))

@@ -35,7 +35,7 @@ def miniature_recipes() -> list[Recipe]:
             f"the paper in miniature: {kind} on generated shapes; first: shapes-ext --out {START_FOLDER}",
             _model(kind),
             DataConfig("shapes", train_images=2000, val_images=400),
-            replace(SMALL_TRAINING, milestones=(350, 440), warmup_steps=25, checkpoint_every=0),
+            replace(SMALL_TRAINING, milestones=(350, 440), warmup_steps=25),
         )
         for kind, name in MINIATURES.items()
     ]
