@@ -183,6 +183,9 @@ def test_two_processes_after_one_was_stopped(result, runs, tmp_path, monkeypatch
     assert [finish(process) for process in ranks] == [0, 0], log.read_text()
     assert same(out, result) and state(out)["done"] == [1, 2, 3, 4]
     assert state(out)["table"] == state(result)["table"]
+    images = build_dataset(DataConfig(val_images=4, image_size=SIDE), "val")
+    rois = 4 * 225 * sum(len(images[i][1]["labels"]) for i in (1, 2, 3))  # each image on one process
+    assert f"3 images, {rois:,} RoIs in" in log.read_text()
     assert log.read_text().count("RoIs/s") == 1 and "1 of 4 images are done" in log.read_text()
 
 
