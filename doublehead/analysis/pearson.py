@@ -184,25 +184,24 @@ def correlate(head: str, kind: str, group: str, moments: Moments) -> Correlation
 
 
 def draw(path: Path, correlations: Sequence[Correlation], title: str) -> None:
-    """Three panels of bars, a cluster for each group and in it one for each head."""
+    """Three panels of bars, one below the other, a cluster for each group and in it one for each head."""
     from matplotlib.figure import Figure
 
     groups = list(dict.fromkeys(one.group for one in correlations))
     heads = list(dict.fromkeys(one.head for one in correlations))
     width = 0.8 / len(heads)
-    figure = Figure(figsize=(max(10, 1.2 + 0.25 * 3 * len(groups) * (len(heads) + 1)), 4.6), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
+    figure = Figure(figsize=(max(8, 1.2 + 0.25 * len(groups) * (len(heads) + 1)), 8.6), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True, sharey=True)
     for axes, kind, name in zip(panels, KINDS, TITLES, strict=True):
         for number, head in enumerate(heads):
             values = [one.value for one in correlations if (one.head, one.kind) == (head, kind)]
             places = [place + (number - (len(heads) - 1) / 2) * width for place in range(len(groups))]
             _draw_bars(axes, places, values, width, number, head)
         axes.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
-        axes.set(title=name, xlim=(-0.6, len(groups) - 0.4))
+        axes.set(title=name, xlim=(-0.6, len(groups) - 0.4), ylabel="Pearson's correlation")
         axes.axhline(0, color="black", lw=0.8)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-    panels[0].set_ylabel("Pearson's correlation")
     panels[0].margins(y=0.16)  # for the numbers
     figure.suptitle(title)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
