@@ -54,13 +54,13 @@ def open_study(figure: str, options: SlidingWindows | Pearson, world: World) -> 
     """
     if options.chunk < 1:
         raise UserError(f"--chunk is {options.chunk}, at least 1 is accepted")
-    folder = output_folder(options.out, world)
     readers = open_readers(options.heads, world.device)
     classes, trained = readers[0].classes, readers[0].recipe.data
     groups = find_groups(classes, options.difficulty)
     with config_errors():
         config = data_config(trained, options.data)
         dataset = build_dataset(config, "val", classes=classes)
+    folder = output_folder(options.out, world)
     annotations = dataset.annotations()
     sizes = object_sizes(dataset.image_ids, annotations)
     if world.is_main:
