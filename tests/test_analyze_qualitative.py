@@ -201,7 +201,7 @@ def test_cases_are_listed_and_drawn(staged, tmp_path, capsys):
 
 
 def test_a_stopped_search_goes_on(staged, tmp_path, monkeypatch, capsys):
-    command = ["qualitative", str(staged), "--device", "cpu", "--out"]
+    command = ["qualitative", str(staged), "--cases", "1", "--device", "cpu", "--out"]
     main([*command, str(tmp_path / "whole")])
     with stop_after(monkeypatch, qualitative, 2, "find_cases"):
         main([*command, str(tmp_path / "out")])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-STEPS = 8
+STEPS = 5
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ def test_sources_of_every_kind():
         "double_head": (("fc",), "conv"),
         "double_head_reverse": (("conv",), "fc"),
         "double_head_ext": (("fc", "conv"), "conv"),
+        "conv5": (("conv5",), "conv5"),
     }
 
 

@@ -42,7 +42,7 @@ def detect(model, skip: bool, **detection):
     return model(images())
 
 
-@pytest.mark.parametrize("kind", BRANCHES)
+@pytest.mark.parametrize("kind", [kind for kind in BRANCHES if kind != "conv5"])  # that has no conv tower to skip
 def test_the_exact_skip_changes_no_detection(kind):
     model = detector(kind)
     everything, selected = detect(model, False), detect(model, True)

@@ -38,14 +38,14 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
     """
     model = recipe.model
     norm = "batch_norm" if model.backbone.norm == "frozen_batch_norm" else model.backbone.norm
-    few = {"pre_nms_train": 60, "pre_nms_test": 30, "post_nms_train": 30, "post_nms_test": 10}
+    few = {"pre_nms_train": 60, "pre_nms_test": 30, "post_nms_train": 30, "post_nms_test": 5}
     return replace(
         recipe,
         model=replace(
             model,
             backbone=replace(model.backbone, weights=None, norm=norm, fpn_norm=model.backbone.neck == "fpn"),
             rpn=replace(model.rpn, samples=64, **few),
-            roi=replace(model.roi, samples=12),
+            roi=replace(model.roi, samples=6),
             detection=replace(model.detection, score_threshold=0.0),
             image=replace(model.image, min_size=(SIDE,), max_size=SIDE),
         ),
