@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import tyro
@@ -13,6 +13,7 @@ from doublehead.engine.errors import UserError, shown_to_user
 from doublehead.paper import TABLES
 
 PROGRAM = "python -m doublehead.tables"
+MINIATURE_NOTE = "Yours: small detectors on generated shapes. Compare the order of the rows, not the numbers."
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with shown_to_user():
         description = "Print the paper's Tables 1 to 6 beside your runs; a blank means: no run."
         options = tyro.cli(Options, prog=PROGRAM, description=description, args=arguments)
-        numbers = check_numbers(options.numbers)
+        numbers = check_numbers(options.numbers, options.miniature)
         if options.smoke:
             if options.runs or options.out or options.miniature or options.format != "text":
                 raise UserError("--smoke goes alone: it trains the recipes and compares nothing")
@@ -49,16 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-def check_numbers(numbers: Sequence[int]) -> list[int]:
+def check_numbers(numbers: Sequence[int], miniature: bool = False) -> list[int]:
     """The tables asked for, all of them if none is.
 
     Raises:
-        UserError: the paper has no such table.
+        UserError: the paper has no such table, or there is nothing of it in miniature.
     """
+    small = [number for number, table in TABLES.items() if any(row.miniature for row in table.rows)]
     for number in numbers:
+        if miniature and number in TABLES and number not in small:
+            raise UserError(f"Table {number} has no row in miniature: {', '.join(map(str, small))} have")
         if number not in TABLES:
             raise UserError(f"there is no Table {number} to compare with: the tables are {', '.join(map(str, TABLES))}")
-    return list(dict.fromkeys(numbers)) or list(TABLES)
+    return list(dict.fromkeys(numbers)) or (small if miniature else list(TABLES))
 
 
 def print_tables(options: Options, numbers: Sequence[int]) -> None:
@@ -75,11 +79,14 @@ def print_tables(options: Options, numbers: Sequence[int]) -> None:
     found = collect(options.runs) if options.runs is not None else Found()
     blocks = []
     for number in numbers:
-        lines = compare(TABLES[number], found, options.miniature)
+        table = TABLES[number]
+        lines = compare(table, found, options.miniature)
+        if options.miniature:
+            table = replace(table, title=f"In miniature: {table.title}", note=MINIATURE_NOTE)
         if options.format == "csv":
-            blocks.append(as_csv(number, TABLES[number], lines))
+            blocks.append(as_csv(number, table, lines))
         else:
-            blocks.append(as_text(number, TABLES[number], lines, markdown=options.format == "markdown"))
+            blocks.append(as_text(number, table, lines, markdown=options.format == "markdown"))
     text = ("\n" if options.format == "csv" else "\n\n").join(blocks)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -87,7 +94,7 @@ def print_tables(options: Options, numbers: Sequence[int]) -> None:
         print(text)
     else:
         write_text(options.out, text + "\n")
-        print(f"{len(numbers)} tables written to {options.out}")
+        print(f"{len(numbers)} table{'s' if len(numbers) > 1 else ''} written to {options.out}")
 
 
 def run_smoke(numbers: Sequence[int]) -> list[str]:

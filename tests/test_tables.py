@@ -200,7 +200,10 @@ def test_miniature_rows(tmp_path, capsys):
     rows, _ = rows_printed(["1", "--miniature", "--runs", str(tmp_path)], capsys)
     assert rows["single conv"]["recipe"] == "miniature-conv"
     assert float(rows["single conv"]["AP std"]) == pytest.approx(100 * statistics.stdev(values))
-    assert rows["double-fc"]["recipe"] == ""  # only weighted in miniature
+    assert "double-fc" not in rows and "double-fc, weighted" in rows
+    tables.main(["--miniature"])
+    text = capsys.readouterr().out
+    assert text.count("In miniature: ") == 3 and "Table 2" not in text and "Compare the order of the rows" in text
 
 
 def test_writing_to_a_file(tmp_path, capsys):
@@ -212,6 +215,7 @@ def test_writing_to_a_file(tmp_path, capsys):
     "arguments, message",
     [
         (["7"], "there is no Table 7"),
+        (["1", "2", "--miniature"], "Table 2 has no row in miniature: 1, 3, 4 have"),
         (["1", "--runs", "/nowhere/runs"], "--runs /nowhere/runs: no such folder"),
         (["1", "--out", "/nowhere/one.txt"], "--out /nowhere/one.txt: cannot be written"),
         (["1", "--smoke", "--format", "csv"], "--smoke goes alone"),

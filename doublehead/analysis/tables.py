@@ -98,12 +98,9 @@ def _as_measured(recipe: Recipe, metrics: dict[str, Any]) -> Recipe:
     return replace(recipe, model=replace(recipe.model, detection=detection), data=data)
 
 
-def wanted_recipe(row: Row, table: Table, miniature: bool = False) -> Recipe | None:
-    """What a run of this row must be; None: the row does not exist in miniature."""
-    name = row.miniature if miniature else row.recipe
-    if name is None:
-        return None
-    recipe = RECIPES[name]
+def wanted_recipe(row: Row, table: Table, miniature: bool = False) -> Recipe:
+    """What a run of this row must be; `miniature`: of a row that there is in miniature."""
+    recipe = RECIPES[row.miniature if miniature else row.recipe]
     if row.fusion is not None:
         detection = replace(recipe.model.detection, fusion=row.fusion)
         recipe = replace(recipe, model=replace(recipe.model, detection=detection))
@@ -115,8 +112,6 @@ def wanted_recipe(row: Row, table: Table, miniature: bool = False) -> Recipe | N
 def row_evaluations(row: Row, table: Table, found: Found, miniature: bool = False) -> list[Evaluation]:
     """The evaluations that count for a row, one for each run."""
     wanted = wanted_recipe(row, table, miniature)
-    if wanted is None:
-        return []
     matching = [item for item in found.evaluations if not differences(item.recipe, wanted, _SEED)]
     return list({item.folder: item for item in matching}.values())
 
@@ -133,11 +128,16 @@ def cell(evaluations: Sequence[Evaluation], column: str) -> Cell:
 
 
 def compare(table: Table, found: Found, miniature: bool = False) -> list[list[Any]]:
-    """One line per row: label, recipe, number of runs, then for each column the paper's number and a `Cell`."""
+    """One line per row: label, recipe, number of runs, then for each column the paper's number and a `Cell`.
+
+    `miniature`: only the rows that there are in miniature.
+    """
     lines = []
     for row in table.rows:
+        if miniature and row.miniature is None:
+            continue
         evaluations = row_evaluations(row, table, found, miniature)
-        line: list[Any] = [row.label, (row.miniature if miniature else row.recipe) or "", len(evaluations)]
+        line: list[Any] = [row.label, row.miniature if miniature else row.recipe, len(evaluations)]
         for column, published in zip(table.columns, row.published, strict=True):
             line += [published, cell(evaluations, column)]
         lines.append(line)
