@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
-import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -122,6 +120,8 @@ def _load_resnet(resnet: nn.Module, path: Path) -> None:
 
 def _load_checkpoint(backbone: nn.Module, path: Path) -> None:
     """Load the backbone and the pyramid of a detector's model.safetensors."""
+    import safetensors  # only here: models themselves need PyTorch and torchvision alone
+
     _require_file(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
