@@ -84,11 +84,7 @@ def run(options: Pearson, world: World) -> None:
         DataError: the data cannot be used.
     """
     study = open_study(FIGURE, options, world)
-
-    def measure(image: Tensor, target: Target) -> tuple[MomentTable, int]:
-        return measure_image(study, options, image.to(world.device), target)
-
-    table = study.measure(measure, _shape(study), world)
+    table = study.measure(measure_image, options, _shape(study), world)
     world.on_main(lambda: write_results(study, table))
 
 

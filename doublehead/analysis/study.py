@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from doublehead.analysis.moments import MomentTable
 from doublehead.analysis.options import Pearson, SlidingWindows
 from doublehead.analysis.output import output_folder
 from doublehead.analysis.readers import Reader, open_readers
-from doublehead.analysis.shards import Measure, State, fingerprint, measure_images
-from doublehead.data import DetectionDataset, build_dataset
+from doublehead.analysis.shards import State, fingerprint, measure_images
+from doublehead.data import DetectionDataset, Target, build_dataset
 from doublehead.engine.data_options import data_config
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import UserError, config_errors
@@ -38,10 +38,20 @@ class Study:
     folder: Path
     fingerprint: dict[str, Any]
 
-    def measure(self, measure: Measure, shape: Sequence[int], world: World) -> MomentTable:
-        """`measure` of all images, merged; see `measure_images`.  `shape` is that of the tables."""
+    def measure(
+        self, measure_image: MeasureImage, options: SlidingWindows | Pearson, shape: Sequence[int], world: World
+    ) -> MomentTable:
+        """`measure_image` of all images, merged; see `measure_images`.  `shape` is that of the tables."""
+
+        def measure(image: Tensor, target: Target) -> tuple[MomentTable, int]:
+            return measure_image(self, options, image.to(world.device), target)
+
         empty = State(self.fingerprint, MomentTable(shape))
         return measure_images(measure, self.dataset, world, self.folder / "state" / self.figure, empty, self.workers)
+
+
+MeasureImage = Callable[[Study, Any, Tensor, Target], tuple[MomentTable, int]]
+"""(study, options, image `Tensor[3, H, W]` uint8 on the device, its target) -> (its moments, number of RoIs)."""
 
 
 def open_study(figure: str, options: SlidingWindows | Pearson, world: World) -> Study:
