@@ -18,6 +18,7 @@ from doublehead.models import build_detector
 from doublehead.paper import TABLES, rows_of
 from doublehead.recipes import RECIPES
 from doublehead.recipes.miniature import MINIATURES
+from doublehead.recipes.paper import paper_recipes
 
 ROWS = [(number, row) for number, table in TABLES.items() for row in table.rows]
 PAPERS = list(dict.fromkeys(row.recipe for _, row in ROWS))
@@ -62,7 +63,7 @@ def test_recipes_are_what_their_rows_say():
 
 def distinct_models() -> list[str]:
     """One recipe of each backbone and head: rows that differ in loss weights, read-out or data run alike."""
-    models = {(str(RECIPES[name].model.backbone), str(RECIPES[name].model.head)): name for name in PAPERS}
+    models = {(str(one.model.backbone), str(one.model.head)): one.name for one in paper_recipes()}
     return list(models.values())
 
 
