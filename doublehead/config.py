@@ -39,6 +39,8 @@ class BackboneConfig:
     fpn_channels: int = 256
     fpn_norm: bool = False
     """Normalise the pyramid's convolutions too: what a detector trained from scratch needs (He et al. 2019)."""
+    stride_in_1x1: bool = False
+    """Where a bottleneck halves its map: in its first 1x1 convolution (Detectron2, maskrcnn-benchmark) or its 3x3."""
     neck: Literal["fpn", "none"] = "fpn"
     """`fpn`: maps P2 .. P6; `none`: C4 alone, for head.kind `conv5`."""
 
@@ -50,6 +52,11 @@ class RPNConfig:
     anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
     """One anchor side in pixels for each pyramid level P2, P3, ...; without a pyramid all of them on its one map."""
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    anchors: Literal["rounded", "exact", "legacy"] = "rounded"
+    """Sides rounded to pixels (torchvision), exact (Detectron2, MMDetection), or rounded about the centre of a cell's
+    first pixels (maskrcnn-benchmark); see `doublehead.models.anchors`."""
+    rank_by: Literal["probability", "logit"] = "probability"
+    """What NMS orders candidates by; equal but where probabilities round to the same number (Detectron2: logit)."""
     positive_iou: float = 0.7
     negative_iou: float = 0.3
     samples: int = 256
@@ -79,7 +86,7 @@ class RoIConfig:
     aligned: bool = False
     canonical_size: float = 224.0
     """Square root of the box area that belongs to level P4."""
-    level_rule: Literal["torchvision", "detectron2", "mmdet"] = "torchvision"
+    level_rule: Literal["torchvision", "detectron2", "mmdet", "maskrcnn_benchmark"] = "torchvision"
     """Rounding of the level next to powers of two; the projects differ (see `multiscale_roi_align`)."""
     fc_box_scale: float = 1.0
     conv_box_scale: float = 1.3
@@ -160,6 +167,10 @@ class ImageConfig:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     size_divisible: int = 32
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    """The order in which the network wants the channels, and in which `mean` and `std` are given; images are RGB."""
+    resize: Literal["torchvision", "detectron2", "mmdet", "maskrcnn_benchmark"] = "torchvision"
+    """Whose way to round the new size and to interpolate; see `doublehead.models.images`."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +184,10 @@ class ModelConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
+    legacy_boxes: bool = False
+    """Boxes were learnt as (first pixel, last pixel), a box's width being x2 - x1 + 1 (maskrcnn-benchmark, the authors'
+    release).  Everywhere here they end at x2 + 1, so that widths are differences; what remains of the convention is
+    that a box clipped to the image keeps one pixel, and that a RoI is sampled up to its last pixel's coordinate."""
 
 
 @dataclass(frozen=True)

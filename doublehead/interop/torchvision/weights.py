@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..config import (
+from ...config import (
     BackboneConfig,
     DetectionConfig,
     HeadConfig,
