@@ -19,6 +19,7 @@ OPTIONS = {
     "nms_iou": 0.5,
     "max_detections": 100,
     "min_size": 1e-2,
+    "least_side": 0.0,
     "box_weights": (10.0, 10.0, 5.0, 5.0),
 }
 

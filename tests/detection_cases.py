@@ -17,6 +17,7 @@ OPTIONS: dict[str, Any] = {
     "nms_iou": 0.5,
     "max_detections": 20,
     "min_size": 1e-2,
+    "least_side": 0.0,
     "box_weights": (10.0, 10.0, 5.0, 5.0),
 }
 
@@ -94,7 +95,8 @@ def naive_box(delta, proposal, size, options) -> list[float] | None:
         pair = torch.stack((centre - half, centre + half)).float()
         if not pair.isfinite().all():
             return None
-        ends.append(pair.clamp(min=0).clamp(max=size[1 - axis]))
+        least, most = options["least_side"], size[1 - axis]
+        ends.append(torch.stack((pair[0].clamp(0, most - least), pair[1].clamp(least, most))))
     if any(high - low < options["min_size"] for low, high in ends):
         return None
     return [ends[0][0].item(), ends[1][0].item(), ends[0][1].item(), ends[1][1].item()]

@@ -128,6 +128,7 @@ CALLS = {
     "encode": lambda a, b: encode_boxes(a, b, WEIGHTS[1]),
     "decode": lambda a, b: decode_boxes(a / 1000, b, WEIGHTS[1]),
     "clip": lambda a, b: clip_boxes(a, b[:, 0, 2:]),
+    "clip, one pixel stays": lambda a, b: clip_boxes(a, b[:, 0, 2:], 1.0),
 }
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 

@@ -79,6 +79,7 @@ def test_definition_equals_the_loop_over_boxes(fusion, heads):
         inputs = tensors(3, 15, 5, seed, heads)
         inputs[1][0, 3, 2], inputs[1][1, :, 1, 0] = NAN, INF
         options = OPTIONS | {"fusion": fusion, "max_detections": 12, "min_size": 8.0}
+        options["least_side"] = [0.0, 1.0, 9.0][seed]
         boxes, scores, labels, count = defined(inputs, options)
         assert count.any()
         for image in range(3):
@@ -115,6 +116,7 @@ def problems(draw, most_rois):
         "nms_iou": draw(st.sampled_from([0.0, 0.3, 0.5, 0.9])),
         "max_detections": draw(st.integers(0, 15)),
         "min_size": draw(st.sampled_from([0.0, 1e-2, 20.0])),
+        "least_side": draw(st.sampled_from([0.0, 1.0, 15.0])),
     }
     bad = draw(st.sampled_from([None, NAN, INF, -INF]))
     if bad is not None and batch and rois:
@@ -281,7 +283,7 @@ def test_slots_hold_as_many_classes_as_can_survive(triton_kernels, poison, fusio
         *_, groups = candidates(
             [item.to(triton_kernels) for item in logits],
             *(x.to(triton_kernels) for x in (deltas, proposals, torch.tensor([[True]]), sizes)),
-            fusion, threshold, 0.0, OPTIONS["box_weights"],
+            fusion, threshold, 0.0, 0.0, OPTIONS["box_weights"],
         )  # fmt: skip
         survivors = (2 if both else 1) * most
         assert groups[0, :survivors].tolist() == list(range(1, 1 + survivors))

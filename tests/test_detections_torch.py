@@ -151,7 +151,8 @@ def test_compiled_kernels_do_not_spill():
 
     module = "doublehead.ops.detections.kernel"
     sizes = {name: "i32" for name in ("rois", "classes", "slots")}
-    numbers = {n: "fp32" for n in ("threshold", "min_size", "weight_x", "weight_y", "weight_w", "weight_h")}
+    numbers = {n: "fp32" for n in ("threshold", "min_size", "least_side")}
+    numbers |= {f"weight_{letter}": "fp32" for letter in "xywh"}
     results = {"boxes": "*fp32", "scores": "*fp32", "groups": "*i64"}
     inputs = {"fc_logits": "*bf16", "conv_logits": "*bf16", "deltas": "*bf16", "proposals": "*fp32", "valid": "*u8"}
     signature = inputs | {"sizes": "*fp32"} | results | sizes | numbers

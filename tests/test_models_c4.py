@@ -96,7 +96,7 @@ def test_detections_are_torchvisions(ours, theirs):
 def test_sizes_and_training():
     model = build_detector(c4_config(backbone=dataclasses.replace(c4_config().backbone, name="resnet50")), CLASSES)
     core = model.detector
-    assert core.rpn.cells.shape == (1, 15, 4)
+    assert core.rpn.anchors.cells.shape == (1, 15, 4)
     assert [tuple(map_.shape) for map_ in core.backbone(torch.rand(1, 3, 96, 160))] == [(1, 1024, 6, 10)]
     assert core.heads["conv5"].classifier.in_features == 2048
     targets = [{"boxes": torch.tensor([[20.0, 20, 80, 90]]), "labels": torch.tensor([3])}]

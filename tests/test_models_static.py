@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from doublehead.config import BackboneConfig, HeadConfig, ImageConfig, ModelConfig, RoIConfig, RPNConfig
 from doublehead.models import ImageBatch, build_detector
+from doublehead.models.backbone import build_backbone
 from doublehead.models.structures import pad_targets
 
 KINDS = ["fc", "double_head", "double_head_ext"]
@@ -152,3 +153,23 @@ def test_frozen_and_trained_stages():
     detector = build_detector(dataclasses.replace(tiny("fc"), backbone=config), 4).detector
     trained = {name.split(".")[0] for name, p in detector.backbone.body.named_parameters() if p.requires_grad}
     assert trained == {"layer2", "layer3", "layer4"}
+
+
+def test_stride_in_1x1_moves_the_stride_of_each_stage():
+    config = dataclasses.replace(tiny("fc").backbone, name="resnet50")
+    strides = {}
+    for first in (False, True):
+        body = build_backbone(dataclasses.replace(config, stride_in_1x1=first)).body.body
+        stages = [body[f"layer{stage}"][0] for stage in range(1, 5)]
+        strides[first] = [(block.conv1.stride, block.conv2.stride) for block in stages]
+    assert strides[False] == [((1, 1), (1, 1))] + 3 * [((1, 1), (2, 2))]
+    assert strides[True] == [((1, 1), (1, 1))] + 3 * [((2, 2), (1, 1))]
+
+
+def test_legacy_boxes_and_their_level_rule_need_each_other():
+    legacy = dataclasses.replace(tiny("fc"), legacy_boxes=True)
+    with pytest.raises(ValueError, match="legacy_boxes and roi.level_rule 'maskrcnn_benchmark' need each other"):
+        build_detector(legacy, 4)
+    roi = dataclasses.replace(legacy.roi, level_rule="maskrcnn_benchmark")
+    detector = build_detector(dataclasses.replace(legacy, roi=roi), 4).detector
+    assert detector.least_side == detector.rpn.least_side == 1.0

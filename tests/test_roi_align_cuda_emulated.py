@@ -153,12 +153,12 @@ def test_pyramid_with_two_box_scales_in_any_order_of_threads(order, layout):
 
 
 @layouts
-@pytest.mark.parametrize("rule", [0, 1, 2], ids=reference.LEVEL_RULES)
+@pytest.mark.parametrize("rule", range(4), ids=reference.LEVEL_RULES)
 def test_level_rules(rule, layout):
     sides = torch.tensor([27.9, 28.0, 28.1, 55.9, 56.0, 56.1, 111.9, 112.0, 112.1, 500.0, 0.0])
     rois = torch.stack([sides * 0, sides * 0 + 3, sides * 0 + 4, sides + 3, sides + 4], 1)
     features = make_features([(1, 4, 32, 32), (1, 4, 16, 16), (1, 4, 8, 8)], layout=layout)
-    check(features, rois, [1 / 4, 1 / 8, 1 / 16], [1.0], (3, 3), 2, False, 56.0, 3, rule)
+    check(features, rois, [1 / 4, 1 / 8, 1 / 16], [1.0, 1.3], (3, 3), 2, False, 56.0, 3, rule)
 
 
 @layouts

@@ -85,13 +85,33 @@ def test_torchvision_level_next_to_a_boundary(boundary):
         ("detectron2", 111.9, 0), ("detectron2", 111.99995, 0), ("detectron2", 112, 1), ("detectron2", 448, 3),
         ("mmdet", 111.9, 0), ("mmdet", 111.9995, 0), ("mmdet", 111.99999, 1), ("mmdet", 112, 1), ("mmdet", 224, 2),
         ("mmdet", 447, 2), ("mmdet", 448, 3), ("torchvision", 3, 0), ("mmdet", 3, 0), ("mmdet", 2000, 3),
-        ("detectron2", 0, 0), ("torchvision", 0, 0), ("mmdet", 0, 0),
+        ("detectron2", 0, 0), ("torchvision", 0, 0), ("mmdet", 0, 0), ("maskrcnn_benchmark", 0, 0),
+        ("maskrcnn_benchmark", 111.9, 0), ("maskrcnn_benchmark", 111.99995, 1), ("maskrcnn_benchmark", 448, 3),
     ],
 )  # fmt: skip
 def test_level_rules(level_rule, side, level):
     assert levels_used(square(side), level_rule).item() == level
     index = reference.LEVEL_RULES.index(level_rule)
     assert reference.box_levels(square(side), SCALES, 224, 4, index).item() == level
+
+
+@pytest.mark.parametrize("box_scale", [1.0, 1.3])
+def test_maskrcnn_benchmark_samples_to_the_last_pixel(box_scale):
+    """Boxes there end at their last pixel: the level is that of the whole box, the samples end a pixel earlier."""
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(1, 3, side, side, generator=generator, requires_grad=True) for side in (64, 32)]
+    boxes = torch.tensor([[10.0, 12, 60, 71], [0, 0, 111.5, 112.5], [5, 5, 6, 6], [30, 20, 180, 210]])
+    centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * box_scale
+    sampled = torch.cat([centre - half, centre + half - 1], 1)
+    fine = ((boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt() < 112)[:, None, None, None]
+    expected = torch.where(fine, *(roi_align(features[i], [sampled], 7, 1 / (4 * 2**i), 2) for i in (0, 1)))
+    (pooled,) = multiscale_roi_align(
+        features, torch.nn.functional.pad(boxes, (1, 0)), 7, spatial_scales=SCALES[:2], box_scales=(box_scale,),
+        level_rule="maskrcnn_benchmark",
+    )  # fmt: skip
+    torch.testing.assert_close(pooled, expected)
+    grads = [torch.autograd.grad(output.square().sum(), features) for output in (pooled, expected)]
+    torch.testing.assert_close(*grads)
 
 
 def test_levels_begin_with_the_first_one_given():

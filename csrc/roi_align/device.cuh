@@ -58,8 +58,8 @@ __device__ inline Axes<W> find_axes(const Problem<W>& problem, int64_t roi, int3
   if (level < 0) return {{W(0), W(0), 0}, {W(0), W(0), 0}};
   const W* box = problem.rois + roi * 5 + 1;
   W x1 = box[0], y1 = box[1], x2 = box[2], y2 = box[3];
-  expand(x1, x2, problem.box_scales[scale]);
-  expand(y1, y2, problem.box_scales[scale]);
+  sampled(x1, x2, problem.box_scales[scale], problem.level_rule);
+  sampled(y1, y2, problem.box_scales[scale], problem.level_rule);
   const W spatial = W(problem.maps[level].scale);
   return {make_axis(y1, y2, spatial, problem.height, problem.sampling_ratio, problem.aligned),
           make_axis(x1, x2, spatial, problem.width, problem.sampling_ratio, problem.aligned)};

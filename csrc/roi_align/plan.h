@@ -54,8 +54,8 @@ class Plan {
     const W* box = rois_ + item.roi * 5 + 1;
     W x1 = box[0], y1 = box[1], x2 = box[2], y2 = box[3];
     const W factor = W(pooling_.box_scales[item.scale]), scale = W(pooling_.spatial_scales[level]);
-    expand(x1, x2, factor);
-    expand(y1, y2, factor);
+    sampled(x1, x2, factor, pooling_.level_rule);
+    sampled(y1, y2, factor, pooling_.level_rule);
     const auto [map_height, map_width] = extents_[level];
     fill_weights(make_axis(y1, y2, scale, pooling_.height, pooling_.sampling_ratio, pooling_.aligned), pooling_.height,
                  map_height, rows);

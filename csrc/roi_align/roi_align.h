@@ -92,7 +92,14 @@ DOUBLEHEAD_GEOMETRY void expand(W& low, W& high, W factor) {
   high = centre + half;
 }
 
-enum LevelRule : int64_t { kTorchvision = 0, kDetectron2 = 1, kMmdet = 2 };
+enum LevelRule : int64_t { kTorchvision = 0, kDetectron2 = 1, kMmdet = 2, kMaskrcnnBenchmark = 3 };
+
+// What is sampled of a box along one axis: expanded, and with maskrcnn-benchmark only up to the last pixel's coordinate.
+template <typename W>
+DOUBLEHEAD_GEOMETRY void sampled(W& low, W& high, W factor, int64_t rule) {
+  expand(low, high, factor);
+  if (rule == kMaskrcnnBenchmark) high -= W(1);
+}
 
 // The pyramid level of a box, 0 being the finest, `lowest`; -1 for a box with NaN or a negative area: it pools zeros.
 // With a single level there is nothing to choose.
@@ -106,8 +113,9 @@ DOUBLEHEAD_GEOMETRY int64_t box_level(const W* box, int64_t levels, int64_t rule
   if (rule == kMmdet) {
     const W finest_size = std::ldexp(canonical_size, int(lowest - canonical_level));
     level = std::floor(std::log2(size / finest_size + W(1e-6)));
-  } else if (rule == kDetectron2) {
-    level = std::floor(W(canonical_level) + std::log2(size / canonical_size + W(1e-8))) - W(lowest);
+  } else if (rule == kDetectron2 || rule == kMaskrcnnBenchmark) {
+    const W epsilon = rule == kDetectron2 ? W(1e-8) : W(1e-6);
+    level = std::floor(W(canonical_level) + std::log2(size / canonical_size + epsilon)) - W(lowest);
   } else {
     level = std::floor(W(canonical_level) + std::log2(size / canonical_size) + W(1e-6)) - W(lowest);
   }

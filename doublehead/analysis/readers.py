@@ -88,7 +88,7 @@ class Reader:
         own = labels[:, None]
         deltas = outputs[self.sources.boxes].deltas.gather(1, own[..., None].expand(-1, 1, 4)).squeeze(1)
         moved = decode_boxes(deltas, boxes, self.recipe.model.roi.box_weights)
-        moved = clip_boxes(moved[None], features.size)[0]
+        moved = clip_boxes(moved[None], features.size, detector.least_side)[0]
         return Reading(scores.gather(1, own).squeeze(1), moved)
 
     def read_all(self, features: ImageFeatures, boxes: Tensor, labels: Tensor, chunk: int) -> Reading:

@@ -11,6 +11,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -30,8 +31,8 @@ class Backbone(NamedTuple):
     """Of every map."""
     strides: tuple[int, ...]
     """Pixels per cell of the maps RoIs are pooled from."""
-    levels: int
-    """How many maps there are."""
+    map_strides: tuple[int, ...]
+    """Of all maps."""
     conv5: nn.Module | None = None
     """C4: the ResNet's last stage, which becomes the head."""
 
@@ -83,13 +84,13 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     """
     if config.neck == "fpn":
         body = ResNetFPN(config)
-        return Backbone(body, config.fpn_channels, body.strides, levels=5)
+        return Backbone(body, config.fpn_channels, body.strides, (*body.strides, 2 * body.strides[-1]))
     if config.neck != "none":
         raise ValueError(f"backbone.neck: expected 'fpn' or 'none', got {config.neck!r}")
     if _is_checkpoint(config.weights):
         raise ValueError("backbone.weights: a detector's checkpoint can only start a backbone with neck 'fpn'")
     resnet, _ = _resnet(config)
-    return Backbone(ResNetC4(resnet), resnet.inplanes // 2, ResNetC4.strides, levels=1, conv5=resnet.layer4)
+    return Backbone(ResNetC4(resnet), resnet.inplanes // 2, ResNetC4.strides, ResNetC4.strides, resnet.layer4)
 
 
 def _resnet(config: BackboneConfig) -> tuple[nn.Module, partial]:
@@ -98,8 +99,17 @@ def _resnet(config: BackboneConfig) -> tuple[nn.Module, partial]:
     resnet = getattr(torchvision.models, config.name)(weights=weights, norm_layer=norm)
     if config.weights not in (None, "imagenet") and not _is_checkpoint(config.weights):
         _load_resnet(resnet, Path(config.weights))
+    if config.stride_in_1x1:
+        _stride_in_1x1(resnet)
     _freeze(resnet, config.frozen_stages)
     return resnet, norm
+
+
+def _stride_in_1x1(resnet: nn.Module) -> None:
+    """Let bottlenecks halve their map in the first convolution, as the first ResNets did (He et al. 2016)."""
+    for block in resnet.modules():
+        if isinstance(block, Bottleneck):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
 
 
 def _freeze(resnet: nn.Module, stages: int) -> None:

@@ -70,6 +70,7 @@ def detect(
     sizes: Tensor,
     config: DetectionConfig,
     box_weights: tuple[float, float, float, float],
+    least_side: float = 0.0,
 ) -> Detections:
     """Decode, clip, threshold and suppress: the best `max_detections` boxes of each image.
 
@@ -80,6 +81,7 @@ def detect(
         sizes: `Tensor[B, 2]`, (height, width) of each image.
         config: thresholds and limits.
         box_weights: of the box coder.
+        least_side: pixels that clipping to the image leaves of a box outside of it.
 
     Returns:
         Detections with `max_detections` slots, best score first.
@@ -97,6 +99,7 @@ def detect(
             nms_iou=config.nms_iou,
             max_detections=config.max_detections,
             min_size=config.min_size,
+            least_side=least_side,
             box_weights=box_weights,
         )
     )

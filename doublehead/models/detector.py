@@ -36,11 +36,17 @@ class Detector(nn.Module):
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"num_classes: expected at least 2 (background and one class), got {num_classes}")
+        if config.legacy_boxes != (config.roi.level_rule == "maskrcnn_benchmark"):
+            raise ValueError(
+                f"legacy_boxes and roi.level_rule 'maskrcnn_benchmark' need each other, got {config.legacy_boxes} and "
+                f"{config.roi.level_rule!r}"
+            )
         self.config = config
         self.num_classes = num_classes
         backbone = build_backbone(config.backbone)
         self.backbone = backbone.body
-        self.rpn = RPN(config.rpn, backbone.channels, backbone.levels)
+        self.least_side = 1.0 if config.legacy_boxes else 0.0
+        self.rpn = RPN(config.rpn, backbone.channels, backbone.map_strides, self.least_side)
         self.heads = Heads(config.head, config.roi, backbone.channels, num_classes, backbone.conv5)
         self.roi_pooling = RoIPooling(config.roi, self.heads.box_scales.values(), backbone.strides)
         self.set_readout(config.detection.readout, config.detection.fusion)
@@ -57,8 +63,10 @@ class Detector(nn.Module):
 
     def _detect(self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
         heads = run_heads(self.heads, self.roi_pooling, features, proposals, self.sources, self.detection)
-        weights = self.config.roi.box_weights
-        found = detect(heads.outputs, self.sources, heads.proposals, sizes, self.detection, weights)
+        found = detect(
+            heads.outputs, self.sources, heads.proposals, sizes, self.detection, self.config.roi.box_weights,
+            self.least_side,
+        )  # fmt: skip
         return found._replace(rois=proposals.valid.sum(1), box_rois=heads.box_rois)
 
     def set_readout(self, readout: ReadOut, fusion: Fusion | None = None, ext_gate: float | None = None) -> None:

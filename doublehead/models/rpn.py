@@ -11,6 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, relu, smooth_l
 from ..config import RPNConfig
 from ..ops import nms_padded
 from ..ops.boxes import clip_boxes, decode_boxes, encode_boxes
+from .anchors import Anchors
 from .matching import match, sample
 from .structures import ImageBatch, Proposals, Targets, at_least_float32, gather_rows
 
@@ -23,27 +24,28 @@ class RPN(nn.Module):
     Args:
         config: anchors, sampling, limits.
         channels: of every map.
-        levels: how many maps: one for each anchor size, or 1, which then has all sizes.
+        strides: pixels per cell of each map: one map for each anchor size, or a single one, which then has all sizes.
+        least_side: pixels that clipping to the image leaves of a box outside of it.
 
     Raises:
-        ValueError: another number of levels.
+        ValueError: another number of maps, or an unknown option; the message names it.
     """
 
-    def __init__(self, config: RPNConfig, channels: int, levels: int = 5) -> None:
+    def __init__(
+        self, config: RPNConfig, channels: int, strides: Sequence[int] = (4, 8, 16, 32, 64), least_side: float = 0.0
+    ) -> None:
         super().__init__()
+        if config.rank_by not in ("probability", "logit"):
+            raise ValueError(f"rpn.rank_by: expected 'probability' or 'logit', got {config.rank_by!r}")
         self.config = config
-        cells = torch.stack([cell_anchors(size, config.aspect_ratios) for size in config.anchor_sizes])
-        if levels not in (1, len(cells)):
-            raise ValueError(f"rpn.anchor_sizes: expected one for each of {levels} levels, got {len(cells)}")
-        cells = cells.view(levels, -1, 4)
-        anchors = cells.shape[1]
+        self.least_side = least_side
+        self.anchors = Anchors(config, strides)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.objectness = nn.Conv2d(channels, anchors, 1)
-        self.deltas = nn.Conv2d(channels, 4 * anchors, 1)
+        self.objectness = nn.Conv2d(channels, self.anchors.per_cell, 1)
+        self.deltas = nn.Conv2d(channels, 4 * self.anchors.per_cell, 1)
         for layer in (self.conv, self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
-        self.register_buffer("cells", cells, persistent=False)
 
     def forward(
         self, images: ImageBatch, features: Sequence[Tensor], targets: Targets | None = None
@@ -60,7 +62,7 @@ class RPN(nn.Module):
             and the losses ("loss_rpn_objectness", "loss_rpn_box"), empty without targets.
         """
         logits, deltas = zip(*(self._predict(feature) for feature in features), strict=True)
-        anchors = [self._anchors(level, feature, images.pixels.shape[-2:]) for level, feature in enumerate(features)]
+        anchors = self.anchors(features, images.pixels.shape[-2:])
         proposals = self._propose(images, anchors, [x.detach() for x in logits], [x.detach() for x in deltas])
         if targets is None:
             return proposals, {}
@@ -73,17 +75,6 @@ class RPN(nn.Module):
         deltas = self.deltas(hidden).permute(0, 2, 3, 1).reshape(logits.shape[0], -1, 4)
         return at_least_float32(logits), at_least_float32(deltas)
 
-    def _anchors(self, level: int, feature: Tensor, image_size: Sequence[int]) -> Tensor:
-        """`Tensor[H*W*A, 4]` in pixels.  The stride is image side // cells, as in torchvision, which is
-        slightly under 64 on P6 where P5's side is odd."""
-        height, width = feature.shape[-2:]
-        stride_y, stride_x = image_size[0] // height, image_size[1] // width
-        y = torch.arange(height, device=feature.device, dtype=torch.float32) * stride_y
-        x = torch.arange(width, device=feature.device, dtype=torch.float32) * stride_x
-        shift_y, shift_x = (shift.reshape(-1) for shift in torch.meshgrid(y, x, indexing="ij"))
-        shifts = torch.stack([shift_x, shift_y, shift_x, shift_y], dim=1)
-        return (shifts[:, None] + self.cells[level]).reshape(-1, 4)
-
     def _propose(
         self, images: ImageBatch, anchors: list[Tensor], logits: list[Tensor], deltas: list[Tensor]
     ) -> Proposals:
@@ -92,9 +83,9 @@ class RPN(nn.Module):
         for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
             best, index = logit.topk(min(pre_nms, logit.shape[1]), dim=1)
             boxes.append(decode_boxes(gather_rows(delta, index), anchor[index], BOX_WEIGHTS))
-            scores.append(best.sigmoid())
+            scores.append(best.sigmoid() if self.config.rank_by == "probability" else best)
             levels.append(torch.full_like(index, level))
-        candidates = clip_boxes(torch.cat(boxes, 1), images.sizes)
+        candidates = clip_boxes(torch.cat(boxes, 1), images.sizes, self.least_side)
         sides = candidates[..., 2:] - candidates[..., :2]
         groups = torch.where((sides >= self.config.min_size).all(-1), torch.cat(levels, 1), -1)
 
@@ -121,15 +112,3 @@ class RPN(nn.Module):
         box = smooth_l1_loss(gather_rows(deltas, indices), wanted, beta=config.smooth_l1_beta, reduction="none")
         box = torch.where((drawn & (labels == 1))[..., None], box, 0.0).sum()
         return {"loss_rpn_objectness": objectness / total, "loss_rpn_box": box / total}
-
-
-def cell_anchors(size: float, aspect_ratios: Sequence[float]) -> Tensor:
-    """Anchors of one cell about the origin, `Tensor[A, 4]`, rounded to whole pixels as torchvision's.
-
-    Args:
-        size: square root of the area, pixels.
-        aspect_ratios: height / width.
-    """
-    height = size * torch.tensor(aspect_ratios, dtype=torch.float32).sqrt()
-    width = size / torch.tensor(aspect_ratios, dtype=torch.float32).sqrt()
-    return (torch.stack([-width, -height, width, height], dim=1) / 2).round()

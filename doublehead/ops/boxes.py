@@ -104,12 +104,14 @@ def decode_boxes(
     )
 
 
-def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
+def clip_boxes(boxes: Tensor, sizes: Tensor, least_side: float = 0.0) -> Tensor:
     """Moves corners outside the image onto its border.
 
     Args:
         boxes: `Tensor[B, N, 4]`, or any `Tensor[..., N, 4]`.
         sizes: `Tensor[B, 2]` (height, width) in pixels of each image, any real dtype; `Tensor[..., 2]` in general.
+        least_side: pixels that remain of a box wholly outside: x1 and y1 stop so far before the far border, x2 and y2
+            so far behind the near one.
     Returns:
         `Tensor[B, N, 4]` of `boxes`' dtype.  NaN stays NaN.
     Raises:
@@ -119,7 +121,11 @@ def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
     _check_last("sizes", sizes, 2)
     height, width = sizes.to(boxes.dtype).unbind(-1)
     limits = torch.stack((width, height, width, height), dim=-1)[..., None, :]
-    return torch.minimum(boxes.clamp(min=0), limits)
+    if least_side == 0:
+        return torch.minimum(boxes.clamp(min=0), limits)
+    low = torch.minimum(boxes[..., :2].clamp(min=0), limits[..., :2] - least_side)
+    high = torch.minimum(boxes[..., 2:].clamp(min=least_side), limits[..., 2:])
+    return torch.cat((low, high), dim=-1)
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:

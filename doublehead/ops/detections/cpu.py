@@ -25,6 +25,7 @@ def detections(
     nms_iou: float,
     max_detections: int,
     min_size: float,
+    least_side: float,
     box_weights: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Equals `reference.detections`, bit by bit."""
@@ -32,14 +33,14 @@ def detections(
     candidate = (scores > score_threshold) & valid[..., None]
     if int(candidate.count_nonzero()) * DENSE > candidate.numel():
         decoded = decode_boxes(deltas[:, :, 1:], proposals[:, :, None], box_weights).flatten(1, 2)
-        boxes = clip_boxes(decoded, sizes)
+        boxes = clip_boxes(decoded, sizes, least_side)
         labels = torch.arange(1, scores.shape[2] + 1)
         groups = torch.where(candidate & sound(decoded, boxes, min_size).view_as(candidate), labels, -1).flatten(1)
         return reference.suppress(boxes, scores.flatten(1), groups, nms_iou, max_detections)
     image, roi, column = candidate.nonzero(as_tuple=True)
     labels = column + 1
     decoded = decode_boxes(deltas[image, roi, labels], proposals[image, roi], box_weights)
-    boxes = clip_boxes(decoded[:, None], sizes[image])[:, 0]
+    boxes = clip_boxes(decoded[:, None], sizes[image], least_side)[:, 0]
     groups = torch.where(sound(decoded, boxes, min_size), labels, -1)
     padded = pad_images(image, valid.shape[0], boxes, scores[image, roi, column], groups)
     return reference.suppress(*padded, nms_iou, max_detections)

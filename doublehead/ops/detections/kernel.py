@@ -49,8 +49,8 @@ def _minimum(a, b):
 
 
 @triton.jit
-def _clip(x, limit):
-    return _minimum(tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL), limit)
+def _clip(x, least, limit):
+    return _minimum(tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL), limit)
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def _decode_axis(low, high, shift, log_ratio, shift_weight, ratio_weight):
 @triton.jit
 def _candidates(
     fc_logits, conv_logits, deltas, proposals, valid, sizes, boxes, scores, groups, rois, classes, slots,
-    threshold, min_size, weight_x, weight_y, weight_w, weight_h,
+    threshold, min_size, least_side, weight_x, weight_y, weight_w, weight_h,
     FUSION: tl.constexpr, BLOCK_CLASSES: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
 ):  # fmt: skip
     """One RoI: its candidates fill the first of its slots in the order of classes; the others get the group -1."""
@@ -96,7 +96,8 @@ def _candidates(
     x1, x2 = _decode_axis(left, right, dx, dw, weight_x, weight_w)
     y1, y2 = _decode_axis(top, bottom, dy, dh, weight_y, weight_h)
     takes_part &= _finite(x1) & _finite(y1) & _finite(x2) & _finite(y2)
-    x1, y1, x2, y2 = _clip(x1, width), _clip(y1, height), _clip(x2, width), _clip(y2, height)
+    x1, y1 = _clip(x1, 0.0, width - least_side), _clip(y1, 0.0, height - least_side)
+    x2, y2 = _clip(x2, least_side, width), _clip(y2, least_side, height)
     takes_part &= (x2 - x1 >= min_size) & (y2 - y1 >= min_size)
 
     number = takes_part.to(tl.int32)
@@ -146,6 +147,7 @@ def detections(
     nms_iou: float,
     max_detections: int,
     min_size: float,
+    least_side: float,
     box_weights: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches the kernels; arguments and results as in `reference.detections`."""
@@ -153,11 +155,11 @@ def detections(
     if not in_float32 or logits[0].shape[-1] == 1 or max_detections == 0:
         return reference.detections(
             logits, deltas, proposals, valid, sizes, fusion, score_threshold, nms_iou, max_detections, min_size,
-            box_weights,
+            least_side, box_weights,
         )  # fmt: skip
     fusion = fusion if len(logits) == 2 else "none"
     boxes, scores, groups = candidates(
-        logits, deltas, proposals, valid, sizes, fusion, score_threshold, min_size, box_weights
+        logits, deltas, proposals, valid, sizes, fusion, score_threshold, min_size, least_side, box_weights
     )
     kept, count = nms_padded(boxes, scores, groups, nms_iou, max_detections)
     return *gather(kept, boxes, scores, groups), count
@@ -172,6 +174,7 @@ def candidates(
     fusion: str,
     score_threshold: float,
     min_size: float,
+    least_side: float,
     box_weights: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What of all RoIs and classes takes part: boxes `[B, R * S, 4]`, scores and groups (class, or -1) `[B, R * S]`."""
@@ -185,7 +188,7 @@ def candidates(
     _candidates[(batch * rois,)](
         logits[0].contiguous(), logits[-1].contiguous(), deltas.contiguous(), proposals.contiguous(),
         valid.contiguous().view(torch.uint8), sizes.contiguous(), boxes, scores, groups, rois, classes, slots,
-        score_threshold, min_size, *box_weights,
+        score_threshold, min_size, least_side, *box_weights,
         FUSION=fusion, BLOCK_CLASSES=block, BLOCK_SLOTS=next_power_of_2(slots), num_warps=warps(block),
         enable_fp_fusion=False,  # boxes as PyTorch computes them: no product and sum in one rounding
     )  # fmt: skip

@@ -25,6 +25,7 @@ def detections(
     nms_iou: float = 0.5,
     max_detections: int = 100,
     min_size: float = 1e-2,
+    least_side: float = 0.0,
     box_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best boxes of each image: scores, threshold, decoding, clipping, and NMS class by class.
@@ -51,6 +52,7 @@ def detections(
         nms_iou: a box is dropped if its IoU with a better one of its class exceeds it, as in `nms_padded`.
         max_detections: D, at least 0.
         min_size: in pixels.
+        least_side: pixels that clipping leaves of a box outside of the image: see `clip_boxes`.
         box_weights: of the box coder: the factors that (dx, dy, dw, dh) were encoded with.
 
     Returns:
@@ -77,7 +79,7 @@ def detections(
         raise ValueError(f"box_weights must be 4 numbers other than 0 (dx, dy, dw, dh), got {tuple(box_weights)}")
     arguments = (
         logits, deltas, proposals, valid, sizes, fusion, score_threshold, nms_iou, max_detections, min_size,
-        tuple(box_weights),
+        least_side, tuple(box_weights),
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return _detections(*arguments)
@@ -119,8 +121,9 @@ def _check_tensors(logits: Sequence[Tensor], deltas: Tensor, proposals: Tensor, 
 
 
 def _fake(
-    logits, deltas, proposals, valid, sizes, fusion, score_threshold, nms_iou, max_detections, min_size, box_weights
-):
+    logits, deltas, proposals, valid, sizes, fusion, score_threshold, nms_iou, max_detections, min_size, least_side,
+    box_weights,
+):  # fmt: skip
     batch = deltas.shape[0]
     return (
         deltas.new_empty((batch, max_detections, 4), dtype=compute_dtype(deltas, proposals)),
@@ -132,7 +135,8 @@ def _fake(
 
 _detections = define(
     "detections(Tensor[] logits, Tensor deltas, Tensor proposals, Tensor valid, Tensor sizes, str fusion, "
-    "float score_threshold, float nms_iou, SymInt max_detections, float min_size, float[] box_weights)"
+    "float score_threshold, float nms_iou, SymInt max_detections, float min_size, float least_side, "
+    "float[] box_weights)"
     " -> (Tensor boxes, Tensor scores, Tensor labels, Tensor count)",
     reference=reference.detections,
     fake=_fake,

@@ -34,6 +34,7 @@ def detections(
     nms_iou: float,
     max_detections: int,
     min_size: float,
+    least_side: float,
     box_weights: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Every class of every RoI is decoded, clipped and tested; the rest is `nms_padded`.
@@ -43,7 +44,7 @@ def detections(
     scores = class_scores(logits, fusion)[..., 1:]
     candidate = (scores > score_threshold) & valid[..., None]
     decoded = decode_boxes(deltas[:, :, 1:], proposals[:, :, None], box_weights).flatten(1, 2)
-    boxes = clip_boxes(decoded, sizes)
+    boxes = clip_boxes(decoded, sizes, least_side)
     sound = decoded.isfinite().all(-1) & large(boxes, min_size)
     labels = torch.arange(1, scores.shape[2] + 1, device=scores.device)
     groups = torch.where(candidate & sound.view_as(candidate), labels, -1).flatten(1)

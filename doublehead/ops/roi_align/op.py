@@ -98,7 +98,8 @@ def multiscale_roi_align(
         sampling_ratio, aligned: as in `roi_align`.
         box_scales: factors to expand each box by about its centre; there is one output for each of them.
         canonical_size, canonical_level: a box of this side (pixels) belongs on the level of this number.
-        level_rule: "torchvision", "detectron2" or "mmdet".
+        level_rule: "torchvision", "detectron2", "mmdet" or "maskrcnn_benchmark".  The last one also samples boxes only
+            up to the coordinate of their last pixel, (x2 - 1, y2 - 1) after they are expanded, as that project does.
 
     Returns:
         for each of `box_scales` a `Tensor[K, C, height, width]` in the dtype and memory format of the first features.

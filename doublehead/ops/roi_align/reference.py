@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 #: The operator's `level_rule` is an index into these.
-LEVEL_RULES = ("torchvision", "detectron2", "mmdet")
+LEVEL_RULES = ("torchvision", "detectron2", "mmdet", "maskrcnn_benchmark")
 
 _MOST_SAMPLES = 2**30  # per bin and axis; a box of more (some 10^9 pixels long) pools zeros
 _CHUNK = 2**25  # elements of the gathered pixels held at a time
@@ -47,7 +47,7 @@ def multiscale_roi_align(
                           canonical_level, level_rule)  # fmt: skip
     outputs = []
     for box_scale in box_scales:
-        boxes = _expand(rois[:, 1:], box_scale)
+        boxes = _sampled(rois[:, 1:], box_scale, level_rule)
         rows, columns = _taps(boxes, maps, output_size, sampling_ratio, aligned)
         parts = [
             _pool(pixels, _gather_index(maps, rows, columns, part), rows.weights[part], columns.weights[part])
@@ -82,7 +82,7 @@ def multiscale_roi_align_backward(
     maps = _maps_of_boxes(shapes, rois, spatial_scales, canonical_size, canonical_level, level_rule)
     pixels = rois.new_zeros(sum(areas), channels)
     for grad, box_scale in zip(grads, box_scales, strict=True):
-        boxes = _expand(rois[:, 1:], box_scale)
+        boxes = _sampled(rois[:, 1:], box_scale, level_rule)
         rows, columns = _taps(boxes, maps, output_size, sampling_ratio, aligned)
         for part in _chunks(rois.shape[0], rows, columns, channels):
             index = _gather_index(maps, rows, columns, part)
@@ -110,6 +110,7 @@ def box_levels(
     torchvision: floor(canonical_level + log2(s / canonical_size) + 1e-6);
     detectron2:  floor(canonical_level + log2(s / canonical_size + 1e-8));
     mmdet:       floor(log2(s / finest + 1e-6)) + lowest, finest = canonical_size * 2 ** (lowest - canonical_level),
+    maskrcnn_benchmark: floor(canonical_level + log2(s / canonical_size + 1e-6)),
     clamped to the levels there are; `lowest = log2(1 / spatial_scales[0])`.  With one level there is nothing to choose.
 
     Args:
@@ -124,8 +125,9 @@ def box_levels(
     size = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
     if LEVEL_RULES[level_rule] == "mmdet":
         level = (size / (canonical_size * 2.0 ** (lowest - canonical_level)) + 1e-6).log2().floor()
-    elif LEVEL_RULES[level_rule] == "detectron2":
-        level = (canonical_level + (size / canonical_size + 1e-8).log2()).floor() - lowest
+    elif LEVEL_RULES[level_rule] in ("detectron2", "maskrcnn_benchmark"):
+        epsilon = 1e-8 if LEVEL_RULES[level_rule] == "detectron2" else 1e-6
+        level = (canonical_level + (size / canonical_size + epsilon).log2()).floor() - lowest
     else:
         level = (canonical_level + (size / canonical_size).log2() + 1e-6).floor() - lowest
     level = level.clamp(0, len(spatial_scales) - 1)
@@ -176,13 +178,16 @@ def _maps_of_boxes(shapes, rois, spatial_scales, canonical_size, canonical_level
     return _Maps(offset, height, width, of_level(spatial_scales, rois.dtype), exists & inside)
 
 
-def _expand(boxes: Tensor, factor: float) -> Tensor:
-    """Boxes scaled about their centres; a factor of 1 leaves them as they are to the last bit."""
-    if factor == 1:
-        return boxes
+def _sampled(boxes: Tensor, factor: float, level_rule: int) -> Tensor:
+    """What is sampled: boxes scaled about their centres; a factor of 1 leaves them as they are to the last bit.
+
+    maskrcnn-benchmark samples up to the coordinate of the last pixel, one before the box's end.
+    """
     low, high = boxes[:, :2], boxes[:, 2:]
-    centre, half = (low + high) * 0.5, (high - low) * 0.5 * factor
-    return torch.cat([centre - half, centre + half], 1)
+    if factor != 1:
+        centre, half = (low + high) * 0.5, (high - low) * 0.5 * factor
+        low, high = centre - half, centre + half
+    return torch.cat([low, high - 1 if LEVEL_RULES[level_rule] == "maskrcnn_benchmark" else high], 1)
 
 
 def _taps(boxes, maps: _Maps, output_size, sampling_ratio, aligned) -> tuple[_Taps, _Taps]:
