@@ -1,0 +1,1 @@
+"""Detectron2: its models made faster, or their weights brought here."""

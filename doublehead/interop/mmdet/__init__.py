@@ -1,0 +1,1 @@
+"""MMDetection: its models made faster, or their weights brought here."""

@@ -1,0 +1,13 @@
+"""This library's names for a detector's tensors, as the projects' tables use them."""
+
+BODY = "detector.backbone.body"
+LATERAL = "detector.backbone.fpn.inner_blocks"
+OUTPUT = "detector.backbone.fpn.layer_blocks"
+RPN_CONV = "detector.rpn.conv"
+OBJECTNESS = "detector.rpn.objectness"
+DELTAS = "detector.rpn.deltas"
+FC = "detector.heads.fc"
+FC1 = "detector.heads.fc.tower.1"
+FC2 = "detector.heads.fc.tower.3"
+CONV = "detector.heads.conv"
+CONV_TOWER = "detector.heads.conv.tower"

@@ -1,0 +1,105 @@
+"""What names and shapes tell of a model: which ResNet, how many classes, how wide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .mapping import ConversionError
+
+RESNETS = {
+    (False, (2, 2, 2, 2)): "resnet18",
+    (True, (3, 4, 6, 3)): "resnet50",
+    (True, (3, 4, 23, 3)): "resnet101",
+}
+"""(bottlenecks, blocks of the four stages) -> name."""
+
+
+def find_resnet(tensors: Mapping[str, Tensor], stages: Sequence[str]) -> str:
+    """The name of the ResNet, by its blocks.
+
+    Args:
+        stages: what the names of the four stages' tensors begin with, such as "backbone.layer1.".
+
+    Raises:
+        ConversionError: another backbone.
+    """
+    blocks = [
+        {name.removeprefix(stage).split(".")[0] for name in tensors if name.startswith(stage)} for stage in stages
+    ]
+    counts = tuple(map(len, blocks))
+    if 0 in counts:
+        raise ConversionError(f"the backbone is no ResNet with a pyramid: no tensor {stages[counts.index(0)]}*")
+    first = f"{stages[0]}0."
+    bottleneck = f"{first}conv3.weight" in tensors
+    second = tensors.get(f"{first}conv2.weight")
+    if second is not None and second.dim() == 4 and second.shape[1] != second.shape[0]:
+        raise ConversionError(f"the backbone is a ResNeXt ({first}conv2.weight has {tuple(second.shape)}: groups); "
+                              f"accepted: {', '.join(RESNETS.values())}")  # fmt: skip
+    found = RESNETS.get((bottleneck, counts))
+    if found is None:
+        kind = "bottlenecks" if bottleneck else "basic blocks"
+        raise ConversionError(f"the backbone is a ResNet with {counts} {kind}; accepted: {', '.join(RESNETS.values())}")
+    return found
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, ...]:
+    """The shape of a tensor that tells the model's widths.
+
+    Raises:
+        ConversionError: it is missing or has not `dims` dimensions.
+    """
+    if name not in tensors:
+        raise ConversionError(f"the tensors do not make a whole model: missing: {name}")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != dims or 0 in shape:
+        raise ConversionError(f"{name!r} has shape {shape}, where one of {dims} dimensions is needed")
+    return shape
+
+
+def count_classes(tensors: Mapping[str, Tensor], classifier: str, regressor: str, background_regressed: bool) -> int:
+    """How many classes there are, with background.
+
+    Args:
+        classifier, regressor: names of the layers.
+        background_regressed: whether the regressor has rows for the background.
+
+    Raises:
+        ConversionError: too few, or a regressor whose rows do not go with it.
+    """
+    classes = shape_of(tensors, f"{classifier}.weight", 2)[0]
+    rows = shape_of(tensors, f"{regressor}.weight", 2)[0]
+    if classes < 2:
+        raise ConversionError(f"'{classifier}.weight' has {classes} rows: no class beside the background")
+    expected = 4 * (classes if background_regressed else classes - 1)
+    if rows != expected:
+        agnostic = ", as a class-agnostic regressor has" if rows in (4, 8) else ""
+        raise ConversionError(
+            f"'{regressor}.weight' has {rows} rows{agnostic}; accepted: 4 for each of the classes that "
+            f"'{classifier}.weight' has, {expected}"
+        )
+    return classes
+
+
+def pooled_side(columns: int, channels: int, name: str) -> int:
+    """The side of the map that an fc layer with so many input columns looks at.
+
+    Raises:
+        ConversionError: no square map has so many values.
+    """
+    side = round((columns / channels) ** 0.5)
+    if side < 1 or side * side * channels != columns:
+        raise ConversionError(f"{name!r} has {columns} columns, which are no square map of {channels} channels")
+    return side
+
+
+def background_first(rows: Tensor) -> Tensor:
+    """A classifier's rows, the last of which is the background: it comes to the front."""
+    return torch.cat((rows[-1:], rows[:-1]))
+
+
+def with_background_box(rows: Tensor) -> Tensor:
+    """A regressor's rows, of which the background has none: four zeros come to the front (they are never read)."""
+    return torch.cat((torch.zeros_like(rows[:4]), rows))
