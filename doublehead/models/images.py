@@ -1,62 +1,95 @@
-"""Between a user's images and the padded batch the detector works on."""
+"""Between a user's images and the padded batch the detector works on.
+
+Weights know the pixels they were trained on, and projects resize in different ways (`ImageConfig.resize`).  Each wants
+the short side at `min_size`, the long side at most at `max_size`:
+
+    name                 new size                                             interpolation (bilinear)
+    torchvision          floor(side * factor)                                 not antialiased, floating point
+    detectron2           floor(side * factor + 1/2), the cap in a second      antialiased as Pillow's, rounded to levels
+                         multiplication
+    mmdet                floor(side * factor + 1/2)                           not antialiased as OpenCV's, rounded
+    maskrcnn_benchmark   the short side min_size, or round(max_size * short   antialiased as Pillow's, rounded to levels
+                         / long) where the cap bites; the long side floored
+
+A side is never less than one pixel; the sources refuse images so thin.  Results of the last three may differ from their
+sources by one level in 255, as those round in between (`interpolate(antialias=True)` is PyTorch's form of Pillow's
+filter).  Rounding passes gradients on as if it were not there.
+
+Sources: torchvision.models.detection.transform.GeneralizedRCNNTransform; detectron2.data.transforms.ResizeShortestEdge;
+mmdet.datasets.transforms.Resize(keep_ratio=True) and mmcv.imrescale; maskrcnn_benchmark.data.transforms.Resize.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ..config import ImageConfig
+from ..ops import image_batch
+from ..ops.image_batch.reference import RoundLevels, white_of
 from .structures import Detections, ImageBatch, Targets, pad_targets
 
 Size = tuple[int, int]
 
 
 class ImageTransform(nn.Module):
-    """Normalise, resize and pad a list of images; carry boxes there and back.
+    """Resize, normalise and pad a list of images; carry boxes there and back.
 
-    The arithmetic follows torchvision's `GeneralizedRCNNTransform`, so that its weights see the
-    same pixels.
+    Args:
+        config: the sizes, the way to resize, the normalisation and the order of channels.
+        legacy_boxes: the network's boxes are those of a project in which they end at their last pixel (see
+            `ModelConfig.legacy_boxes`), and in which that pixel's coordinate is what is scaled between the user's image
+            and the batch: x2 becomes (x2 - 1) * ratio + 1, as does y2.
     """
 
-    def __init__(self, config: ImageConfig) -> None:
+    def __init__(self, config: ImageConfig, legacy_boxes: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("mean", torch.tensor(config.mean).reshape(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config.std).reshape(3, 1, 1), persistent=False)
+        self.legacy_boxes = legacy_boxes
+        # Has no value of interest: it follows the model, and says where batches go and in which dtype.
+        self.register_buffer("place", torch.zeros(()), persistent=False)
 
-    def forward(self, images: Sequence[Tensor]) -> tuple[ImageBatch, list[Size]]:
+    def forward(self, images: Sequence[Tensor], canvas: Size | None = None) -> tuple[ImageBatch, list[Size]]:
         """Turn images into a batch.
 
         Args:
-            images: each `Tensor[3, H, W]`, RGB, float in 0..1 or uint8.
+            images: each `Tensor[3, H, W]`, RGB, float in 0..1 or uint8, any strides.
+            canvas: (height, width) of the batch; None: the smallest multiples of `size_divisible` that hold all images.
 
         Returns:
-            The batch, and each image's (height, width) in it.
+            The batch, in the model's dtype, and each image's (height, width) in it.
 
         Raises:
-            ValueError: no image, or one of another shape or dtype.
+            ValueError: no image, or one of another shape or dtype, or larger than `canvas` after resizing.
         """
         if len(images) == 0:
             raise ValueError("images: expected at least one image, got an empty list")
-        resized = [self._resize(self._normalise(image, row)) for row, image in enumerate(images)]
-        sizes: list[Size] = [(image.shape[1], image.shape[2]) for image in resized]
-        step = self.config.size_divisible
-        height, width = (math.ceil(max(extent) / step) * step for extent in zip(*sizes, strict=True))
-        pixels = resized[0].new_zeros(len(images), 3, height, width)
-        for row, image in enumerate(resized):
-            pixels[row, :, : image.shape[1], : image.shape[2]] = image
-        return ImageBatch(pixels, torch.tensor(sizes, dtype=torch.float32).to(pixels.device)), sizes
+        for row, image in enumerate(images):
+            _check(image, row)
+        sizes = [self._new_size(image) for image in images]
+        canvas = self._canvas(sizes, canvas)
+        device, way = self.place.device, WAYS[self.config.resize]
+        moved = [image.to(device, non_blocking=True) for image in images]
+        if way.pillow:
+            moved = [pillow_resize(image, size) for image, size in zip(moved, sizes, strict=True)]
+        pixels = image_batch(
+            moved, sizes, canvas, self.config.mean, self.config.std,
+            swap=self.config.channel_order == "bgr", rounded=way.rounded, dtype=self.place.dtype,
+        )  # fmt: skip
+        return ImageBatch(pixels, _upload(sizes, device)), sizes
 
     def targets(self, targets: Sequence[dict[str, Tensor]], before: Sequence[Size], after: Sequence[Size]) -> Targets:
         """Scale ground-truth boxes from the users' images (`before`) to the batch (`after`) and pad them."""
-        device = self.mean.device
+        device = self.place.device
+        scales, shifts = self._box_maps(before, after, device)
         boxes = [
-            target["boxes"].to(device, torch.float32) * _scale(old, new, device)
-            for target, old, new in zip(targets, before, after, strict=True)
+            target["boxes"].to(device, torch.float32) * scale + shift
+            for target, scale, shift in zip(targets, scales, shifts, strict=True)
         ]
         return pad_targets(boxes, [target["labels"].to(device) for target in targets])
 
@@ -65,36 +98,123 @@ class ImageTransform(nn.Module):
 
         The only place of inference that waits for the device: the counts must be known.
         """
-        results = []
-        for row, count in enumerate(detections.count.tolist()):
-            scale = _scale(after[row], before[row], detections.boxes.device)
-            results.append(
-                {
-                    "boxes": detections.boxes[row, :count] * scale,
-                    "labels": detections.labels[row, :count],
-                    "scores": detections.scores[row, :count],
-                }
-            )
-        return results
+        scales, shifts = self._box_maps(after, before, detections.boxes.device)
+        return [
+            {
+                "boxes": detections.boxes[row, :count] * scales[row] + shifts[row],
+                "labels": detections.labels[row, :count],
+                "scores": detections.scores[row, :count],
+            }
+            for row, count in enumerate(detections.count.tolist())
+        ]
 
-    def _normalise(self, image: Tensor, row: int) -> Tensor:
-        if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
-            raise ValueError(f"images[{row}]: expected a Tensor[3, H, W], got shape {tuple(image.shape)}")
-        image = image.to(self.mean.device, non_blocking=True)
-        if image.dtype == torch.uint8:
-            image = image.to(self.mean.dtype) / 255
-        elif not image.is_floating_point():
-            raise ValueError(f"images[{row}]: expected uint8 or a floating dtype in 0..1, got {image.dtype}")
-        return (image - self.mean) / self.std
-
-    def _resize(self, image: Tensor) -> Tensor:
+    def _new_size(self, image: Tensor) -> Size:
         sides = self.config.min_size
         side = sides[int(torch.randint(len(sides), ()))] if self.training and len(sides) > 1 else sides[-1]
-        short, long = min(image.shape[1:]), max(image.shape[1:])
-        factor = min(side / short, self.config.max_size / long)
-        return interpolate(image[None], scale_factor=factor, mode="bilinear", recompute_scale_factor=True)[0]
+        height, width = WAYS[self.config.resize].size((image.shape[1], image.shape[2]), side, self.config.max_size)
+        return max(1, height), max(1, width)
+
+    def _canvas(self, sizes: Sequence[Size], canvas: Size | None) -> Size:
+        if canvas is None:
+            step = self.config.size_divisible
+            height, width = (math.ceil(max(extent) / step) * step for extent in zip(*sizes, strict=True))
+            return height, width
+        for row, (height, width) in enumerate(sizes):
+            if height > canvas[0] or width > canvas[1]:
+                raise ValueError(
+                    f"images[{row}] is {height} x {width} pixels (height x width) after resizing and does not fit into "
+                    f"the canvas of {canvas[0]} x {canvas[1]}: give a larger canvas"
+                )
+        return canvas
+
+    def _box_maps(self, old: Sequence[Size], new: Sequence[Size], device: torch.device) -> tuple[Tensor, Tensor]:
+        """`scale` and `shift`, `Tensor[B, 4]` each: boxes in images of size `new` are boxes * scale + shift."""
+        ratios = [(after[1] / before[1], after[0] / before[0]) for before, after in zip(old, new, strict=True)]
+        keep = 1 if self.legacy_boxes else 0
+        rows = [[x, y, x, y, 0, 0, keep * (1 - x), keep * (1 - y)] for x, y in ratios]
+        scale, shift = _upload(rows, device).split(4, dim=1)
+        return scale, shift
 
 
-def _scale(old: Size, new: Size, device: torch.device) -> Tensor:
-    y, x = new[0] / old[0], new[1] / old[1]
-    return torch.tensor([x, y, x, y], dtype=torch.float32).to(device)
+def _check(image: Tensor, row: int) -> None:
+    if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
+        raise ValueError(f"images[{row}]: expected a Tensor[3, H, W], got shape {tuple(image.shape)}")
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise ValueError(f"images[{row}]: expected uint8 or a floating dtype in 0..1, got {image.dtype}")
+
+
+def _upload(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:
+    """Numbers as float32 on `device`; through pinned memory, so that the host need not wait for a GPU."""
+    values = torch.tensor(rows, dtype=torch.float32, pin_memory=device.type == "cuda")
+    return values.to(device, non_blocking=True)
+
+
+def pillow_resize(image: Tensor, size: Size) -> Tensor:
+    """Resize as Pillow's bilinear filter does, antialiased and rounded to levels, within one level.
+
+    Args:
+        image: `Tensor[3, H, W]`, uint8, or floating in 0..1.
+        size: (height, width).
+
+    Returns:
+        `Tensor[3, *size]`: uint8, or float32 in 0..1.
+    """
+    if tuple(image.shape[1:]) == size and image.dtype == torch.uint8:
+        return image
+    if image.dtype == torch.uint8 and image.device.type == "cpu":
+        return interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    levels = image.to(torch.float32) * (255 // white_of(image, False))
+    levels = RoundLevels.apply(interpolate(levels[None], size, mode="bilinear", antialias=True)[0])
+    return levels.to(torch.uint8) if image.dtype == torch.uint8 else levels / 255
+
+
+# ---------------------------------------------------------------------------------------------
+# Ways to resize
+
+
+class Way(NamedTuple):
+    """How a project resizes."""
+
+    size: Callable[[Size, int, int], Size]
+    """(height, width), short side, cap of the long side -> new (height, width)."""
+    pillow: bool
+    """Antialiased and rounded by Pillow."""
+    rounded: bool
+    """Rounded to levels though not by Pillow."""
+
+
+def torchvision_size(size: Size, side: int, longest: int) -> Size:
+    factor = min(side / min(size), longest / max(size))
+    return math.floor(size[0] * factor), math.floor(size[1] * factor)
+
+
+def detectron2_size(size: Size, side: int, longest: int) -> Size:
+    factor = side / min(size)
+    exact = (side, factor * size[1]) if size[0] < size[1] else (factor * size[0], side)
+    if max(exact) > longest:
+        cap = longest / max(exact)
+        exact = (exact[0] * cap, exact[1] * cap)
+    return int(exact[0] + 0.5), int(exact[1] + 0.5)
+
+
+def mmdet_size(size: Size, side: int, longest: int) -> Size:
+    # Of `side` and `longest` the larger limits the long side, whatever their order.
+    factor = min(max(side, longest) / max(size), min(side, longest) / min(size))
+    return int(size[0] * factor + 0.5), int(size[1] * factor + 0.5)
+
+
+def maskrcnn_benchmark_size(size: Size, side: int, longest: int) -> Size:
+    short, long = min(size), max(size)
+    if long / short * side > longest:
+        side = round(longest * short / long)
+    if side == 0:  # where the source fails
+        return (1, longest) if size[0] < size[1] else (longest, 1)
+    return (int(side * size[0] / size[1]), side) if size[1] < size[0] else (side, int(side * size[1] / size[0]))
+
+
+WAYS = {
+    "torchvision": Way(torchvision_size, pillow=False, rounded=False),
+    "detectron2": Way(detectron2_size, pillow=True, rounded=False),
+    "mmdet": Way(mmdet_size, pillow=False, rounded=True),
+    "maskrcnn_benchmark": Way(maskrcnn_benchmark_size, pillow=True, rounded=False),
+}
