@@ -1,0 +1,214 @@
+"""A converted model finds what the source's maths find: pictures in, detections out, random weights, float64.
+
+torchvision is compared with the installed package, the others with `restatements`, which are written from the sources.
+"""
+
+import pickle
+import re
+
+import pytest
+import torch
+from restatements.detectron2 import FasterRCNN
+from restatements.layers import Weights
+from restatements.maskrcnn_benchmark import GeneralizedRCNN
+from restatements.mmdet import TwoStage
+from torch import nn
+from torchvision.models import detection
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+
+from doublehead.config import ImageConfig
+from doublehead.convert import main
+from doublehead.engine.checkpoint import load_model
+
+LIMITS = "model.rpn.pre_nms_test=200", "model.rpn.post_nms_test=60"
+SIZES = "model.image.min_size=[128]", "model.image.max_size=160"
+
+
+def pictures(*sizes):
+    """Pictures with smooth parts and edges, so that networks see more than noise: uint8 `[3, H, W]`."""
+    generator = torch.Generator().manual_seed(11)
+    found = []
+    for height, width in sizes:
+        coarse = torch.rand(1, 3, 7, 9, generator=generator)
+        smooth = nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0]
+        smooth[:, height // 4 : height // 2, width // 3 :] *= 0.4
+        found.append((smooth.clamp(0, 1) * 255).to(torch.uint8))
+    return found
+
+
+def converted(tmp_path, file, *options):
+    main([str(file), str(tmp_path / "out"), *options])
+    loaded = load_model(tmp_path / "out")
+    return loaded._replace(model=loaded.model.double())
+
+
+def assert_equal(model, images, expected, least=40):
+    """The same boxes, labels and scores in the same order."""
+    with torch.inference_mode():
+        found = model(images)
+    assert sum(len(scores) for _, scores, _ in expected) >= least
+    for mine, (boxes, scores, labels) in zip(found, expected, strict=True):
+        assert mine["labels"].tolist() == labels.tolist()
+        torch.testing.assert_close(mine["scores"].double(), scores, atol=1e-6, rtol=0)
+        torch.testing.assert_close(mine["boxes"].double(), boxes, atol=1e-3, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Detectron2
+
+
+@pytest.mark.parametrize("style", ["caffe", "pytorch"])
+def test_detectron2(tmp_path, style):
+    weights, images = Weights(0), pictures((128, 100), (110, 150))
+    source = FasterRCNN(weights, 5, 128, 160, style, (200, 60))
+    with torch.inference_mode():
+        source(images)  # makes the weights up
+        expected = source(images)
+    # As a published file: a pickle of numpy arrays.
+    model = {name: tensor.numpy() for name, tensor in weights.tensors.items()}
+    file = tmp_path / "model_final.pkl"
+    file.write_bytes(pickle.dumps({"model": model, "__author__": "someone"}, protocol=2))
+    model = converted(tmp_path, file, "--style", style, "--set", *LIMITS, *SIZES).model
+    assert_equal(model, images, [(boxes, scores, labels + 1) for boxes, scores, labels in expected])
+
+
+# ---------------------------------------------------------------------------------------------
+# MMDetection
+
+
+@pytest.mark.parametrize("double, style", [(False, "caffe"), (True, "pytorch")])
+def test_mmdet(tmp_path, double, style):
+    weights, images = Weights(1, counters=True), pictures((100, 128), (150, 110))
+    source = TwoStage(weights, 5, (160, 128), double, style, 200, 60)
+    with torch.inference_mode():
+        source(images)
+        expected = source(images)
+    file = tmp_path / "epoch_12.pth"
+    notes = {"CLASSES": tuple("abcde"), "config": f"model = dict(backbone=dict(style='{style}'))"}
+    torch.save({"meta": notes, "state_dict": weights.tensors, "optimizer": {"state": {}}}, file)
+    loaded = converted(tmp_path, file, "--set", *LIMITS, *SIZES)
+    assert loaded.classes == list("abcde")
+    assert_equal(loaded.model, images, [(boxes, scores, labels + 1) for boxes, scores, labels in expected])
+
+
+# ---------------------------------------------------------------------------------------------
+# maskrcnn-benchmark and the authors' release
+
+
+@pytest.mark.parametrize("mode, readout", [(0, "conv"), (1, "fc"), (2, "split"), (3, "fused")])
+def test_authors_double_head(tmp_path, authors, mode, readout):
+    weights, images = authors
+    source = GeneralizedRCNN(weights, 6, 128, 160, double=True, mode=mode, pre_nms=200, post_nms=60)
+    with torch.inference_mode():
+        expected = source(images)
+    file = tmp_path / "model_0180000.pth"
+    torch.save({"model": {f"module.{name}": tensor for name, tensor in weights.tensors.items()}, "iteration": 1}, file,
+               _use_new_zipfile_serialization=False)  # fmt: skip
+    model = converted(tmp_path, file, "--set", *LIMITS, *SIZES).model
+    model.set_readout(readout)
+    assert_equal(model, images, [from_coco(*found) for found in expected])
+
+
+@pytest.fixture(scope="module")
+def authors():
+    weights, images = Weights(2, counters=True), pictures((128, 100), (110, 150))
+    with torch.inference_mode():
+        GeneralizedRCNN(weights, 6, 128, 160, double=True, pre_nms=200, post_nms=60)(images)
+    weights.tensors = {name: t for name, t in weights.tensors.items() if not is_counter_of_body(name)}
+    return weights, images
+
+
+def is_counter_of_body(name):
+    """The frozen batch norms of the backbone have no counters."""
+    return name.startswith("backbone.") and name.endswith("num_batches_tracked")
+
+
+def test_maskrcnn_benchmark(tmp_path):
+    weights, images = Weights(3), pictures((128, 100), (110, 150))
+    source = GeneralizedRCNN(weights, 6, 128, 160, double=False, pre_nms=200, post_nms=60)
+    with torch.inference_mode():
+        source(images)
+        expected = source(images)
+    file = tmp_path / "model_final.pth"
+    torch.save({"model": weights.tensors, "optimizer": {}, "scheduler": {}, "iteration": 90000}, file)
+    model = converted(tmp_path, file, "--set", *LIMITS, *SIZES).model
+    assert_equal(model, images, [from_coco(*found) for found in expected])
+
+
+def from_coco(boxes, scores, labels):
+    return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1), scores, labels
+
+
+# ---------------------------------------------------------------------------------------------
+# torchvision
+
+
+def lively(model):
+    """Random weights with statistics that fit, and outputs that are not all the same."""
+    norms = [layer for layer in model.backbone.modules() if hasattr(layer, "running_var")]
+
+    def measure(layer, inputs):
+        variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3))
+        layer.running_var.copy_(variance + 1e-3)
+        layer.running_mean.copy_(mean)
+
+    handles = [layer.register_forward_pre_hook(measure) for layer in norms]
+    with torch.no_grad():
+        images = torch.stack(pictures((128, 160), (128, 160))) / 255
+        features = model.backbone((images - 0.45) / 0.225)
+        for block in model.backbone.fpn.inner_blocks:
+            block[0].weight.div_(features["0"].std())
+        model.rpn.head.cls_logits.weight.mul_(30)
+        model.rpn.head.bbox_pred.weight.mul_(10)
+        model.roi_heads.box_predictor.cls_score.weight.mul_(12)
+        model.roi_heads.box_predictor.bbox_pred.weight.mul_(10)
+    for handle in handles:
+        handle.remove()
+    return model.eval()
+
+
+def frozen(eps):
+    return lambda channels: FrozenBatchNorm2d(channels, eps)
+
+
+def torchvision_model(builder, classes, backbone, norm):
+    """A model of torchvision's with 200 candidates a level and 60 proposals."""
+    torch.manual_seed(4)
+    limits = {"rpn_pre_nms_top_n_test": 200, "rpn_post_nms_top_n_test": 60}
+    mean, std = (torch.tensor(values).tolist() for values in (ImageConfig().mean, ImageConfig().std))  # as float32
+    model = builder(
+        resnet_fpn_backbone(backbone_name=backbone, weights=None, norm_layer=norm), num_classes=classes, min_size=128,
+        max_size=160, image_mean=mean, image_std=std, **limits,
+    )  # fmt: skip
+    settings = [f"model.image.mean={mean}", f"model.image.std={std}"]
+    return lively(model), settings
+
+
+def before_0_13(name):
+    """What torchvision called a tensor before 0.13, and still does in the published weights."""
+    name = re.sub(r"(backbone\.fpn\.\w+_blocks\.\d)\.0\.", r"\1.", name)
+    return name.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
+
+
+TORCHVISION = {
+    "published": (detection.FasterRCNN, 12, "resnet50", frozen(0.0), before_0_13, []),
+    "fine-tuned": (detection.FasterRCNN, 7, "resnet18", frozen(1e-2), str, ["model.backbone.norm_eps=1e-2"]),
+    "from scratch": (detection.FasterRCNN, 7, "resnet18", nn.BatchNorm2d, str, []),
+    "mask": (detection.MaskRCNN, 5, "resnet18", frozen(0.0), str, []),
+    "keypoint": (detection.KeypointRCNN, 2, "resnet18", frozen(0.0), str, []),
+}
+
+
+@pytest.mark.parametrize("case", TORCHVISION)
+def test_torchvision(tmp_path, case):
+    builder, classes, backbone, norm, rename, more = TORCHVISION[case]
+    theirs, settings = torchvision_model(builder, classes, backbone, norm)
+    file = tmp_path / "model.pth"
+    torch.save({rename(name): tensor for name, tensor in theirs.state_dict().items()}, file)
+    model = converted(tmp_path, file, "--set", *LIMITS, *SIZES, *settings, *more).model
+    theirs.roi_heads.mask_roi_pool = theirs.roi_heads.keypoint_roi_pool = None  # no masks: boxes alone
+    images = [image.double() / 255 for image in pictures((128, 100), (110, 150))]
+    with torch.inference_mode():
+        expected = [(found["boxes"], found["scores"], found["labels"]) for found in theirs.double()(images)]
+    assert_equal(model, images, expected)
