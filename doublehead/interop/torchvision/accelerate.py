@@ -1,0 +1,152 @@
+"""torchvision's Faster, Mask and Keypoint R-CNN made faster where they are, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops.poolers import LevelMapper
+
+from ...ops import MultiScaleRoIAlign as OurMultiScaleRoIAlign
+from .modules import (
+    AcceleratedFrozenBatchNorm2d,
+    AcceleratedMultiScaleRoIAlign,
+    AcceleratedRoIHeads,
+    AcceleratedRPN,
+    AcceleratedTransform,
+)
+
+ACCELERATED = {
+    RegionProposalNetwork: AcceleratedRPN,
+    RoIHeads: AcceleratedRoIHeads,
+    MultiScaleRoIAlign: AcceleratedMultiScaleRoIAlign,
+    GeneralizedRCNNTransform: AcceleratedTransform,
+    FrozenBatchNorm2d: AcceleratedFrozenBatchNorm2d,
+}
+ORIGINAL = {ours: theirs for theirs, ours in ACCELERATED.items()}
+
+POOLS = ("box_roi_pool", "mask_roi_pool", "keypoint_roi_pool")
+BOX_CLIP = math.log(1000 / 16)
+"""The bound of dw and dh that `doublehead.ops.detections` decodes with, torchvision's default."""
+
+WRAPPERS = {
+    "DataParallel": "give model.module",
+    "DistributedDataParallel": "give model.module",
+    "FullyShardedDataParallel": "accelerate the model before it is sharded",
+    "OptimizedModule": "accelerate the model before torch.compile",
+}
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Replace a torchvision detector's slow parts by this library's operators, in place.
+
+    See `doublehead.accelerate`, which is this function.
+    """
+    swaps = list(_swaps(model))  # everything is checked before anything is changed
+    for module in swaps:
+        module.__class__ = ACCELERATED[type(module)]
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `accelerate`.  See `doublehead.restore`, which is this function."""
+    _check_model(model)
+    for module in model.modules():
+        if type(module) in ORIGINAL:
+            module.__class__ = ORIGINAL[type(module)]
+    return model
+
+
+def _swaps(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules to change; those that are changed already are checked and left out.
+
+    Raises:
+        TypeError, ValueError: see `doublehead.accelerate`.
+    """
+    _check_model(model)
+    needed = [("rpn", RegionProposalNetwork), ("roi_heads", RoIHeads)]
+    needed += [(f"roi_heads.{name}", MultiScaleRoIAlign) for name in POOLS]
+    for name, theirs in needed:
+        module = _attribute(model, name)
+        if module is None and name.endswith(POOLS[1:]) or isinstance(module, OurMultiScaleRoIAlign):
+            continue  # there is no such head; or pooling is ours by its owner's choice
+        _check_module(name, module, theirs)
+    for name in ("rpn.box_coder", "roi_heads.box_coder"):
+        _check_coder(name, _attribute(model, name))
+    for name in POOLS:
+        _check_levels(f"roi_heads.{name}", getattr(model.roi_heads, name))
+
+    own = [model.rpn, model.roi_heads, *(getattr(model.roi_heads, name) for name in POOLS)]
+    if _known_layers(model.backbone) and _known_layers(model.rpn.head):  # others may not bear channels-last memory
+        own.append(model.transform)
+        own += model.backbone.modules()
+    yield from (module for module in {id(module): module for module in own}.values() if type(module) in ACCELERATED)
+
+
+def _attribute(model: nn.Module, path: str) -> object:
+    for name in path.split("."):
+        model = getattr(model, name, None)
+    return model
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model: a TorchScript module cannot be changed; accelerate the model it was made from")
+    if not isinstance(model, GeneralizedRCNN):
+        name = type(model).__name__
+        hint = WRAPPERS.get(name, "its Faster, Mask and Keypoint R-CNN are accepted; one-stage detectors such as "
+                                  "RetinaNet, FCOS and SSD have no RoIs")  # fmt: skip
+        raise TypeError(f"model must be a two-stage detector of torchvision, got {name}: {hint}")
+
+
+def _check_module(name: str, module: object, theirs: type) -> None:
+    ours = ACCELERATED[theirs]
+    if type(module) not in (theirs, ours):
+        got = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise TypeError(
+            f"model.{name} must be torchvision's {theirs.__name__} itself, got {got}: what a class of somebody else's "
+            "does cannot be known; the model is left as it is"
+        )
+    methods = {method for method, value in vars(theirs).items() if callable(value)} | {"forward"}
+    if replaced := sorted(methods & set(vars(module))):
+        raise ValueError(
+            f"model.{name}.{replaced[0]} was replaced on this module: acceleration would not call it; "
+            "remove it first; the model is left as it is"
+        )
+
+
+def _check_coder(name: str, coder: object) -> None:
+    if type(coder) is not BoxCoder or {"decode", "decode_single"} & set(vars(coder)):
+        raise TypeError(
+            f"model.{name} must be torchvision's BoxCoder itself, got {type(coder).__module__}."
+            f"{type(coder).__qualname__}; the model is left as it is"
+        )
+    if len(coder.weights) != 4 or not all(coder.weights):
+        raise ValueError(f"model.{name}.weights must be 4 numbers other than 0, got {coder.weights}")
+    if name.startswith("roi_heads") and coder.bbox_xform_clip != BOX_CLIP:
+        raise ValueError(
+            f"model.{name}.bbox_xform_clip must be log(1000 / 16), got {coder.bbox_xform_clip}; "
+            "the model is left as it is"
+        )
+
+
+def _check_levels(name: str, pool: nn.Module | None) -> None:
+    mapper = getattr(pool, "map_levels", None)
+    if mapper is not None and (type(mapper) is not LevelMapper or mapper.eps != 1e-6):
+        raise ValueError(
+            f"model.{name}.map_levels must be torchvision's LevelMapper with eps 1e-6, got {type(mapper).__name__} "
+            f"with {getattr(mapper, 'eps', 'none')}; the model is left as it is"
+        )
+
+
+def _known_layers(module: nn.Module) -> bool:
+    return all(type(layer).__module__.partition(".")[0] in ("torch", "torchvision", "doublehead")
+               for layer in module.modules())  # fmt: skip
