@@ -11,9 +11,9 @@ the short side at `min_size`, the long side at most at `max_size`:
     maskrcnn_benchmark   the short side min_size, or round(max_size * short   antialiased as Pillow's, rounded to levels
                          / long) where the cap bites; the long side floored
 
-A side is never less than one pixel; the sources refuse images so thin.  Results of the last three may differ from their
-sources by one level in 255, as those round in between (`interpolate(antialias=True)` is PyTorch's form of Pillow's
-filter).  Rounding passes gradients on as if it were not there.
+A side is never less than one pixel; the sources refuse images so thin.  Levels may differ by one of 255 from OpenCV's,
+which cuts off where this rounds (in every eighth pixel), and from Pillow's (see `pillow_resize`).  A gradient passes
+through rounding as if it were not there.  Floating images are taken as levels / 255, whatever the project makes of them.
 
 Sources: torchvision.models.detection.transform.GeneralizedRCNNTransform; detectron2.data.transforms.ResizeShortestEdge;
 mmdet.datasets.transforms.Resize(keep_ratio=True) and mmcv.imrescale; maskrcnn_benchmark.data.transforms.Resize.
@@ -31,7 +31,7 @@ from torch.nn.functional import interpolate
 
 from ..config import ImageConfig
 from ..ops import image_batch
-from ..ops.image_batch.reference import RoundLevels, white_of
+from ..ops.image_batch.reference import RoundLevels
 from .structures import Detections, ImageBatch, Targets, pad_targets
 
 Size = tuple[int, int]
@@ -150,22 +150,26 @@ def _upload(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:
 
 
 def pillow_resize(image: Tensor, size: Size) -> Tensor:
-    """Resize as Pillow's bilinear filter does, antialiased and rounded to levels, within one level.
+    """Resize as Pillow's bilinear filter does: antialiased, across and then down, rounded to levels after each.
+
+    On the CPU the result is Pillow's but for a rare level.  On a GPU, and where a gradient is wanted, sums that lie
+    beside a half may fall the other way: where many do, as between sizes of a simple ratio, it is up to two levels.
 
     Args:
-        image: `Tensor[3, H, W]`, uint8, or floating in 0..1.
+        image: `Tensor[3, H, W]`, uint8, or floating in 0..1, which is rounded to levels first.
         size: (height, width).
 
     Returns:
-        `Tensor[3, *size]`: uint8, or float32 in 0..1.
+        `Tensor[3, *size]`: uint8; float32 in 0..1 where a gradient is wanted.
     """
-    if tuple(image.shape[1:]) == size and image.dtype == torch.uint8:
-        return image
-    if image.dtype == torch.uint8 and image.device.type == "cpu":
-        return interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-    levels = image.to(torch.float32) * (255 // white_of(image, False))
-    levels = RoundLevels.apply(interpolate(levels[None], size, mode="bilinear", antialias=True)[0])
-    return levels.to(torch.uint8) if image.dtype == torch.uint8 else levels / 255
+    levels = image if image.dtype == torch.uint8 else RoundLevels.apply(image.to(torch.float32) * 255)
+    differentiable = levels.requires_grad
+    if image.device.type == "cpu" and not differentiable:
+        return interpolate(levels.to(torch.uint8)[None], size, mode="bilinear", antialias=True)[0]
+    levels = levels.to(torch.float32)[None]
+    for step in ((image.shape[1], size[1]), size):
+        levels = RoundLevels.apply(interpolate(levels, step, mode="bilinear", antialias=True))
+    return levels[0] / 255 if differentiable else levels[0].to(torch.uint8)
 
 
 # ---------------------------------------------------------------------------------------------
