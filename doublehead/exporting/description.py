@@ -1,0 +1,70 @@
+"""What a user of an exported detector has to know, as JSON beside the program."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import doublehead
+
+from ..config import ImageConfig, Recipe, to_dict
+
+FORMAT = "doublehead.exported/1"
+NAME = "doublehead"
+"""Key of the description in an ONNX file's metadata; `extra/doublehead.json` in a package."""
+
+
+def describe(
+    kind: str, recipe: Recipe, classes: Sequence[str], category_ids: Sequence[int], shape: Sequence[int], device: str
+) -> dict[str, Any]:
+    """
+    Args:
+        kind: "aoti" or "onnx".
+        recipe: of the model; with the read-out that was exported.
+        classes: label i is `classes[i - 1]`.
+        category_ids: label i is category `category_ids[i - 1]` of the data set.
+        shape: of the pixels, (B, 3, H, W).
+        device: "cpu" or "cuda".
+    """
+    batch, slots = shape[0], recipe.model.detection.max_detections
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "doublehead": doublehead.__version__,
+        "torch": torch.__version__,
+        "device": device,
+        "machine": machine(device),
+        "recipe": recipe.name,
+        "classes": list(classes),
+        "category_ids": [int(i) for i in category_ids],
+        "inputs": {
+            "pixels": {"shape": list(shape), "dtype": "float32", "about": "normalised images, zeros beyond them"},
+            "sizes": {"shape": [batch, 2], "dtype": "float32", "about": "height and width of each image in pixels"},
+        },
+        "outputs": {
+            "boxes": {"shape": [batch, slots, 4], "dtype": "float32", "about": "x1, y1, x2, y2 in pixels of the input"},
+            "scores": {"shape": [batch, slots], "dtype": "float32", "about": "best first"},
+            "labels": {"shape": [batch, slots], "dtype": "int64", "about": "label i is classes[i - 1]"},
+            "count": {"shape": [batch], "dtype": "int64", "about": "detections of each image; behind them is zero"},
+        },
+        "preprocessing": to_dict(recipe.model.image) | {"range": "0..1 before mean and std"},
+        "legacy_boxes": recipe.model.legacy_boxes,
+        "detection": to_dict(recipe.model.detection),
+    }
+
+
+def image_config(description: dict[str, Any]) -> ImageConfig:
+    """The configuration of the image transform that the model was made with."""
+    values = description["preprocessing"]
+    fields = {field.name for field in dataclasses.fields(ImageConfig)}
+    return ImageConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in fields})
+
+
+def machine(device: str) -> str:
+    """The instructions that compiled code may use here: "AVX2", "sm_90"."""
+    if device == "cuda":
+        return "sm_{}{}".format(*torch.cuda.get_device_capability())
+    return torch.backends.cpu.get_cpu_capability()

@@ -1,0 +1,177 @@
+"""Opens what `python -m doublehead.export` wrote: by torch and `doublehead.ops` or onnxruntime, without model code."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..engine.errors import UserError
+from .description import FORMAT, NAME, image_config, machine
+from .package import read_description
+
+Call = Callable[[Tensor, Tensor], Sequence[Tensor]]
+
+
+class ExportedDetections(NamedTuple):
+    """Best score first, zeros in empty slots."""
+
+    boxes: Tensor
+    """`Tensor[B, D, 4]`, float32: (x1, y1, x2, y2) in pixels of the input."""
+    scores: Tensor
+    """`Tensor[B, D]`, float32."""
+    labels: Tensor
+    """`Tensor[B, D]`, int64: label i is `classes[i - 1]`; 0 in empty slots."""
+    count: Tensor
+    """`Tensor[B]`, int64: filled slots of each image."""
+
+
+class ExportedDetector:
+    """A detector in a file, ready to be called.
+
+    Attributes:
+        description: what the exporter noted: "classes", "preprocessing", "inputs", "outputs", "device", ...
+        classes: label i is `classes[i - 1]`.
+        shape: (B, H, W) of the pixels it takes, exactly.
+        device: where it runs.
+    """
+
+    def __init__(self, call: Call, description: dict[str, Any], device: torch.device) -> None:
+        self._call, self.description, self.device = call, description, device
+        self.classes: list[str] = description["classes"]
+        batch, _, height, width = description["inputs"]["pixels"]["shape"]
+        self.shape = (batch, height, width)
+        self._transform = None
+
+    def __call__(self, pixels: Tensor, sizes: Tensor) -> ExportedDetections:
+        """Detect in a prepared batch.
+
+        Args:
+            pixels: `Tensor[B, 3, H, W]`, float32 on `device`: resized and normalised as `description["preprocessing"]`
+                says, at the top left, zeros beyond each image.
+            sizes: `Tensor[B, 2]`, float32: (height, width) of each image; zeros where there is none.
+
+        Raises:
+            ValueError: another shape, dtype or device.
+        """
+        batch, height, width = self.shape
+        for name, tensor, shape in (("pixels", pixels, (batch, 3, height, width)), ("sizes", sizes, (batch, 2))):
+            if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or tensor.device.type != self.device.type:
+                raise ValueError(
+                    f"{name}: expected float32 {list(shape)} on {self.device.type}, got {tensor.dtype} "
+                    f"{list(tensor.shape)} on {tensor.device}"
+                )
+        return ExportedDetections(*self._call(pixels.contiguous(), sizes.contiguous()))
+
+    def detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """Detect in images of any size, with the model's own preprocessing; this needs torchvision.
+
+        Args:
+            images: up to B, each `Tensor[3, H, W]`, RGB, float in 0..1 or uint8.
+
+        Returns:
+            per image "boxes" `Tensor[n, 4]` in its pixels, "labels" `Tensor[n]`, "scores" `Tensor[n]`, best first.
+
+        Raises:
+            ValueError: too many images, malformed ones, or one that after resizing is larger than (H, W).
+        """
+        from ..models import Detections  # only here: they bring torchvision
+        from ..models.images import ImageTransform
+
+        batch, *canvas = self.shape
+        if len(images) > batch:
+            raise ValueError(f"images: this program takes up to {batch} at a time, got {len(images)}")
+        if self._transform is None:
+            config, legacy = image_config(self.description), self.description["legacy_boxes"]
+            self._transform = ImageTransform(config, legacy).eval().to(self.device)
+        images_in_batch, after = self._transform(images, canvas=tuple(canvas))
+        pixels = images_in_batch.pixels.new_zeros(batch, 3, *canvas)
+        sizes = images_in_batch.sizes.new_zeros(batch, 2)
+        pixels[: len(images)], sizes[: len(images)] = images_in_batch
+        found = self(pixels, sizes)
+        before = [(image.shape[-2], image.shape[-1]) for image in images]
+        return self._transform.detections(Detections(*(v[: len(images)] for v in found)), before, after)
+
+    def __repr__(self) -> str:
+        batch, height, width = self.shape
+        return (
+            f"ExportedDetector({self.description['recipe']}, {len(self.classes)} classes, {batch} x 3 x {height} x "
+            f"{width}, {self.description['kind']} on {self.device})"
+        )
+
+
+def load(path: str | Path, device_index: int = 0) -> ExportedDetector:
+    """Open an exported detector.
+
+    A package holds compiled code, which runs when it is opened: open only files that you trust.
+
+    Args:
+        path: of a package (.pt2) or an ONNX file, which `python -m doublehead.export` wrote.
+        device_index: which GPU, for a package made for CUDA.  ONNX runs on the CPU here; for other execution providers
+            make an `onnxruntime.InferenceSession` of the file yourself.
+
+    Raises:
+        UserError: no such file, not one of this library, damaged, made for another device or kind of machine, or
+            onnxruntime is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if zipfile.is_zipfile(path):
+        return _load_package(path, device_index)
+    return _load_onnx(path)
+
+
+def _load_package(path: Path, device_index: int) -> ExportedDetector:
+    import doublehead.ops  # noqa: F401  (the package calls torch.ops.doublehead)
+
+    description = _checked(path, read_description(path))
+    wanted, made_for = description["device"], description["machine"]
+    if wanted == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"{path}: made for CUDA ({made_for}), and torch sees no CUDA device here")
+        if machine("cuda") != made_for:
+            raise UserError(
+                f"{path}: made for {made_for}, and this GPU is {machine('cuda')}: export again on this machine"
+            )
+    try:
+        compiled = torch._inductor.aoti_load_package(str(path), device_index=device_index if wanted == "cuda" else -1)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: cannot be opened ({str(error).strip().splitlines()[0]}); it was made with torch "
+            f"{description['torch']} for {made_for}, and here are torch {torch.__version__} and {machine(wanted)}"
+        ) from error
+    device = torch.device(wanted, device_index) if wanted == "cuda" else torch.device("cpu")
+    return ExportedDetector(compiled, description, device)
+
+
+def _load_onnx(path: Path) -> ExportedDetector:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f"{path}: not a package; to open an ONNX file: pip install onnxruntime") from error
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own classes, one for each kind of failure
+        raise UserError(f"{path}: neither a package nor an ONNX file ({str(error).splitlines()[0]})") from error
+    note = session.get_modelmeta().custom_metadata_map.get(NAME)
+    description = _checked(path, json.loads(note) if note else None)
+
+    def call(pixels: Tensor, sizes: Tensor) -> list[Tensor]:
+        results = session.run(None, {"pixels": pixels.numpy(), "sizes": sizes.numpy()})
+        return [torch.from_numpy(result) for result in results]
+
+    return ExportedDetector(call, description, torch.device("cpu"))
+
+
+def _checked(path: Path, description: dict[str, Any] | None) -> dict[str, Any]:
+    if description is None:
+        raise UserError(f"{path}: not a detector that python -m doublehead.export wrote, or damaged")
+    if description.get("format") != FORMAT:
+        raise UserError(f"{path}: written in {description.get('format')}, this version reads {FORMAT}")
+    return description

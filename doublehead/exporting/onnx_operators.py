@@ -1,0 +1,160 @@
+"""Our operators in the words of ONNX.
+
+Everything but RoIAlign and the suppression itself is plain arithmetic, written in PyTorch, which the exporter knows.
+These two become operators of ONNX, whose shapes depend on data in between, but not at the ends.
+
+Where ONNX's operators differ from ours:
+
+- RoiAlign wants finite boxes: a box that is not pools zeros, as here, without being given to it.
+- NonMaxSuppression compares IoUs with the threshold in float32, here in float64: an IoU that rounds to the threshold
+  itself may be decided otherwise.  Boxes of equal score stand in no order there; onnxruntime takes the lower index
+  first, as here.  A box with its corners swapped is a box there, and has a negative area here; a NaN score is dropped
+  there, and comes first here.  A detector makes neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..ops.boxes import clip_boxes, decode_boxes
+from ..ops.detections.reference import class_scores, large
+from ..ops.roi_align import reference as roi_align
+
+LOWEST = torch.finfo(torch.float32).min
+"""Score of what does not exist."""
+
+# ---------------------------------------------------------------------------------------------
+# The two that are ONNX's: shapes for tracing, translations for the exporter
+
+_LIBRARY = torch.library.Library("doublehead_onnx", "DEF")
+_LIBRARY.define("nms_mask(Tensor boxes, Tensor scores, float iou_threshold, int max_output) -> Tensor")
+_LIBRARY.define(
+    "roi_align_some(Tensor into, Tensor selected, Tensor rois, Tensor feature, int[] output_size, float spatial_scale, "
+    "int sampling_ratio, bool aligned) -> Tensor"
+)
+torch.library.register_fake("doublehead_onnx::nms_mask", lambda boxes, scores, *_: torch.empty_like(scores))
+torch.library.register_fake("doublehead_onnx::roi_align_some", lambda into, *_: torch.empty_like(into))
+
+
+def _nms_mask(boxes, scores, iou_threshold: float, max_output: int):
+    """`[B, N, 4]`, `[B, G, N]` -> `[B, G, N]`: 1 where a box is kept within its group, else 0."""
+    from onnxscript import opset18 as op
+
+    kept = op.NonMaxSuppression(
+        boxes, scores, op.Constant(value_ints=[max_output]), op.Constant(value_floats=[iou_threshold]),
+        op.Constant(value_floats=[LOWEST / 2]),
+    )  # fmt: skip
+    ones = op.Expand(op.Constant(value_floats=[1.0]), op.Shape(kept, end=1))
+    return op.ScatterND(op.ConstantOfShape(op.Shape(scores)), kept, ones)
+
+
+def _roi_align_some(
+    into, selected, rois, feature, output_size: Sequence[int], spatial_scale: float, sampling_ratio: int, aligned: bool
+):
+    """`into[K, C, S, S]` with the rows `selected` (bool `[K]`) pooled from `feature`."""
+    from onnxscript import opset18 as op
+
+    rows = op.Transpose(op.NonZero(selected), perm=[1, 0])
+    rois = op.GatherND(rois, rows)
+    image = op.Cast(op.Gather(rois, op.Constant(value_int=0), axis=1), to=7)  # int64
+    boxes = op.Slice(rois, op.Constant(value_ints=[1]), op.Constant(value_ints=[5]), op.Constant(value_ints=[1]))
+    pooled = op.RoiAlign(
+        feature, boxes, image, mode="avg", output_height=output_size[0], output_width=output_size[1],
+        sampling_ratio=max(sampling_ratio, 0), spatial_scale=spatial_scale,
+        coordinate_transformation_mode="half_pixel" if aligned else "output_half_pixel",
+    )  # fmt: skip
+    return op.ScatterND(into, rows, pooled)
+
+
+def translations() -> dict[Callable, Callable]:
+    """For `torch.onnx.export`."""
+    operators = torch.ops.doublehead_onnx
+    return {operators.nms_mask.default: _nms_mask, operators.roi_align_some.default: _roi_align_some}
+
+
+# ---------------------------------------------------------------------------------------------
+# Ours, made of these two and of plain PyTorch
+
+
+def decompositions(levels: int) -> dict[Any, Callable]:
+    """For `ExportedProgram.run_decompositions`.
+
+    Args:
+        levels: the RPN's, which are the groups of its suppression.
+    """
+    ours = torch.ops.doublehead
+    return {
+        ours.multiscale_roi_align.default: multiscale_roi_align,
+        ours.detections.default: detections,
+        ours.nms_padded.default: lambda *arguments: nms_padded(*arguments, levels),
+    }
+
+
+def multiscale_roi_align(
+    features, rois, spatial_scales, box_scales, output_size, sampling_ratio, aligned, canonical_size, canonical_level,
+    level_rule,
+):  # fmt: skip
+    """`doublehead.ops.multiscale_roi_align`: every level pools its own boxes."""
+    levels = roi_align.box_levels(rois[:, 1:], spatial_scales, canonical_size, canonical_level, level_rule)
+    outputs = []
+    for box_scale in box_scales:
+        boxes = roi_align._sampled(rois[:, 1:], box_scale, level_rule)
+        # A sum is finite if its summands are, and adding is all that old opsets can do with infinities.
+        finite = (boxes.abs().amax(1) < float("inf")) & ~boxes.sum(1).isnan()
+        sampled = torch.cat([rois[:, :1], boxes], 1)
+        output = features[0].new_zeros(rois.shape[0], features[0].shape[1], *output_size)
+        for level, (feature, scale) in enumerate(zip(features, spatial_scales, strict=True)):
+            output = torch.ops.doublehead_onnx.roi_align_some(
+                output, (levels == level) & finite, sampled, feature, output_size, scale, sampling_ratio, aligned
+            )
+        outputs.append(output)
+    return outputs
+
+
+def nms_padded(boxes, scores, groups, iou_threshold, max_output, number_of_groups):
+    """`doublehead.ops.nms_padded` for groups below `number_of_groups`, which are ONNX's classes."""
+    members = groups[:, None] == torch.arange(number_of_groups, device=groups.device)[:, None]
+    by_group = torch.where(members, scores[:, None], LOWEST)
+    kept = torch.ops.doublehead_onnx.nms_mask(boxes, by_group, iou_threshold, max_output).amax(1) > 0
+    best, indices = _best(torch.where(kept, scores, LOWEST), max_output)
+    found = best > LOWEST / 2
+    return torch.where(found, indices, -1), found.sum(1)
+
+
+def detections(
+    logits, deltas, proposals, valid, sizes, fusion, score_threshold, nms_iou, max_detections, min_size, least_side,
+    box_weights,
+):  # fmt: skip
+    """`doublehead.ops.detections`: every class of an image is suppressed as an image of its own."""
+    scores = class_scores(logits, fusion)[..., 1:]
+    batch, rois, classes = scores.shape
+    decoded = decode_boxes(deltas[:, :, 1:], proposals[:, :, None], box_weights).flatten(1, 2)
+    boxes = clip_boxes(decoded, sizes, least_side)
+    sound = large(boxes, min_size) & (decoded.abs().amax(-1) < float("inf")) & ~decoded.sum(-1).isnan()
+    candidate = (scores > score_threshold) & valid[..., None] & sound.view(batch, rois, classes)
+    of_class = boxes.view(batch, rois, classes, 4).transpose(1, 2).flatten(0, 1)
+    by_class = torch.where(candidate, scores, LOWEST).transpose(1, 2).reshape(batch * classes, 1, rois)
+    mask = torch.ops.doublehead_onnx.nms_mask(of_class, by_class, nms_iou, max_detections)
+    kept = mask.view(batch, classes, rois).transpose(1, 2).flatten(1) > 0  # ties: by RoI, then by class
+    best, indices = _best(torch.where(kept, scores.flatten(1), LOWEST), max_detections)
+    found = best > LOWEST / 2
+    labels = torch.arange(1, classes + 1, device=boxes.device).repeat(rois)[indices]
+    found_boxes = boxes.gather(1, indices[..., None].expand(-1, -1, 4))
+    return (
+        torch.where(found[..., None], found_boxes, 0.0),
+        torch.where(found, best, 0.0),
+        torch.where(found, labels, 0),
+        found.sum(1),
+    )
+
+
+def _best(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The best `number` of each row, and where they stand; rows that are shorter are filled up."""
+    best, indices = scores.topk(min(number, scores.shape[1]), dim=1)
+    missing = number - best.shape[1]
+    return pad(best, (0, missing), value=LOWEST), pad(indices, (0, missing))

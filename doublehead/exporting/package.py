@@ -1,0 +1,61 @@
+"""AOTInductor packages: the detector compiled ahead of time, for one shape, one device and one kind of machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..engine.errors import UserError
+from .description import NAME
+
+INDUCTOR_OPTIONS: dict[str, Any] = {}
+"""Further settings of `torch._inductor.config`, such as {"max_autotune": True}."""
+
+ENTRY = f"extra/{NAME}.json"
+
+
+def write_package(
+    program: nn.Module, example: tuple[torch.Tensor, ...], description: dict[str, Any], path: Path
+) -> None:
+    """Compile `program` and write the package with its description to `path`.
+
+    Our operators stay calls of `torch.ops.doublehead`: `doublehead.ops` must be imported where the package runs.
+
+    Args:
+        program: `DetectorProgram`.
+        example: its inputs; their shapes and device become the package's.
+        path: ends in .pt2.
+    """
+    with torch.no_grad():
+        exported = torch.export.export(program, example)
+    torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=dict(INDUCTOR_OPTIONS))
+    with zipfile.ZipFile(path, "a") as archive:
+        root = archive.namelist()[0].split("/")[0]
+        archive.writestr(f"{root}/{ENTRY}", json.dumps(description, indent=2))
+
+
+def check_compiler() -> None:
+    """
+    Raises:
+        UserError: there is no C++ compiler.
+    """
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
+    if not any(shutil.which(name) for name in names):
+        raise UserError(f"--format aoti compiles C++: no compiler is found ({', '.join(names)}); CXX names another one")
+
+
+def read_description(path: Path) -> dict[str, Any] | None:
+    """The description of a package; None: it has none, or is damaged.  Nothing in the file is executed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next((name for name in archive.namelist() if name.endswith(ENTRY)), None)
+            return None if name is None else json.loads(archive.read(name))
+    except (zipfile.BadZipFile, ValueError, KeyError):
+        return None
