@@ -1,21 +1,28 @@
 """`python -m doublehead.detect`: finds its pictures, reports the unreadable, overwrites nothing."""
 
+import errno
 import json
+import os
+import re
+import signal
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 from engine_standin import TinyDetector, one_thread, tiny_models  # noqa: F401 (a fixture)
-from PIL import Image
+from PIL import Image, ImageOps
 
-from doublehead.detect import find_pictures, main, output_names, read_picture
-from doublehead.engine import checkpoint
+from doublehead.detect import find_pictures, main, output_names
+from doublehead.engine import checkpoint, pictures, reading
 from doublehead.engine.evaluator import predict_images
 from doublehead.engine.pictures import from_picture
+from doublehead.engine.reading import read_picture
 from doublehead.recipes import RECIPES
 
 CLASSES = ["cat", "dog"]
+pytestmark = pytest.mark.filterwarnings("ignore:.*TorchCodec:DeprecationWarning")
 
 
 def picture(path, size=(50, 40), colour=(200, 30, 30), **more):
@@ -82,16 +89,6 @@ def test_no_two_pictures_share_a_name_and_no_input_is_overwritten(tmp_path):
     assert len({name.lower() for name in names}) == len(files)
 
 
-def test_pictures_are_read_upright_and_in_colour(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    picture(tmp_path / "turned.jpg", size=(50, 40), exif=exif)
-    assert read_picture(tmp_path / "turned.jpg").size == (40, 50)
-    for mode in ("L", "RGBA", "P", "CMYK"):
-        Image.new(mode, (8, 6)).save(tmp_path / f"{mode}.tif")
-        assert from_picture(read_picture(tmp_path / f"{mode}.tif")).shape == (3, 6, 8)
-
-
 # ---------------------------------------------------------------------- the command
 
 
@@ -103,13 +100,170 @@ def test_pictures_and_json_agree_with_the_model(saved, tmp_path):
     (entry,) = answer["pictures"]
     assert (entry["file"], entry["picture"], entry["width"], entry["height"]) == (str(path), "a.jpg", 200, 150)
     model = checkpoint.load_model(saved).model
-    (expected,) = predict_images(model, [from_picture(read_picture(path))], torch.device("cpu"))
+    (expected,) = predict_images(model, [read_picture(path)], torch.device("cpu"))
     assert [d["box"] for d in entry["detections"]] == expected["boxes"].tolist()
     assert [d["score"] for d in entry["detections"]] == expected["scores"].tolist()
     assert [(d["class"], d["label"]) for d in entry["detections"]] == [("cat", 1), ("dog", 2)]
     drawn = np.array(Image.open(tmp_path / "out" / "a.jpg")).astype(int)
     assert drawn.shape == (150, 200, 3)
     assert (abs(drawn - (200, 30, 30)).sum(axis=2) > 100).sum() > 300  # boxes and names
+
+
+def many(folder, count=9):
+    """Pictures of several sizes, shapes and formats, with a broken one after each third."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        height, width = 30 + 7 * (number % 4), 40 + 5 * (number % 3)
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        exif = Image.Exif()
+        exif[0x0112] = 1 + number % 8
+        Image.fromarray(pixels).save(folder / f"{number}.{('jpg', 'png', 'webp')[number % 3]}", exif=exif)
+        if number % 3 == 2:
+            (folder / f"{number}b.jpg").write_bytes((folder / f"{number - 2}.jpg").read_bytes()[:-30])
+    return folder
+
+
+def formerly(saved, path, threshold):
+    """What detection was before it had threads: Pillow, one picture after the other."""
+    with Image.open(path) as picture:
+        picture = ImageOps.exif_transpose(picture).convert("RGB")
+    (output,) = predict_images(checkpoint.load_model(saved).model, [from_picture(picture)], torch.device("cpu"))
+    return picture.size, {name: values[output["scores"] >= threshold] for name, values in output.items()}
+
+
+@pytest.mark.parametrize("more", [(), ("--batch-size", 2, "--threads", 3), ("--batch-size", 50)])
+def test_the_same_as_one_after_the_other(saved, tmp_path, more):
+    folder = many(tmp_path / "in")
+    assert detect(saved, folder, "--out", tmp_path / "out", "--score-threshold", 0.3, *more) == 1
+    answer = json.loads((tmp_path / "out" / "detections.json").read_text())
+    names = sorted(path.name for path in folder.iterdir())
+    assert [entry["file"] for entry in answer["pictures"]] == [str(folder / n) for n in names if "b" not in n[:-4]]
+    assert [entry["file"] for entry in answer["unreadable"]] == [str(folder / n) for n in names if "b" in n[:-4]]
+    assert len(answer["pictures"]) == 9 and len(answer["unreadable"]) == 3
+    for entry in answer["pictures"]:
+        size, expected = formerly(saved, entry["file"], 0.3)
+        assert (entry["width"], entry["height"]) == size == Image.open(tmp_path / "out" / entry["picture"]).size
+        for key, name in (("box", "boxes"), ("score", "scores"), ("label", "labels")):
+            found = torch.tensor([d[key] for d in entry["detections"]]).reshape(expected[name].shape)
+            torch.testing.assert_close(found, expected[name], atol=1e-4, rtol=1e-4, check_dtype=False)
+
+
+def test_throughput_is_printed(saved, tmp_path, capsys):
+    assert detect(saved, many(tmp_path / "in", 2), "--out", tmp_path / "out") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("2 pictures with")
+    number = r"\d+\.\d"
+    assert re.fullmatch(
+        rf"{number} s, {number}+ pictures/s; at the same time: "
+        rf"reading {number} s, model {number} s, drawing {number} s", lines[1]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_16_bits_are_close(saved, tmp_path, amp, monkeypatch):
+    seen = []
+    outputs = TinyDetector._outputs
+
+    def watched(self, image):
+        logits, boxes = outputs(self, image)
+        seen.append(logits.dtype)
+        return logits.float(), boxes.float()
+
+    monkeypatch.setattr(TinyDetector, "_outputs", watched)
+    path = picture(tmp_path / "a.png")
+    assert detect(saved, path, "--out", tmp_path / "out", "--score-threshold", 0, "--amp", amp) == 0
+    (entry,) = json.loads((tmp_path / "out" / "detections.json").read_text())["pictures"]
+    assert seen == [{"bf16": torch.bfloat16, "fp16": torch.float16}[amp]]
+    expected = formerly(saved, path, 0)[1]["scores"]
+    torch.testing.assert_close(torch.tensor([d["score"] for d in entry["detections"]]), expected, atol=2e-2, rtol=0)
+
+
+def test_ctrl_c_stops_and_keeps_what_is_done(saved, tmp_path, capsys, monkeypatch):
+    folder = many(tmp_path / "in")
+    seen = []
+    find = TinyDetector._detect
+
+    def interrupted(self, image):
+        seen.append(image)
+        if len(seen) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return find(self, image)
+
+    monkeypatch.setattr(TinyDetector, "_detect", interrupted)
+    before = threading.active_count()
+    assert detect(saved, folder, "--out", tmp_path / "out", "--threads", 1) == 130
+    assert len(seen) == 6 and threading.active_count() == before
+    assert "stopped" in capsys.readouterr().err
+    answer = json.loads((tmp_path / "out" / "detections.json").read_text())
+    done = [entry["file"] for entry in answer["pictures"]]
+    assert 1 <= len(done) <= 6 and done == sorted(done)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.suffix == ".tmp"]
+
+
+def test_want_of_memory_is_no_fault_of_the_picture(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_fast", lambda *_: (_ for _ in ()).throw(MemoryError("out of memory")))
+    with pytest.raises(MemoryError):
+        detect(saved, picture(tmp_path / "a.png"), "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "detections.json").exists()
+
+
+def test_a_full_gpu_is_explained(saved, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    monkeypatch.setattr(TinyDetector, "_detect", full)
+    assert detect(saved, picture(tmp_path / "a.png"), "--out", tmp_path / "out", "--batch-size", 4) == 2
+    assert re.search("memory does not suffice for 1 pictures .*a.png: give a smaller --batch", capsys.readouterr().err)
+
+
+def test_a_picture_that_cannot_be_saved_stops_the_command(saved, tmp_path, capsys, monkeypatch):
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(pictures, "save_picture", full)
+    assert detect(saved, many(tmp_path / "in"), "--out", tmp_path / "out") == 2
+    assert "0.jpg: No space left on device" in capsys.readouterr().err
+
+
+def test_only_a_few_pictures_are_under_way(saved, tmp_path, monkeypatch):
+    """However many there are."""
+    folder = tmp_path / "in"
+    for number in range(60):
+        picture(folder / f"{number:02}.png", size=(8, 8))
+    under_way, most, lock = set(), [], threading.Lock()
+    read, save = reading.read_picture, pictures.save_picture
+
+    def reads(path):
+        with lock:
+            under_way.add(path.stem)
+            most.append(len(under_way))
+        return read(path)
+
+    def saves(path, drawn):
+        save(path, drawn)
+        with lock:
+            under_way.discard(path.stem)
+
+    monkeypatch.setattr(reading, "read_picture", reads)
+    monkeypatch.setattr(pictures, "save_picture", saves)
+    assert detect(saved, folder, "--out", tmp_path / "out", "--threads", 2, "--batch-size", 3) == 0
+    assert len(most) == 60 and max(most) <= (2 + 6 + 1) + (3 + 2 + 1) + 3  # reading, drawing, and a batch
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_the_same(saved, tmp_path):
+    folder = many(tmp_path / "in")
+    answers = []
+    for device in ("cpu", "cuda"):
+        arguments = [saved, folder, "--out", tmp_path / device, "--score-threshold", 0, "--batch-size", 2]
+        with pytest.raises(SystemExit):
+            main([*map(str, arguments), "--device", device])
+        answers.append(json.loads((tmp_path / device / "detections.json").read_text())["pictures"])
+    for ours, theirs in zip(*answers, strict=True):
+        for key in ("box", "score"):
+            values = [torch.tensor([d[key] for d in entry["detections"]]) for entry in (ours, theirs)]
+            torch.testing.assert_close(*values, atol=1e-2, rtol=1e-3)
 
 
 def test_the_threshold_holds_for_picture_and_json(saved, tmp_path):
@@ -146,6 +300,8 @@ def test_unreadable_pictures_are_reported_and_the_rest_is_done(saved, tmp_path, 
         ({"--out": "{tmp}/a.png/out"}, "cannot be made: Not a directory"),
         ({"checkpoint": "{tmp}/nowhere"}, "nowhere: no such file"),
         ({"--device": "gpu0"}, "device 'gpu0' is unknown"),
+        ({"--batch-size": "0"}, "--batch-size is 0, at least 1 is accepted"),
+        ({"--threads": "-1"}, "--threads is -1, 0 (half of the processors) or more"),
     ],
 )
 def test_mistakes_are_one_line(saved, tmp_path, capsys, change, message):

@@ -13,7 +13,7 @@ the short side at `min_size`, the long side at most at `max_size`:
 
 A side is never less than one pixel; the sources refuse images so thin.  Levels may differ by one of 255 from OpenCV's,
 which cuts off where this rounds (in every eighth pixel), and from Pillow's (see `pillow_resize`).  A gradient passes
-through rounding as if it were not there.  Floating images are taken as levels / 255, whatever the project makes of them.
+through rounding as if it were not there.  Floating images are taken as levels / 255.
 
 Sources: torchvision.models.detection.transform.GeneralizedRCNNTransform; detectron2.data.transforms.ResizeShortestEdge;
 mmdet.datasets.transforms.Resize(keep_ratio=True) and mmcv.imrescale; maskrcnn_benchmark.data.transforms.Resize.
