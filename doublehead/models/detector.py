@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..config import Fusion, ModelConfig, ReadOut
 from .backbone import build_backbone
 from .detections import detect, resolve_sources
+from .graph import DetectorGraphs, make_bucket
 from .heads import Heads
 from .images import ImageTransform
 from .inference import run_heads
@@ -95,8 +97,9 @@ class DoubleHeadRCNN(nn.Module):
         super().__init__()
         self.config = config
         self.num_classes = num_classes
-        self.transform = ImageTransform(config.image)
+        self.transform = ImageTransform(config.image, config.legacy_boxes)
         self.detector = Detector(config, num_classes)
+        self._graphs = DetectorGraphs()
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
@@ -122,11 +125,56 @@ class DoubleHeadRCNN(nn.Module):
         batch, after = self.transform(images)
         if self.training:
             return self.detector(batch, self.transform.targets(targets, before, after))
-        return self.transform.detections(self.detector(batch), before, after)
+        return self.transform.detections(self._graphs(self.detector, batch), before, after)
 
     def set_readout(self, readout: ReadOut, fusion: Fusion | None = None, ext_gate: float | None = None) -> None:
         """Choose how an Ext model is read out: see `Detector.set_readout`."""
         self.detector.set_readout(readout, fusion, ext_gate)
+
+    def compile_graph(self, batch: int, height: int, width: int, dtype: torch.dtype | None = None) -> None:
+        """Record pixels -> detections as one CUDA graph, for batches of up to this shape.
+
+        From then on, in eval mode and under `torch.no_grad()` or `torch.inference_mode()`, `model(images)` pads the
+        batch to the smallest recorded shape that holds it and replays that graph; a batch that fits none runs eagerly,
+        in the precision of the call.  Call it once for each shape: landscape, portrait, several batch sizes.  Their
+        graphs share memory.
+
+        Results are those of `model.detector` on the padded batch.  More padding than eager's changes them slightly:
+        at the border convolutions see zeros further out, and `rpn.anchors` "rounded" derives strides from the padded
+        size (equal where that is a multiple of 64).
+
+        When weights, buffers, submodules or the read-out have changed since, or the model has moved, the graph is
+        recorded anew at the next call.  Changes through `.data` are not seen: call `release_graphs`.  `train()` gives
+        the graphs' memory back.  Copies and pickles of the model have no graphs; `state_dict` knows nothing of them.
+        While the model is not on a CUDA device it runs eagerly.  Not for several threads or streams at once.
+
+        Args:
+            batch: images, at most.
+            height, width: of the padded batch in pixels, at most; multiples of `image.size_divisible`.  An image is
+                resized first, as `image.min_size` and `max_size` say.
+            dtype: float16 or bfloat16: recorded under autocast, and replayed so whatever the autocast of the call;
+                None: the autocast that is on now, if any.  float32: none.
+
+        Raises:
+            ValueError: a number or the dtype is not accepted, or the weights were made in inference mode.
+            RuntimeError: the model is in training mode.
+        """
+        if self.training:
+            raise RuntimeError("compile_graph: the model is in training mode; call model.eval() first")
+        device = next(self.detector.parameters()).device.type
+        self._graphs.add(
+            self.detector, make_bucket(batch, height, width, dtype, self.config.image.size_divisible, device)
+        )
+
+    def release_graphs(self) -> None:
+        """Forget the shapes of `compile_graph`; from now on everything runs eagerly."""
+        self._graphs.clear()
+
+    def train(self, mode: bool = True) -> DoubleHeadRCNN:
+        """As of every module; graphs give their memory back, and are recorded anew when inference needs them."""
+        if mode:
+            self._graphs.release()
+        return super().train(mode)
 
 
 def build_detector(config: ModelConfig, num_classes: int) -> DoubleHeadRCNN:
