@@ -14,6 +14,9 @@ from .onnx_operators import decompositions, translations
 from .program import INPUTS, OUTPUTS, DetectorProgram
 
 OPSET = 18
+OPTIMIZE = True
+"""Fold constants and simplify the graph; onnxruntime does so too when it opens a file, other runtimes may not."""
+
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -46,6 +49,7 @@ def write_onnx(
         output_names=OUTPUTS,
         opset_version=OPSET,
         dynamo=True,
+        optimize=OPTIMIZE,
         custom_translation_table=translations(),
         verbose=False,
     )
