@@ -17,7 +17,6 @@ from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from doublehead.config import ImageConfig
 from doublehead.convert import main
 from doublehead.engine.checkpoint import load_model
 
@@ -176,13 +175,11 @@ def torchvision_model(builder, classes, backbone, norm):
     """A model of torchvision's with 200 candidates a level and 60 proposals."""
     torch.manual_seed(4)
     limits = {"rpn_pre_nms_top_n_test": 200, "rpn_post_nms_top_n_test": 60}
-    mean, std = (torch.tensor(values).tolist() for values in (ImageConfig().mean, ImageConfig().std))  # as float32
     model = builder(
         resnet_fpn_backbone(backbone_name=backbone, weights=None, norm_layer=norm), num_classes=classes, min_size=128,
-        max_size=160, image_mean=mean, image_std=std, **limits,
+        max_size=160, **limits,
     )  # fmt: skip
-    settings = [f"model.image.mean={mean}", f"model.image.std={std}"]
-    return lively(model), settings
+    return lively(model)
 
 
 def before_0_13(name):
@@ -203,10 +200,10 @@ TORCHVISION = {
 @pytest.mark.parametrize("case", TORCHVISION)
 def test_torchvision(tmp_path, case):
     builder, classes, backbone, norm, rename, more = TORCHVISION[case]
-    theirs, settings = torchvision_model(builder, classes, backbone, norm)
+    theirs = torchvision_model(builder, classes, backbone, norm)
     file = tmp_path / "model.pth"
     torch.save({rename(name): tensor for name, tensor in theirs.state_dict().items()}, file)
-    model = converted(tmp_path, file, "--set", *LIMITS, *SIZES, *settings, *more).model
+    model = converted(tmp_path, file, "--set", *LIMITS, *SIZES, *more).model
     theirs.roi_heads.mask_roi_pool = theirs.roi_heads.keypoint_roi_pool = None  # no masks: boxes alone
     images = [image.double() / 255 for image in pictures((128, 100), (110, 150))]
     with torch.inference_mode():

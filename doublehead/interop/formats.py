@@ -65,6 +65,8 @@ def convert(
     about = f"{plan.kind}, converted from {checkpoint.path.name}; training fields are this library's defaults"
     recipe = Recipe(_name(source, plan), about, plan.config, data_of(names))
     recipe = with_settings(recipe, settings)
+    for setting in settings:
+        plan.guessed.pop(setting.partition("=")[0].removeprefix("model."), None)
     mapped = map_tensors(checkpoint.tensors, plan.rules, plan.unneeded)
     model = _build(recipe, plan)
     fill(model, mapped, plan.rules, checkpoint.tensors)

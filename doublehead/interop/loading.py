@@ -96,9 +96,9 @@ def _read_torch(path: Path) -> Any:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged file raises nearly everything
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if named:
-            raise CheckpointError(_names_code(path, named[1])) from error
+        named = re.search(r"GLOBAL ([\w.]+)|_NamesCodeError: (.+)", str(error))
+        if named or isinstance(error, _NamesCodeError):
+            raise CheckpointError(_names_code(path, named[1] or named[2] if named else str(error))) from error
         raise CheckpointError(f"{path}: truncated or damaged ({_first_line(error)})") from error
 
 
@@ -135,6 +135,12 @@ class HistoryBuffer:
 
     def __setstate__(self, state: Any) -> None:
         pass
+
+
+def _method(owner: Any, name: str) -> None:
+    """Stands in for `getattr`, by which a HistoryBuffer names its own methods, and gives nothing."""
+    if owner is not HistoryBuffer:
+        raise _NamesCodeError(f"getattr(..., {name!r})")
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
@@ -183,7 +189,8 @@ def _safe_for_torch() -> list[Any]:
     """What `weights_only` may rebuild beside tensors and plain values: numpy's numbers, and logs that are dropped."""
     named = [(found, f"{module}.{name}") for (module, name), found in _ALLOWED.items() if module != "collections"]
     kinds = [type(np.dtype(code)) for code in ("?", "i1", "u1", "i2", "i4", "i8", "u8", "f2", "f4", "f8")]
-    return [*named, *kinds, (HistoryBuffer, "mmengine.logging.history_buffer.HistoryBuffer")]
+    logs = [(HistoryBuffer, "mmengine.logging.history_buffer.HistoryBuffer"), (_method, "builtins.getattr")]
+    return [*named, *kinds, *logs]
 
 
 def _take_weights(path: Path, content: Any) -> Checkpoint:

@@ -21,6 +21,7 @@ def image_config(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     channel_order: str | None = None,
+    scale: tuple[int, int] | None = None,
 ) -> ImageConfig:
     """The images that a network of this style wants.
 
@@ -29,8 +30,12 @@ def image_config(
         style: `caffe` or `pytorch`.
         mean, std: of values 0 .. 255 in the network's order; None: those of the style.
         channel_order: None: that of the style.
+        scale: (short side, longest side) in pixels; None: 800 and 1333, as all these projects have it.
     """
+    short, longest = scale or (800, 1333)
     return ImageConfig(
+        min_size=(short,),
+        max_size=longest,
         mean=tuple(value / 255 for value in mean or PIXELS[style][0]),
         std=tuple(value / 255 for value in std or PIXELS[style][1]),
         channel_order=channel_order or ("bgr" if style == "caffe" else "rgb"),

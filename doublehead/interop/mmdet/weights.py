@@ -7,11 +7,6 @@ ReLU on its shortcut.
 
 from __future__ import annotations
 
-import ast
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
-
 from ...config import (
     BackboneConfig,
     DetectionConfig,
@@ -27,6 +22,7 @@ from ..mapping import COUNTER, ConversionError, Foreign, Plan, Project, Rule, Un
 from ..names import BODY, CONV, CONV_TOWER, DELTAS, FC, FC1, FC2, LATERAL, OBJECTNESS, OUTPUT, RPN_CONV
 from ..shapes import background_first, count_classes, find_resnet, pooled_side, shape_of, with_background_box
 from ..styles import ANY_WIDTH, image_config
+from .configuration import Configuration, class_names, read_configuration
 
 ACCEPTED = "Faster R-CNN and Double-Head R-CNN with a pyramid on ResNet-18, -50 or -101, the box branch of Mask R-CNN"
 HEAD = "roi_head.bbox_head"
@@ -102,34 +98,49 @@ def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
     found = read_configuration(checkpoint.meta)
     if style and found.style and style != found.style:
         raise ConversionError(f"--style {style}: the configuration in the checkpoint says {found.style}")
-    guessed = {"image.min_size": "MMDetection's default", "rpn.anchor_sizes": "MMDetection's default"}
-    if double:
-        guessed["roi.conv_box_scale"] = "MMDetection's default"
-    if found.style is None:
-        reason = "--style" if style else "as MMDetection's default configuration; another: --style caffe"
-        guessed["backbone.stride_in_1x1"] = reason
-        guessed |= dict.fromkeys(("image.channel_order", "image.mean"), reason) if found.mean is None else {}
-    style = style or found.style or "pytorch"
+    default = RPNConfig()
     config = ModelConfig(
         backbone=BackboneConfig(
-            backbone, weights=None, fpn_channels=channels, stride_in_1x1=style == "caffe" and backbone != "resnet18"
+            backbone, weights=None, fpn_channels=channels,
+            stride_in_1x1=(style or found.style) == "caffe" and backbone != "resnet18",
         ),
-        rpn=RPNConfig(anchors="exact", min_size=ANY_WIDTH, smooth_l1_beta=0.0),
+        rpn=RPNConfig(
+            found.anchor_sizes or default.anchor_sizes, found.aspect_ratios or default.aspect_ratios, "exact",
+            min_size=ANY_WIDTH, smooth_l1_beta=0.0,
+        ),
         roi=RoIConfig(
             output_size=pooled_side(columns, channels, first), sampling_ratio=0, aligned=True, level_rule="mmdet",
-            conv_box_scale=1.3,
+            conv_box_scale=found.conv_box_scale or 1.3,
         ),
         head=head,
         loss=loss,
         detection=DetectionConfig(min_size=0.0),
-        image=image_config("mmdet", style, found.mean, found.std, found.channel_order),
+        image=image_config(
+            "mmdet", style or found.style or "pytorch", found.mean, found.std, found.channel_order, found.image_scale
+        ),
     )  # fmt: skip
     mask = any(name.startswith("roi_head.mask_head.") for name in tensors)
     kind = "Double-Head R-CNN" if double else "Mask R-CNN (its box branch)" if mask else "Faster R-CNN"
     classes = count_classes(tensors, f"{HEAD}.fc_cls", f"{HEAD}.fc_reg", background_regressed=False)
     return Plan(
-        f"MMDetection's {kind}", config, classes, rules, UNNEEDED, classes=class_names(checkpoint.meta), guessed=guessed
-    )
+        f"MMDetection's {kind}", config, classes, rules, UNNEEDED, classes=class_names(checkpoint.meta),
+        guessed=guessed(found, style, double),
+    )  # fmt: skip
+
+
+def guessed(found: Configuration, style: str | None, double: bool) -> dict[str, str]:
+    """Fields that the checkpoint says nothing of, and where their values are from."""
+    of_style = "--style" if style else "as MMDetection's default; another: --style caffe"
+    sources = {
+        "backbone.stride_in_1x1": (found.style, of_style),
+        "image.channel_order": (found.channel_order, of_style),
+        "image.mean": (found.mean, of_style),
+        "image.min_size": (found.image_scale, "MMDetection's default"),
+        "rpn.anchor_sizes": (found.anchor_sizes, "MMDetection's default"),
+    }
+    if double:
+        sources["roi.conv_box_scale"] = (found.conv_box_scale, "MMDetection's default")
+    return {field: reason for field, (value, reason) in sources.items() if value is None}
 
 
 def bottleneck_rules(blocks: int) -> list[Rule]:
@@ -140,44 +151,6 @@ def bottleneck_rules(blocks: int) -> list[Rule]:
         for layer in (1, 2, 3)
         for source, place in (("conv", 3 * layer - 3), ("bn", 3 * layer - 2))
     ]
-
-
-class Configuration(NamedTuple):
-    """What the text of a configuration says of the conventions; None: nothing."""
-
-    style: str | None = None
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    channel_order: str | None = None
-
-
-def read_configuration(meta: Mapping[str, Any]) -> Configuration:
-    """Look for the backbone's style and the normalisation in the configuration that a checkpoint's notes hold."""
-    text = next((meta[key] for key in ("cfg", "config") if isinstance(meta.get(key), str)), "")
-    style = re.search(r"""style=["'](caffe|pytorch)["']""", text)
-    to_rgb = re.search(r"\b(?:bgr_to_rgb|to_rgb)=(True|False)", text)
-    mean, std = (re.search(rf"\b{name}=(\[[^\]]*\])", text, re.DOTALL) for name in ("mean", "std"))
-    if not (mean and std and to_rgb):
-        return Configuration(style[1] if style else None)
-    order = "rgb" if to_rgb[1] == "True" else "bgr"
-    return Configuration(style[1] if style else None, *(_numbers(found[1]) for found in (mean, std)), order)
-
-
-def class_names(meta: Mapping[str, Any]) -> list[str] | None:
-    """The class names in a checkpoint's notes (3.x: `dataset_meta`, 2.x: `CLASSES`); None: there are none."""
-    notes = meta.get("dataset_meta")
-    places = [notes, meta] if isinstance(notes, Mapping) else [meta]
-    found = next((place[key] for place in places for key in ("classes", "CLASSES") if place.get(key)), None)
-    if isinstance(found, str):
-        return [found]
-    return [str(name) for name in found] if isinstance(found, Sequence) else None
-
-
-def _numbers(text: str) -> list[float]:
-    values = ast.literal_eval(text)
-    if len(values) != 3 or not all(isinstance(value, (int, float)) for value in values):
-        raise ConversionError(f"the configuration in the checkpoint normalises with {text}, not with three numbers")
-    return [float(value) for value in values]
 
 
 PROJECT = Project(

@@ -100,7 +100,7 @@ def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
 
 PROJECT = Project(
     "torchvision",
-    ("backbone.body.conv1.weight", "roi_heads.box_predictor.**", "backbone.fpn.inner_blocks.**", "backbone.features.**",
+    ("backbone.body.conv1.weight", "roi_heads.box_head.fc6.*", "backbone.fpn.inner_blocks.**", "backbone.features.**",
      "head.classification_head.**", "backbone.body.0.**"),
     plan,
 )  # fmt: skip
