@@ -24,10 +24,8 @@ def pair():
     """torchvision's model with random weights that give lively outputs, and ours with the same weights."""
     torch.manual_seed(0)
     image = ImageConfig(min_size=(192,), max_size=320)
-    mean, std = (torch.tensor(values).tolist() for values in (image.mean, image.std))  # as float32 has them
     theirs = fasterrcnn_resnet50_fpn(
         weights=None, weights_backbone=None, num_classes=CLASSES, min_size=192, max_size=320,
-        image_mean=mean, image_std=std,
     )  # fmt: skip
     # A random ResNet's activations explode unless its batch norms know their scale.
     for layer in theirs.backbone.modules():
