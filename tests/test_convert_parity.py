@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from restatements.detectron2 import FasterRCNN
+from restatements.detectron2 import STYLES, FasterRCNN
 from restatements.layers import Weights
 from restatements.maskrcnn_benchmark import GeneralizedRCNN
 from restatements.mmdet import TwoStage
@@ -64,11 +64,14 @@ def test_detectron2(tmp_path, style):
     with torch.inference_mode():
         source(images)  # makes the weights up
         expected = source(images)
-    # As a published file: a pickle of numpy arrays.
-    model = {name: tensor.numpy() for name, tensor in weights.tensors.items()}
-    file = tmp_path / "model_final.pkl"
-    file.write_bytes(pickle.dumps({"model": model, "__author__": "someone"}, protocol=2))
-    model = converted(tmp_path, file, "--style", style, "--set", *LIMITS, *SIZES).model
+    file = tmp_path / "model_final"
+    if style == "caffe":  # as a published file: a pickle of numpy arrays
+        arrays = {name: tensor.numpy() for name, tensor in weights.tensors.items()}
+        file.write_bytes(pickle.dumps({"model": arrays, "__author__": "someone"}, protocol=2))
+    else:  # as a training's: with what tells the style
+        mean, std = (torch.tensor(values)[:, None, None] for values in STYLES[style])
+        torch.save({"model": weights.tensors | {"pixel_mean": mean, "pixel_std": std}, "iteration": 5}, file)
+    model = converted(tmp_path, file, "--set", *LIMITS, *SIZES).model
     assert_equal(model, images, [(boxes, scores, labels + 1) for boxes, scores, labels in expected])
 
 
@@ -95,27 +98,26 @@ def test_mmdet(tmp_path, double, style):
 # maskrcnn-benchmark and the authors' release
 
 
-@pytest.mark.parametrize("mode, readout", [(0, "conv"), (1, "fc"), (2, "split"), (3, "fused")])
-def test_authors_double_head(tmp_path, authors, mode, readout):
-    weights, images = authors
-    source = GeneralizedRCNN(weights, 6, 128, 160, double=True, mode=mode, pre_nms=200, post_nms=60)
-    with torch.inference_mode():
-        expected = source(images)
-    file = tmp_path / "model_0180000.pth"
-    torch.save({"model": {f"module.{name}": tensor for name, tensor in weights.tensors.items()}, "iteration": 1}, file,
-               _use_new_zipfile_serialization=False)  # fmt: skip
-    model = converted(tmp_path, file, "--set", *LIMITS, *SIZES).model
-    model.set_readout(readout)
-    assert_equal(model, images, [from_coco(*found) for found in expected])
-
-
 @pytest.fixture(scope="module")
-def authors():
+def authors(tmp_path_factory):
+    """Weights, pictures, and the converted model."""
     weights, images = Weights(2, counters=True), pictures((128, 100), (110, 150))
     with torch.inference_mode():
         GeneralizedRCNN(weights, 6, 128, 160, double=True, pre_nms=200, post_nms=60)(images)
-    weights.tensors = {name: t for name, t in weights.tensors.items() if not is_counter_of_body(name)}
-    return weights, images
+    state = {f"module.{name}": tensor for name, tensor in weights.tensors.items() if not is_counter_of_body(name)}
+    folder = tmp_path_factory.mktemp("authors")
+    torch.save({"model": state, "iteration": 180000}, folder / "model.pth", _use_new_zipfile_serialization=False)
+    return weights, images, converted(folder, folder / "model.pth", "--set", *LIMITS, *SIZES).model
+
+
+@pytest.mark.parametrize("mode, readout", [(0, "conv"), (1, "fc"), (2, "split"), (3, "fused")])
+def test_authors_double_head(authors, mode, readout):
+    weights, images, model = authors
+    source = GeneralizedRCNN(weights, 6, 128, 160, double=True, mode=mode, pre_nms=200, post_nms=60)
+    with torch.inference_mode():
+        expected = source(images)
+    model.set_readout(readout)
+    assert_equal(model, images, [from_coco(*found) for found in expected])
 
 
 def is_counter_of_body(name):

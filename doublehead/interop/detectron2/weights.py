@@ -84,7 +84,8 @@ def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
         tensors, "roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred", background_regressed=False
     )
     guessed = {"image.min_size": "Detectron2's default"}
-    pixels = [tensors[name].flatten().tolist() for name in ("pixel_mean", "pixel_std") if name in tensors]
+    names = [name for name in ("pixel_mean", "pixel_std") if name in tensors]
+    pixels = [[round(value, 4) for value in tensors[name].flatten().tolist()] for name in names]
     said = None
     if len(pixels) == 2:  # blue has the smallest mean
         said = "caffe" if pixels[0][0] < pixels[0][-1] else "pytorch"
