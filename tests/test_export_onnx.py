@@ -181,6 +181,8 @@ def test_detections(tmp_path, heads, max_detections):
     deltas[1, 3, 1, 2] = float("inf")
     deltas[1, 4, 1, 0] = float("nan")
     proposals[2, 5, 0] = float("-inf")
+    proposals[1, 6], valid[1, 6] = torch.tensor([0, 0, 3e38, 20]), True
+    deltas[1, 6, :, 2] = 30.0  # so wide that it ends beyond the largest number
 
     def find(deltas, proposals, valid, sizes, *logits):
         return detections(logits, deltas, proposals, valid, sizes, **options)

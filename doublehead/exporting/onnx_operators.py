@@ -104,8 +104,7 @@ def multiscale_roi_align(
     outputs = []
     for box_scale in box_scales:
         boxes = roi_align._sampled(rois[:, 1:], box_scale, level_rule)
-        # A sum is finite if its summands are, and adding is all that old opsets can do with infinities.
-        finite = (boxes.abs().amax(1) < float("inf")) & ~boxes.sum(1).isnan()
+        finite = (boxes.abs() < float("inf")).all(1)
         sampled = torch.cat([rois[:, :1], boxes], 1)
         output = features[0].new_zeros(rois.shape[0], features[0].shape[1], *output_size)
         for level, (feature, scale) in enumerate(zip(features, spatial_scales, strict=True)):
@@ -135,7 +134,7 @@ def detections(
     batch, rois, classes = scores.shape
     decoded = decode_boxes(deltas[:, :, 1:], proposals[:, :, None], box_weights).flatten(1, 2)
     boxes = clip_boxes(decoded, sizes, least_side)
-    sound = large(boxes, min_size) & (decoded.abs().amax(-1) < float("inf")) & ~decoded.sum(-1).isnan()
+    sound = large(boxes, min_size) & (decoded.abs() < float("inf")).all(-1)
     candidate = (scores > score_threshold) & valid[..., None] & sound.view(batch, rois, classes)
     of_class = boxes.view(batch, rois, classes, 4).transpose(1, 2).flatten(0, 1)
     by_class = torch.where(candidate, scores, LOWEST).transpose(1, 2).reshape(batch * classes, 1, rois)
