@@ -30,14 +30,11 @@ class Options:
     format: Literal["torchvision", "detectron2", "mmdet", "maskrcnn_benchmark"] | None = None
     """Whose it is (the authors' Double-Head: maskrcnn_benchmark); found out by default."""
     classes: str | None = None
-    """File with the class names, one a line, without background; by default those in the checkpoint, or COCO's or
-    Pascal VOC's by their number."""
+    """File with the class names, one a line, without background; else the checkpoint's, or COCO's or Pascal VOC's."""
     style: Literal["caffe", "pytorch"] | None = None
-    """The backbone of a Detectron2 or MMDetection model: `caffe` takes BGR and has its stride in the 1x1 convolutions,
-    `pytorch` takes RGB and has it in the 3x3; by default what the checkpoint says, else the project's usual one."""
+    """Of Detectron2 and MMDetection: `caffe` (BGR, stride in 1x1 convolutions) or `pytorch` (RGB, stride in 3x3)."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE...")] = ()
-    """Fields of the recipe that the weights cannot tell, such as model.backbone.norm_eps=1e-5
-    'model.image.min_size=[640]'."""
+    """Fields of the recipe that the weights cannot tell: model.backbone.norm_eps=1e-5 'model.image.min_size=[640]'."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from doublehead.engine.files import read_recipe
 from doublehead.interop.classes import COCO, VOC, name_classes
 from doublehead.interop.formats import PROJECTS, convert
 from doublehead.interop.loading import Checkpoint, read_checkpoint
-from doublehead.interop.mapping import ConversionError, Rule, Unneeded, map_tensors
+from doublehead.interop.mapping import ConversionError, Rule, Unneeded, check_cells, map_tensors
 from doublehead.interop.mmdet.configuration import class_names, read_configuration
 from doublehead.interop.settings import with_settings
 from doublehead.interop.torchvision import faster_rcnn_config
@@ -347,6 +347,8 @@ WRONG = {
         r"\(3, 2, 2, 2\) basic blocks",
     ),
     "ResNeXt": (lambda s: s | {"backbone.body.layer1.0.conv2.weight": torch.zeros(64, 4, 3, 3)}, "a ResNeXt"),
+    "NaN": (lambda s: s | {f"{CLS}.bias": torch.full((4,), torch.nan)}, f"NaN, .* in place of weights: {CLS}.bias"),
+    "whole numbers": (lambda s: s | {f"{CLS}.bias": torch.zeros(4, dtype=torch.int8)}, f"whole numbers .*: {CLS}.bias"),
     "twice": (lambda s: s | {"rpn.head.conv.bias": torch.zeros(16)}, "are both for detector.rpn.conv.bias"),
 }  # fmt: skip
 
@@ -459,6 +461,16 @@ def test_detectron2_tells_normalisation_and_anchors():
     assert read_cells({})[:2] == (RPNConfig().anchor_sizes, RPNConfig().aspect_ratios)
     with pytest.raises(ConversionError, match="several sizes on a level"):
         read_cells({f"{CELLS}.0": torch.cat([cells, 2 * cells])})
+
+
+def test_anchors_in_the_checkpoint_are_compared():
+    cells = torch.tensor([[[-2.0, -2, 2, 2]], [[-4, -4, 4, 4]]])
+    check_cells({}, cells)
+    check_cells({"anchors.0": cells[0] + 1e-3, "anchors.1": cells[1]}, cells)
+    with pytest.raises(ConversionError, match="'anchors.1' has other anchors than the recipe"):
+        check_cells({"anchors.0": cells[0], "anchors.1": cells[1] + 1}, cells)
+    with pytest.raises(ConversionError, match="anchors of 1 levels in the checkpoint, of 2"):
+        check_cells({"anchors.0": cells[0]}, cells)
 
 
 def test_every_project_can_be_named():

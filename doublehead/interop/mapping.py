@@ -122,7 +122,7 @@ def fill(model: nn.Module, mapped: Mapped, rules: Sequence[Rule], source: Mappin
     Counters of batches may be missing: they start at 0, and matter to training alone.
 
     Raises:
-        ConversionError: tensors missing, too many, or of another shape, by the source's names.
+        ConversionError: tensors missing, too many, of another shape or not finite, by the source's names.
     """
     wanted = model.state_dict()
     tensors = dict(mapped.tensors)
@@ -140,6 +140,9 @@ def fill(model: nn.Module, mapped: Mapped, rules: Sequence[Rule], source: Mappin
     problems = [f"missing: {_list(missing)}"] if missing else []
     problems += [f"without a place in this model: {_list(extra)}"] if extra else []
     problems += [f"of wrong shape: {'; '.join(shapes[:SHOWN])}"] if shapes else []
+    if not problems:
+        broken = [mapped.sources[name] for name in mapped.tensors if not _sound(tensors[name], wanted[name])]
+        problems += [f"NaN, infinity or whole numbers in place of weights: {_list(broken)}"] if broken else []
     if problems:
         raise ConversionError(f"the tensors do not make a whole model: {'. '.join(problems)}")
     model.load_state_dict(tensors)
@@ -192,6 +195,10 @@ def _source_of(target: str, rules: Sequence[Rule]) -> str:
     """What the source calls the tensor that would become `target`."""
     found = (_translate(target, rule.target, rule.source) for rule in rules)
     return next((name for name in found if name is not None), target)
+
+
+def _sound(tensor: Tensor, wanted: Tensor) -> bool:
+    return tensor.is_floating_point() == wanted.is_floating_point() and bool(tensor.isfinite().all())
 
 
 def _list(names: Sequence[str]) -> str:

@@ -84,8 +84,8 @@ def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
         tensors, "roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred", background_regressed=False
     )
     guessed = {"image.min_size": "Detectron2's default"}
-    names = [name for name in ("pixel_mean", "pixel_std") if name in tensors]
-    pixels = [[round(value, 4) for value in tensors[name].flatten().tolist()] for name in names]
+    buffers = [tensors[name] for name in ("pixel_mean", "pixel_std") if name in tensors]
+    pixels = [[round(value, 4) for value in buffer.flatten().tolist()] for buffer in buffers]
     said = None
     if len(pixels) == 2:  # blue has the smallest mean
         said = "caffe" if pixels[0][0] < pixels[0][-1] else "pytorch"
@@ -112,7 +112,8 @@ def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
     )  # fmt: skip
     branch = next((name for name in ("mask", "keypoint") if any(f".{name}_head." in key for key in tensors)), None)
     kind = f"{branch.title()} R-CNN (its box branch)" if branch else "Faster R-CNN"
-    return Plan(f"Detectron2's {kind}", config, classes, RULES, UNNEEDED, guessed=guessed, cells=cells)
+    names = ["person"] if branch == "keypoint" and classes == 2 else None
+    return Plan(f"Detectron2's {kind}", config, classes, RULES, UNNEEDED, names, guessed, cells)
 
 
 def read_cells(tensors: Mapping[str, Tensor]) -> tuple[tuple[float, ...], tuple[float, ...], dict[str, Tensor]]:

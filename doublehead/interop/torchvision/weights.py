@@ -78,6 +78,9 @@ def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
         (text for branch, text in branches.items() if any(f"roi_heads.{branch}_" in name for name in tensors)),
         "Faster R-CNN",
     )
+    classes = count_classes(
+        tensors, "roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred", background_regressed=True
+    )
     norm_eps = {} if trained else {"backbone.norm_eps": COCO_V1}
     return Plan(
         kind=f"torchvision's {kind}",
@@ -89,11 +92,10 @@ def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
             fc_dim,
             pooled_side(columns, channels, "roi_heads.box_head.fc6.weight"),
         ),
-        num_classes=count_classes(
-            tensors, "roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred", background_regressed=True
-        ),
+        num_classes=classes,
         rules=RULES,
         unneeded=UNNEEDED,
+        classes=["person"] if "Keypoint" in kind and classes == 2 else None,
         guessed=norm_eps | {"image.min_size": "torchvision's default", "rpn.anchor_sizes": "torchvision's default"},
     )
 
