@@ -57,7 +57,8 @@ def check_all_twice(actual, plain, expected, training: bool, outputs_alone: bool
         if name == "out_bias" and training:
             continue  # batch norm takes the mean off again: the gradient is 0, and both give mere rounding noise
         if name == "y" or not outputs_alone:
-            check_twice(*tensors)
+            # Gradients of weights are sums over all cells; in how many roundings depends on the processor.
+            check_twice(*tensors, roundings=1 if name in ("y", "x") else 8)
 
 
 # ---------------------------------------------------------------------------------------------
