@@ -240,6 +240,27 @@ def test_the_ways_differ():
     assert 0 < np.abs(plain - opencv).max() <= 0.501 and np.abs(opencv - pillow).mean() > 5
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", WAYS)
+def test_on_a_gpu_nothing_is_waited_for_and_the_batch_is_the_same(way):
+    config = ImageConfig(min_size=(64,), max_size=100, resize=way, channel_order="bgr")
+    images = [torch.from_numpy(photo(*size)).permute(2, 0, 1) for size in ((90, 120), (61, 40))]
+    images.append(torch.rand(3, 50, 70))
+    expected, sizes = ImageTransform(config)(images)
+    transform = ImageTransform(config).cuda()
+    images = [image.cuda() for image in images]
+    transform(images)  # compiles, and pins its first memory
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch, again = transform(images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert again == sizes and torch.equal(batch.sizes.cpu(), expected.sizes)
+    level = 1 / 255 / min(config.std)
+    tolerance = 1e-4 if way == "torchvision" else 2.01 * level  # sums beside a half
+    torch.testing.assert_close(batch.pixels.cpu(), expected.pixels, atol=tolerance, rtol=0)
+
+
 # ---------------------------------------------------------------------------------------------
 # Boxes
 
