@@ -55,8 +55,6 @@ class RPNConfig:
     anchors: Literal["rounded", "exact", "legacy"] = "rounded"
     """Sides rounded to pixels (torchvision), exact (Detectron2, MMDetection), or rounded about the centre of a cell's
     first pixels (maskrcnn-benchmark); see `doublehead.models.anchors`."""
-    rank_by: Literal["probability", "logit"] = "probability"
-    """What NMS orders candidates by; equal but where probabilities round to the same number (Detectron2: logit)."""
     positive_iou: float = 0.7
     negative_iou: float = 0.3
     samples: int = 256
@@ -119,7 +117,7 @@ class HeadConfig:
     conv_blocks: int = 5
     """K of Table 2.  With non-local blocks K is odd: (K+1)/2 residual, (K-1)/2 non-local."""
     shortcut_relu: bool = False
-    """ReLU after the first block's shortcut (MMDetection has one, the paper has none)."""
+    """ReLU after the first block's shortcut.  The paper, its release and MMDetection 3 have none."""
     non_local: NonLocalConfig = field(default_factory=NonLocalConfig)
     fused: bool = True
     """Run the conv-head by fused operators (the same results); False: module by module."""

@@ -154,7 +154,7 @@ def test_a_fresh_non_local_block_adds_nothing():
     torch.testing.assert_close(NonLocalBlock(16)(x), x)
 
 
-def test_shortcut_relu_is_mmdetections_switch():
+def test_relu_after_the_shortcut():
     torch.manual_seed(0)
     plain, switched = WideningBlock(4, 16).eval(), WideningBlock(4, 16, shortcut_relu=True).eval()
     switched.load_state_dict(plain.state_dict())

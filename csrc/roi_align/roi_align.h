@@ -98,7 +98,7 @@ enum LevelRule : int64_t { kTorchvision = 0, kDetectron2 = 1, kMmdet = 2, kMaskr
 template <typename W>
 DOUBLEHEAD_GEOMETRY void sampled(W& low, W& high, W factor, int64_t rule) {
   expand(low, high, factor);
-  if (rule == kMaskrcnnBenchmark) high -= W(1);
+  high -= rule == kMaskrcnnBenchmark ? W(1) : W(0);
 }
 
 // The pyramid level of a box, 0 being the finest, `lowest`; -1 for a box with NaN or a negative area: it pools zeros.

@@ -12,7 +12,7 @@ from .loading import Checkpoint
 CONVENTIONS = (
     "image.channel_order", "image.mean", "image.std", "image.resize", "image.min_size", "image.max_size",
     "backbone.name", "backbone.stride_in_1x1", "backbone.norm", "backbone.norm_eps",
-    "rpn.anchors", "rpn.anchor_sizes", "rpn.aspect_ratios", "rpn.rank_by", "rpn.min_size",
+    "rpn.anchors", "rpn.anchor_sizes", "rpn.aspect_ratios", "rpn.min_size",
     "rpn.pre_nms_test", "rpn.post_nms_test", "rpn.nms_iou",
     "roi.level_rule", "roi.aligned", "roi.sampling_ratio", "roi.output_size", "roi.box_weights",
     "head.kind", "head.fc_dim",

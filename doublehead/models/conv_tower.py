@@ -55,7 +55,7 @@ class WideningBlock(ResidualBlock):
     Args:
         channels: input width.
         dim: output width.
-        shortcut_relu: ReLU after the shortcut too (MMDetection's form).
+        shortcut_relu: ReLU after the shortcut too.
     """
 
     def __init__(self, channels: int, dim: int, shortcut_relu: bool = False) -> None:

@@ -35,8 +35,6 @@ class RPN(nn.Module):
         self, config: RPNConfig, channels: int, strides: Sequence[int] = (4, 8, 16, 32, 64), least_side: float = 0.0
     ) -> None:
         super().__init__()
-        if config.rank_by not in ("probability", "logit"):
-            raise ValueError(f"rpn.rank_by: expected 'probability' or 'logit', got {config.rank_by!r}")
         self.config = config
         self.least_side = least_side
         self.anchors = Anchors(config, strides)
@@ -83,7 +81,7 @@ class RPN(nn.Module):
         for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
             best, index = logit.topk(min(pre_nms, logit.shape[1]), dim=1)
             boxes.append(decode_boxes(gather_rows(delta, index), anchor[index], BOX_WEIGHTS))
-            scores.append(best.sigmoid() if self.config.rank_by == "probability" else best)
+            scores.append(best.sigmoid())
             levels.append(torch.full_like(index, level))
         candidates = clip_boxes(torch.cat(boxes, 1), images.sizes, self.least_side)
         sides = candidates[..., 2:] - candidates[..., :2]
