@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from .modules import (
     AcceleratedRoIHeads,
     AcceleratedRPN,
     AcceleratedTransform,
+    ChannelsLastMultiScaleRoIAlign,
 )
 
 ACCELERATED = {
@@ -31,7 +31,7 @@ ACCELERATED = {
     GeneralizedRCNNTransform: AcceleratedTransform,
     FrozenBatchNorm2d: AcceleratedFrozenBatchNorm2d,
 }
-ORIGINAL = {ours: theirs for theirs, ours in ACCELERATED.items()}
+ORIGINAL = {ours: theirs for theirs, ours in ACCELERATED.items()} | {ChannelsLastMultiScaleRoIAlign: MultiScaleRoIAlign}
 
 POOLS = ("box_roi_pool", "mask_roi_pool", "keypoint_roi_pool")
 BOX_CLIP = math.log(1000 / 16)
@@ -50,9 +50,9 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     See `doublehead.accelerate`, which is this function.
     """
-    swaps = list(_swaps(model))  # everything is checked before anything is changed
-    for module in swaps:
-        module.__class__ = ACCELERATED[type(module)]
+    swaps = _swaps(model)  # everything is checked before anything is changed
+    for module, ours in swaps:
+        module.__class__ = ours
     return model
 
 
@@ -65,8 +65,8 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def _swaps(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules to change; those that are changed already are checked and left out.
+def _swaps(model: nn.Module) -> list[tuple[nn.Module, type]]:
+    """The modules to change and their new classes; what is changed already is checked and left out.
 
     Raises:
         TypeError, ValueError: see `doublehead.accelerate`.
@@ -84,11 +84,15 @@ def _swaps(model: nn.Module) -> Iterator[nn.Module]:
     for name in POOLS:
         _check_levels(f"roi_heads.{name}", getattr(model.roi_heads, name))
 
-    own = [model.rpn, model.roi_heads, *(getattr(model.roi_heads, name) for name in POOLS)]
-    if _known_layers(model.backbone) and _known_layers(model.rpn.head):  # others may not bear channels-last memory
-        own.append(model.transform)
-        own += model.backbone.modules()
-    yield from (module for module in {id(module): module for module in own}.values() if type(module) in ACCELERATED)
+    heads = model.roi_heads
+    own = [model.rpn, heads, *(getattr(heads, name) for name in POOLS)]
+    if _known_layers(model.backbone, model.rpn.head):  # others may not bear channels-last memory
+        own += [model.transform, *model.backbone.modules()]
+    swaps = {module: ACCELERATED[type(module)] for module in own if type(module) in ACCELERATED}
+    if heads.box_roi_pool in swaps and _known_layers(heads.box_head, heads.box_predictor):
+        shared = heads.box_roi_pool in (heads.mask_roi_pool, heads.keypoint_roi_pool)
+        swaps[heads.box_roi_pool] = AcceleratedMultiScaleRoIAlign if shared else ChannelsLastMultiScaleRoIAlign
+    return list(swaps.items())
 
 
 def _attribute(model: nn.Module, path: str) -> object:
@@ -108,8 +112,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _check_module(name: str, module: object, theirs: type) -> None:
-    ours = ACCELERATED[theirs]
-    if type(module) not in (theirs, ours):
+    if ORIGINAL.get(type(module), type(module)) is not theirs:
         got = f"{type(module).__module__}.{type(module).__qualname__}"
         raise TypeError(
             f"model.{name} must be torchvision's {theirs.__name__} itself, got {got}: what a class of somebody else's "
@@ -147,6 +150,7 @@ def _check_levels(name: str, pool: nn.Module | None) -> None:
         )
 
 
-def _known_layers(module: nn.Module) -> bool:
-    return all(type(layer).__module__.partition(".")[0] in ("torch", "torchvision", "doublehead")
-               for layer in module.modules())  # fmt: skip
+def _known_layers(*modules: nn.Module) -> bool:
+    """Whether all layers are PyTorch's and torchvision's own."""
+    layers = (layer for module in modules for layer in module.modules())
+    return all(type(layer).__module__.partition(".")[0] in ("torch", "torchvision", "doublehead") for layer in layers)

@@ -26,6 +26,10 @@ MIN_DETECTION_SIZE = 1e-2
 class AcceleratedMultiScaleRoIAlign(MultiScaleRoIAlign):
     """All levels and images in one call, without reading anything back."""
 
+    keeps_format = False
+    """Whether channels-last features give channels-last maps; heads that are not known may count on torchvision's,
+    which are contiguous whatever the features are."""
+
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         features = [feature for name, feature in x.items() if name in self.featmap_names]
         if self.scales is None or self.map_levels is None:  # torchvision's guess from the first call, kept as it is
@@ -43,7 +47,13 @@ class AcceleratedMultiScaleRoIAlign(MultiScaleRoIAlign):
             canonical_size=self.map_levels.s0,
             canonical_level=self.map_levels.lvl0,
         )
-        return pooled.contiguous()  # heads may count on it: torchvision's is, whatever the features' memory format
+        return pooled if self.keeps_format else pooled.contiguous()
+
+
+class ChannelsLastMultiScaleRoIAlign(AcceleratedMultiScaleRoIAlign):
+    """For heads of torchvision's own, which bear it: to flatten the maps, or convolve them, is work enough."""
+
+    keeps_format = True
 
 
 class AcceleratedRPN(RegionProposalNetwork):
