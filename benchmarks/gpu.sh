@@ -8,7 +8,7 @@
 # test         the tests marked `gpu`
 # triton       the tests of the Triton kernels, which without a GPU run in the interpreter
 # sanitize     a few of them under compute-sanitizer: memcheck, racecheck, initcheck
-# nms, roi_align, roi_batches, non_local, conv_head, detections
+# nms, roi_align, roi_batches, non_local, conv_head, detections, detector
 #              the benchmarks; they write benchmarks/results/<gpu>/*.json
 # plot         tables and plots from the records
 #
@@ -46,9 +46,10 @@ stage_roi_batches() { measure benchmarks/test_bench_roi_align.py -k "batches"; }
 stage_non_local() { measure benchmarks/test_bench_non_local.py; }
 stage_conv_head() { measure benchmarks/test_bench_{conv_head,fused_conv,batch_norm}.py; }
 stage_detections() { measure benchmarks/test_bench_detections.py benchmarks/test_bench_score_fusion.py; }
+stage_detector() { measure benchmarks/test_bench_{detector,image_batch}.py; }
 stage_plot() { "$python" benchmarks/plot.py; }
 
-all=(build test triton sanitize nms roi_align roi_batches non_local conv_head detections plot)
+all=(build test triton sanitize nms roi_align roi_batches non_local conv_head detections detector plot)
 [ $# -gt 0 ] && stages=("$@") || stages=("${all[@]}")
 for stage in "${stages[@]}"; do
   [[ " ${all[*]} " == *" $stage "* ]] || { echo "no stage '$stage'; there are: ${all[*]}" >&2; exit 2; }

@@ -70,10 +70,12 @@ def time_side_by_side(
 
 def _summary(values: list[float]) -> dict[str, float]:
     fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values
+    hundredths = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values
     return {
         "median_ms": round(statistics.median(values), 5),
         "q20_ms": round(fifths[0], 5),
         "q80_ms": round(fifths[-1], 5),
+        "p99_ms": round(hundredths[-1], 5),
         "least_ms": round(min(values), 5),
         "samples": len(values),
     }

@@ -46,6 +46,13 @@ HEADS = {
 }
 """The same for what is no operator of torchvision: case -> its words, whom it is compared with, the peer's words."""
 
+DETECTORS = {
+    "torchvision": "torchvision's `fasterrcnn_resnet50_fpn`",
+    "doublehead": "the same, accelerated",
+    "fc kind": "the same weights converted, kind `fc`",
+}
+"""Provider of a whole detector -> its words."""
+
 
 def load(machine: Path) -> list[dict[str, Any]]:
     """All cases recorded on one machine, op by op, each with its op."""
@@ -134,6 +141,30 @@ def heads_table(cases: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"Medians; {describe([case for case, *_ in shown])}."])
 
 
+def detector_table(cases: list[dict[str, Any]]) -> str:
+    """Whole detectors: images a second, latency, memory, and where the time goes."""
+    shown = [case for case in cases if case["op"] == "detector" and "stages_ms" in case["details"]]
+    if not shown:
+        return "Not measured yet."
+    stages = list(next(iter(shown[0]["details"]["stages_ms"].values())))
+    rows = []
+    for case in shown:
+        first = case["providers"][PEER]["median_ms"]
+        for name, result in case["providers"].items():
+            spent = case["details"]["stages_ms"][name]
+            rows.append(
+                [
+                    f"{DETECTORS.get(name, name)}, {case['details']['batch']} x {case['details']['side']} px, "
+                    f"{case['details']['precision']}",
+                    number(result["images_per_second"]), number(result["median_ms"]), number(result["p99_ms"]),
+                    times(first / result["median_ms"]), number(result["peak_mib"]),
+                    *(f"{spent[stage] / sum(spent.values()):.0%}" for stage in stages),
+                ]
+            )  # fmt: skip
+    header = ["", "images/s", "p50 ms", "p99 ms", "to torchvision", "peak MiB", *stages]
+    return "\n".join([*markdown(header, rows), "", f"{describe(shown)}."])
+
+
 def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
     """Everything recorded, as one page."""
     parts = [
@@ -185,6 +216,7 @@ def pages() -> dict[Path, str]:
     for machine, cases in machines.items():
         readme = marked(readme, f"speed {machine}", readme_table(cases))
         readme = marked(readme, f"heads {machine}", heads_table(cases))
+        readme = marked(readme, f"detector {machine}", detector_table(cases))
     return {ROOT / "README.md": readme, ROOT / "benchmarks" / "RESULTS.md": results_page(machines)}
 
 
