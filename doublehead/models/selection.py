@@ -35,7 +35,7 @@ def bring_to_front(selected: Tensor) -> Selection:
     """`selected`: bool `Tensor[K]`.  Without sorting, and without reading anything back."""
     count = selected.sum()
     ahead = torch.where(selected, selected.cumsum(0) - 1, count + (~selected).cumsum(0) - 1)
-    order = torch.empty_like(ahead).scatter_(0, ahead, torch.arange(len(selected), device=selected.device))
+    order = torch.empty_like(ahead).scatter_(0, ahead, torch.arange(selected.shape[0], device=selected.device))
     return Selection(order, count)
 
 
@@ -52,7 +52,7 @@ def select_boxes(boxes: Tensor, selection: Selection) -> Tensor:
     batch, slots, _ = boxes.shape
     image = torch.arange(batch, device=boxes.device, dtype=boxes.dtype).repeat_interleave(slots)
     rois = torch.cat((image[:, None], boxes.flatten(0, 1)), dim=1)[selection.order]
-    beyond = torch.arange(len(rois), device=boxes.device) >= selection.count
+    beyond = torch.arange(rois.shape[0], device=boxes.device) >= selection.count
     coordinates = torch.where(beyond[:, None], torch.nan, rois[:, 1:])
     return torch.cat((rois[:, :1], coordinates), dim=1)
 
