@@ -37,6 +37,8 @@ class Options:
     Unset: as OUT ends."""
     batch: int = 1
     """Images at a time, exactly."""
+    dynamic_batch: bool = False
+    """Of a package: take any number of images up to --batch."""
     height: int | None = None
     """Of the padded images in pixels, exactly; unset: what the recipe's landscape pictures need."""
     width: int | None = None
@@ -72,6 +74,10 @@ def run(options: Options) -> None:
         raise UserError(f"{out} exists: give another name, or remove it first")
     if options.batch < 1:
         raise UserError(f"--batch is {options.batch}, at least 1 is accepted")
+    if options.dynamic_batch and (kind == "onnx" or options.batch == 1):
+        raise UserError(
+            "--dynamic-batch is for packages (.pt2), with a --batch of at least 2, the most images at a time"
+        )
 
     import torch  # these take seconds: --help need not wait for them
 
@@ -97,7 +103,7 @@ def run(options: Options) -> None:
     began = time.monotonic()
     program = DetectorProgram(model.detector, device, plain=kind == "onnx")
     example = example_input(options.batch, height, width, device)
-    note = describe(kind, recipe, classes, category_ids, example[0].shape, device)
+    note = describe(kind, recipe, classes, category_ids, example[0].shape, device, options.dynamic_batch)
     if kind == "aoti":
         say(f"compiling for {device} ({note['machine']}): this takes some minutes")
     else:
@@ -138,17 +144,21 @@ def check(path: Path, detector: Detector) -> str:
     from doublehead.exporting import load
     from doublehead.exporting.program import DetectorProgram, differences, example_input
 
-    exported = load(path)
-    pixels, sizes = example_input(*exported.shape, device=exported.device, seed=1)
-    found = exported(pixels, sizes)
-    with torch.no_grad():
-        expected = DetectorProgram(detector, exported.device)(pixels, sizes)
-    if problem := differences(found, expected):
-        raise WrongProgram(
-            f"the exported program does not compute what the model does: {problem}; nothing was written "
-            f"(--no-check writes it all the same)"
-        )
-    return f"the same {int(found.count.sum())} detections"
+    exported, number = load(path), 0
+    program = DetectorProgram(detector, exported.device)
+    most, *size = exported.shape
+    for batch in (most, 1) if exported.dynamic_batch else (most,):
+        pixels, sizes = example_input(batch, *size, device=exported.device, seed=1)
+        found = exported(pixels, sizes)
+        with torch.no_grad():
+            expected = program(pixels, sizes)
+        if problem := differences(found, expected):
+            raise WrongProgram(
+                f"the exported program does not compute what the model does: {problem}; nothing was written "
+                f"(--no-check writes it all the same)"
+            )
+        number += int(found.count.sum())
+    return f"the same {number} detections"
 
 
 class WrongProgram(UserError):

@@ -39,7 +39,7 @@ def exported(run, tmp_path_factory):
     path = tmp_path_factory.mktemp("exported") / "detector.pt2"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(package, "INDUCTOR_OPTIONS", QUICK)
-        export.main([str(run), str(path), "--batch", "2", "--device", "cpu", "--readout", "split"])
+        export.main([str(run), str(path), "--batch", "2", "--dynamic-batch", "--device", "cpu", "--readout", "split"])
     return path
 
 
@@ -59,27 +59,27 @@ for name in ("torchvision", "safetensors", "tyro", "tqdm", "doublehead.models", 
 import torch
 from doublehead.exporting import load
 detector = load(sys.argv[1])
-inputs = torch.load(sys.argv[2])
-torch.save(tuple(detector(*inputs)), sys.argv[3])
+torch.save([tuple(detector(*inputs)) for inputs in torch.load(sys.argv[2])], sys.argv[3])
 """
 
 
 def test_a_fresh_process_computes_the_same_without_model_code(run, exported, tmp_path):
-    inputs = example_input(2, 64, 96, seed=5)
+    inputs = [example_input(batch, 64, 96, seed=5) for batch in (1, 2)]
     torch.save(inputs, tmp_path / "in.pt")
     subprocess.run(
         [sys.executable, "-c", OPEN_ELSEWHERE, exported, tmp_path / "in.pt", tmp_path / "out.pt"],
         check=True,
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
     )
-    found = ExportedDetections(*torch.load(tmp_path / "out.pt"))
     model = load_model(run).model
     model.set_readout("split")
-    with torch.no_grad():
-        expected = model.detector(ImageBatch(*inputs))
-    assert found.count.min() > 20
-    assert differences(found, expected) is None
-    torch.testing.assert_close(tuple(found), tuple(expected[:4]), rtol=1e-4, atol=1e-3)
+    for batch, outputs in zip(inputs, torch.load(tmp_path / "out.pt"), strict=True):
+        found = ExportedDetections(*outputs)
+        with torch.no_grad():
+            expected = model.detector(ImageBatch(*batch))
+        assert found.count.min() > 20
+        assert differences(found, expected) is None
+        torch.testing.assert_close(tuple(found), tuple(expected[:4]), rtol=1e-4, atol=1e-3)
 
 
 def test_the_package_describes_itself(exported):
@@ -114,7 +114,9 @@ def test_images_of_any_size(run, exported):
 @pytest.mark.parametrize(
     ("pixels", "sizes", "message"),
     [
-        (torch.zeros(1, 3, 64, 96), torch.ones(2, 2), r"pixels: expected float32 \[2, 3, 64, 96\] on cpu, got"),
+        (torch.zeros(3, 3, 64, 96), torch.ones(3, 2), r"pixels: expected float32 \[2, 3, 64, 96\] on cpu, got"),
+        (torch.zeros(1, 3, 32, 96), torch.ones(1, 2), r"pixels: expected float32 \[1, 3, 64, 96\] on cpu, got"),
+        (torch.zeros(1, 3, 64, 96), torch.ones(2, 2), r"sizes: expected float32 \[1, 2\] on cpu, got"),
         (torch.zeros(2, 3, 64, 96).half(), torch.ones(2, 2), "torch.float16"),
         (torch.zeros(2, 3, 64, 96), torch.ones(2, 2, dtype=torch.int64), "sizes: expected float32"),
     ],
@@ -183,6 +185,15 @@ def test_says_what_it_does(run, tmp_path, quick_write, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt2"]
 
 
+def test_a_fixed_batch_is_exact(run, tmp_path, quick_write):
+    export.main([str(run), str(tmp_path / "a.pt2"), "--device", "cpu", "--batch", "2"])
+    detector = ExportedDetector(quick_write.call, quick_write.description, torch.device("cpu"))
+    with pytest.raises(ValueError, match="pixels"):
+        detector(*example_input(1, 64, 96))
+    (found,) = detector.detect([torch.rand(3, 64, 90)])  # the second place stays empty
+    assert len(found["boxes"]) > 10
+
+
 def test_a_wrong_program_is_not_written(run, tmp_path, quick_write, monkeypatch, capsys):
     class Wrong(DetectorProgram):
         def forward(self, pixels, sizes):
@@ -218,6 +229,8 @@ def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
         (("RUN", "OUT/a.pt2", "--format", "onnx"), "its name must end in .onnx"),
         (("RUN", "OUT/a.pt2", "--height", "100"), "--height is 100, a multiple of 32 (image.size_divisible)"),
         (("RUN", "OUT/a.pt2", "--width", "0"), "--width is 0, a multiple of 32"),
+        (("RUN", "OUT/a.pt2", "--dynamic-batch"), "with a --batch of at least 2"),
+        (("RUN", "OUT/a.onnx", "--dynamic-batch", "--batch", "2"), "--dynamic-batch is for packages"),
         (("RUN", "OUT/a.pt2", "--batch", "0"), "--batch is 0, at least 1 is accepted"),
         (("RUN", "OUT/a.pt2", "--ext-gate", "2"), "detection.ext_gate: expected"),
         (("RUN", "OUT/a.onnx", "--device", "cuda"), "an ONNX file is for any device"),

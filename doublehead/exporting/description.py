@@ -13,12 +13,21 @@ import doublehead
 from ..config import ImageConfig, Recipe, to_dict
 
 FORMAT = "doublehead.exported/1"
+INPUTS = ("pixels", "sizes")
+OUTPUTS = ("boxes", "scores", "labels", "count")
+
 NAME = "doublehead"
 """Key of the description in an ONNX file's metadata; `extra/doublehead.json` in a package."""
 
 
 def describe(
-    kind: str, recipe: Recipe, classes: Sequence[str], category_ids: Sequence[int], shape: Sequence[int], device: str
+    kind: str,
+    recipe: Recipe,
+    classes: Sequence[str],
+    category_ids: Sequence[int],
+    shape: Sequence[int],
+    device: str,
+    dynamic_batch: bool = False,
 ) -> dict[str, Any]:
     """
     Args:
@@ -28,6 +37,7 @@ def describe(
         category_ids: label i is category `category_ids[i - 1]` of the data set.
         shape: of the pixels, (B, 3, H, W).
         device: "cpu" or "cuda".
+        dynamic_batch: fewer images than B will do.
     """
     batch, slots = shape[0], recipe.model.detection.max_detections
     return {
@@ -40,6 +50,7 @@ def describe(
         "recipe": recipe.name,
         "classes": list(classes),
         "category_ids": [int(i) for i in category_ids],
+        "dynamic_batch": dynamic_batch,
         "inputs": {
             "pixels": {"shape": list(shape), "dtype": "float32", "about": "normalised images, zeros beyond them"},
             "sizes": {"shape": [batch, 2], "dtype": "float32", "about": "height and width of each image in pixels"},

@@ -37,7 +37,8 @@ class ExportedDetector:
     Attributes:
         description: what the exporter noted: "classes", "preprocessing", "inputs", "outputs", "device", ...
         classes: label i is `classes[i - 1]`.
-        shape: (B, H, W) of the pixels it takes, exactly.
+        shape: (B, H, W) of the pixels it takes, exactly; B is the most where `dynamic_batch`.
+        dynamic_batch: whether fewer images will do.
         device: where it runs.
     """
 
@@ -46,6 +47,7 @@ class ExportedDetector:
         self.classes: list[str] = description["classes"]
         batch, _, height, width = description["inputs"]["pixels"]["shape"]
         self.shape = (batch, height, width)
+        self.dynamic_batch: bool = description["dynamic_batch"]
         self._transform = None
 
     def __call__(self, pixels: Tensor, sizes: Tensor) -> ExportedDetections:
@@ -60,6 +62,8 @@ class ExportedDetector:
             ValueError: another shape, dtype or device.
         """
         batch, height, width = self.shape
+        if self.dynamic_batch and pixels.dim():
+            batch = min(max(pixels.shape[0], 1), batch)
         for name, tensor, shape in (("pixels", pixels, (batch, 3, height, width)), ("sizes", sizes, (batch, 2))):
             if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or tensor.device.type != self.device.type:
                 raise ValueError(
@@ -90,6 +94,7 @@ class ExportedDetector:
             config, legacy = image_config(self.description), self.description["legacy_boxes"]
             self._transform = ImageTransform(config, legacy).eval().to(self.device)
         images_in_batch, after = self._transform(images, canvas=tuple(canvas))
+        batch = len(images) if self.dynamic_batch else batch
         pixels = images_in_batch.pixels.new_zeros(batch, 3, *canvas)
         sizes = images_in_batch.sizes.new_zeros(batch, 2)
         pixels[: len(images)], sizes[: len(images)] = images_in_batch

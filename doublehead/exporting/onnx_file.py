@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ..engine.errors import UserError
-from .description import NAME
+from .description import INPUTS, NAME, OUTPUTS
 from .onnx_operators import decompositions, translations
-from .program import INPUTS, OUTPUTS, DetectorProgram
+from .program import DetectorProgram
 
 OPSET = 18
 OPTIMIZE = True

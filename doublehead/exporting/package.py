@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..engine.errors import UserError
-from .description import NAME
+from .description import INPUTS, NAME
 
 INDUCTOR_OPTIONS: dict[str, Any] = {}
 """Further settings of `torch._inductor.config`, such as {"max_autotune": True}."""
@@ -22,7 +22,7 @@ ENTRY = f"extra/{NAME}.json"
 
 
 def write_package(
-    program: nn.Module, example: tuple[torch.Tensor, ...], description: dict[str, Any], path: Path
+    program: nn.Module, example: tuple[torch.Tensor, torch.Tensor], description: dict[str, Any], path: Path
 ) -> None:
     """Compile `program` and write the package with its description to `path`.
 
@@ -30,11 +30,16 @@ def write_package(
 
     Args:
         program: `DetectorProgram`.
-        example: its inputs; their shapes and device become the package's.
+        example: its inputs; their shapes and device become the package's.  Where the description says "dynamic_batch",
+            at least 2 images, and it takes any number up to that.
         path: ends in .pt2.
     """
+    shapes = None
+    if description.get("dynamic_batch"):
+        batch = torch.export.Dim("batch", min=1, max=len(example[0]))
+        shapes = {name: {0: batch} for name in INPUTS}
     with torch.no_grad():
-        exported = torch.export.export(program, example)
+        exported = torch.export.export(program, example, dynamic_shapes=shapes)
     torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=dict(INDUCTOR_OPTIONS))
     with zipfile.ZipFile(path, "a") as archive:
         root = archive.namelist()[0].split("/")[0]

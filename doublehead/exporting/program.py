@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from ..models import Detector, ImageBatch
 from ..models.conv_tower import ConvTower
-
-INPUTS = ("pixels", "sizes")
-OUTPUTS = ("boxes", "scores", "labels", "count")
+from .description import OUTPUTS
 
 
 class DetectorProgram(nn.Module):
