@@ -111,6 +111,15 @@ def test_pooler(package, kind, ratio, canonical):
                                    rtol=1e-4, atol=1e-4)  # fmt: skip
 
 
+def test_the_level_of_a_box_on_the_border_is_detectron2s(package):
+    """torchvision's rule would take this box to the next level."""
+    pooler, maps = ROIPooler(3, [1 / 4, 1 / 8, 1 / 16], 2, "ROIAlignV2", 20, 2), features()
+    boxes = [Boxes(torch.tensor([[0, 0, 39.99998, 39.99998]])), Boxes(torch.zeros(0, 4))]
+    expected = pooler(maps, boxes)
+    detectron2.accelerate()
+    torch.testing.assert_close(pooler(maps, boxes), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_other_pooling_stays_theirs(package):
     detectron2.accelerate()
     pooler = ROIPooler(3, [1 / 4, 1 / 8, 1 / 16], 0, "ROIPool")

@@ -152,6 +152,15 @@ def test_extractor(package, layer, factor, strides):
 
 
 @stand_ins
+def test_the_level_of_a_box_on_the_border_is_mmdets(package):
+    """torchvision's rule would take this box to the next level."""
+    extractor, maps, rois = SingleRoIExtractor(), features(), torch.tensor([[0, 0, 0, 39.999977, 39.999977]])
+    expected = extractor(maps, rois)
+    mmdet.accelerate()
+    torch.testing.assert_close(extractor(maps, rois), expected, rtol=1e-4, atol=1e-5)
+
+
+@stand_ins
 def test_an_extractor_with_a_rule_of_its_own_keeps_it(package):
     extractor, maps, rois = OtherRule(), features(), rois_of(10)
     expected = extractor(maps, rois)
