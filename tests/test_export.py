@@ -126,6 +126,17 @@ def test_wrong_input_is_named(exported, pixels, sizes, message):
         load(exported)(pixels, sizes)
 
 
+@pytest.mark.gpu
+def test_a_package_for_cuda(run, tmp_path, capsys):
+    """The command itself compares it with the model."""
+    export.main([str(run), str(tmp_path / "a.pt2"), "--device", "cuda", "--batch", "2"])
+    assert "the same " in capsys.readouterr().out
+    detector = load(tmp_path / "a.pt2")
+    assert detector.device == torch.device("cuda", 0)
+    (found,) = detector.detect([torch.rand(3, 64, 90)])
+    assert found["boxes"].is_cuda and len(found["boxes"]) > 10
+
+
 # ---------------------------------------------------------------------- files that cannot be opened
 
 
