@@ -47,7 +47,7 @@ def _seconds(call: Callable[[], Any], repeats: int) -> float:
 def time_side_by_side(
     providers: dict[str, Callable[[], Any]], *, budget: float = 10.0, min_rounds: int = 5, max_rounds: int = 200
 ) -> dict[str, dict[str, float]]:
-    """Median, 0.2, 0.8 and 0.99 quantile and least in milliseconds of one call of each provider.
+    """Median, 0.2 and 0.8 quantile and least in milliseconds of one call of each provider.
 
     Rounds go on until `budget` seconds are spent (but at least `min_rounds`); a sample of a fast
     provider is the mean of as many calls as fill two milliseconds.
@@ -71,12 +71,10 @@ def time_side_by_side(
 def _summary(values: list[float]) -> dict[str, float]:
     fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values
     hundredths = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values
-    hundredths = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values
     return {
         "median_ms": round(statistics.median(values), 5),
         "q20_ms": round(fifths[0], 5),
         "q80_ms": round(fifths[-1], 5),
-        "q99_ms": round(hundredths[-1], 5),
         "p99_ms": round(hundredths[-1], 5),
         "least_ms": round(min(values), 5),
         "samples": len(values),
