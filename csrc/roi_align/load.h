@@ -8,9 +8,9 @@
 
 namespace doublehead::roi_align {
 
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef int32_t Mask __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(32)));
+typedef int32_t Mask __attribute__((vector_size(32)));
 
 template <typename To, typename From>
 DOUBLEHEAD_INLINE To reinterpret(const From& from) {

@@ -33,10 +33,14 @@ struct PlanarWeights {
   Strip strip = {0, 0};
 };
 
+// As many vectors hold a row of output bins, at most; longer ones are left to the plain loops.
+constexpr int64_t kMostVectors = 2;
+
 // Scratch memory that either kernel needs, in elements of W.
 template <typename W>
 int64_t planar_scratch(int64_t row_bins, int64_t column_bins, int64_t map_width) {
-  return (map_width + kLanes<W>) * (row_bins + column_bins + kLanes<W>) + row_bins * column_bins + kLanes<W>;
+  constexpr int64_t row = kMostVectors * kLanes<W>;
+  return (map_width + kLanes<W>) * (row_bins + column_bins + row) + row_bins * column_bins + row;
 }
 
 template <typename W>
@@ -75,23 +79,28 @@ DOUBLEHEAD_INLINE void combine_rows(const T* strip, int64_t row_stride, int64_t 
   }
 }
 
-// P rows of output bins: out = combined times `dense`, W[count, kLanes], the column weights of `count` pixels. Whole
+// P rows of output bins: out = combined times `dense`, W[count, V, kLanes], the column weights of `count` pixels. Whole
 // vectors are stored: what they write past a row's last bin, the next row overwrites. `check` becomes NaN if any is.
-template <int P, typename T, typename W = compute_t<T>>
+template <int P, int V, typename T, typename W = compute_t<T>>
 DOUBLEHEAD_INLINE void combine_columns(const W* combined, int64_t width, int64_t count, const W* dense, T* out,
                                        int64_t out_stride, Lanes<W>& check) {
-  Lanes<W> sum[P] = {};
+  Lanes<W> sum[P][V] = {};
   for (int64_t x = 0; x < count; ++x) {
-    const Lanes<W> weights = load(dense + x * kLanes<W>);
-    for (int p = 0; p < P; ++p) sum[p] += combined[p * width + x] * weights;
+    Lanes<W> weights[V];
+    for (int v = 0; v < V; ++v) weights[v] = load(dense + (x * V + v) * kLanes<W>);
+    for (int p = 0; p < P; ++p) {
+      for (int v = 0; v < V; ++v) sum[p][v] += combined[p * width + x] * weights[v];
+    }
   }
   for (int p = 0; p < P; ++p) {
-    check += sum[p] * W(0);
-    store(out + p * out_stride, sum[p]);
+    for (int v = 0; v < V; ++v) {
+      check += sum[p][v] * W(0);
+      store(out + p * out_stride + v * kLanes<W>, sum[p][v]);
+    }
   }
 }
 
-template <typename T, typename W = compute_t<T>>
+template <int V, typename T, typename W = compute_t<T>>
 DOUBLEHEAD_INLINE void pool_plane(const T* plane, int64_t row_stride, const PlanarWeights<W>& weights, const W* dense,
                                   W* combined, T* out, Lanes<W>& check) {
   const Sparse<W>& rows = weights.rows.bins;
@@ -105,12 +114,13 @@ DOUBLEHEAD_INLINE void pool_plane(const T* plane, int64_t row_stride, const Plan
   }
   const int64_t bins = weights.columns.bins.rows(), count = weights.columns.last - weights.columns.first;
   const W* window = combined + (weights.columns.first - strip.begin);
+  constexpr int kRows = V == 1 ? 7 : 4;  // 7 x 1 or 4 x 2 sums stay in registers
   int64_t ph = 0;
-  for (; ph + 7 <= rows.rows(); ph += 7) {
-    combine_columns<7>(window + ph * strip.width, strip.width, count, dense, out + ph * bins, bins, check);
+  for (; ph + kRows <= rows.rows(); ph += kRows) {
+    combine_columns<kRows, V>(window + ph * strip.width, strip.width, count, dense, out + ph * bins, bins, check);
   }
   for (; ph < rows.rows(); ++ph) {
-    combine_columns<1>(window + ph * strip.width, strip.width, count, dense, out + ph * bins, bins, check);
+    combine_columns<1, V>(window + ph * strip.width, strip.width, count, dense, out + ph * bins, bins, check);
   }
 }
 
@@ -133,31 +143,44 @@ DOUBLEHEAD_INLINE void pool_plane_plainly(const T* plane, int64_t row_stride, co
   }
 }
 
+// All planes of a box whose rows of bins take V vectors; false if a result is not finite.
+template <int V, typename T, typename W = compute_t<T>>
+DOUBLEHEAD_INLINE bool pool_planes(const T* planes, int64_t channel_stride, int64_t row_stride, int64_t channels,
+                                   const PlanarWeights<W>& weights, W* scratch, T* out) {
+  constexpr int64_t kRow = V * kLanes<W>;
+  const Sparse<W>&rows = weights.rows.bins, &columns = weights.columns.bins;
+  const int64_t first = weights.columns.first, count = weights.columns.last - first;
+  const int64_t bins = rows.rows() * columns.rows();
+  W* dense = scratch;
+  W* combined = dense + count * kRow;
+  T* aside = reinterpret_cast<T*>(combined + rows.rows() * weights.strip.width);
+  for (int64_t x = 0; x < count * V; ++x) store(dense + x * kLanes<W>, Lanes<W>{});
+  for (int64_t pw = 0; pw < columns.rows(); ++pw) {
+    const Entry<W>* column = columns.row(pw);
+    for (int64_t q = 0; q < columns.length(pw); ++q) dense[(column[q].at - first) * kRow + pw] += column[q].weight;
+  }
+  Lanes<W> check = {};
+  for (int64_t c = 0; c < channels; ++c) {
+    // The vectors of the last channels would write past the end of `out`.
+    const bool fits = (c + 1) * bins - columns.rows() + kRow <= channels * bins;
+    T* to = fits ? out + c * bins : aside;
+    pool_plane<V>(planes + c * channel_stride, row_stride, weights, dense, combined, to, check);
+    if (!fits) std::copy_n(aside, bins, out + c * bins);
+  }
+  return all_zero<W>(check);
+}
+
 // Forward, one box, some channels. planes: T[channels, rows, columns]; out: T[channels, bins, bins], dense.
 template <typename T, typename W = compute_t<T>>
 DOUBLEHEAD_MULTIVERSION void pool_planar(const T* planes, int64_t channel_stride, int64_t row_stride, int64_t channels,
                                          const PlanarWeights<W>& weights, W* scratch, T* out) {
   const Sparse<W>&rows = weights.rows.bins, &columns = weights.columns.bins;
-  const int64_t first = weights.columns.first, count = weights.columns.last - first;
   const int64_t bins = rows.rows() * columns.rows();
-  if (columns.rows() <= kLanes<W> && (weights.strip.width || count == 0)) {
-    W* dense = scratch;
-    W* combined = dense + count * kLanes<W>;
-    T* aside = reinterpret_cast<T*>(combined + rows.rows() * weights.strip.width);
-    for (int64_t x = 0; x < count; ++x) store(dense + x * kLanes<W>, Lanes<W>{});
-    for (int64_t pw = 0; pw < columns.rows(); ++pw) {
-      const Entry<W>* column = columns.row(pw);
-      for (int64_t q = 0; q < columns.length(pw); ++q) dense[(column[q].at - first) * kLanes<W> + pw] += column[q].weight;
-    }
-    Lanes<W> check = {};
-    for (int64_t c = 0; c < channels; ++c) {
-      // The vectors of the last channels would write past the end of `out`.
-      const bool fits = (c + 1) * bins - columns.rows() + kLanes<W> <= channels * bins;
-      T* to = fits ? out + c * bins : aside;
-      pool_plane(planes + c * channel_stride, row_stride, weights, dense, combined, to, check);
-      if (!fits) std::copy_n(aside, bins, out + c * bins);
-    }
-    if (all_zero<W>(check)) return;
+  const bool has_strip = weights.strip.width || weights.columns.last == weights.columns.first;
+  if (has_strip && columns.rows() <= kLanes<W>) {
+    if (pool_planes<1>(planes, channel_stride, row_stride, channels, weights, scratch, out)) return;
+  } else if (has_strip && columns.rows() <= kMostVectors * kLanes<W>) {
+    if (pool_planes<2>(planes, channel_stride, row_stride, channels, weights, scratch, out)) return;
   }
   for (int64_t c = 0; c < channels; ++c) {
     pool_plane_plainly(planes + c * channel_stride, row_stride, rows, columns, out + c * bins);
