@@ -158,6 +158,8 @@ def check(path: Path, detector: Detector) -> str:
                 f"(--no-check writes it all the same)"
             )
         number += int(found.count.sum())
+    if number == 0:
+        return "neither finds anything, which compares little"
     return f"the same {number} detections"
 
 
