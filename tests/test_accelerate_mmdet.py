@@ -297,6 +297,11 @@ def predict(model):
         return [sample.pred_instances for sample in model.predict(images, samples)]
 
 
+def compiled_part() -> ModuleType:
+    """What mmcv's operators call: its compiled part, or the stand-in for it."""
+    return sys.modules["mmcv.ops.nms"].ext_module
+
+
 def plain_compiled_operators(monkeypatch) -> None:
     """mmcv's compiled operators in plain PyTorch, called as mmcv calls them."""
 
@@ -308,7 +313,7 @@ def plain_compiled_operators(monkeypatch) -> None:
     def plain(boxes, scores, iou_threshold, offset):
         return plain_nms(boxes, scores, iou_threshold)
 
-    compiled = sys.modules["mmcv._ext"]
+    compiled = compiled_part()
     monkeypatch.setattr(compiled, "roi_align_forward", roi_align_forward, raising=False)
     monkeypatch.setattr(compiled, "nms", plain, raising=False)
 
@@ -318,8 +323,7 @@ def test_mmdets_faster_rcnn(detector, monkeypatch):
     """Without compiled operators it runs on ours; with plain ones in their place its own code says the same."""
     found = predict(detector)
     mmdet.restore()
-    compiled = sys.modules["mmcv._ext"]
-    if getattr(compiled, "__file__", None) is None:
+    if getattr(compiled_part(), "__file__", None) is None:
         with pytest.raises(NotImplementedError, match="nms is compiled code"):
             predict(detector)
         plain_compiled_operators(monkeypatch)
@@ -329,6 +333,14 @@ def test_mmdets_faster_rcnn(detector, monkeypatch):
         assert f.labels.tolist() == e.labels.tolist()
         torch.testing.assert_close(f.bboxes, e.bboxes, atol=1e-3, rtol=0)
         torch.testing.assert_close(f.scores, e.scores, atol=1e-5, rtol=0)
+
+
+@real
+def test_mmengine_can_still_ask_what_kind_of_mmcv_this_is(detector):
+    """`init_detector` does: a stand-in left behind would be an error there."""
+    from mmengine.model import revert_sync_batchnorm
+
+    assert revert_sync_batchnorm(detector) is detector
 
 
 @real
@@ -352,7 +364,7 @@ def test_mmcvs_own_code_agrees(detector, monkeypatch):
     """The functions, against mmcv's Python around plain operators."""
     ours = copy.copy(vars(sys.modules["mmcv.ops.nms"]))
     mmdet.restore()
-    if getattr(sys.modules["mmcv._ext"], "__file__", None) is None:
+    if getattr(compiled_part(), "__file__", None) is None:
         plain_compiled_operators(monkeypatch)
     theirs = vars(sys.modules["mmcv.ops.nms"])
     assert ours["batched_nms"] is not theirs["batched_nms"]

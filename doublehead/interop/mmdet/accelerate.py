@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 from typing import NoReturn
 
@@ -51,9 +53,9 @@ def restore() -> None:
 
 def _make() -> Patch:
     mmcv = import_or_explain("mmcv", CALLER, "install mmcv, or mmcv-lite, which needs no compiler")
-    _stand_in_for_compiled_operators()
-    for name in ("mmcv.ops.nms", "mmcv.ops.roi_align"):
-        import_or_explain(name, CALLER, "its version may not fit this torch: install another mmcv")
+    with _stand_in_for_compiled_operators():
+        for name in ("mmcv.ops.nms", "mmcv.ops.roi_align"):
+            import_or_explain(name, CALLER, "its version may not fit this torch: install another mmcv")
     nms = sys.modules["mmcv.ops.nms"]  # `mmcv.ops.nms` is the function
     roi_align = sys.modules["mmcv.ops.roi_align"]
     _import_mmdet(mmcv)
@@ -89,12 +91,22 @@ def _import_mmdet(mmcv: ModuleType) -> None:
         warnings.warn(f"mmdet was imported although it says: {error}", stacklevel=4)
 
 
-def _stand_in_for_compiled_operators() -> None:
-    """Where mmcv has no compiled part, `mmcv.ops` can be imported after this; its operators raise when called."""
+@contextlib.contextmanager
+def _stand_in_for_compiled_operators() -> Iterator[None]:
+    """Where mmcv has no compiled part, `mmcv.ops` can be imported inside; its operators raise when called.
+
+    Afterwards the stand-in is gone again: mmengine looks for the part, to find out what kind of mmcv this is.
+    """
     try:
         importlib.import_module("mmcv._ext")
     except ImportError:
         sys.modules["mmcv._ext"] = _NoOperators("mmcv._ext")
+        try:
+            yield
+        finally:
+            del sys.modules["mmcv._ext"]
+    else:
+        yield
 
 
 class _NoOperators(ModuleType):
