@@ -151,14 +151,14 @@ def detector_table(cases: list[dict[str, Any]]) -> str:
     for case in shown:
         first = case["providers"][PEER]["median_ms"]
         for name, result in case["providers"].items():
-            spent = case["details"]["stages_ms"][name]
+            spent = case["details"]["stages_ms"].get(name, {})
             rows.append(
                 [
                     f"{DETECTORS.get(name, name)}, {case['details']['batch']} x {case['details']['side']} px, "
                     f"{case['details']['precision']}",
                     number(result["images_per_second"]), number(result["median_ms"]), number(result["p99_ms"]),
                     times(first / result["median_ms"]), number(result["peak_mib"]),
-                    *(f"{spent[stage] / sum(spent.values()):.0%}" for stage in stages),
+                    *(f"{spent[stage] / sum(spent.values()):.0%}" if spent else "" for stage in stages),
                 ]
             )  # fmt: skip
     header = ["", "images/s", "p50 ms", "p99 ms", "to torchvision", "peak MiB", *stages]

@@ -8,12 +8,9 @@ The Double-Head models share the backbone's and the RPN's weights, so that their
 from __future__ import annotations
 
 import copy
-import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -24,120 +21,16 @@ from torch import Tensor, nn
 
 pytest.importorskip("torchvision")
 
-from torchvision.models.detection import fasterrcnn_resnet50_fpn  # noqa: E402
-from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
+from detectors import GRAPH, RECIPE, as_graphs, models, pictures, torchvisions  # noqa: E402
 
 import doublehead  # noqa: E402
-from doublehead.config import ImageConfig, ModelConfig  # noqa: E402
-from doublehead.data.images import read_image  # noqa: E402
-from doublehead.data.shapes import ShapesDataset  # noqa: E402
-from doublehead.interop.torchvision import convert_faster_rcnn, faster_rcnn_config  # noqa: E402
-from doublehead.models import build_detector, detector  # noqa: E402
+from doublehead.config import ImageConfig  # noqa: E402
+from doublehead.models import detector  # noqa: E402
 from doublehead.ops import box_iou  # noqa: E402
-from doublehead.recipes import RECIPES  # noqa: E402
 
-CLASSES = 91
-SHARED = ("detector.backbone.", "detector.rpn.")
-RECIPE = {"Double-Head": "double-head-r50-fpn", "Double-Head-Ext": "double-head-ext-r50-fpn"}
 MODES = ["float32"] if DEVICE == "cpu" else ["float32", "bfloat16"]
 AGREE = {"float32": 0.9, "bfloat16": 0.3}
 """Share of detections with a counterpart: rounding alone changes some in a random network, 16 bits many."""
-
-
-def pictures(count: int, side: int) -> list[Tensor]:
-    """Real ones where they are, else generated; resized so that the shorter side is at most `side`."""
-    folder = Path(os.environ.get("DOUBLEHEAD_TEST_DATA") or harness.ROOT.parent / "shared" / "data")
-    files = sorted(folder.glob("tiny_coco/**/*.jpg"))
-    if files:
-        found = [read_image(file) for file in files[:count]]
-    else:
-        dataset = ShapesDataset("val", count, side=480)
-        found = [dataset[i][0] for i in range(count)]
-    found = [x / 255 if x.dtype == torch.uint8 else x for x in found]
-    found = (found * count)[:count]
-    factor = min(1.0, side / 480)
-    return [nn.functional.interpolate(x[None], scale_factor=factor, mode="bilinear")[0].to(DEVICE) for x in found]
-
-
-def lively(model: nn.Module, images: list[Tensor], largest: dict[nn.Module, float]) -> nn.Module:
-    """Scale the weights of some layers so that their largest output on `images` is as given."""
-    seen = dict.fromkeys(largest, 0.0)
-
-    def watch(layer, _, output):
-        seen[layer] = max(seen[layer], output.abs().max().item())
-
-    hooks = [layer.register_forward_hook(watch) for layer in largest]
-    with torch.no_grad():
-        model.eval()(images)
-        for hook, (layer, size) in zip(hooks, largest.items(), strict=True):
-            hook.remove()
-            layer.weight.mul_(size / seen[layer])
-    return model
-
-
-def torchvisions(images: list[Tensor], side: int, proposals: int = 1000) -> nn.Module:
-    """fasterrcnn_resnet50_fpn as it is with pretrained weights: its batch norms frozen."""
-    torch.manual_seed(0)
-    model = fasterrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=CLASSES, min_size=side, max_size=side * 5 // 3,
-        rpn_post_nms_top_n_test=proposals,
-    ).to(DEVICE)  # fmt: skip
-    norms = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)}
-    for layer in norms.values():
-        layer.momentum = 1.0
-    with torch.no_grad():
-        model.backbone.train()(model.transform(images)[0].tensors)
-    for name, layer in norms.items():
-        frozen = FrozenBatchNorm2d(layer.num_features, layer.eps).to(DEVICE)
-        frozen.load_state_dict(layer.state_dict())
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, frozen)
-    model = lively(model, images, {model.rpn.head.cls_logits: 8.0, model.rpn.head.bbox_pred: 1.0})
-    predictor = model.roi_heads.box_predictor
-    return lively(model, images, {predictor.cls_score: 9.0, predictor.bbox_pred: 3.0})
-
-
-def adapted(config: ModelConfig, side: int, proposals: int) -> ModelConfig:
-    """torchvision's frozen batch norms, this side and so many proposals."""
-    return dataclasses.replace(
-        config,
-        backbone=dataclasses.replace(config.backbone, weights=None, norm="frozen_batch_norm"),
-        image=ImageConfig(min_size=(side,), max_size=side * 5 // 3),
-        rpn=dataclasses.replace(config.rpn, post_nms_test=proposals),
-    )
-
-
-def fc_kind(theirs: nn.Module, side: int, proposals: int) -> nn.Module:
-    ours = build_detector(adapted(faster_rcnn_config(), side, proposals), CLASSES).to(DEVICE).eval()
-    ours.load_state_dict(convert_faster_rcnn(theirs.state_dict()))
-    return ours
-
-
-def double_head(config: ModelConfig, shared: dict[str, Tensor], images: list[Tensor]) -> nn.Module:
-    torch.manual_seed(1)
-    model = build_detector(config, CLASSES).to(DEVICE)
-    unused = model.load_state_dict(shared, strict=False)
-    assert not unused.unexpected_keys and not any(name.startswith(SHARED) for name in unused.missing_keys)
-    largest = {}
-    for head in model.detector.heads.values():
-        largest |= {layer: 9.0 for layer in (head.classifier,) if layer is not None}
-        largest |= {layer: 3.0 for layer in (head.regressor,) if layer is not None}
-    # First every RoI passes all heads, so that each head's outputs are seen.
-    whole = dataclasses.replace(model.detector.detection, skip=False)
-    skipping, model.detector.detection = model.detector.detection, whole
-    lively(model, images, largest)
-    model.detector.detection = skipping
-    return model
-
-
-def models(images: list[Tensor], side: int, proposals: int) -> dict[str, nn.Module]:
-    theirs = torchvisions(images[:1], side, proposals)
-    ours = fc_kind(theirs, side, proposals)
-    shared = {name: value for name, value in ours.state_dict().items() if name.startswith(SHARED)}
-    found = {"torchvision": theirs, "doublehead": doublehead.accelerate(copy.deepcopy(theirs)), "fc kind": ours}
-    for name, recipe in RECIPE.items():
-        found[name] = double_head(adapted(RECIPES[recipe].model, side, proposals), shared, images[:1])
-    return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -252,9 +145,12 @@ def test_detector(compare, request, mode, batch):
     images = pictures(batch, side)
     found = models(images, side, proposals=1000 if compare.measures else 30)
     gate(found)
+    if DEVICE == "cuda":
+        found |= as_graphs(found, images, mode)
 
     def caller(name: str) -> Callable[[], tuple[str, list[dict]]]:
-        family = name if name in RECIPE else "Faster R-CNN"
+        kind = name.removesuffix(GRAPH)
+        family = kind if kind in RECIPE else "Faster R-CNN"
 
         def call():
             precision = torch.autocast("cuda", torch.bfloat16) if mode == "bfloat16" else nullcontext()
@@ -264,7 +160,9 @@ def test_detector(compare, request, mode, batch):
         return call
 
     calls = {name: caller(name) for name in found}
-    milliseconds = {name: shares(found[name], call) for name, call in calls.items()} if compare.measures else {}
+    milliseconds = {}
+    if compare.measures:  # a graph is a whole, without stages to tell apart
+        milliseconds = {name: shares(found[name], call) for name, call in calls.items() if not name.endswith(GRAPH)}
     record = compare(
         op="detector",
         case=f"detector: R50-FPN, {batch} x {side} px, {mode}",

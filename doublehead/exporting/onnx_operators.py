@@ -103,7 +103,7 @@ def multiscale_roi_align(
     levels = roi_align.box_levels(rois[:, 1:], spatial_scales, canonical_size, canonical_level, level_rule)
     outputs = []
     for box_scale in box_scales:
-        boxes = roi_align._sampled(rois[:, 1:], box_scale, level_rule)
+        boxes = roi_align.sampled_boxes(rois[:, 1:], box_scale, level_rule)
         finite = (boxes.abs() < float("inf")).all(1)
         sampled = torch.cat([rois[:, :1], boxes], 1)
         output = features[0].new_zeros(rois.shape[0], features[0].shape[1], *output_size)

@@ -47,7 +47,7 @@ def multiscale_roi_align(
                           canonical_level, level_rule)  # fmt: skip
     outputs = []
     for box_scale in box_scales:
-        boxes = _sampled(rois[:, 1:], box_scale, level_rule)
+        boxes = sampled_boxes(rois[:, 1:], box_scale, level_rule)
         rows, columns = _taps(boxes, maps, output_size, sampling_ratio, aligned)
         parts = [
             _pool(pixels, _gather_index(maps, rows, columns, part), rows.weights[part], columns.weights[part])
@@ -82,7 +82,7 @@ def multiscale_roi_align_backward(
     maps = _maps_of_boxes(shapes, rois, spatial_scales, canonical_size, canonical_level, level_rule)
     pixels = rois.new_zeros(sum(areas), channels)
     for grad, box_scale in zip(grads, box_scales, strict=True):
-        boxes = _sampled(rois[:, 1:], box_scale, level_rule)
+        boxes = sampled_boxes(rois[:, 1:], box_scale, level_rule)
         rows, columns = _taps(boxes, maps, output_size, sampling_ratio, aligned)
         for part in _chunks(rois.shape[0], rows, columns, channels):
             index = _gather_index(maps, rows, columns, part)
@@ -178,7 +178,7 @@ def _maps_of_boxes(shapes, rois, spatial_scales, canonical_size, canonical_level
     return _Maps(offset, height, width, of_level(spatial_scales, rois.dtype), exists & inside)
 
 
-def _sampled(boxes: Tensor, factor: float, level_rule: int) -> Tensor:
+def sampled_boxes(boxes: Tensor, factor: float, level_rule: int) -> Tensor:
     """What is sampled: boxes scaled about their centres; a factor of 1 leaves them as they are to the last bit.
 
     maskrcnn-benchmark samples up to the coordinate of the last pixel, one before the box's end.

@@ -1,0 +1,136 @@
+"""Whole detectors with random weights that give them something to suppress and to detect, and pictures for them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from pathlib import Path
+
+import harness
+import torch
+from inputs import DEVICE
+from torch import Tensor, nn
+from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.ops import FrozenBatchNorm2d
+
+import doublehead
+from doublehead.config import ImageConfig, ModelConfig
+from doublehead.data.images import read_image
+from doublehead.data.shapes import ShapesDataset
+from doublehead.interop.torchvision import convert_faster_rcnn, faster_rcnn_config
+from doublehead.models import build_detector
+from doublehead.recipes import RECIPES
+
+CLASSES = 91
+GRAPH = ", one graph"
+"""Behind the name of a model that runs as one CUDA graph."""
+SHARED = ("detector.backbone.", "detector.rpn.")
+RECIPE = {"Double-Head": "double-head-r50-fpn", "Double-Head-Ext": "double-head-ext-r50-fpn"}
+
+
+def pictures(count: int, side: int) -> list[Tensor]:
+    """Real ones where they are, else generated; resized so that the shorter side is at most `side`."""
+    folder = Path(os.environ.get("DOUBLEHEAD_TEST_DATA") or harness.ROOT.parent / "shared" / "data")
+    files = sorted(folder.glob("tiny_coco/**/*.jpg"))
+    if files:
+        found = [read_image(file) for file in files[:count]]
+    else:
+        dataset = ShapesDataset("val", count, side=480)
+        found = [dataset[i][0] for i in range(count)]
+    found = [x / 255 if x.dtype == torch.uint8 else x for x in found]
+    found = (found * count)[:count]
+    factor = min(1.0, side / 480)
+    return [nn.functional.interpolate(x[None], scale_factor=factor, mode="bilinear")[0].to(DEVICE) for x in found]
+
+
+def lively(model: nn.Module, images: list[Tensor], largest: dict[nn.Module, float]) -> nn.Module:
+    """Scale the weights of some layers so that their largest output on `images` is as given."""
+    seen = dict.fromkeys(largest, 0.0)
+
+    def watch(layer, _, output):
+        seen[layer] = max(seen[layer], output.abs().max().item())
+
+    hooks = [layer.register_forward_hook(watch) for layer in largest]
+    with torch.no_grad():
+        model.eval()(images)
+        for hook, (layer, size) in zip(hooks, largest.items(), strict=True):
+            hook.remove()
+            layer.weight.mul_(size / seen[layer])
+    return model
+
+
+def torchvisions(images: list[Tensor], side: int, proposals: int = 1000) -> nn.Module:
+    """fasterrcnn_resnet50_fpn as it is with pretrained weights: its batch norms frozen."""
+    torch.manual_seed(0)
+    model = fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=CLASSES, min_size=side, max_size=side * 5 // 3,
+        rpn_post_nms_top_n_test=proposals,
+    ).to(DEVICE)  # fmt: skip
+    norms = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)}
+    for layer in norms.values():
+        layer.momentum = 1.0
+    with torch.no_grad():
+        model.backbone.train()(model.transform(images)[0].tensors)
+    for name, layer in norms.items():
+        frozen = FrozenBatchNorm2d(layer.num_features, layer.eps).to(DEVICE)
+        frozen.load_state_dict(layer.state_dict())
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, frozen)
+    model = lively(model, images, {model.rpn.head.cls_logits: 8.0, model.rpn.head.bbox_pred: 1.0})
+    predictor = model.roi_heads.box_predictor
+    return lively(model, images, {predictor.cls_score: 9.0, predictor.bbox_pred: 3.0})
+
+
+def adapted(config: ModelConfig, side: int, proposals: int) -> ModelConfig:
+    """torchvision's frozen batch norms, this side and so many proposals."""
+    return dataclasses.replace(
+        config,
+        backbone=dataclasses.replace(config.backbone, weights=None, norm="frozen_batch_norm"),
+        image=ImageConfig(min_size=(side,), max_size=side * 5 // 3),
+        rpn=dataclasses.replace(config.rpn, post_nms_test=proposals),
+    )
+
+
+def fc_kind(theirs: nn.Module, side: int, proposals: int) -> nn.Module:
+    ours = build_detector(adapted(faster_rcnn_config(), side, proposals), CLASSES).to(DEVICE).eval()
+    ours.load_state_dict(convert_faster_rcnn(theirs.state_dict()))
+    return ours
+
+
+def double_head(config: ModelConfig, shared: dict[str, Tensor], images: list[Tensor]) -> nn.Module:
+    torch.manual_seed(1)
+    model = build_detector(config, CLASSES).to(DEVICE)
+    unused = model.load_state_dict(shared, strict=False)
+    assert not unused.unexpected_keys and not any(name.startswith(SHARED) for name in unused.missing_keys)
+    largest = {}
+    for head in model.detector.heads.values():
+        largest |= {layer: 9.0 for layer in (head.classifier,) if layer is not None}
+        largest |= {layer: 3.0 for layer in (head.regressor,) if layer is not None}
+    # First every RoI passes all heads, so that each head's outputs are seen.
+    whole = dataclasses.replace(model.detector.detection, skip=False)
+    skipping, model.detector.detection = model.detector.detection, whole
+    lively(model, images, largest)
+    model.detector.detection = skipping
+    return model
+
+
+def models(images: list[Tensor], side: int, proposals: int) -> dict[str, nn.Module]:
+    theirs = torchvisions(images[:1], side, proposals)
+    ours = fc_kind(theirs, side, proposals)
+    shared = {name: value for name, value in ours.state_dict().items() if name.startswith(SHARED)}
+    found = {"torchvision": theirs, "doublehead": doublehead.accelerate(copy.deepcopy(theirs)), "fc kind": ours}
+    for name, recipe in RECIPE.items():
+        found[name] = double_head(adapted(RECIPES[recipe].model, side, proposals), shared, images[:1])
+    return found
+
+
+def as_graphs(found: dict[str, nn.Module], images: list[Tensor], mode: str) -> dict[str, nn.Module]:
+    """Copies of our models that run as one graph."""
+    graphs = {}
+    for name in ("fc kind", *RECIPE):
+        model = graphs[name + GRAPH] = copy.deepcopy(found[name])
+        with torch.inference_mode():
+            height, width = model.transform(images)[0].pixels.shape[-2:]
+        model.compile_graph(len(images), height, width, torch.bfloat16 if mode == "bfloat16" else torch.float32)
+    return graphs
