@@ -69,7 +69,8 @@ class Detector(nn.Module):
             heads.outputs, self.sources, heads.proposals, sizes, self.detection, self.config.roi.box_weights,
             self.least_side,
         )  # fmt: skip
-        return found._replace(rois=proposals.valid.sum(1), box_rois=heads.box_rois)
+        # Not `_replace`: torch 2.11's compiler cannot trace it.
+        return Detections(*found[:4], rois=proposals.valid.sum(1), box_rois=heads.box_rois)
 
     def set_readout(self, readout: ReadOut, fusion: Fusion | None = None, ext_gate: float | None = None) -> None:
         """Choose how an Ext model is read out; see `DetectionConfig`.  None: as configured.

@@ -67,12 +67,12 @@ def run_heads(
     selected = heads(pooling(features, rois, [heads.box_scales[sources.boxes]]), {sources.boxes}, selection.count)
     outputs |= {name: _restore(output, selection) for name, output in selected.items()}
     passes = passes.view_as(proposals.valid)
-    return HeadsResult(outputs, proposals._replace(valid=passes) if gated else proposals, passes.sum(1))
+    return HeadsResult(outputs, Proposals(proposals.boxes, passes) if gated else proposals, passes.sum(1))
 
 
 def _gate(proposals: Proposals, logits: Tensor, threshold: float) -> Proposals:
     passes = may_be_detected(logits, threshold).view_as(proposals.valid)
-    return proposals._replace(valid=proposals.valid & passes)
+    return Proposals(proposals.boxes, proposals.valid & passes)
 
 
 def _restore(output: HeadOutput, selection: Selection) -> HeadOutput:
