@@ -146,6 +146,18 @@ def test_kernels_equal_the_definition(triton_kernels, poison, problem):
     check(inputs, triton_kernels, exact=False, **options)
 
 
+def test_boxes_outside_of_the_image_keep_the_least_side(device, exact, poison):
+    proposals = torch.tensor(
+        [[-30.0, 10, -20, 20], [130, 10, 140, 20], [10, -30, 20, -20], [10, 90, 20, 99], [10, 10, 20, 20]]
+    )
+    logits = torch.tensor([[0.0, 5 - roi] for roi in range(5)])
+    valid, sizes = torch.ones(1, 5, dtype=torch.bool), torch.tensor([[70, 90]])
+    inputs = [logits[None]], torch.zeros(1, 5, 2, 4), proposals[None], valid, sizes
+    boxes, *_, count = check(inputs, device, exact, least_side=1.0)
+    expected = [[0.0, 10, 1, 20], [89, 10, 90, 20], [10, 0, 20, 1], [10, 69, 20, 70], [10, 10, 20, 20]]
+    assert count.tolist() == [5] and boxes[0, :5].tolist() == expected
+
+
 @pytest.mark.parametrize("classes", [2, 81, 366])
 @pytest.mark.parametrize("fusion", FUSION_NAMES)
 def test_crowds(device, exact, poison, classes, fusion):

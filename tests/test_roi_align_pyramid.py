@@ -86,7 +86,7 @@ def test_torchvision_level_next_to_a_boundary(boundary):
         ("mmdet", 111.9, 0), ("mmdet", 111.9995, 0), ("mmdet", 111.99999, 1), ("mmdet", 112, 1), ("mmdet", 224, 2),
         ("mmdet", 447, 2), ("mmdet", 448, 3), ("torchvision", 3, 0), ("mmdet", 3, 0), ("mmdet", 2000, 3),
         ("detectron2", 0, 0), ("torchvision", 0, 0), ("mmdet", 0, 0), ("maskrcnn_benchmark", 0, 0),
-        ("maskrcnn_benchmark", 111.9, 0), ("maskrcnn_benchmark", 111.99995, 1), ("maskrcnn_benchmark", 448, 3),
+        ("maskrcnn_benchmark", 111.999, 0), ("maskrcnn_benchmark", 111.99995, 1), ("maskrcnn_benchmark", 448, 3),
     ],
 )  # fmt: skip
 def test_level_rules(level_rule, side, level):
