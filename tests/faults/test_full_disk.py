@@ -1,6 +1,7 @@
-"""A disk that fills up at any moment: one line that names a file, nothing half written, and a resume once there is room."""
+"""A disk that fills up at any moment: one line that names a file, nothing half written, a resume once there is room."""
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import safetensors
+import torch
 from engine_standin import finish, launch, one_thread  # noqa: F401 (a fixture)
 from PIL import Image
 from test_train_cli import OPTIONS, assert_same, contents, train
@@ -106,8 +108,6 @@ def test_a_training_whose_disk_fills_up(whole, tmp_path, disk, seeded, rounds):
 
 def fill_at(step: int, disk: Path) -> None:
     """Another process takes all the room while optimizer step `step` runs."""
-    import torch
-
     real, seen = torch.optim.AdamW.step, []
 
     def one_step(self, *args, **kwargs):
@@ -122,8 +122,6 @@ def fill_at(step: int, disk: Path) -> None:
 
 
 def test_a_disk_that_another_process_fills_up(whole, tmp_path, disk, seeded, rounds):
-    import functools
-
     for number in range(rounds(2)):
         made, log = disk(3 * pages_of(whole)), tmp_path / f"{number}.txt"
         folder, step = made.path / "run", seeded.randint(4, 11)

@@ -19,7 +19,7 @@ KILLS = 5  # of one training, which then is left alone
 
 
 def live(folder, options, log, rng, seconds) -> int:
-    """One life of a training: until it ends, or a random moment; half of the deaths lie in wait for a moment of writing."""
+    """One life of a training: until it ends, or a random moment; half of the deaths wait for a file to be written."""
     begun = (folder / "recipe.json").exists()
     process = train(folder, *(["--resume", folder] if begun else options), log=log)
     if seconds is None:

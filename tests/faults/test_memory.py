@@ -55,7 +55,8 @@ def assert_levels_off(samples) -> None:
     settled = [values for number, values in samples if 0.2 * most <= number < most]
     assert len(settled) >= 20, f"only {len(settled)} samples: too short a run"
     quarter = len(settled) // 4
-    first, last = (list(map(statistics.median, zip(*part, strict=True))) for part in (settled[:quarter], settled[-quarter:]))
+    ends = settled[:quarter], settled[-quarter:]
+    first, last = (list(map(statistics.median, zip(*end, strict=True))) for end in ends)
     assert last[0] <= first[0] + LEEWAY, f"{first[0]} -> {last[0]} MiB"
     assert last[1] <= first[1] + 3, f"{first[1]} -> {last[1]} open files"
     assert last[2] <= first[2] + 3, f"{first[2]} -> {last[2]} threads"
@@ -65,8 +66,11 @@ def test_a_long_training(tmp_path):
     run = tmp_path / "run"
     sizes = "--model.image.min-size 64 80 96 128 --train.steps 400".split()
     log = run / "log.jsonl"
-    arguments = command("train", *SMALL, *sizes, "--out", run)
-    assert_levels_off(watched(arguments, tmp_path / "out.txt", lambda: log.read_text().count("\n") if log.exists() else 0))
+
+    def steps() -> int:
+        return log.read_text().count("\n") if log.exists() else 0
+
+    assert_levels_off(watched(command("train", *SMALL, *sizes, "--out", run), tmp_path / "out.txt", steps))
 
 
 def test_a_long_detection(tmp_path, seeded):
