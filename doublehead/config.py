@@ -205,6 +205,12 @@ class DataConfig:
     """Side of a generated image (shapes only)."""
     on_bad_record: Literal["error", "skip"] = "error"
     """What to do with a broken image or annotation: stop with its name, or leave it out and count it."""
+    max_skipped: float = 0.1
+    """Of `skip`: the largest share of the images, and of the objects, that may be left out (three always may)."""
+    background: Literal["drop", "keep"] = "drop"
+    """Training images without any object: leave them out, as the paper does, or learn from them as well."""
+    outside_root: bool = False
+    """Read images whose names in the annotations (absolute, or with `..`) lead out of the data set's folder."""
     workers: int = 2
     """Loader processes per rank."""
 

@@ -162,9 +162,9 @@ BAD_RECORDS = {
     "of no image": (change("annotations", 0, image_id=11), "unknown image", "annotation 1", [10, 20, 30], 2),
     "category": (change("annotations", 0, category_id=4), "unknown category", "annotation 1", [10, 20, 30], 2),
     "annotation id true": (change("annotations", 0, id=True), "malformed record", "annotations[0]", [10, 20, 30], 2),
-    "width 0": (change("annotations", 0, bbox=[1, 2, 0, 3]), "degenerate box", "annotation 1", [10, 20, 30], 2),
     "height < 0": (change("annotations", 0, bbox=[1, 9, 3, -3]), "degenerate box", "annotation 1", [10, 20, 30], 2),
-    "hair": (change("annotations", 0, bbox=[39, 2, 1e-7, 3]), "degenerate box", "annotation 1", [10, 20, 30], 2),
+    "no width, outside": (change("annotations", 0, bbox=[41, 2, 0, 3]), "box outside the image", "annotation 1",
+                          [10, 20, 30], 2),
     "outside": (change("annotations", 0, bbox=[40, 2, 5, 3]), "box outside the image", "annotation 1", [10, 20, 30], 2),
     "above": (change("annotations", 0, bbox=[4, -9, 5, 9]), "box outside the image", "annotation 1", [10, 20, 30], 2),
     "nan": (change("annotations", 0, bbox=[math.nan, 2, 5, 3]), "non-finite box", "annotation 1", [10, 20, 30], 2),
@@ -206,7 +206,7 @@ def test_bad_record_is_left_out_and_counted(coco, case):
 
 def test_one_warning_sums_up_many(coco):
     missing(coco)
-    coco.content["annotations"] += [coco.box(90 + i, 20, 3, [1, 1, 0, 5]) for i in range(3)]
+    coco.content["annotations"] += [coco.box(90 + i, 20, 3, [1, 1, -1, 5]) for i in range(3)]
     with pytest.warns(DataWarning) as caught:
         data = build_dataset(coco.config(on_bad_record="skip"), "train")
     assert len(caught) == 1 and data.skipped == {"missing image": 1, "degenerate box": 3}

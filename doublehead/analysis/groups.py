@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from doublehead.data.files import MIN_SIDE
 from doublehead.engine.errors import UserError
 from doublehead.engine.run import METRICS_FILE
 
@@ -90,11 +91,12 @@ def object_sizes(image_ids: Sequence[int], annotations: Iterable[dict[str, Any]]
     """Image id -> places in `SIZES` of its objects, `Tensor[n]` int64, in the order of the image's target.
 
     By the annotations' areas (COCO: of the mask), which is how COCO's evaluation sorts them; an area on a limit is
-    there in both groups, here in the larger.  Crowd and difficult objects are left out, as in targets.
+    there in both groups, here in the larger.  Crowd and difficult objects are left out, as in targets, and boxes
+    without area.
     """
     areas: dict[int, list[float]] = defaultdict(list)
     for annotation in annotations:
-        if not annotation["iscrowd"]:
+        if not annotation["iscrowd"] and min(annotation["bbox"][2:]) >= MIN_SIDE:
             areas[annotation["image_id"]].append(annotation["area"])
     limits = torch.tensor(LIMITS, dtype=torch.float64)
     return {

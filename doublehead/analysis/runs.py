@@ -12,7 +12,7 @@ from doublehead.engine.errors import UserError
 from doublehead.engine.files import RECIPE_FILE
 
 WITHOUT_EFFECT = (
-    "data.root", "data.workers", "data.on_bad_record",
+    "data.root", "data.workers", "data.on_bad_record", "data.max_skipped", "data.outside_root",
     "train.device", "train.log_every", "train.checkpoint_every", "train.eval_every",
 )  # fmt: skip
 """Where and how a run was carried out: two runs may differ in them and still have learned the same."""

@@ -15,9 +15,10 @@ from doublehead.config import DataConfig
 
 from .coco import read_coco
 from .dataset import DataError, DataWarning, DetectionDataset, Target
-from .files import FileDataset, Problems
+from .files import FileDataset
 from .images import read_image
 from .loader import Loader, build_loader
+from .problems import Problems
 from .shapes import ShapesDataset
 from .transforms import horizontal_flip
 from .voc import read_voc
@@ -40,14 +41,16 @@ def build_dataset(
     """Open the training or the validation set that `config` describes.
 
     Args:
-        split: which of the two.  `train` leaves out images without boxes, `val` keeps every image; targets never hold
-            crowd or difficult boxes, `coco_ground_truth` has them.
+        split: which of the two.  `train` leaves out images without boxes (but see `config.background`), `val` keeps
+            every image; targets never hold crowd or difficult boxes, nor boxes without area; `coco_ground_truth` has
+            them.
         horizontal_flip: probability that the training loader mirrors an image.
         classes: use these names and this order instead of the data's own: a detector's, when it is to be evaluated
             on another set.  An object of another class is then a bad record.
 
     Raises:
-        DataError: missing or invalid files, no image left; a bad record, unless `config.on_bad_record` is `skip`.
+        DataError: missing or invalid files, no image left; a bad record, unless `config.on_bad_record` is `skip`;
+            with `skip`, nothing left, or more left out than `config.max_skipped`.
         ValueError: an argument or a field of `config` that is not accepted.
     """
     if split not in SHAPES_IMAGES:
@@ -58,6 +61,10 @@ def build_dataset(
         raise ValueError(f"{split}_images is {limit}, at least 1 or None is accepted")
     if config.on_bad_record not in ("error", "skip"):
         raise ValueError(f"on_bad_record is {config.on_bad_record!r}, 'error' or 'skip' is accepted")
+    if config.background not in ("drop", "keep"):
+        raise ValueError(f"background is {config.background!r}, 'drop' or 'keep' is accepted")
+    if not 0 <= config.max_skipped <= 1:
+        raise ValueError(f"max_skipped is {config.max_skipped}, a share from 0 to 1 is accepted")
     if config.format == "shapes":
         return _shapes(name, limit or SHAPES_IMAGES[split], config.image_size, horizontal_flip, classes)
     if config.format not in READERS:
@@ -68,11 +75,12 @@ def build_dataset(
     if not root.is_dir():
         raise DataError(f"{root}: no such folder (data.root)", "missing folder")
     title = f"{config.format} {root.name} ({name})"
-    problems = Problems(title, skip=config.on_bad_record == "skip")
-    found, ids, images = READERS[config.format](root, name, classes)
+    problems = Problems(title, config.on_bad_record == "skip", config.max_skipped)
+    found, ids, images = READERS[config.format](root, name, classes, config.outside_root)
     return FileDataset(
-        title, found, ids, images, train=train, limit=limit, problems=problems, horizontal_flip=horizontal_flip
-    )
+        title, found, ids, images, train=train, limit=limit, problems=problems, horizontal_flip=horizontal_flip,
+        background=config.background == "keep",
+    )  # fmt: skip
 
 
 def _shapes(name: str, length: int, side: int, horizontal_flip: float, classes: Sequence[str] | None) -> ShapesDataset:

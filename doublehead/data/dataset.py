@@ -51,9 +51,11 @@ class DetectionDataset(Dataset):
         image_ids, file_names, image_sizes: per index; a size is (height, width) in pixels.
         horizontal_flip: probability that the training loader mirrors an image.
         skipped: how many bad records were left out, by reason (`on_bad_record="skip"`).
-        unused: what a split leaves out by its nature: of training, images without boxes, crowd and difficult boxes.
+        unused: what is no target by its nature: crowd and difficult boxes, boxes without area; and of training, images
+            without boxes (`background="drop"`).
         clipped: how many boxes crossed the image's border and were cut off there.
         replace_unreadable: the training loader puts the next image in the place of one that cannot be decoded.
+        max_replaced: how many images may be replaced so before it is an error.
     """
 
     name: str
@@ -67,9 +69,15 @@ class DetectionDataset(Dataset):
     unused: Counter[str]
     clipped: int = 0
     replace_unreadable: bool = False
+    max_replaced: float = float("inf")
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    def left_out(self) -> str:
+        """`unused` and `skipped` in words, for a line of a log; empty where there is nothing to say."""
+        counts = [f"{count} x {what}" for what, count in (*self.unused.items(), *self.skipped.items()) if count]
+        return ", ".join(counts)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         """Image `Tensor[3, H, W]` uint8 RGB and its target.
@@ -95,7 +103,8 @@ class DetectionDataset(Dataset):
 
         Boxes are x, y, width, height.  COCO files keep their ids, boxes, areas and crowd flags; elsewhere ids count
         from 1, areas are those of the boxes, and a `difficult` object has `iscrowd` and `ignore` 1, so that it
-        counts neither as found nor as missed.
+        counts neither as found nor as missed.  So has an annotation with `ignore` 1 alone, which pycocotools would
+        overlook.  Where a file has an annotation of id 0, which pycocotools takes for no match, they too count from 1.
         """
         images = zip(self.image_ids, self.file_names, self.image_sizes, strict=True)
         return {

@@ -1,10 +1,15 @@
-"""What the data sets made of files share: checking each record, keeping what is good, counting the rest."""
+"""What the data sets made of files share: checking each record, keeping what is good, counting the rest.
+
+Boxes without area (zero width, zero height, thinner than `MIN_SIDE`) are in real sets, COCO's train2017 among them.
+They are no targets, and are counted and told, whatever is done with bad records.  In an evaluation they stay in the
+ground truth, where pycocotools counts them as missed: numbers are to be those of the official tools.  A box that is
+damaged otherwise (turned round, not finite, outside the image) is a bad record.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +20,14 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from .dataset import DataError, DataWarning, DetectionDataset, Target, make_target
+from .dataset import DataError, DetectionDataset, Target, make_target
 from .images import check_image, read_image
+from .problems import Problems
 
 Box = tuple[float, float, float, float]
 
 MIN_SIDE = 0.01
-"""Thinner boxes are degenerate: in float32 their edges could fall together."""
+"""Thinner boxes are taken as without area: in float32 their edges could fall together."""
 ROUNDING = 1e-3
 """Pixels beyond the border that are arithmetic (x + width of decimal fractions), not worth a notice."""
 
@@ -40,6 +46,8 @@ class RawObject:
     """x, y, width, height for the ground truth; None: those of the clipped box."""
     area: float | None = None
     """None: the clipped box's."""
+    without_area: bool = False
+    """Not trained on; in evaluation one to be found like any other, as the official tools have it."""
 
 
 @dataclass
@@ -57,32 +65,9 @@ class RawImage:
     errors: list[DataError] = field(default_factory=list)
 
 
-class Problems:
-    """Bad records: the first one is an error, or each is counted and one warning sums them up."""
-
-    def __init__(self, name: str, skip: bool):
-        self.name, self.skip = name, skip
-        self.counts: Counter[str] = Counter()
-        self.first: dict[str, str] = {}
-        self.clipped = 0
-
-    def report(self, error: DataError) -> None:
-        if not self.skip:
-            hint = "Correct it, or leave such records out with on_bad_record='skip' (--data.on-bad-record skip)."
-            raise DataError(f"{error}. {hint}", error.reason) from error
-        self.counts[error.reason] += 1
-        self.first.setdefault(error.reason, str(error))
-
-    def clip(self, where: str) -> None:
-        self.clipped += 1
-        self.first.setdefault("clipped", where)
-
-    def warn(self) -> None:
-        lines = [f"left out {count} x {reason}, first: {self.first[reason]}" for reason, count in self.counts.items()]
-        if self.clipped:
-            lines.append(f"cut {self.clipped} x box at the image's border, first: {self.first['clipped']}")
-        if lines:
-            warnings.warn("\n  ".join([f"{self.name}:", *lines]), DataWarning, stacklevel=2)
+CLIPPED = "cut {} x box at the image's border"
+UNTRAINED = "did not train on {} x box without area (zero width or height)"
+UNMATCHED = "kept {} x box without area (zero width or height) in the ground truth, where it counts as missed"
 
 
 class FileDataset(DetectionDataset):
@@ -91,18 +76,20 @@ class FileDataset(DetectionDataset):
     Args:
         images: read lazily; reading stops when `limit` images are kept.
         train: leave out images without boxes.
+        background: of training, keep the images that have no objects at all (not those with crowds alone, or whose
+            objects were bad records: something is to be seen there).
         limit: keep only the first so many images that can be used.
         problems: where bad records go.  When they are skipped, a training image that only turns out broken when it
             is decoded is replaced by the loader; the images of other splits are all decoded here, for an evaluation
             must not change under way.
 
     Raises:
-        DataError: a bad record, unless they are skipped; no image left.
+        DataError: a bad record, unless they are skipped; no image left, or too much skipped (see `Problems`).
     """
 
     def __init__(
         self, name: str, classes: list[str], category_ids: list[int], images: Iterable[RawImage | DataError],
-        *, train: bool, limit: int | None, problems: Problems, horizontal_flip: float,
+        *, train: bool, limit: int | None, problems: Problems, horizontal_flip: float, background: bool = False,
     ):  # fmt: skip
         self.name, self.classes, self.category_ids = name, classes, category_ids
         self.horizontal_flip, self.replace_unreadable = horizontal_flip, train and problems.skip
@@ -110,10 +97,14 @@ class FileDataset(DetectionDataset):
         self.image_ids, self.file_names, self.image_sizes, self._paths = [], [], [], []
         kept: list[RawObject] = []
         ends = [0]
+        read = objects_read = 0
         for image, size in _checked(images, problems, decode=problems.skip and not train):
-            objects = list(_checked_boxes(image, size, problems))
-            if train and all(item.ignore for item in objects):
+            bare = not image.objects and not image.errors
+            objects = list(_checked_boxes(image, size, problems, UNTRAINED if train else UNMATCHED))
+            read, objects_read = read + 1, objects_read + len(objects)
+            if train and not any(map(_is_target, objects)) and not (bare and background):
                 self.unused["image without boxes"] += 1
+                self.unused["box without area"] += sum(item.without_area for item in objects)
                 continue
             self._paths.append(image.path)
             self.image_ids.append(image.image_id)
@@ -123,34 +114,42 @@ class FileDataset(DetectionDataset):
             ends.append(len(kept))
             if len(self._paths) == limit:
                 break
-        self.skipped, self.clipped = problems.counts, problems.clipped
+        self.skipped, self.clipped = problems.counts, problems.notes[CLIPPED]
+        self.max_replaced = problems.most(len(self._paths))
+        problems.check_shares(read, objects_read, complete=len(self._paths) != limit)
         problems.warn()
-        if not self._paths:
+        if not self._paths or (train and not any(map(_is_target, kept))):
             raise DataError(f"{name}: no image{' with a box' if train else ''} is left", "empty set")
         self._store(kept, np.array(ends))
+        self.unused = +self.unused
 
     def _store(self, objects: list[RawObject], ends: np.ndarray) -> None:
         self._ends = ends
         self._boxes = np.array([item.box for item in objects], np.float64).reshape(-1, 4)
         self._labels = np.array([item.label for item in objects], np.int64)
         self._ignore = np.array([item.ignore for item in objects], bool)
-        self._ids = np.array([item.id for item in objects], np.int64)
+        self._targets = np.array([_is_target(item) for item in objects], bool)
+        # pycocotools takes a detection that is matched to the annotation 0 for one without a match.
+        numbered_anew = any(item.id == 0 for item in objects)
+        self._ids = [number if numbered_anew else item.id for number, item in enumerate(objects, 1)]
         self._coco_boxes = np.array([item.coco_box or _xywh(item.box) for item in objects], np.float64).reshape(-1, 4)
         areas = [_xywh(item.box)[2] * _xywh(item.box)[3] if item.area is None else item.area for item in objects]
         self._areas = np.array(areas, np.float64)
         if self._ignore.any():
             self.unused["crowd or difficult box"] += int(self._ignore.sum())
+        self.unused["box without area"] += sum(item.without_area for item in objects)
 
     def load(self, index: int) -> tuple[Tensor, Target]:
         image = read_image(self._paths[index], self.image_sizes[index])
         mine = slice(self._ends[index], self._ends[index + 1])
-        seen = ~self._ignore[mine]
+        seen = self._targets[mine]
         return image, make_target(self._boxes[mine][seen], self._labels[mine][seen], self.image_ids[index])
 
     def annotations(self) -> list[dict[str, Any]]:
-        image_ids = np.repeat(np.array(self.image_ids, np.int64), np.diff(self._ends)).tolist()
+        counts = np.diff(self._ends).tolist()
+        image_ids = [i for i, count in zip(self.image_ids, counts, strict=True) for _ in range(count)]
         categories = [self.category_ids[label - 1] for label in self._labels.tolist()]
-        columns = (self._ids.tolist(), image_ids, categories, self._coco_boxes.tolist(), self._areas.tolist(),
+        columns = (self._ids, image_ids, categories, self._coco_boxes.tolist(), self._areas.tolist(),
                    self._ignore.tolist())  # fmt: skip
         return [
             {"id": i, "image_id": image, "category_id": category, "bbox": box, "area": area,
@@ -182,35 +181,55 @@ def _checked(
                     yield image, size
 
 
-def _checked_boxes(image: RawImage, size: tuple[int, int], problems: Problems) -> Iterator[RawObject]:
-    """The objects with a box in the image, clipped to it."""
+def _checked_boxes(
+    image: RawImage, size: tuple[int, int], problems: Problems, without_area: str
+) -> Iterator[RawObject]:
+    """The objects with a box in the image, clipped to it; those without area are noted as `without_area`."""
     for error in image.errors:
-        problems.report(error)
+        problems.report(error, of_object=True)
     for item in image.objects:
         try:
+            item.without_area = _has_no_area(item)
             clipped = _clipped(item, size)
         except DataError as error:
-            problems.report(error)
+            problems.report(error, of_object=True)
             continue
-        if max(abs(a - b) for a, b in zip(clipped, item.box, strict=True)) > ROUNDING:
-            problems.clip(item.where)
+        if item.without_area:
+            problems.note(without_area, item.where)
+        elif max(abs(a - b) for a, b in zip(clipped, item.box, strict=True)) > ROUNDING:
+            problems.note(CLIPPED, item.where)
         item.box = clipped
         yield item
+
+
+def _has_no_area(item: RawObject) -> bool:
+    x1, y1, x2, y2 = item.box
+    if not all(map(math.isfinite, item.box)):
+        raise DataError(f"{item.where}: box {_said(item.box)} is not finite", "non-finite box")
+    if x2 < x1 or y2 < y1:
+        message = f"{item.where}: degenerate box {_said(item.box)}; x1 < x2 and y1 < y2 are accepted"
+        raise DataError(message, "degenerate box")
+    width, height = (item.coco_box or _xywh(item.box))[2:]  # as written: x + width may round
+    return width < MIN_SIDE or height < MIN_SIDE
 
 
 def _clipped(item: RawObject, size: tuple[int, int]) -> Box:
     x1, y1, x2, y2 = item.box
     height, width = size
-    said = f"x1={x1:g} y1={y1:g} x2={x2:g} y2={y2:g}"
-    if not all(map(math.isfinite, item.box)):
-        raise DataError(f"{item.where}: box {said} is not finite", "non-finite box")
-    if x2 - x1 < MIN_SIDE or y2 - y1 < MIN_SIDE:
-        raise DataError(f"{item.where}: degenerate box {said}; x1 < x2 and y1 < y2 are accepted", "degenerate box")
     inside = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
-    if inside[2] - inside[0] < MIN_SIDE or inside[3] - inside[1] < MIN_SIDE:
-        message = f"{item.where}: box {said} lies outside the image of {width}x{height} pixels (width x height)"
-        raise DataError(message, "box outside the image")
+    least = 0.0 if item.without_area else MIN_SIDE - ROUNDING
+    if inside[2] - inside[0] < least or inside[3] - inside[1] < least:
+        message = f"{item.where}: box {_said(item.box)} lies outside the image of {width}x{height} pixels "
+        raise DataError(message + "(width x height)", "box outside the image")
     return inside
+
+
+def _is_target(item: RawObject) -> bool:
+    return not item.ignore and not item.without_area
+
+
+def _said(box: Box) -> str:
+    return " ".join(f"{name}={value:g}" for name, value in zip(("x1", "y1", "x2", "y2"), box, strict=True))
 
 
 def _xywh(box: Box) -> Box:

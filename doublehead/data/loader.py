@@ -153,6 +153,10 @@ class Loader:
         if str(error) not in self._replaced:
             self._replaced.add(str(error))
             self.dataset.skipped[error.reason] += 1
+            if len(self._replaced) > self.dataset.max_replaced:
+                count = f"{len(self._replaced)} of its {len(self.dataset)} images"
+                raise DataError(f"{self.dataset.name}: {count} cannot be decoded, more than max_skipped "
+                                f"(--data.max-skipped) allows; the last: {error}", error.reason)  # fmt: skip
             text = f"{self.dataset.name}: the next image takes the place of one left out. {error}"
             warnings.warn(text, DataWarning, stacklevel=3)
 

@@ -3,20 +3,26 @@
 Pixel convention: VOC counts pixels from 1 and its boxes include their last pixel.  (xmin, ymin, xmax, ymax) becomes
 (xmin - 1, ymin - 1, xmax, ymax) between pixel edges: a box over the whole image, (1, 1, W, H), is (0, 0, W, H).
 xmin = 0, which tools that count from 0 write, reaches one pixel over the border: it is clipped, and counted.
-xmin = xmax would be one column of pixels; no such object exists, so it is taken for a slip and is degenerate.
+xmin = xmax would be one column of pixels; no such object exists, so it is taken for a slip, and has zero width here.
 
 Classes are the twenty of VOC where they suffice; else the names that occur in `Annotations`, sorted: in every split the
-same.  Image ids are line numbers of the split's list, whatever is skipped.
+same.  Image ids are line numbers of the split's list, whatever is skipped.  A `<size>` that is empty or says 0 x 0, as
+tools write that could not read the picture, is as good as none.  `<filename>` and `<path>` are not used.
 """
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ElementTree
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from xml.etree.ElementTree import Element
 
+from .coco_json import MAX_SIDE
 from .dataset import DataError
-from .files import RawImage, RawObject
+from .files import MIN_SIDE, RawImage, RawObject
+from .names import clean_name, not_a_class, shown_name, wrong_name
+from .paths import check_inside
+from .xml import read_annotation
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -24,15 +30,17 @@ VOC_CLASSES = (
 )  # fmt: skip
 SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".webp")
 """Of the images; the first that exists is taken."""
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf(inity)?|nan", re.ASCII | re.IGNORECASE)
 
 
 def read_voc(
-    root: Path, split: str, classes: Sequence[str] | None = None
+    root: Path, split: str, classes: Sequence[str] | None = None, outside_root: bool = False
 ) -> tuple[list[str], list[int], Iterator[RawImage | DataError]]:
     """Class names, category ids (1, 2, ...), and the images of a split, bad records among them as `DataError`.
 
     Args:
         classes: these names, in this order: a detector's, when it is to be evaluated.
+        outside_root: follow a name of the list out of the folders.
 
     Raises:
         DataError: folder or list missing, or the list is not text.
@@ -49,33 +57,37 @@ def read_voc(
     except ValueError as error:
         raise DataError(f"{listing}: not a text file in UTF-8: {error}", "malformed record") from error
     found = list(classes) if classes is not None else _find_classes(root / "Annotations")
-    labels = {name: label for label, name in enumerate(found, 1)}
-    return found, list(range(1, len(found) + 1)), _images(root, listing, names, labels)
+    labels = {clean_name(name): label for label, name in enumerate(found, 1)}
+    return found, list(range(1, len(found) + 1)), _images(root, listing, names, labels, outside_root)
 
 
 def _find_classes(folder: Path) -> list[str]:
     names: set[str] = set()
     for path in folder.glob("*.xml"):
         try:
-            names.update(_text(item, "name") for item in ElementTree.parse(path).getroot().findall("object"))
-        except (ElementTree.ParseError, ValueError, LookupError, OSError):
+            names.update(_text(item, "name") for item in read_annotation(path).findall("object"))
+        except DataError:
             continue  # a broken file names no class; the split it belongs to reports it
-    names.discard("")
+    names = {name for name in names if not wrong_name(name)}
     return list(VOC_CLASSES) if names <= set(VOC_CLASSES) else sorted(names)
 
 
-def _images(root: Path, listing: Path, names: list[str], labels: dict[str, int]) -> Iterator[RawImage | DataError]:
+def _images(
+    root: Path, listing: Path, names: list[str], labels: dict[str, int], outside_root: bool
+) -> Iterator[RawImage | DataError]:
     seen: set[str] = set()
     objects = 0
-    for line, name in enumerate(map(str.strip, names), 1):
+    for line, name in enumerate(map(clean_name, names), 1):
         if not name:
             continue
         try:
+            where = f"{listing}, line {line}"
             if name in seen:
-                raise DataError(f"{listing}, line {line}: '{name}' occurs a second time", "duplicate image id")
-            image_path = _image_path(root, name, f"{listing}, line {line}")
+                raise DataError(f"{where}: '{name}' occurs a second time", "duplicate image id")
+            check_inside(name, where, outside_root)
+            image_path = _image_path(root, name, where)
             path = root / "Annotations" / f"{name}.xml"
-            tree = _parse(path)
+            tree = read_annotation(path)
             image = RawImage(line, image_path.name, str(image_path), _size(tree, path))
         except DataError as error:
             yield error
@@ -85,7 +97,7 @@ def _images(root: Path, listing: Path, names: list[str], labels: dict[str, int])
         for position, entry in enumerate(entries, 1):
             objects += 1
             try:
-                where = f"{path}, object {position} of {len(entries)} ({_text(entry, 'name')})"
+                where = f"{path}, object {position} of {len(entries)} ({shown_name(_text(entry, 'name'))})"
                 image.objects.append(_object(entry, where, objects, labels))
             except DataError as error:
                 image.errors.append(error)
@@ -95,48 +107,68 @@ def _images(root: Path, listing: Path, names: list[str], labels: dict[str, int])
 def _image_path(root: Path, name: str, where: str) -> Path:
     for suffix in SUFFIXES:
         path = root / "JPEGImages" / (name + suffix)
-        if path.is_file():
-            return path
-    message = f"{where}: no image {root / 'JPEGImages' / name} with one of the suffixes {' '.join(SUFFIXES)}"
+        try:
+            if path.is_file():
+                return path
+        except OSError:  # no name of a file: too long, for one
+            break
+    message = f"{where}: no image {root / 'JPEGImages' / name[:200]} with one of the suffixes {' '.join(SUFFIXES)}"
     raise DataError(message, "missing image")
 
 
-def _parse(path: Path) -> ElementTree.Element:
-    try:
-        return ElementTree.parse(path).getroot()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such annotation file", "missing annotation file") from error
-    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # ParseError tells line and column
-        raise DataError(f"{path}: invalid XML: {error}", "invalid XML") from error
-
-
-def _size(tree: ElementTree.Element, path: Path) -> tuple[int, int] | None:
+def _size(tree: Element, path: Path) -> tuple[int, int] | None:
+    """(height, width); None where the file does not say it."""
     size = tree.find("size")
-    if size is None:
-        return None
+    said = [_text(size, key) if size is not None else "" for key in ("height", "width")]
     try:
-        return int(_text(size, "height")), int(_text(size, "width"))
+        sides = [_number(text) if text else 0.0 for text in said]
     except ValueError as error:
         raise DataError(f"{path}, size: {error}", "malformed record") from error
+    if sides == [0, 0]:
+        return None
+    if not all(0 < side <= MAX_SIDE and side == int(side) for side in sides):
+        message = f"{path}, size: height, width are '{said[0][:40]}', '{said[1][:40]}'; positive integers are accepted"
+        raise DataError(message, "malformed record")
+    return int(sides[0]), int(sides[1])
 
 
-def _object(entry: ElementTree.Element, where: str, number: int, labels: dict[str, int]) -> RawObject:
+def _object(entry: Element, where: str, number: int, labels: dict[str, int]) -> RawObject:
+    for key in ("name", "bndbox", "difficult"):
+        if len(entry.findall(key)) > 1:
+            raise DataError(f"{where}: {len(entry.findall(key))} elements <{key}>, one is accepted", "malformed record")
     name, difficult, corners = _text(entry, "name"), _text(entry, "difficult"), entry.find("bndbox")
     if name not in labels:
-        raise DataError(f"{where}: name '{name}' is not among the classes {', '.join(labels)}", "unknown category")
+        wrong = wrong_name(name)
+        message = f"{where}: name {name!r} {wrong}" if wrong else f"{where}: {not_a_class(name, list(labels))}"
+        raise DataError(message, "unknown category")
     if difficult not in ("", "0", "1"):
-        raise DataError(f"{where}: difficult is '{difficult}', 0 or 1 is accepted", "malformed record")
+        raise DataError(f"{where}: difficult is {difficult[:40]!r}, 0 or 1 is accepted", "malformed record")
     try:
         if corners is None:
-            raise ValueError("no bndbox")
-        x1, y1, x2, y2 = (float(_text(corners, key)) for key in ("xmin", "ymin", "xmax", "ymax"))
+            children = ", ".join(f"<{child.tag}>" for child in entry) or "none"
+            raise ValueError(f"no bndbox, its elements are {children[:200]}")
+        x1, y1, x2, y2 = (_corner(corners, key) for key in ("xmin", "ymin", "xmax", "ymax"))
     except ValueError as error:
         raise DataError(f"{where}: bndbox: {error}", "malformed box") from error
-    if x2 <= x1 or y2 <= y1:
+    if x2 < x1 or y2 < y1:
         said = f"xmin={x1:g} ymin={y1:g} xmax={x2:g} ymax={y2:g}"
         raise DataError(f"{where}: degenerate box {said}; xmin < xmax and ymin < ymax are accepted", "degenerate box")
-    return RawObject(where, number, labels[name], (x1 - 1, y1 - 1, x2, y2), difficult == "1")
+    left, top = (x1 - 1 if x2 - x1 >= MIN_SIDE else x1), (y1 - 1 if y2 - y1 >= MIN_SIDE else y1)
+    return RawObject(where, number, labels[name], (left, top, x2, y2), difficult == "1")
 
 
-def _text(element: ElementTree.Element, key: str) -> str:
-    return (element.findtext(key) or "").strip()
+def _corner(corners: Element, key: str) -> float:
+    if len(corners.findall(key)) != 1:
+        raise ValueError(f"{len(corners.findall(key))} elements <{key}>, one is accepted")
+    return _number(_text(corners, key))
+
+
+def _number(text: str) -> float:
+    """What Python alone would take for one, as 1_000 or digits of other scripts, is no number here."""
+    if not NUMBER.fullmatch(text):
+        raise ValueError(f"{text[:40]!r} is not a number")
+    return float(text)
+
+
+def _text(element: Element, key: str) -> str:
+    return clean_name(element.findtext(key) or "")

@@ -27,6 +27,10 @@ class EvaluationData:
     """Side of a generated image (shapes only)."""
     on_bad_record: Annotated[Literal["error", "skip"] | None, tyro.conf.arg(aliases=("--on-bad-record",))] = None
     """What to do with a broken image or annotation: stop with its name, or leave it out and count it."""
+    max_skipped: float | None = None
+    """Of `skip`: the largest share of the images, and of the objects, that may be left out (three always may)."""
+    outside_root: bool | None = None
+    """Read images whose names in the annotations (absolute, or with `..`) lead out of the data set's folder."""
     workers: int | None = None
     """Loader processes per rank."""
 

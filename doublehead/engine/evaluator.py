@@ -170,9 +170,10 @@ def _coco_evaluation(ground_truth: dict[str, Any], results: CocoResults, dataset
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools chats
-        evaluation = COCOeval(_coco(ground_truth), _coco(_as_annotations(ground_truth, results)), "bbox")
-        evaluation.params.imgIds = sorted(dataset.image_ids)
-        evaluation.params.catIds = list(dataset.category_ids)
+        truth, found = _renumbered(ground_truth, results, dataset)
+        evaluation = COCOeval(_coco(truth), _coco(_as_annotations(truth, found)), "bbox")
+        evaluation.params.imgIds = list(range(1, len(dataset.image_ids) + 1))
+        evaluation.params.catIds = list(range(1, len(dataset.category_ids) + 1))
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -183,6 +184,26 @@ def _coco_evaluation(ground_truth: dict[str, Any], results: CocoResults, dataset
         for k, name in enumerate(dataset.classes)
     }
     return numbers, classes
+
+
+def _renumbered(ground_truth: dict[str, Any], results: CocoResults, dataset: Any) -> tuple[dict[str, Any], CocoResults]:
+    """Copies in which images, categories and annotations are numbered from 1, in the data set's order.
+
+    pycocotools takes a match with an annotation of id 0 for none, keeps the later of two with one id, and ranks
+    detections of equal score by their images' ids: numbers must not depend on a file's numbering.
+    """
+    images = {image: number for number, image in enumerate(dataset.image_ids, start=1)}
+    categories = {category: number for number, category in enumerate(dataset.category_ids, start=1)}
+
+    def moved(entry: dict[str, Any]) -> dict[str, Any]:
+        return entry | {"image_id": images[entry["image_id"]], "category_id": categories[entry["category_id"]]}
+
+    truth = {
+        "images": [image | {"id": images[image["id"]]} for image in ground_truth["images"]],
+        "categories": [category | {"id": categories[category["id"]]} for category in ground_truth["categories"]],
+        "annotations": [moved(a) | {"id": number} for number, a in enumerate(ground_truth["annotations"], start=1)],
+    }
+    return truth, [moved(result) for result in results]
 
 
 def _coco(content: dict[str, Any]) -> Any:

@@ -61,7 +61,8 @@ def draw_boxes(
         _draw_box(draw, boxes[i].tolist(), class_colour(int(labels[i])), width=max(3, size // 6))
     for i in chosen:  # the names last, so that no box hides one
         label = int(labels[i])
-        text = classes[label - 1] + (f" {scores[i]:.2f}" if scores is not None else "")
+        name = "".join(letter if letter.isprintable() else " " for letter in classes[label - 1])  # fonts draw no "\n"
+        text = name + (f" {scores[i]:.2f}" if scores is not None else "")
         _draw_name(draw, boxes[i].tolist(), text, class_colour(label), font, picture.size)
     return picture
 

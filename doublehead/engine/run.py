@@ -193,6 +193,8 @@ class Run(Hooks):
             "device": _device_name(self.world),
             "folder": f"{self.folder}" + (" (resumed)" if resumed else ""),
         }
+        if self.training.left_out():
+            lines["left out"] = f"of training: {self.training.left_out()}"
         for name, text in lines.items():
             say(f"{name:<8} {text}")
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import DataConfig
+from ..data.names import clean_name, wrong_name
 from .mapping import ConversionError
 
 COCO = {
@@ -42,14 +43,15 @@ def name_classes(number: int, given: Sequence[str] | None) -> tuple[list[str], l
         ConversionError: another number of names, or one twice.
     """
     if given is not None:
-        names = list(given)
+        names = [clean_name(name) for name in given]
         if len(names) != number:
             raise ConversionError(f"{len(names)} class names for a model of {number} classes (without background)")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ConversionError(f"class names that occur more than once: {', '.join(twice)}")
-        if "" in names:
-            raise ConversionError("a class name is empty")
+        wrong = next((name for name in names if wrong_name(name)), None)
+        if wrong is not None:
+            raise ConversionError(f"the class name {wrong!r} {wrong_name(wrong)}")
         ids = {name: i for i, name in COCO.items()}
         return names, [ids[name] for name in names] if set(names) == set(ids) else list(range(1, number + 1))
     if number == len(COCO):
@@ -82,4 +84,4 @@ def read_names(path: str | Path) -> list[str]:
         raise ConversionError(f"--classes {path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConversionError(f"--classes {path}: not a text in UTF-8") from error
-    return [line.strip() for line in text.rstrip().splitlines()]
+    return [clean_name(line) for line in text.rstrip().split("\n")] if text.strip() else []

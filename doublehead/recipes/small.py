@@ -64,7 +64,7 @@ def small_recipes() -> list[Recipe]:
             "bccd-small",
             "a small Double-Head-Ext on BCCD blood cells (Pascal VOC layout), from scratch on a CPU",
             small_model(192, 256, SHAPES_ANCHORS),
-            DataConfig("voc", "data/BCCD", "train", "val", on_bad_record="skip"),
+            DataConfig("voc", "data/BCCD", "train", "val"),
             SMALL_TRAINING,
         ),
         Recipe(

@@ -1,0 +1,86 @@
+"""Bad records: an error, or left out, counted, and told in one warning."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+
+from .dataset import DataError, DataWarning
+
+FEW = 3
+"""So many images, and so many objects, may be left out of any set, however small: unless nothing remains."""
+
+
+class ObjectError(DataError):
+    """A record that is one annotation: the image it belongs to is not affected."""
+
+
+class Problems:
+    """Bad records of one split.  The first is an error; or (`skip`) each is counted, up to a share of the set.
+
+    Args:
+        name: of the data set, for messages.
+        skip: leave bad records out.
+        max_skipped: the largest share of the images, and of the objects, that may be left out.
+    """
+
+    def __init__(self, name: str, skip: bool, max_skipped: float = 1.0):
+        self.name, self.skip, self.max_skipped = name, skip, max_skipped
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+        self.notes: Counter[str] = Counter()
+        self._images: Counter[str] = Counter()
+        self._objects: Counter[str] = Counter()
+
+    def report(self, error: DataError, *, of_object: bool = False) -> None:
+        """Raise `error`, or count it."""
+        if not self.skip:
+            hint = "Correct it, or leave such records out with on_bad_record='skip' (--data.on-bad-record skip)."
+            raise DataError(f"{error}. {hint}", error.reason) from error
+        self.counts[error.reason] += 1
+        (self._objects if of_object or isinstance(error, ObjectError) else self._images)[error.reason] += 1
+        self.first.setdefault(error.reason, str(error))
+
+    def note(self, what: str, where: str) -> None:
+        """Count something that is used all the same, or that no policy decides on."""
+        self.notes[what] += 1
+        self.first.setdefault(what, where)
+
+    def check_shares(self, images: int, objects: int, complete: bool = True) -> None:
+        """Hold what was left out against the good images and objects that were read.
+
+        Args:
+            complete: the file was read to its end; if not, annotations of images beyond are no part of any share.
+
+        Raises:
+            DataError: nothing is left, or more than `max_skipped` was left out.
+        """
+        self._check_share("images", self._images, images)
+        left_out = self._objects
+        if not complete:
+            left_out = Counter({reason: n for reason, n in left_out.items() if reason != "unknown image"})
+        self._check_share("objects", left_out, objects)
+
+    def most(self, total: int) -> float:
+        """How many of so many images or objects may be left out."""
+        return max(FEW, self.max_skipped * total)
+
+    def _check_share(self, what: str, left_out: Counter[str], good: int) -> None:
+        bad = left_out.total()
+        if not bad or (good and bad <= self.most(bad + good)):
+            return
+        reason, count = left_out.most_common(1)[0]
+        if good:
+            said = f"{bad} of {bad + good} {what} are bad records, more than {self.max_skipped:.0%} may be left out"
+            way_out = "Correct them, or allow a larger share with max_skipped (--data.max-skipped 0.5)"
+        else:
+            said = f"all {bad} {what} are bad records: nothing would be left"
+            way_out = "Correct them, or see that data and detector belong together (root, split, classes)"
+        raise DataError(f"{self.name}: {said}; {count} x {reason}, first: {self.first[reason]}. {way_out}", reason)
+
+    def warn(self) -> None:
+        """One `DataWarning` for everything counted, if there is anything."""
+        lines = [f"left out {count} x {reason}, first: {self.first[reason]}" for reason, count in self.counts.items()]
+        lines += [f"{what.format(count)}, first: {self.first[what]}" for what, count in self.notes.items()]
+        if lines:
+            warnings.warn("\n  ".join([f"{self.name}:", *lines]), DataWarning, stacklevel=3)

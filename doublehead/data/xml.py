@@ -1,0 +1,103 @@
+"""Pascal VOC's XML: decoded as it declares, and held against the form of an annotation before anything is read from it.
+
+An element tree answers a question for objects that are not where they are looked for with an empty list, and a picture
+without objects is a valid thing; so a file of another form must be found out here, by name.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+from .dataset import DataError
+
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"), (b"<\0", "utf-16-le"), (b"\0<", "utf-16-be"),
+)  # fmt: skip
+"""How a file may begin, and what it is in then; UTF-32's first mark begins with UTF-16's."""
+DECLARED = re.compile(rb"""\s*<\?xml[^>]*?\bencoding\s*=\s*["']([A-Za-z][A-Za-z0-9._-]*)["']""")
+SUPERSETS = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949"}
+"""Windows' extension of an encoding is commonly declared by the encoding's own name."""
+VOC_CHILDREN = frozenset(("folder", "filename", "path", "source", "owner", "size", "segmented", "object"))
+OBJECT_SIGNS = frozenset(("object", "objects", "obj", "item", "bndbox", "robndbox", "box", "bbox", "polygon", "points"))
+"""Elements that would hold objects where `<annotation>` has no `<object>`; compared in lower case."""
+
+
+def read_annotation(path: Path) -> ElementTree.Element:
+    """The `<annotation>` of a file; name spaces are taken off, its `<object>` children are all the objects it has.
+
+    Raises:
+        DataError: no such file, an encoding it is not in, invalid XML, entity declarations (which may grow without
+            bounds), or something else than a VOC annotation.
+    """
+    try:
+        text = _decode(path.read_bytes())
+        if "<!ENTITY" in text:
+            raise ValueError("it declares entities, which no annotation needs and which may grow without bounds")
+        root = ElementTree.fromstring(text)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such annotation file", "missing annotation file") from error
+    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # ParseError tells line and column
+        raise DataError(f"{path}: invalid XML: {error}", "invalid XML") from error
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+    wrong = _other_form(root)
+    if wrong:
+        raise DataError(f"{path}: not a Pascal VOC annotation: {wrong}", "not a VOC annotation")
+    return root
+
+
+def _decode(data: bytes) -> str:
+    codec, otherwise = _encoding(data)
+    for attempt in filter(None, (codec, SUPERSETS.get(codec))):
+        try:
+            return data.decode(attempt).removeprefix("\ufeff")
+        except UnicodeDecodeError as error:
+            place = error.start
+    line = data.count(b"\n", 0, place) + 1
+    raise ValueError(f"{otherwise} (line {line}, byte {place})")
+
+
+def _encoding(data: bytes) -> tuple[str, str]:
+    """The encoding that a file's mark or its declaration tells, UTF-8 if neither does; and what to say if it is wrong.
+
+    expat itself knows no encoding with more than one byte a character but UTF-8 and UTF-16.
+    """
+    name = next((codec for mark, codec in MARKS if data.startswith(mark)), None)
+    if name:
+        return name, f"it begins as {name} does, but is not in it"
+    found = DECLARED.match(data[:1000])
+    if not found:
+        return "utf-8", "it declares no encoding, and is not in UTF-8"
+    said = found[1].decode("ascii")
+    otherwise = f"it declares the encoding '{said}', but is not in it"
+    try:
+        name = codecs.lookup(said).name
+    except LookupError:
+        raise LookupError(f"its declared encoding '{said}' is not known") from None
+    if name.startswith(("utf-16", "utf-32")):  # the declaration could not have been read
+        raise ValueError(otherwise)
+    return name, otherwise
+
+
+def _other_form(root: ElementTree.Element) -> str | None:
+    """What shows that this is no VOC annotation, or one with objects where they would not be found; None: nothing."""
+    if root.tag != "annotation":
+        inside = root.find(".//annotation") is not None
+        what = f"<{root.tag[:80]}>, with <annotation> inside" if inside else f"<{root.tag[:80]}>"
+        return f"its root is {what}; <annotation> is accepted"
+    objects = root.findall("object")
+    own = {id(item) for item in objects}
+    signs = OBJECT_SIGNS if not objects else {"object"}
+    for parent in root.iter():
+        for child in parent:
+            if id(child) not in own and child.tag.lower() in signs:
+                return (f"<{child.tag}> stands in <{parent.tag[:80]}>; objects are accepted as <object> directly in "
+                        "<annotation>")  # fmt: skip
+    children = [child.tag for child in root]
+    if children and VOC_CHILDREN.isdisjoint(children):
+        return f"its elements are <{'>, <'.join(tag[:40] for tag in dict.fromkeys(children[:8]))}>, none of them VOC's"
+    return None
