@@ -209,6 +209,8 @@ class DataConfig:
     """Of `skip`: the largest share of the images, and of the objects, that may be left out (three always may)."""
     background: Literal["drop", "keep"] = "drop"
     """Training images without any object: leave them out, as the paper does, or learn from them as well."""
+    max_pixels: int = 100_000_000
+    """Refuse larger images, before they are decoded; at most 178,956,970, where Pillow refuses in any case."""
     outside_root: bool = False
     """Read images whose names in the annotations (absolute, or with `..`) lead out of the data set's folder."""
     workers: int = 2

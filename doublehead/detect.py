@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import glob
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
 from doublehead.engine.errors import UserError, shown_to_user
+from doublehead.engine.logs import counted_warnings
+from doublehead.engine.picture_files import (
+    HOW_TO_SPLIT,
+    JSON_FILE,
+    VIDEOS,
+    Entry,
+    find_pictures,
+    output_names,
+    write_results,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -21,9 +32,7 @@ if TYPE_CHECKING:
     from doublehead.engine.streaming import Clock, Uploader
 
 PROGRAM = "python -m doublehead.detect"
-ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-JSON_FILE = "detections.json"
-Entry = dict[str, Any]
+MAX_PIXELS, MOST_PIXELS = 100_000_000, 178_956_970  # as of `data.images`, which --help need not wait for
 
 
 @dataclass(frozen=True)
@@ -47,17 +56,23 @@ class Options:
     """Compute in 16 bits: faster on GPUs, slightly other scores."""
     threads: int = 0
     """Threads that read pictures, and as many that draw; 0: half of the processors, at most 8."""
+    max_pixels: int = MAX_PIXELS
+    """Larger pictures are not read; at most 178,956,970, where Pillow refuses in any case."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; exits with 1 when a picture could not be read, 2 on another user's error, 130 on Ctrl-C."""
-    with shown_to_user():
+    """The command line.
+
+    Exits with 1 when a picture could not be read, 2 on another user's error, 130 on Ctrl-C, 143 on SIGTERM.
+    """
+    with shown_to_user(), counted_warnings(), _sigterm_as_interrupt() as received:
         options = tyro.cli(Options, prog=PROGRAM, description="Draw what a detector finds in pictures.", args=arguments)
         try:
             unreadable = run(options)
-        except KeyboardInterrupt:
-            print(f"stopped; {JSON_FILE} holds what is done, if anything is", file=sys.stderr)
-            raise SystemExit(130) from None
+        except KeyboardInterrupt as stop:
+            what = stop.args[0] if stop.args else "no picture is done"
+            print(f"stopped: {what}; the same command begins anew", file=sys.stderr)
+            raise SystemExit(128 + (received[0] if received else signal.SIGINT)) from None
     if unreadable:
         print(f"{len(unreadable)} could not be read:", file=sys.stderr)
         for entry in unreadable:
@@ -72,20 +87,22 @@ def run(options: Options) -> list[Entry]:
     `height` and `detections` (`class`, `label`, `score`, `box` x1, y1, x2, y2 in pixels of the picture as it is
     looked at, that is, turned as its EXIF note says); and `unreadable`.
 
-    Stopped by Ctrl-C it writes what is done so far.
+    Stopped by Ctrl-C it writes what is done so far.  Annotated pictures that an earlier call left in the folder, and
+    that its JSON lists, are removed when this one's JSON takes its place; other files stay.
 
     Raises:
         UserError: no picture is named, or an option, the folder, the checkpoint or the device cannot be used, or the
             GPU's memory does not suffice.
     """
-    from doublehead.engine.checkpoint import load_model  # these bring PyTorch: --help need not wait for it
+    from doublehead.data.decoding import is_strict  # these bring PyTorch: --help need not wait for it
+    from doublehead.engine.checkpoint import load_model
     from doublehead.engine.distributed import join_world
-    from doublehead.engine.files import write_json
     from doublehead.engine.streaming import Clock
 
     _check(options)
-    folder = _made(Path(options.out))
-    files, unreadable = find_pictures(options.images, leave_out=folder)
+    files, unreadable = find_pictures(options.images, leave_out=Path(options.out))
+    if not is_strict():
+        print("note: simplejpeg is not installed: a JPEG that is damaged inside is not noticed", file=sys.stderr)
     entries: list[Entry] = []
     clock = Clock()
     with join_world(options.device) as world:
@@ -93,15 +110,18 @@ def run(options: Options) -> list[Entry]:
             raise UserError("detection runs on one process: leave torchrun out")
         model, _, classes, _ = load_model(options.checkpoint)
         model = model.to(world.device)
+        folder = _made(Path(options.out))
         start = time.perf_counter()
         try:
             _detect_all(model, files, folder, classes, options, clock, entries, unreadable)
         except KeyboardInterrupt:
-            if entries or unreadable:
-                write_json(folder / JSON_FILE, {"classes": classes, "pictures": entries, "unreadable": unreadable})
-            raise
+            if not entries:
+                raise
+            write_results(folder, classes, entries, unreadable, files)
+            done = f"{len(entries)} of {len(files)} pictures are done and in {folder / JSON_FILE}"
+            raise KeyboardInterrupt(done) from None
         seconds = time.perf_counter() - start
-    write_json(folder / JSON_FILE, {"classes": classes, "pictures": entries, "unreadable": unreadable})
+    write_results(folder, classes, entries, unreadable, files)
     print(f"{len(entries)} pictures with {sum(len(e['detections']) for e in entries)} detections in {folder}")
     stages = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in clock.seconds.items())
     print(f"{seconds:.1f} s, {len(entries) / seconds:.2f} pictures/s; at the same time: {stages}")
@@ -115,47 +135,10 @@ def _check(options: Options) -> None:
         raise UserError(f"--score-threshold is {options.score_threshold}, a number from 0 to 1 is accepted")
     if options.batch_size < 1:
         raise UserError(f"--batch-size is {options.batch_size}, at least 1 is accepted")
+    if not 1 <= options.max_pixels <= MOST_PIXELS:
+        raise UserError(f"--max-pixels is {options.max_pixels}, 1 .. {MOST_PIXELS} is accepted")
     if options.threads < 0:
         raise UserError(f"--threads is {options.threads}, 0 (half of the processors) or more is accepted")
-
-
-def find_pictures(names: Sequence[str], leave_out: Path) -> tuple[list[Path], list[Entry]]:
-    """Expand files, folders and patterns, each picture once, in order; and the names that match nothing.
-
-    Args:
-        leave_out: pictures found in this folder are those of an earlier call, not input.
-    """
-    files: dict[Path, Path] = {}
-    unmatched = []
-    for name in names:
-        path = Path(name)
-        if path.is_file():
-            found = [path]
-        elif path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
-            found = [p for p in found if leave_out.resolve() not in p.resolve().parents]
-        else:
-            found = sorted(Path(p) for p in glob.glob(name, recursive=True) if Path(p).is_file())
-        if not found:
-            unmatched.append({"file": name, "error": "no picture in this folder" if path.is_dir() else "no such file"})
-        files.update({p.resolve(): p for p in found if p.resolve() not in files})
-    return list(files.values()), unmatched
-
-
-def output_names(files: Sequence[Path], folder: Path) -> list[str]:
-    """A name in `folder` for each picture: its own with the ending .jpg, numbered where two would be the same.
-
-    No name is that of an input in `folder`: the originals are never overwritten.
-    """
-    taken = {path.name.lower() for path in files if path.resolve().parent == folder.resolve()}
-    names = []
-    for path in files:
-        name, number = f"{path.stem}.jpg", 2
-        while name.lower() in taken:  # some file systems do not tell A.jpg from a.jpg
-            name, number = f"{path.stem}-{number}.jpg", number + 1
-        taken.add(name.lower())
-        names.append(name)
-    return names
 
 
 class Picture(NamedTuple):
@@ -200,7 +183,8 @@ def _detect_all(
     names = zip(files, output_names(files, folder), strict=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(inference(model))
-        read = in_order(lambda item: _read(*item, uploader, clock), names, threads, threads + 2 * options.batch_size)
+        ahead = threads + 2 * options.batch_size
+        read = in_order(lambda item: _read(*item, uploader, clock, options.max_pixels), names, threads, ahead)
         stack.enter_context(contextlib.closing(read))
         found = (
             picture
@@ -215,16 +199,16 @@ def _detect_all(
             (unreadable if "error" in entry else done).append(entry)
 
 
-def _read(file: Path, name: str, uploader: Uploader, clock: Clock) -> Picture:
-    from doublehead.engine.reading import read_picture
+def _read(file: Path, name: str, uploader: Uploader, clock: Clock, max_pixels: int) -> Picture:
+    from doublehead.data import DataError, read_image
 
+    if file.suffix.lower() in VIDEOS:
+        return Picture(file, name, error=f"a video: {HOW_TO_SPLIT}")
     with clock.measure("reading"):
         try:
-            image = read_picture(file)
-        except MemoryError:  # no fault of the picture
-            raise
-        except Exception as error:  # decoders raise many kinds: the picture is reported, the others are done
-            return Picture(file, name, error=str(error).strip() or type(error).__name__)
+            image = read_image(file, upright=True, max_pixels=max_pixels)
+        except DataError as error:  # the picture is reported, the others are done
+            return Picture(file, name, error=str(error).removeprefix(f"{file}: "))
         return Picture(file, name, *uploader.send(image))
 
 
@@ -277,6 +261,25 @@ def _as_json(output: dict[str, torch.Tensor], classes: list[str]) -> list[Entry]
         {"class": classes[label - 1], "label": label, "score": score, "box": box}
         for label, score, box in zip(*columns, strict=True)
     ]
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[list[int]]:
+    """Inside, SIGTERM ends the work as Ctrl-C does; yields the signal's number once it came."""
+    received: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows no handlers elsewhere
+        yield received
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _made(folder: Path) -> Path:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import warnings
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from data_samples import picture
+from data_samples import CocoFolder, VocFolder, picture
 from PIL import Image
 
-from doublehead.data import DataError, read_image
+from doublehead import data
+from doublehead.data import DataError, DataWarning, build_dataset, read_image
 from doublehead.data.images import check_image
 
 
@@ -120,3 +123,40 @@ def test_missing_file_folder_and_text(tmp_path):
             with pytest.raises(DataError) as caught:
                 read(tmp_path / name)
             assert caught.value.reason == reason and str(tmp_path / name) in str(caught.value)
+
+
+
+
+def test_it_is_said_where_decoding_is_tolerant(tmp_path, monkeypatch):
+    config = CocoFolder(tmp_path).config()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_dataset(config, "train")
+    monkeypatch.setattr(data, "is_strict", lambda: False)
+    with pytest.warns(DataWarning, match="simplejpeg is not installed: decoding is tolerant"):
+        build_dataset(config, "train")
+
+
+def test_the_data_set_holds_images_to_the_limit_of_pixels(tmp_path):
+    folder = CocoFolder(tmp_path)
+    with pytest.raises(DataError, match="c.jpg: the image has 50x30 .*1,500 pixels, 1,200 are accepted.*max-pixels"):
+        build_dataset(folder.config(max_pixels=1200), "val")
+    with pytest.raises(ValueError, match="max_pixels is 0, 1 .. 178956970"):
+        build_dataset(folder.config(max_pixels=0), "val")
+    assert len(build_dataset(folder.config(max_pixels=1500), "val")) == 3
+
+
+@pytest.mark.parametrize("kind", ["coco", "voc", "image"])
+def test_pipes_among_the_data_are_refused_not_waited_for(tmp_path, kind):
+    if kind == "voc":
+        folder = VocFolder(tmp_path)
+        folder.write()
+        config, path = folder.config(), folder.xml_file("two")
+    else:
+        folder = CocoFolder(tmp_path)
+        config = folder.config()
+        path = folder.json_file("train") if kind == "coco" else tmp_path / "train" / "a.jpg"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=f"{path.name}: cannot read this .*: it is a pipe"):
+        build_dataset(config, "train")

@@ -14,11 +14,12 @@ import torch
 from engine_standin import TinyDetector, one_thread, tiny_models  # noqa: F401 (a fixture)
 from PIL import Image, ImageOps
 
-from doublehead.detect import find_pictures, main, output_names
-from doublehead.engine import checkpoint, pictures, reading
+from doublehead import data
+from doublehead.detect import main
+from doublehead.engine import checkpoint, pictures
 from doublehead.engine.evaluator import predict_images
+from doublehead.engine.picture_files import ENDINGS, find_pictures, output_names
 from doublehead.engine.pictures import from_picture
-from doublehead.engine.reading import read_picture
 from doublehead.recipes import RECIPES
 
 CLASSES = ["cat", "dog"]
@@ -71,9 +72,11 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
     assert found("**/*.png") == (["b.png", "other/d.png"], [])
     assert found("notes.txt") == (["notes.txt"], [])  # named by hand: it is tried
     assert found("out/old.jpg") == (["out/old.jpg"], [])
+    said = ["no such file, nor does a file match it as a pattern"] * 2
+    said += ["no picture in this folder, nor below it; looked for are " + " ".join(sorted(ENDINGS))]
     assert found("nowhere.png", "*.gif", "bare") == (
         [],
-        [("nowhere.png", "no such file"), ("*.gif", "no such file"), ("bare", "no picture in this folder")],
+        list(zip(("nowhere.png", "*.gif", "bare"), said, strict=True)),
     )
 
 
@@ -100,7 +103,7 @@ def test_pictures_and_json_agree_with_the_model(saved, tmp_path):
     (entry,) = answer["pictures"]
     assert (entry["file"], entry["picture"], entry["width"], entry["height"]) == (str(path), "a.jpg", 200, 150)
     model = checkpoint.load_model(saved).model
-    (expected,) = predict_images(model, [read_picture(path)], torch.device("cpu"))
+    (expected,) = predict_images(model, [data.read_image(path, upright=True)], torch.device("cpu"))
     assert [d["box"] for d in entry["detections"]] == expected["boxes"].tolist()
     assert [d["score"] for d in entry["detections"]] == expected["scores"].tolist()
     assert [(d["class"], d["label"]) for d in entry["detections"]] == [("cat", 1), ("dog", 2)]
@@ -201,8 +204,68 @@ def test_ctrl_c_stops_and_keeps_what_is_done(saved, tmp_path, capsys, monkeypatc
     assert not [path for path in (tmp_path / "out").iterdir() if path.suffix == ".tmp"]
 
 
+def test_sigterm_stops_as_ctrl_c_does(saved, tmp_path, capsys, monkeypatch):
+    folder = many(tmp_path / "in")
+    find, seen = TinyDetector._detect, []
+
+    def terminated(self, image):
+        seen.append(image)
+        if len(seen) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return find(self, image)
+
+    monkeypatch.setattr(TinyDetector, "_detect", terminated)
+    handler = signal.getsignal(signal.SIGTERM)
+    assert detect(saved, folder, "--out", tmp_path / "out", "--threads", 1) == 143
+    assert signal.getsignal(signal.SIGTERM) == handler
+    done = len(json.loads((tmp_path / "out" / "detections.json").read_text())["pictures"])
+    assert f"stopped: {done} of " in capsys.readouterr().err
+
+
+def test_a_used_folder_holds_no_pictures_of_an_earlier_call(saved, tmp_path, capsys):
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "out"
+    picture(first / "a.png"), picture(first / "b.png"), picture(second / "b.png")
+    assert detect(saved, first, "--out", out) == 0
+    (out / "notes.txt").write_text("mine")
+    picture(out / "own.jpg")
+    listed = json.loads((out / "detections.json").read_text())
+    listed["pictures"] += [{"picture": name} for name in ("../first/a.png", str(first / "b.png"), 7, "notes.txt")]
+    (out / "detections.json").write_text(json.dumps(listed))
+    assert detect(saved, second, "--out", out) == 0
+    assert {path.name for path in out.iterdir()} == {"b.jpg", "notes.txt", "own.jpg", "detections.json"}
+    assert {path.name for path in first.iterdir()} == {"a.png", "b.png"}
+    assert f"1 annotated pictures of an earlier call removed from {out}" in capsys.readouterr().out
+    (out / "detections.json").write_text("[" * 5000)
+    assert detect(saved, second, "--out", out) == 0
+
+
+def test_videos_pipes_and_bombs_are_named(saved, tmp_path, capsys):
+    folder = tmp_path / "in"
+    picture(folder / "good.png")
+    os.mkfifo(folder / "pipe.jpg")
+    Image.new("1", (12_000, 12_000)).save(folder / "bomb.png")
+    (tmp_path / "a.mp4").write_bytes(b"video")
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "b.MOV").write_bytes(b"video")
+    arguments = [folder, tmp_path / "a.mp4", tmp_path / "videos", "--out", tmp_path / "out"]
+    assert detect(saved, *arguments) == 1
+    shown = capsys.readouterr().err
+    for said in (
+        "4 could not be read", "a.mp4: a video: make pictures of a video first: ffmpeg",
+        "videos: no picture in this folder, but videos: make pictures",
+        "pipe.jpg: cannot read this image: it is a pipe",
+        "bomb.png: the image has 12000x12000",
+    ):  # fmt: skip
+        assert said in shown, shown
+    assert "DecompressionBomb" not in shown
+    assert len(json.loads((tmp_path / "out" / "detections.json").read_text())["pictures"]) == 1
+    assert detect(saved, folder / "good.png", "--out", tmp_path / "out", "--max-pixels", 10) == 1
+    assert "10 are accepted" in capsys.readouterr().err
+    assert detect(saved, folder / "good.png", "--out", tmp_path / "out", "--max-pixels", 0) == 2
+
+
 def test_want_of_memory_is_no_fault_of_the_picture(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "_fast", lambda *_: (_ for _ in ()).throw(MemoryError("out of memory")))
+    monkeypatch.setattr(data.images, "to_rgb", lambda *_: (_ for _ in ()).throw(MemoryError("out of memory")))
     with pytest.raises(MemoryError):
         detect(saved, picture(tmp_path / "a.png"), "--out", tmp_path / "out")
     assert not (tmp_path / "out" / "detections.json").exists()
@@ -232,20 +295,20 @@ def test_only_a_few_pictures_are_under_way(saved, tmp_path, monkeypatch):
     for number in range(60):
         picture(folder / f"{number:02}.png", size=(8, 8))
     under_way, most, lock = set(), [], threading.Lock()
-    read, save = reading.read_picture, pictures.save_picture
+    read, save = data.read_image, pictures.save_picture
 
-    def reads(path):
+    def reads(path, **options):
         with lock:
             under_way.add(path.stem)
             most.append(len(under_way))
-        return read(path)
+        return read(path, **options)
 
     def saves(path, drawn):
         save(path, drawn)
         with lock:
             under_way.discard(path.stem)
 
-    monkeypatch.setattr(reading, "read_picture", reads)
+    monkeypatch.setattr(data, "read_image", reads)
     monkeypatch.setattr(pictures, "save_picture", saves)
     assert detect(saved, folder, "--out", tmp_path / "out", "--threads", 2, "--batch-size", 3) == 0
     assert len(most) == 60 and max(most) <= (2 + 6 + 1) + (3 + 2 + 1) + 3  # reading, drawing, and a batch
@@ -289,7 +352,8 @@ def test_unreadable_pictures_are_reported_and_the_rest_is_done(saved, tmp_path, 
     assert names == ["none.png", "cut.jpg", "empty.png", "text.jpg"]
     assert all(entry["error"] for entry in answer["unreadable"])
     shown = capsys.readouterr().err
-    assert "4 could not be read" in shown and "text.jpg: cannot identify" in shown and "Traceback" not in shown
+    assert "4 could not be read" in shown and "Traceback" not in shown
+    assert "text.jpg: cannot read this image: of no format that Pillow knows" in shown
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["detections.json", "good.jpg"]
 
 

@@ -7,6 +7,7 @@ Boxes are x1, y1, x2, y2 in pixels between pixel edges: (0, 0, W, H) is a whole 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,8 +16,9 @@ from doublehead.config import DataConfig
 
 from .coco import read_coco
 from .dataset import DataError, DataWarning, DetectionDataset, Target
+from .decoding import is_strict
 from .files import FileDataset
-from .images import read_image
+from .images import MOST_PIXELS, read_image
 from .loader import Loader, build_loader
 from .problems import Problems
 from .shapes import ShapesDataset
@@ -63,6 +65,8 @@ def build_dataset(
         raise ValueError(f"on_bad_record is {config.on_bad_record!r}, 'error' or 'skip' is accepted")
     if config.background not in ("drop", "keep"):
         raise ValueError(f"background is {config.background!r}, 'drop' or 'keep' is accepted")
+    if not 1 <= config.max_pixels <= MOST_PIXELS:
+        raise ValueError(f"max_pixels is {config.max_pixels}, 1 .. {MOST_PIXELS} is accepted")
     if not 0 <= config.max_skipped <= 1:
         raise ValueError(f"max_skipped is {config.max_skipped}, a share from 0 to 1 is accepted")
     if config.format == "shapes":
@@ -75,11 +79,14 @@ def build_dataset(
     if not root.is_dir():
         raise DataError(f"{root}: no such folder (data.root)", "missing folder")
     title = f"{config.format} {root.name} ({name})"
+    if not is_strict():
+        text = "simplejpeg is not installed: decoding is tolerant, and a JPEG that is damaged inside is not noticed"
+        warnings.warn(text, DataWarning, stacklevel=2)
     problems = Problems(title, config.on_bad_record == "skip", config.max_skipped)
     found, ids, images = READERS[config.format](root, name, classes, config.outside_root)
     return FileDataset(
         title, found, ids, images, train=train, limit=limit, problems=problems, horizontal_flip=horizontal_flip,
-        background=config.background == "keep",
+        background=config.background == "keep", max_pixels=config.max_pixels,
     )  # fmt: skip
 
 

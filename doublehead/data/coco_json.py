@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .dataset import DataError
+from .paths import check_regular
 
 MAX_SIDE = 10**9
 """Pixels; what is longer is no image's side."""
@@ -25,6 +26,7 @@ def load_coco(path: Path, has_boxes: bool = True) -> dict[str, list[Any]]:
     Raises:
         DataError: the file cannot be read, is not JSON, or is other JSON: the message says what it seems to be.
     """
+    check_regular(path, "annotation")
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # JSONDecodeError tells line and column

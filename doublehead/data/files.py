@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .dataset import DataError, DetectionDataset, Target, make_target
-from .images import check_image, read_image
+from .images import MAX_PIXELS, check_image, read_image
 from .problems import Problems
 
 Box = tuple[float, float, float, float]
@@ -79,6 +79,7 @@ class FileDataset(DetectionDataset):
         background: of training, keep the images that have no objects at all (not those with crowds alone, or whose
             objects were bad records: something is to be seen there).
         limit: keep only the first so many images that can be used.
+        max_pixels: a larger image is a bad record.
         problems: where bad records go.  When they are skipped, a training image that only turns out broken when it
             is decoded is replaced by the loader; the images of other splits are all decoded here, for an evaluation
             must not change under way.
@@ -90,15 +91,16 @@ class FileDataset(DetectionDataset):
     def __init__(
         self, name: str, classes: list[str], category_ids: list[int], images: Iterable[RawImage | DataError],
         *, train: bool, limit: int | None, problems: Problems, horizontal_flip: float, background: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ):  # fmt: skip
         self.name, self.classes, self.category_ids = name, classes, category_ids
         self.horizontal_flip, self.replace_unreadable = horizontal_flip, train and problems.skip
-        self.unused = Counter()
+        self.unused, self._max_pixels = Counter(), max_pixels
         self.image_ids, self.file_names, self.image_sizes, self._paths = [], [], [], []
         kept: list[RawObject] = []
         ends = [0]
         read = objects_read = 0
-        for image, size in _checked(images, problems, decode=problems.skip and not train):
+        for image, size in _checked(images, problems, problems.skip and not train, max_pixels):
             bare = not image.objects and not image.errors
             objects = list(_checked_boxes(image, size, problems, UNTRAINED if train else UNMATCHED))
             read, objects_read = read + 1, objects_read + len(objects)
@@ -140,7 +142,7 @@ class FileDataset(DetectionDataset):
         self.unused["box without area"] += sum(item.without_area for item in objects)
 
     def load(self, index: int) -> tuple[Tensor, Target]:
-        image = read_image(self._paths[index], self.image_sizes[index])
+        image = read_image(self._paths[index], self.image_sizes[index], max_pixels=self._max_pixels)
         mine = slice(self._ends[index], self._ends[index + 1])
         seen = self._targets[mine]
         return image, make_target(self._boxes[mine][seen], self._labels[mine][seen], self.image_ids[index])
@@ -159,7 +161,7 @@ class FileDataset(DetectionDataset):
 
 
 def _checked(
-    images: Iterable[RawImage | DataError], problems: Problems, decode: bool
+    images: Iterable[RawImage | DataError], problems: Problems, decode: bool, max_pixels: int
 ) -> Iterator[tuple[RawImage, tuple[int, int]]]:
     """Images whose file is there and sound, with their (height, width); files are looked at in parallel."""
 
@@ -167,7 +169,7 @@ def _checked(
         if isinstance(image, DataError):
             return image
         try:
-            return check_image(image.path, image.size, decode)
+            return check_image(image.path, image.size, decode, max_pixels)
         except DataError as error:
             return error
 

@@ -1,11 +1,12 @@
-"""Reading image files: every one becomes uint8 RGB or a DataError that names it.
-
-Greyscale, palette, CMYK, 1-bit and 16-bit files are converted (of 16 bits, the upper 8 are kept); an alpha channel is
-dropped, not blended.  Pillow refuses truncated files, which other decoders fill with grey.
+"""Reading image files: every one becomes uint8 RGB (see `decoding`) or a DataError that names it.
 
 Which way up: boxes belong to one of two frames, the pixels as stored (the COCO tools) or turned by the EXIF
 orientation (labelling tools that show photos upright).  The size in the annotation tells: pixels are taken as stored
-where that size fits, and turned upright where only this fits.  Without a size they are taken as stored.
+where that size fits, and turned upright where only this fits.  Without a size they are taken as stored.  Detection
+looks at pictures upright.
+
+Only regular files are opened: a pipe or a device would be waited for without end.  The number of pixels is looked at
+before they are decoded: a small file may claim a picture that fills the memory.
 """
 
 from __future__ import annotations
@@ -17,67 +18,112 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from .dataset import DataError
+from .decoding import to_rgb
+from .paths import check_regular
 
+MAX_PIXELS = 100_000_000
+"""Larger images are refused unless asked for; a photo of 100 megapixels decodes to 300 MB."""
+MOST_PIXELS = 178_956_970
+"""Where Pillow refuses in any case (twice its MAX_IMAGE_PIXELS)."""
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 """The last bytes of a complete file."""
 EXIF_ORIENTATION = 0x0112
+#: Orientation -> axes of `[H, W, 3]` to flip, after rows and columns have changed places (from 5 on).
+FLIPS = {1: (), 2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}
 
 
-def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
+def read_image(
+    path: str | Path, size: tuple[int, int] | None = None, *, upright: bool = False, max_pixels: int = MAX_PIXELS
+) -> Tensor:
     """Decode an image file.
 
     Args:
         path: any format that Pillow reads.
         size: (height, width) the image must have, in the frame in which its boxes are given.
+        upright: turn it as its EXIF note says, whatever `size`, which must be None then.
+        max_pixels: refuse an image of more; at most `MOST_PIXELS`.
 
     Returns:
-        `Tensor[3, H, W]`, uint8, RGB.
+        `Tensor[3, H, W]`, uint8, RGB; upright ones lie channels last in memory, as they are drawn and uploaded.
 
     Raises:
-        DataError: no such file, not an image, truncated, more than 8 bits per channel in a form that has no fixed
-            white (32-bit integers, floating point), or another size.
+        DataError: no such file, not a regular file, not an image, truncated or damaged, too many pixels, more than 8
+            bits per channel in a form that has no fixed white (32-bit integers, floating point), or another size.
     """
-    with _reading(path) as image:
-        rgb = _to_rgb(ImageOps.exif_transpose(image) if _is_turned(image, size, path) else image)
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+    with _reading(path, max_pixels) as image:
+        orientation = _orientation(image)
+        turned = upright or _is_turned(image, size, path)
+        pixels = to_rgb(image, path)
+        pixels = torch.from_numpy(_upright(pixels, orientation) if turned else pixels).permute(2, 0, 1)
+    return pixels if upright else pixels.contiguous()
 
 
-def check_image(path: str | Path, size: tuple[int, int] | None, decode: bool = False) -> tuple[int, int]:
+def check_image(
+    path: str | Path, size: tuple[int, int] | None, decode: bool = False, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
     """The image's (height, width), after a look at its header and its end; cheap for files that are whole.
 
     Args:
         size: as for `read_image`; None: whatever the file has.
         decode: decode it in any case.  Otherwise only a file without its format's end marker is decoded, to see
             whether it is truncated or merely has something appended.
+        max_pixels: as for `read_image`.
 
     Raises:
         DataError: as `read_image`.
     """
-    with _reading(path) as image:
+    with _reading(path, max_pixels) as image:
         width, height = image.size
         turned = _is_turned(image, size, path)
         if not decode and _ends_properly(path, image.format):
             return (width, height) if turned else (height, width)
-    pixels = read_image(path, size)
+    pixels = read_image(path, size, max_pixels=max_pixels)
     return pixels.shape[1], pixels.shape[2]
 
 
 @contextmanager
-def _reading(path: str | Path) -> Iterator[Image.Image]:
+def _reading(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
     """The opened file; whatever fails on the way becomes a DataError."""
+    check_regular(path, "image")
     try:
         with Image.open(path) as image:
+            _check_pixels(image.size, path, max_pixels)
             yield image
-    except DataError:
+    except (DataError, MemoryError):  # memory is no fault of the image
         raise
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such image file", "missing image") from error
+    except Image.DecompressionBombError as error:
+        raise _too_many(path, f"more than {MOST_PIXELS:,}", max_pixels) from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-        raise DataError(f"{path}: cannot read this image: {error}", "unreadable image") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "an empty file" if os.path.getsize(path) == 0 else "of no format that Pillow knows"
+        raise DataError(f"{path}: cannot read this image: {reason}", "unreadable image") from error
+
+
+def _check_pixels(size: tuple[int, int], path: str | Path, max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise _too_many(path, f"{width}x{height} (width x height), {width * height:,}", max_pixels)
+
+
+def _too_many(path: str | Path, what: str, max_pixels: int) -> DataError:
+    way_out = (
+        "make it smaller" if max_pixels >= MOST_PIXELS else
+        f"make it smaller, or raise the limit with max_pixels (--data.max-pixels, of detect --max-pixels; at most "
+        f"{MOST_PIXELS:,})"
+    )  # fmt: skip
+    return DataError(f"{path}: the image has {what} pixels, {max_pixels:,} are accepted: {way_out}", "too many pixels")
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":  # Pillow turns these itself
+        return 1
+    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    return orientation if orientation in FLIPS else 1
 
 
 def _is_turned(image: Image.Image, size: tuple[int, int] | None, path: str | Path) -> bool:
@@ -85,11 +131,16 @@ def _is_turned(image: Image.Image, size: tuple[int, int] | None, path: str | Pat
     width, height = image.size
     if size is None or size == (height, width):
         return False
-    if size == (width, height) and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8):
+    if size == (width, height) and _orientation(image) >= 5:
         return True
     wanted = f"{size[1]}x{size[0]}"
     message = f"{path}: the image is {width}x{height} (width x height), its annotation says {wanted}"
     raise DataError(message, "wrong image size")
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    turned = pixels.transpose(1, 0, 2) if orientation >= 5 else pixels
+    return np.ascontiguousarray(np.flip(turned, FLIPS[orientation]))
 
 
 def _ends_properly(path: str | Path, kind: str | None) -> bool:
@@ -99,11 +150,3 @@ def _ends_properly(path: str | Path, kind: str | None) -> bool:
     with open(path, "rb") as file:
         file.seek(-len(marker), os.SEEK_END)
         return file.read() == marker
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} have no fixed white; 8 or 16 bits are accepted")
-    return image.convert("RGB")

@@ -12,6 +12,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from .dataset import DataError
+from .paths import check_regular
 
 MARKS = (
     (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
@@ -33,13 +34,12 @@ def read_annotation(path: Path) -> ElementTree.Element:
         DataError: no such file, an encoding it is not in, invalid XML, entity declarations (which may grow without
             bounds), or something else than a VOC annotation.
     """
+    check_regular(path, "annotation")
     try:
         text = _decode(path.read_bytes())
         if "<!ENTITY" in text:
             raise ValueError("it declares entities, which no annotation needs and which may grow without bounds")
         root = ElementTree.fromstring(text)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such annotation file", "missing annotation file") from error
     except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # ParseError tells line and column
         raise DataError(f"{path}: invalid XML: {error}", "invalid XML") from error
     for element in root.iter():

@@ -29,6 +29,8 @@ class EvaluationData:
     """What to do with a broken image or annotation: stop with its name, or leave it out and count it."""
     max_skipped: float | None = None
     """Of `skip`: the largest share of the images, and of the objects, that may be left out (three always may)."""
+    max_pixels: int | None = None
+    """Refuse larger images, before they are decoded."""
     outside_root: bool | None = None
     """Read images whose names in the annotations (absolute, or with `..`) lead out of the data set's folder."""
     workers: int | None = None

@@ -136,6 +136,8 @@ def counted_warnings(shown: bool = True) -> Iterator[Counter]:
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", ImportWarning)
         warnings.simplefilter("ignore", ResourceWarning)
+        # Pillow's, of images of many pixels: they are held against `max_pixels`.
+        warnings.filterwarnings("ignore", message=r"Image size .* decompression bomb")
         warnings.showwarning = count
         yield counts
     repeated = {text: number for text, number in counts.items() if number > 1}

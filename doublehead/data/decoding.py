@@ -1,0 +1,97 @@
+"""From an image file's bytes to uint8 RGB: the one way for training, evaluation and detection.
+
+Pillow reads every format; JPEG's pixels come from simplejpeg where it is installed: the same decoder and the same
+pixels, but told to be strict.  libjpeg fills what is missing of a picture with grey and decodes on behind damage, and
+Pillow cannot see that it did.
+
+Brightness: a channel of 8 bits is taken as it is, of 16 bits the upper 8 are kept, fewer bits are spread over 0..255.
+Pixels of 32 bits, signed ones and floating ones have no fixed white and are refused.  An alpha channel is dropped, not
+blended; of several frames the first is read; colour profiles and gamma are left alone, as COCO's tools leave them.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from PIL import Image
+
+SPARE_BYTES = 16
+"""Behind a JPEG's last pixel: fewer are an encoder's padding, more are what damage in the middle left undecoded."""
+_SPARE = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
+_DAMAGED = re.compile(r"corrupt jpeg data|premature end|bogus|invalid", re.IGNORECASE)
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+#: Pillow's mode -> simplejpeg's colour space; what is not here is a rarity.
+_JPEG_MODES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
+
+
+def to_rgb(image: Image.Image, path: str | Path) -> np.ndarray:
+    """The pixels of an opened, not yet decoded file: `[H, W, 3]` uint8, as stored (not turned).
+
+    Raises:
+        ValueError: JPEG data that are not whole, or pixels without a fixed white.
+        Exception: whatever Pillow's decoders make of a broken file.
+    """
+    if image.format in ("JPEG", "MPO") and image.mode in _JPEG_MODES:
+        pixels = _strict_jpeg(Path(path), image.mode)
+        if pixels is not None:
+            return pixels
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        grey = _upper_8_bits(image)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no fixed white; 8 or 16 bits are accepted")
+    image.load()
+    image.info.pop("transparency", None)  # dropped like an alpha channel; else Pillow warns of it
+    return np.array(image.convert("RGB"))
+
+
+def is_strict() -> bool:
+    """Whether damage inside of a JPEG is noticed: simplejpeg is installed."""
+    return _simplejpeg() is not None
+
+
+@cache
+def _simplejpeg() -> ModuleType | None:
+    try:
+        import simplejpeg
+    except ImportError:
+        return None
+    return simplejpeg
+
+
+def _strict_jpeg(path: Path, mode: str) -> np.ndarray | None:
+    """The pixels of a JPEG that is whole; None: Pillow is to decode it."""
+    library = _simplejpeg()
+    if library is None:
+        return None
+    data = path.read_bytes()
+    try:
+        return _decoded(library, data, mode, strict=True)
+    except ValueError as error:
+        text = str(error)
+    spare = _SPARE.fullmatch(text)
+    if spare and int(spare[1]) < SPARE_BYTES:
+        return _decoded(library, data, mode, strict=False)
+    if _DAMAGED.search(text):
+        raise ValueError(f"damaged: its pixels are not all there ({text})")
+    return None  # not simplejpeg's kind of JPEG: Pillow has the last word
+
+
+def _decoded(library: ModuleType, data: bytes, mode: str, strict: bool) -> np.ndarray | None:
+    pixels = library.decode_jpeg(data, _JPEG_MODES[mode], strict=strict)
+    if mode == "CMYK":  # only looked through: Pillow knows whose ink is inverted
+        return None
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
+
+
+def _upper_8_bits(image: Image.Image) -> np.ndarray:
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS_PER_SAMPLE, (16,))
+    if image.format == "TIFF" and tuple(bits) != (16,):
+        raise ValueError(f"pixels of {bits[0]} bits, which have no fixed white here; 8 or 16 bits are accepted")
+    levels = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+    return 255 - levels if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else levels

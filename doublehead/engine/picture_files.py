@@ -1,0 +1,89 @@
+"""The files of a detection: which pictures to read, and what is left in the folder of the results."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from doublehead.engine.files import write_json
+
+ENDINGS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv"}
+HOW_TO_SPLIT = "make pictures of a video first: ffmpeg -i VIDEO frames/%06d.jpg"
+JSON_FILE = "detections.json"
+Entry = dict[str, Any]
+
+
+def find_pictures(names: Sequence[str], leave_out: Path) -> tuple[list[Path], list[Entry]]:
+    """Expand files, folders and patterns, each picture once, in order; and the names that match nothing.
+
+    Args:
+        leave_out: pictures found in this folder are those of an earlier call, not input.
+    """
+    files: dict[Path, Path] = {}
+    unmatched = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and not p.is_dir())
+            found = [p for p in found if leave_out.resolve() not in p.resolve().parents]
+        elif os.path.lexists(path):
+            found = [path]
+        else:
+            found = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if not p.is_dir())
+        if not found:
+            unmatched.append({"file": name, "error": _why_none(path)})
+        files.update({p.resolve(): p for p in found if p.resolve() not in files})
+    return list(files.values()), unmatched
+
+
+def _why_none(path: Path) -> str:
+    if not path.is_dir():
+        return "no such file, nor does a file match it as a pattern"
+    if any(p.suffix.lower() in VIDEOS for p in path.rglob("*")):
+        return f"no picture in this folder, but videos: {HOW_TO_SPLIT}"
+    return f"no picture in this folder, nor below it; looked for are {' '.join(sorted(ENDINGS))}"
+
+
+def output_names(files: Sequence[Path], folder: Path) -> list[str]:
+    """A name in `folder` for each picture: its own with the ending .jpg, numbered where two would be the same.
+
+    No name is that of an input in `folder`: the originals are never overwritten.
+    """
+    taken = {path.name.lower() for path in files if path.resolve().parent == folder.resolve()}
+    names = []
+    for path in files:
+        name, number = f"{path.stem}.jpg", 2
+        while name.lower() in taken:  # some file systems do not tell A.jpg from a.jpg
+            name, number = f"{path.stem}-{number}.jpg", number + 1
+        taken.add(name.lower())
+        names.append(name)
+    return names
+
+
+def write_results(
+    folder: Path, classes: list[str], entries: list[Entry], unreadable: list[Entry], files: Sequence[Path]
+) -> None:
+    """Write `detections.json`, and remove the annotated pictures that only an earlier one in its place lists."""
+    kept = {entry["picture"] for entry in entries} | {file.name for file in files}
+    earlier = [folder / name for name in _listed(folder) if name not in kept]
+    write_json(folder / JSON_FILE, {"classes": classes, "pictures": entries, "unreadable": unreadable})
+    stale = [path for path in earlier if path.is_file() and not path.is_symlink()]
+    for path in stale:
+        path.unlink()
+    if stale:
+        print(f"{len(stale)} annotated pictures of an earlier call removed from {folder}")
+
+
+def _listed(folder: Path) -> list[str]:
+    """The annotated pictures that a `detections.json` in the folder lists: plain names alone."""
+    try:
+        content = json.loads((folder / JSON_FILE).read_text("utf-8"))
+        names = [entry["picture"] for entry in content["pictures"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [name for name in names if isinstance(name, str) and name == Path(name).name and name.endswith(".jpg")]
