@@ -124,7 +124,8 @@ def test_tables_of_different_shapes_do_not_merge():
 def test_sizes_go_by_the_annotated_area():
     areas = [0.0, 1023.9, 1024.0, 9215.9, 9216.0, 1e6]
     found = [{"image_id": 4, "area": area, "iscrowd": 0, "bbox": [0, 0, 500, 500]} for area in areas]
-    found.insert(2, {"image_id": 4, "area": 5.0, "iscrowd": 1})
+    found.insert(2, {"image_id": 4, "area": 5.0, "iscrowd": 1, "bbox": [0, 0, 9, 9]})
+    found.insert(3, {"image_id": 4, "area": 5.0, "iscrowd": 0, "bbox": [0, 0, 9, 0]})  # no target either
     sizes = groups.object_sizes([4, 9], found)
     assert sizes[4].tolist() == [0, 0, 1, 1, 2, 2] and sizes[9].tolist() == []
     assert groups.describe([], [], sizes) == ["objects: 2 small, 2 medium, 2 large"]

@@ -163,9 +163,12 @@ def test_class_names():
         (["a"], "1 class names for a model of 2"),
         (["a", "a"], "more than once: a"),
         (["a", ""], "is empty"),
+        (["a", "b\nc"], r"the class name 'b\\nc' has a control character inside"),
+        (["a", "a "], "more than once: a"),
     ]:
         with pytest.raises(ConversionError, match=message):
             name_classes(2, given)
+    assert name_classes(2, ["a\n", "\ufeffb"])[0] == ["a", "b"]
 
 
 # ---------------------------------------------------------------------------------------------

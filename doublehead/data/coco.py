@@ -18,7 +18,7 @@ from typing import Any
 from .coco_json import as_flag, as_number, as_side, id_of, is_id, load_coco, shown
 from .dataset import DataError
 from .files import RawImage, RawObject
-from .names import clean_name, listed, not_a_class, wrong_name
+from .names import clean_name, listed, not_a_class, shown_name, wrong_name
 from .paths import check_inside
 from .problems import ObjectError
 
@@ -78,7 +78,7 @@ def _categories(entries: list[Any], path: Path) -> dict[int, str]:
         if wrong_name(name):
             raise DataError(f"{where}: name {shown(entry['name'])} {wrong_name(name)}", "malformed record")
         if category in named or name in named.values():
-            message = f"{where}: id {shown(category)} or name '{name}' occurs a second time"
+            message = f"{where}: id {shown(category)} or name '{shown_name(name)}' occurs a second time"
             raise DataError(message, "duplicate category")
         named[category] = name
     if not named:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 
 SHOWN = 12
 """Names of classes that a message lists before it says how many more there are."""
+LONGEST = 80
+"""Letters of one name that a message shows."""
 UNPRINTABLE = {"Cc": "a control character", "Cs": "half a surrogate pair", "Zl": "a line break", "Zp": "a line break"}
 """By Unicode category: names go into pictures, tables, UTF-8 and lists read line by line, which these would break."""
 
@@ -26,6 +28,7 @@ def wrong_name(name: str) -> str | None:
 
 def shown_name(name: str) -> str:
     """The name as a one-line message can have it."""
+    name = name if len(name) <= LONGEST else name[:LONGEST] + "..."
     return name if wrong_name(name) is None else ascii(name)
 
 
@@ -44,7 +47,7 @@ def similar_name(name: str, classes: Iterable[str]) -> str | None:
 def not_a_class(name: str, classes: Sequence[str]) -> str:
     """The end of a message on an object whose class the detector does not have."""
     similar = similar_name(name, classes)
-    hint = f"; '{similar}' differs from it in case or white space alone" if similar is not None else ""
+    hint = f"; '{shown_name(similar)}' differs from it in case or white space alone" if similar is not None else ""
     return f"class '{shown_name(name)}' is not among the classes {listed(classes)}{hint}"
 
 

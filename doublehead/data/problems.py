@@ -29,8 +29,8 @@ class Problems:
         self.counts: Counter[str] = Counter()
         self.first: dict[str, str] = {}
         self.notes: Counter[str] = Counter()
-        self._images: Counter[str] = Counter()
-        self._objects: Counter[str] = Counter()
+        self._bad: dict[str, Counter[str]] = {"images": Counter(), "objects": Counter()}
+        self._first: dict[tuple[str, str], str] = {}
 
     def report(self, error: DataError, *, of_object: bool = False) -> None:
         """Raise `error`, or count it."""
@@ -38,8 +38,10 @@ class Problems:
             hint = "Correct it, or leave such records out with on_bad_record='skip' (--data.on-bad-record skip)."
             raise DataError(f"{error}. {hint}", error.reason) from error
         self.counts[error.reason] += 1
-        (self._objects if of_object or isinstance(error, ObjectError) else self._images)[error.reason] += 1
         self.first.setdefault(error.reason, str(error))
+        what = "objects" if of_object or isinstance(error, ObjectError) else "images"
+        self._bad[what][error.reason] += 1
+        self._first.setdefault((what, error.reason), str(error))
 
     def note(self, what: str, where: str) -> None:
         """Count something that is used all the same, or that no policy decides on."""
@@ -55,28 +57,28 @@ class Problems:
         Raises:
             DataError: nothing is left, or more than `max_skipped` was left out.
         """
-        self._check_share("images", self._images, images)
-        left_out = self._objects
         if not complete:
-            left_out = Counter({reason: n for reason, n in left_out.items() if reason != "unknown image"})
-        self._check_share("objects", left_out, objects)
+            self._bad["objects"].pop("unknown image", None)
+        self._check_share("images", images)
+        self._check_share("objects", objects)
 
     def most(self, total: int) -> float:
         """How many of so many images or objects may be left out."""
         return max(FEW, self.max_skipped * total)
 
-    def _check_share(self, what: str, left_out: Counter[str], good: int) -> None:
-        bad = left_out.total()
+    def _check_share(self, what: str, good: int) -> None:
+        bad = self._bad[what].total()
         if not bad or (good and bad <= self.most(bad + good)):
             return
-        reason, count = left_out.most_common(1)[0]
+        reason, count = self._bad[what].most_common(1)[0]
         if good:
             said = f"{bad} of {bad + good} {what} are bad records, more than {self.max_skipped:.0%} may be left out"
             way_out = "Correct them, or allow a larger share with max_skipped (--data.max-skipped 0.5)"
         else:
             said = f"all {bad} {what} are bad records: nothing would be left"
             way_out = "Correct them, or see that data and detector belong together (root, split, classes)"
-        raise DataError(f"{self.name}: {said}; {count} x {reason}, first: {self.first[reason]}. {way_out}", reason)
+        first = self._first[what, reason]
+        raise DataError(f"{self.name}: {said}; {count} x {reason}, first: {first}. {way_out}", reason)
 
     def warn(self) -> None:
         """One `DataWarning` for everything counted, if there is anything."""

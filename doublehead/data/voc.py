@@ -83,7 +83,7 @@ def _images(
         try:
             where = f"{listing}, line {line}"
             if name in seen:
-                raise DataError(f"{where}: '{name}' occurs a second time", "duplicate image id")
+                raise DataError(f"{where}: {name[:200]!r} occurs a second time", "duplicate image id")
             check_inside(name, where, outside_root)
             image_path = _image_path(root, name, where)
             path = root / "Annotations" / f"{name}.xml"
@@ -139,7 +139,7 @@ def _object(entry: Element, where: str, number: int, labels: dict[str, int]) -> 
     name, difficult, corners = _text(entry, "name"), _text(entry, "difficult"), entry.find("bndbox")
     if name not in labels:
         wrong = wrong_name(name)
-        message = f"{where}: name {name!r} {wrong}" if wrong else f"{where}: {not_a_class(name, list(labels))}"
+        message = f"{where}: name {name[:80]!r} {wrong}" if wrong else f"{where}: {not_a_class(name, list(labels))}"
         raise DataError(message, "unknown category")
     if difficult not in ("", "0", "1"):
         raise DataError(f"{where}: difficult is {difficult[:40]!r}, 0 or 1 is accepted", "malformed record")
