@@ -200,6 +200,14 @@ BROKEN = {
         "names getattr",
     ),
     "code, codec": (lambda path: path.write_bytes(pickle.dumps(Codec())), "names _codecs.encode"),
+    "foreign memory": (
+        lambda path: path.write_bytes(b"cnumpy\nndarray\n((I1000\ntS'f4'\ntR."),
+        "calls numpy.ndarray as numpy itself never does",
+    ),
+    "Python's own limits": (  # a key whose hash overflows the stack
+        lambda path: path.write_bytes(b"\x80\x02(d)" + b"\x85" * 300_000 + b"Ns."),
+        "has a tuple as a key",
+    ),
     "a list": (lambda path: torch.save([torch.zeros(1)], path), "holds a list, not a dictionary"),
     "numbers": (lambda path: torch.save({"a": 3}, path), "'a' is a int, where a state_dict has tensors"),
     "nothing": (lambda path: torch.save({"state_dict": {}}, path), "no tensors in it"),

@@ -21,7 +21,7 @@ MOST_DIMENSIONS = 32
 _CODE = re.compile(r"[<>=|]?(b1|i1|i2|i4|i8|u1|u2|u4|u8|f2|f4|f8|\?)")
 
 
-class Dtype(StandIn):
+class NumpyDtype(StandIn):
     """`numpy.dtype` of plain numbers."""
 
     __slots__ = ("numpy",)
@@ -30,22 +30,22 @@ class Dtype(StandIn):
         if isinstance(code, bytes):
             code = code.decode("latin1")
         if type(code) is not str or not _CODE.fullmatch(code):
-            raise Refused(f"has a numpy array of {str(code)[:20]!r}, where numbers are accepted")
+            raise Refused(f"has a numpy.dtype {str(code)[:20]!r}, where plain real numbers are accepted")
         self.numpy = np.dtype(code)
 
     def build(self, state: Any) -> None:
         """(version, byte order, and what only structured types have)."""
         plain = (None, None, None, -1, -1, 0)
         if type(state) is not tuple or len(state) < 8 or state[2:8] != plain or any(state[8:]):
-            raise Refused("has a numpy array of a structured type, where numbers are accepted")
+            raise Refused("has a structured numpy.dtype, where plain real numbers are accepted")
         order = state[1].decode("latin1") if type(state[1]) is bytes else state[1]
         if type(order) is not str or order not in ("<", ">", "=", "|"):
-            raise Refused("has a numpy array of an unknown byte order")
+            raise Refused("has a numpy.dtype of an unknown byte order")
         if order != "|":
             self.numpy = self.numpy.newbyteorder(order)
 
 
-class Array(StandIn):
+class NumpyArray(StandIn):
     """A numpy array: its bytes and what they mean."""
 
     __slots__ = ("data", "dtype", "shape", "order", "axes")
@@ -53,7 +53,7 @@ class Array(StandIn):
     def __init__(self, machine: Unpickler, kind: Any = None, shape: Any = None, code: Any = None) -> None:
         """`_reconstruct(numpy.ndarray, (0,), b"b")`: as numpy calls it, an empty array that is filled later."""
         if kind is not NDARRAY or shape != (0,) or code not in (b"b", "b"):
-            raise Refused("makes a numpy array in another way than numpy does")
+            raise Refused("calls numpy._core.multiarray._reconstruct as numpy itself never does")
         self.data = None
 
     def build(self, state: Any) -> None:
@@ -68,7 +68,7 @@ class Array(StandIn):
         Raises:
             Refused: there are more or fewer bytes than the shape needs.
         """
-        if type(dtype) is not Dtype:
+        if type(dtype) is not NumpyDtype:
             raise Refused("has a numpy array without a type")
         shape = shape_of(shape)
         if type(data) not in (bytes, str):  # a string: written by Python 2
@@ -113,18 +113,18 @@ def shape_of(value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _scalar(machine: Unpickler, dtype: Any, data: Any = None) -> Array:
+def _scalar(machine: Unpickler, dtype: Any, data: Any = None) -> NumpyArray:
     """A numpy number, as an array without dimensions."""
-    found = Array(machine, NDARRAY, (0,), b"b")
+    found = NumpyArray(machine, NDARRAY, (0,), b"b")
     found.set(data, dtype, (), "C")
     return found
 
 
-def _from_buffer(machine: Unpickler, data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> Array:
+def _from_buffer(machine: Unpickler, data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> NumpyArray:
     """An array as protocol 5 writes it."""
     if order not in ("C", "F", "K") or (order == "K") != (axes is not None):
         raise Refused("has a numpy array in an unknown order")
-    found = Array(machine, NDARRAY, (0,), b"b")
+    found = NumpyArray(machine, NDARRAY, (0,), b"b")
     found.set(data, dtype, shape, "F" if order == "F" else "C", axes)
     return found
 
@@ -135,14 +135,14 @@ class _NdArray(StandIn):
     __slots__ = ()
 
     def call(self, machine: Unpickler, *arguments: Any) -> Any:
-        raise Refused("calls numpy.ndarray, as numpy itself never does")
+        raise Refused("calls numpy.ndarray as numpy itself never does")
 
 
 NDARRAY = _NdArray()
 NAMES: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): NDARRAY,
-    ("numpy", "dtype"): Function(Dtype),
-    **{(f"{module}.multiarray", "_reconstruct"): Function(Array) for module in MODULES},
+    ("numpy", "dtype"): Function(NumpyDtype),
+    **{(f"{module}.multiarray", "_reconstruct"): Function(NumpyArray) for module in MODULES},
     **{(f"{module}.multiarray", "scalar"): Function(_scalar) for module in MODULES},
     **{(f"{module}.numeric", "_frombuffer"): Function(_from_buffer) for module in MODULES},
 }

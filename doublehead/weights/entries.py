@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arrays import Array
+from .arrays import NumpyArray
 from .files import first_line, refusal
 from .pickles import Refused, WeightsError
 from .tensors import DTYPES, LazyTensor, Unusable
@@ -105,7 +105,7 @@ def as_tensor(path: Path, name: str, value: Any) -> Tensor:
     Raises:
         WeightsError: it is none.
     """
-    if isinstance(value, (LazyTensor, Array)):
+    if isinstance(value, (LazyTensor, NumpyArray)):
         try:
             value = value.tensor()
         except Refused as error:
@@ -156,7 +156,7 @@ def _outer_part(tensors: Mapping[str, Tensor]) -> str | None:
 
 def kind_of(value: Any) -> str:
     """What `value` is, in a word."""
-    return "numpy array" if isinstance(value, Array) else "tensor" if isinstance(value, LazyTensor) else (
+    return "numpy array" if isinstance(value, NumpyArray) else "tensor" if isinstance(value, LazyTensor) else (
         type(value).__name__)  # fmt: skip
 
 

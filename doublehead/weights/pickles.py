@@ -189,7 +189,8 @@ class Unpickler(pickle._Unpickler):
             raise Refused(f"sets items of a {type(target).__name__}")
 
     def load_dict(self) -> None:
-        self.append(pairs(self.pop_mark()))
+        items = self.pop_mark()  # it also renews `append`
+        self.append(pairs(items))
 
     def load_additems(self) -> None:
         items = self.pop_mark()
@@ -199,7 +200,8 @@ class Unpickler(pickle._Unpickler):
         target.update(map(key, items))
 
     def load_frozenset(self) -> None:
-        self.append(frozenset(map(key, self.pop_mark())))
+        items = self.pop_mark()
+        self.append(frozenset(map(key, items)))
 
     def load_bytearray8(self) -> None:
         (number,) = unpack("<Q", self.read(8))
@@ -250,8 +252,6 @@ class _Bounded:
         return self._file.read(number)
 
 
-def unpickle(
-    content: bytes, names: Mapping[tuple[str, str], Any], storage: Callable[[Any], Any] | None = None
-) -> Any:
+def unpickle(content: bytes, names: Mapping[tuple[str, str], Any], storage: Callable[[Any], Any] | None = None) -> Any:
     """What a pickle in memory holds; raises as `Unpickler.load` does."""
     return Unpickler(io.BytesIO(content), len(content), names, storage).load()
