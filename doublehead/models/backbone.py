@@ -140,12 +140,13 @@ def _load_imagenet(resnet: nn.Module, name: str) -> None:
     try:
         state = source.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
     except Exception as error:  # no network, a proxy's page, a full disk, a damaged file
-        reason = first_line(error)
         if known:
+            reason = error.strerror if isinstance(error, OSError) else "PyTorch cannot read it"
             raise ValueError(
                 f"backbone.weights: the ImageNet weights in {file} are damaged ({reason}): remove it, to fetch them "
                 f"again, {elsewhere}"
             ) from error
+        reason = first_line(getattr(error, "reason", None) or error)
         raise ValueError(
             f"backbone.weights: the ImageNet weights {file.name} cannot be fetched ({reason}): put {source.url} at "
             f"{file}, {elsewhere}"

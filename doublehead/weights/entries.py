@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .arrays import NumpyArray
 from .files import first_line, refusal
-from .pickles import Refused, WeightsError
+from .pickles import Inert, Refused, WeightsError
 from .tensors import DTYPES, LazyTensor, Unusable
 
 STATE_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "weights")
@@ -58,7 +58,7 @@ def take_state(path: str | Path, content: Any) -> State:
     """
     path = Path(path)
     if not isinstance(content, Mapping):
-        raise WeightsError(f"{path}: holds a {kind_of(content)}, not a dictionary of weights")
+        raise WeightsError(f"{path}: holds {kind_of(content)}, not a dictionary of weights")
     state, found, notes = content, State({}), []
     while (key := _state_key(state)) is not None:
         found.beside |= {str(name): value for name, value in state.items() if name != key}
@@ -116,7 +116,7 @@ def as_tensor(path: Path, name: str, value: Any) -> Tensor:
         raise WeightsError(f"{path}: {name!r} is {value.what}, where dense tensors of real numbers are accepted")
     if not isinstance(value, Tensor):
         raise WeightsError(
-            f"{path}: {name!r} is a {kind_of(value)}, where a state_dict has tensors; the weights are looked for in "
+            f"{path}: {name!r} is {kind_of(value)}, where a state_dict has tensors; the weights are looked for in "
             f"the entries {', '.join(map(repr, STATE_KEYS))}, else in the whole file"
         )
     if value.dtype not in DTYPES.values():
@@ -155,9 +155,10 @@ def _outer_part(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def kind_of(value: Any) -> str:
-    """What `value` is, in a word."""
-    return "numpy array" if isinstance(value, NumpyArray) else "tensor" if isinstance(value, LazyTensor) else (
-        type(value).__name__)  # fmt: skip
+    """What `value` is, in some words."""
+    known = ((NumpyArray, "a numpy array"), (LazyTensor, "a tensor"), (Unusable, "a tensor of another kind"),
+             (Inert, "an object of a class that is dropped unread"))  # fmt: skip
+    return next((text for kind, text in known if isinstance(value, kind)), f"a {type(value).__name__}")
 
 
 def _short(name: Any, most: int = 60) -> str:
