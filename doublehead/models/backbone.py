@@ -19,8 +19,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from ..config import BackboneConfig
 from ..weights import WeightsError, read_file, resnet_state
+from ..weights.entries import some
 from ..weights.files import first_line, is_own_model
-from ..weights.resnets import listed
 
 NORMS = {"frozen_batch_norm": FrozenBatchNorm2d, "batch_norm": nn.BatchNorm2d, "group_norm": partial(nn.GroupNorm, 32)}
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
@@ -211,7 +211,7 @@ def _needed(name: str, not_needed: str | None) -> bool:
 
 
 def _some(names: Iterable[str]) -> str:
-    return listed(sorted(names)) or "nothing"
+    return some(sorted(names)) or "nothing"
 
 
 def _require_file(path: Path) -> None:

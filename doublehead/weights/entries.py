@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ OUTER = {"model": "a trainer's module, such as Lightning's"}
 MOST_COPIES = 16
 """How much more data the weights may seem than the file is long: tensors may share theirs, but not without end."""
 SLACK = 1 << 20
+LONGEST_NAME = 1000
 
 
 @dataclass
@@ -61,13 +62,13 @@ def take_state(path: str | Path, content: Any) -> State:
         raise WeightsError(f"{path}: holds {kind_of(content)}, not a dictionary of weights")
     state, found, notes = content, State({}), []
     while (key := _state_key(state)) is not None:
-        found.beside |= {str(name): value for name, value in state.items() if name != key}
+        found.beside |= {_text(name): value for name, value in state.items() if name != key}
         if key in AVERAGED_KEYS:
             notes.append(f"the weights are the entry {key!r}: an average, as there are no others")
         state = state[key]
     tensors = _read_all(path, state)
     if not tensors:
-        raise WeightsError(f"{path}: no tensors in it (entries: {', '.join(map(_short, content)) or 'none'})")
+        raise WeightsError(f"{path}: no tensors in it (entries: {some(map(_text, content)) or 'none'})")
     found.tensors, found.dropped, more = unwrapped(tensors)
     found.notes = notes + more
     return found
@@ -84,7 +85,9 @@ def _read_all(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
     storages: set[int] = set()
     tensors, stored = {}, 0
     for name, value in state.items():
-        name = _short(name, 400)
+        name = _text(name)
+        if len(name) > LONGEST_NAME or name in tensors:
+            raise refusal(path, Refused(f"has two tensors, or one of a very long name, called {name[:60]!r}"))
         if isinstance(value, LazyTensor) and id(value.storage) not in storages:
             storages.add(id(value.storage))
             stored += value.storage.size
@@ -154,6 +157,13 @@ def _outer_part(tensors: Mapping[str, Tensor]) -> str | None:
     return part if part is not None and (part in WRAPPERS or part in OUTER) and not whole else None
 
 
+def some(names: Iterable[str], most: int = 5) -> str:
+    """The first of the names, for a message."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(name[:80] for name in names[:most]) + more
+
+
 def kind_of(value: Any) -> str:
     """What `value` is, in some words."""
     known = ((NumpyArray, "a numpy array"), (LazyTensor, "a tensor"), (Unusable, "a tensor of another kind"),
@@ -161,5 +171,7 @@ def kind_of(value: Any) -> str:
     return next((text for kind, text in known if isinstance(value, kind)), f"a {type(value).__name__}")
 
 
-def _short(name: Any, most: int = 60) -> str:
-    return name[:most] if isinstance(name, str) else str(name)[:most]
+def _text(name: Any) -> str:
+    """A name as it may be shown: control characters, which could write on a terminal, are escaped."""
+    name = name if isinstance(name, str) else str(name)
+    return name if name.isprintable() else repr(name)[1:-1]

@@ -227,6 +227,8 @@ def key(value: Any) -> Any:
     Raises:
         Refused: it is no plain value.
     """
+    if type(value) is int and value.bit_length() > 256:
+        raise Refused("has a huge number as a key")
     if isinstance(value, StandIn) or type(value) in SCALARS:
         return value
     if type(value) is tuple and all(type(item) in SCALARS for item in value):

@@ -14,11 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .entries import take_state
+from .entries import some, take_state
 from .pickles import WeightsError
 
-SHOWN = 5
-"""How many names an error lists."""
 _BRANCHES = {"branch1": ("downsample.0", "downsample.1")} | {
     f"branch2{letter}": (f"conv{layer}", f"bn{layer}") for layer, letter in enumerate("abc", 1)
 }
@@ -62,7 +60,7 @@ def resnet_state(path: str | Path, content: Any, norm_eps: float) -> ResNetState
     tensors = tensors if caffe2 else _torchvision_names(path, tensors)
     broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
-        raise WeightsError(f"{path}: NaN or infinity in {listed(broken)}")
+        raise WeightsError(f"{path}: NaN or infinity in {some(broken)}")
     return ResNetState(tensors, caffe2)
 
 
@@ -84,7 +82,7 @@ def _from_caffe2(path: str | Path, blobs: Mapping[str, Any], norm_eps: float) ->
     needed = {name: blob for name, blob in blobs.items() if not _CAFFE2_UNNEEDED.fullmatch(str(name))}
     names = {name: caffe2_name(str(name)) for name in needed}
     if unknown := [str(name) for name in names if names[name] is None]:
-        raise WeightsError(f"{path}: blobs that no ResNet has: {listed(unknown)}; accepted: a ResNet's of Caffe2 alone")
+        raise WeightsError(f"{path}: blobs that no ResNet has: {some(unknown)}; accepted: a ResNet's of Caffe2 alone")
     tensors = {names[name]: tensor for name, tensor in take_state(path, needed).tensors.items()}
     for name in [name for name in tensors if name.endswith(".weight") and tensors[name].dim() == 1]:
         layer = name.removesuffix("weight")
@@ -119,13 +117,13 @@ def _torchvision_names(path: str | Path, tensors: Mapping[str, Tensor]) -> dict[
         prefixes = {""}  # a part of one, or a smaller one: loading says what is missing
     if len(prefixes) != 1:
         what = "several ResNets" if prefixes else "no ResNet with torchvision's, Detectron2's or Caffe2's names"
-        raise WeightsError(f"{path}: {what} in it (its tensors begin with {listed(list(tensors))})")
+        raise WeightsError(f"{path}: {what} in it (its tensors begin with {some(tensors)})")
     prefix = prefixes.pop()
     mine = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     others = [name for name in tensors if not name.startswith((prefix, *_CLASSIFIER))]
     if others:
         raise WeightsError(
-            f"{path}: more than a ResNet: {listed(others)}. A detector of another project: python -m "
+            f"{path}: more than a ResNet: {some(others)}. A detector of another project: python -m "
             "doublehead.convert makes a model.safetensors of it, which is accepted"
         )
     return {name: tensor for name, tensor in mine.items() if not name.startswith(_CLASSIFIER)}
@@ -143,8 +141,3 @@ def _from_detectron2(name: str) -> str:
             layer = layer.replace("conv", "bn")
         return f"layer{int(stage) - 1}.{block}.{layer}.{part}"
     return name
-
-
-def listed(names: list[str]) -> str:
-    """Some of the names."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
