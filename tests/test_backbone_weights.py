@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torchvision.ops import FrozenBatchNorm2d
 
 from doublehead.config import BackboneConfig
+from doublehead.models import backbone
 from doublehead.models.backbone import build_backbone
-from doublehead.weights import WeightsError, is_caffe2, resnet_state
+from doublehead.weights import WeightsError, read_file, resnet_state
 from doublehead.weights.resnets import caffe2_name
 
 CONFIG = BackboneConfig("resnet18", weights=None, fpn_channels=8)
@@ -156,22 +157,16 @@ def test_caffe2_names():
             assert caffe2_name(blob) == (None if blob.startswith("pred") else target)
 
 
-@pytest.fixture(scope="module")
-def msra(tmp_path_factory):
-    """As Detectron's R-50.pkl; random."""
+def test_msra_weights(tmp_path, monkeypatch):
+    """A file as Detectron's R-50.pkl; random."""
     torch.manual_seed(0)
     blobs = {}
     for name, tensor in torchvision.models.resnet50(weights=None).state_dict().items():
         if (blob := caffe2_names(name)) is not None:
             blobs[blob] = (torch.rand_like(tensor) + 0.5 if tensor.dim() == 1 else tensor).numpy()
     blobs |= {"conv1_b": np.zeros(64, np.float32), "res2_0_branch2a_w_momentum": np.zeros(3, np.float32)}
-    path = tmp_path_factory.mktemp("msra") / "R-50.pkl"
+    path = tmp_path / "R-50.pkl"
     path.write_bytes(pickle.dumps({"blobs": blobs}, protocol=2))
-    return path, blobs
-
-
-def test_msra_weights(msra):
-    path, blobs = msra
     config = dataclasses.replace(CONFIG, name="resnet50", weights=str(path), stride_in_1x1=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -183,20 +178,21 @@ def test_msra_weights(msra):
         scale, bias = (torch.tensor(blobs[f"{blob}_{part}"])[:, None, None] for part in "sb")
         torch.testing.assert_close(norm(x), x * scale + bias, rtol=1e-6, atol=1e-6)  # an epsilon would be 5e-6
 
-
-def test_a_scale_has_no_epsilon():
-    for eps in (0.0, 1e-5, 1e-3):
-        blobs = {"blobs": {"conv1_w": 1, "res_conv1_bn_s": 1}}
-        assert is_caffe2(blobs)
-        norm = FrozenBatchNorm2d(2, eps)
-        norm.running_var.fill_(1 - eps)
-        assert torch.equal(norm(torch.ones(1, 2, 1, 1)), torch.ones(1, 2, 1, 1))
-
-
-def test_msra_weights_with_the_stride_elsewhere(msra):
-    config = dataclasses.replace(CONFIG, name="resnet50", weights=str(msra[0]))
+    monkeypatch.setattr(backbone, "_load", lambda *arguments, **more: None)  # takes a second
+    config = dataclasses.replace(config, stride_in_1x1=False)
     with pytest.warns(UserWarning, match="R-50.pkl has Caffe2's names, .* set --model.backbone.stride-in-1x1 True"):
         build_backbone(config)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5, 1e-3])
+def test_a_scale_has_no_epsilon(tmp_path, eps):
+    ones = np.ones(2, np.float32)
+    content = {"conv1_w": ones, "res_conv1_bn_s": 3 * ones, "res_conv1_bn_b": ones}  # without "blobs", as some are
+    (tmp_path / "r.pkl").write_bytes(pickle.dumps(content))
+    state = resnet_state(tmp_path / "r.pkl", read_file(tmp_path / "r.pkl"), eps)
+    norm = FrozenBatchNorm2d(2, eps)
+    norm.load_state_dict({name.removeprefix("bn1."): t for name, t in state.tensors.items() if name != "conv1.weight"})
+    assert state.caffe2 and torch.equal(norm(torch.full((1, 2, 1, 1), 2.0)), torch.full((1, 2, 1, 1), 7.0))
 
 
 def test_blobs_that_are_no_resnet(tmp_path):

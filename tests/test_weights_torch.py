@@ -234,9 +234,9 @@ def test_mutated_files_neither_crash_nor_take_memory(tmp_path):
     os.rename(tmp_path / "real.pth", tmp_path / "real-old.pth")
     torch.save({"model": state}, tmp_path / "real-new.zip")
     done = subprocess.run(
-        [sys.executable, "-c", FUZZ, str(Path(__file__).resolve().parents[1]), str(tmp_path), "150"],
+        [sys.executable, "-c", FUZZ, str(Path(__file__).resolve().parents[1]), str(tmp_path), "80"],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
     outcomes = eval(done.stdout)
-    assert outcomes["refused"] > 400 and outcomes["read"] > 20 and outcomes["memory"] == 0
+    assert outcomes["refused"] > 200 and outcomes["read"] > 10 and outcomes["memory"] == 0

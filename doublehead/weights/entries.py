@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arrays import NumpyArray
-from .files import first_line, refusal
-from .pickles import Inert, Refused, WeightsError
-from .tensors import DTYPES, LazyTensor, Unusable
+from .files import refusal
+from .pickles import Refused, WeightsError
+from .values import TensorReader, kind_of, shown
 
 STATE_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "weights")
 """Where training checkpoints keep the weights: Detectron2, maskrcnn-benchmark `model`, MMDetection, Lightning and timm
@@ -31,9 +30,6 @@ WRAPPERS = {
 """Parts of names that a wrapper of PyTorch puts in, at the front or where a part of the model was wrapped."""
 OUTER = {"model": "a trainer's module, such as Lightning's"}
 """Parts that only count in front of all names."""
-MOST_COPIES = 16
-"""How much more data the weights may seem than the file is long: tensors may share theirs, but not without end."""
-SLACK = 1 << 20
 LONGEST_NAME = 1000
 
 
@@ -62,13 +58,13 @@ def take_state(path: str | Path, content: Any) -> State:
         raise WeightsError(f"{path}: holds {kind_of(content)}, not a dictionary of weights")
     state, found, notes = content, State({}), []
     while (key := _state_key(state)) is not None:
-        found.beside |= {_text(name): value for name, value in state.items() if name != key}
+        found.beside |= {shown(name): value for name, value in state.items() if name != key}
         if key in AVERAGED_KEYS:
             notes.append(f"the weights are the entry {key!r}: an average, as there are no others")
         state = state[key]
     tensors = _read_all(path, state)
     if not tensors:
-        raise WeightsError(f"{path}: no tensors in it (entries: {some(map(_text, content)) or 'none'})")
+        raise WeightsError(f"{path}: no tensors in it (entries: {some(map(shown, content)) or 'none'})")
     found.tensors, found.dropped, more = unwrapped(tensors)
     found.notes = notes + more
     return found
@@ -79,52 +75,19 @@ def _state_key(content: Mapping[str, Any]) -> str | None:
 
 
 def _read_all(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    length = path.stat().st_size
-    most = MOST_COPIES * length + SLACK
-    seen: dict[int, Tensor] = {}
-    storages: set[int] = set()
-    tensors, stored = {}, 0
+    reader, tensors = TensorReader(path), {}
     for name, value in state.items():
-        name = _text(name)
+        name = shown(name)
         if len(name) > LONGEST_NAME or name in tensors:
             raise refusal(path, Refused(f"has two tensors, or one of a very long name, called {name[:60]!r}"))
-        if isinstance(value, LazyTensor) and id(value.storage) not in storages:
-            storages.add(id(value.storage))
-            stored += value.storage.size
-            if stored > length:
-                raise refusal(path, Refused("has tensors that together are longer than the file"))
-        if id(value) not in seen:  # the same object may be in many places
-            seen[id(value)] = as_tensor(path, name, value)
-        tensors[name] = seen[id(value)]
-        most -= tensors[name].numel() * tensors[name].element_size()
-        if most < 0:
-            raise refusal(path, Refused("has tensors of many times the file's length"))
+        tensor = reader.read(name, value)
+        if tensor is None:
+            raise WeightsError(
+                f"{path}: {name!r} is {kind_of(value)}, where a state_dict has tensors; the weights are looked for in "
+                f"the entries {', '.join(map(repr, STATE_KEYS))}, else in the whole file"
+            )
+        tensors[name] = tensor.to(torch.float32) if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
     return tensors
-
-
-def as_tensor(path: Path, name: str, value: Any) -> Tensor:
-    """One of the weights: dense, real, on the CPU; numbers of 16 bits as float32.
-
-    Raises:
-        WeightsError: it is none.
-    """
-    if isinstance(value, (LazyTensor, NumpyArray)):
-        try:
-            value = value.tensor()
-        except Refused as error:
-            raise refusal(path, Refused(f"{name!r}: {error}")) from error
-        except Exception as error:  # shapes that PyTorch does not take
-            raise WeightsError(f"{path}: {name!r} is damaged ({first_line(error)})") from error
-    if isinstance(value, Unusable):
-        raise WeightsError(f"{path}: {name!r} is {value.what}, where dense tensors of real numbers are accepted")
-    if not isinstance(value, Tensor):
-        raise WeightsError(
-            f"{path}: {name!r} is {kind_of(value)}, where a state_dict has tensors; the weights are looked for in "
-            f"the entries {', '.join(map(repr, STATE_KEYS))}, else in the whole file"
-        )
-    if value.dtype not in DTYPES.values():
-        raise WeightsError(f"{path}: {name!r} is of {value.dtype}, where plain numbers are accepted")
-    return value.to(torch.float32) if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def unwrapped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
@@ -162,16 +125,3 @@ def some(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(name[:80] for name in names[:most]) + more
-
-
-def kind_of(value: Any) -> str:
-    """What `value` is, in some words."""
-    known = ((NumpyArray, "a numpy array"), (LazyTensor, "a tensor"), (Unusable, "a tensor of another kind"),
-             (Inert, "an object of a class that is dropped unread"))  # fmt: skip
-    return next((text for kind, text in known if isinstance(value, kind)), f"a {type(value).__name__}")
-
-
-def _text(name: Any) -> str:
-    """A name as it may be shown: control characters, which could write on a terminal, are escaped."""
-    name = name if isinstance(name, str) else str(name)
-    return name if name.isprintable() else repr(name)[1:-1]

@@ -30,20 +30,9 @@ INERT_CLASSES = {
     "yacs.config": ("CfgNode",),
     "fvcore.common.config": ("CfgNode",),
     "detectron2.config.config": ("CfgNode",),
-    "omegaconf.base": ("ContainerMetadata", "Metadata", "SCMode"),
-    "omegaconf.dictconfig": ("DictConfig",),
-    "omegaconf.listconfig": ("ListConfig",),
-    "omegaconf.nodes": (
-        "AnyNode", "BooleanNode", "BytesNode", "EnumNode", "FloatNode", "IntegerNode", "PathNode", "StringNode",
-    ),
     "torch": ("device", "Generator", "strided", "contiguous_format", "channels_last", "preserve_format"),
     "torch.serialization": ("_get_layout",),
     "torch.torch_version": ("TorchVersion",),
-    "pytorch_lightning.utilities.parsing": ("AttributeDict",),
-    "pytorch_lightning.callbacks.model_checkpoint": ("ModelCheckpoint",),
-    "pytorch_lightning.callbacks.early_stopping": ("EarlyStopping",),
-    "lightning_fabric.utilities.data": ("AttributeDict",),
-    "lightning.fabric.utilities.data": ("AttributeDict",),
 }  # fmt: skip
 """Module -> classes of logs, settings and plain values, whose objects say nothing of the weights."""
 

@@ -16,8 +16,12 @@ from struct import unpack
 from typing import Any, BinaryIO
 
 SCALARS = (str, bytes, int, float, bool, type(None))
-INERT_MODULES = ("torch.optim.", "torch.amp.", "torch.cuda.amp.")
-"""What the names of modules begin with whose objects, optimizers and schedules saved whole, are dropped unread."""
+INERT_MODULES = (
+    "torch.optim.", "torch.amp.", "torch.cuda.amp.", "omegaconf.", "pytorch_lightning.", "lightning.",
+    "lightning_fabric.",
+)  # fmt: skip
+"""What the names of modules begin with whose objects are dropped unread: optimizers and schedules saved whole, and a
+trainer's settings and callbacks."""
 BUFFER = 1 << 16
 """Bytes that a file may make beside those that it holds."""
 

@@ -84,10 +84,10 @@ def _from_caffe2(path: str | Path, blobs: Mapping[str, Any], norm_eps: float) ->
     if unknown := [str(name) for name in names if names[name] is None]:
         raise WeightsError(f"{path}: blobs that no ResNet has: {some(unknown)}; accepted: a ResNet's of Caffe2 alone")
     tensors = {names[name]: tensor for name, tensor in take_state(path, needed).tensors.items()}
-    for name in [name for name in tensors if name.endswith(".weight") and tensors[name].dim() == 1]:
-        layer = name.removesuffix("weight")
-        tensors[f"{layer}running_mean"] = torch.zeros_like(tensors[name])
-        tensors[f"{layer}running_var"] = torch.full_like(tensors[name], 1 - norm_eps)
+    for scale in [name for blob, name in names.items() if str(blob).endswith("_bn_s")]:
+        layer = scale.removesuffix("weight")
+        tensors[f"{layer}running_mean"] = torch.zeros_like(tensors[scale])
+        tensors[f"{layer}running_var"] = torch.full_like(tensors[scale], 1 - norm_eps)
     return tensors
 
 
