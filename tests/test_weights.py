@@ -209,6 +209,8 @@ HOSTILE = {
     "a codec": b"c_codecs\nencode\n(S'x'\nS'zip'\ntR",
     "optimizer's function": b"\x8c\x0btorch.optim\x8c\x13sgd._use_grad.__new\x93)R",
     "a method": b"\x8c\x15torch.optim.optimizer\x8c\x0eOptimizer.step\x93)R",
+    "a name of lines": b"\x8c\x04a\nbc\x8c\x03d\x1be\x93",
+    "a name without end": b"c" + b"x" * 10_000 + b"\ny\n",
     "huge bytes": b"\x8e" + struct.pack("<Q", 2**40),
     "huge text": b"\x8d" + struct.pack("<Q", 2**40),
     "huge buffer": b"\x96" + struct.pack("<Q", 2**40),

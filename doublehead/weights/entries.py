@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .files import refusal
-from .pickles import Refused, WeightsError
-from .values import TensorReader, kind_of, shown
+from .pickles import Refused, WeightsError, shown
+from .values import TensorReader, kind_of
 
 STATE_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "weights")
 """Where training checkpoints keep the weights: Detectron2, maskrcnn-benchmark `model`, MMDetection, Lightning and timm

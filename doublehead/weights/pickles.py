@@ -22,6 +22,8 @@ INERT_MODULES = (
 )  # fmt: skip
 """What the names of modules begin with whose objects are dropped unread: optimizers and schedules saved whole, and a
 trainer's settings and callbacks."""
+LONGEST_SHOWN = 200
+"""Characters of a name that a message shows."""
 BUFFER = 1 << 16
 """Bytes that a file may make beside those that it holds."""
 
@@ -122,7 +124,7 @@ class Unpickler(pickle._Unpickler):
         if found is None and module.startswith(INERT_MODULES) and "." not in name:
             found = Inert()
         if found is None:
-            raise NamesCode(f"{module}.{name}".removeprefix("builtins."))
+            raise NamesCode(shown(f"{module}.{name}".removeprefix("builtins."))[:LONGEST_SHOWN])
         return found
 
     def persistent_load(self, pid: Any) -> Any:
@@ -238,6 +240,12 @@ def key(value: Any) -> Any:
     if type(value) is tuple and all(type(item) in SCALARS for item in value):
         return value
     raise Refused(f"has a {type(value).__name__} as a key")
+
+
+def shown(name: Any) -> str:
+    """A name as it may be shown: control characters, which could write on a terminal, are escaped."""
+    name = name if isinstance(name, str) else str(name)
+    return name if name.isprintable() else repr(name)[1:-1]
 
 
 def pairs(items: list[Any]) -> dict[Any, Any]:

@@ -83,6 +83,8 @@ def _from_caffe2(path: str | Path, blobs: Mapping[str, Any], norm_eps: float) ->
     names = {name: caffe2_name(str(name)) for name in needed}
     if unknown := [str(name) for name in names if names[name] is None]:
         raise WeightsError(f"{path}: blobs that no ResNet has: {some(unknown)}; accepted: a ResNet's of Caffe2 alone")
+    if len(set(names.values())) < len(names):
+        raise WeightsError(f"{path}: has the first norm twice, as res_conv1_bn and conv1_bn")
     tensors = {names[name]: tensor for name, tensor in take_state(path, needed).tensors.items()}
     for scale in [name for blob, name in names.items() if str(blob).endswith("_bn_s")]:
         layer = scale.removesuffix("weight")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .arrays import NumpyArray
 from .files import first_line, read_file, refusal
-from .pickles import SCALARS, Inert, Refused, WeightsError
+from .pickles import SCALARS, Inert, Refused, WeightsError, shown
 from .tensors import DTYPES, LazyTensor, Unusable
 
 MOST_COPIES = 16
@@ -103,12 +103,6 @@ def read_plain(path: str | Path) -> Any:
         return tensor
 
     return plain(content, "", 0)
-
-
-def shown(name: Any) -> str:
-    """A name as it may be shown: control characters, which could write on a terminal, are escaped."""
-    name = name if isinstance(name, str) else str(name)
-    return name if name.isprintable() else repr(name)[1:-1]
 
 
 def kind_of(value: Any) -> str:
