@@ -20,7 +20,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from ..config import BackboneConfig
 from ..weights import WeightsError, read_file, resnet_state
 from ..weights.entries import some
-from ..weights.files import first_line, is_own_model
+from ..weights.files import first_line, is_own_model, is_safetensors
 
 NORMS = {"frozen_batch_norm": FrozenBatchNorm2d, "batch_norm": nn.BatchNorm2d, "group_norm": partial(nn.GroupNorm, 32)}
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
@@ -103,7 +103,7 @@ def _resnet(config: BackboneConfig) -> tuple[nn.Module, partial]:
     resnet = getattr(torchvision.models, config.name)(weights=None, norm_layer=norm)
     if config.weights == "imagenet":
         _load_imagenet(resnet, config.name)
-    elif config.weights is not None and not _is_checkpoint(config.weights):
+    elif config.weights is not None and not _is_checkpoint(config.weights):  # a checkpoint: with the pyramid, later
         _load_resnet(resnet, config)
     if config.stride_in_1x1:
         _stride_in_1x1(resnet)
@@ -158,7 +158,6 @@ def _load_resnet(resnet: nn.Module, config: BackboneConfig) -> None:
     """Load a ResNet's weights under one of the known sets of names; its classifier is not needed."""
     path = Path(config.weights)
     try:
-        _require_file(path)
         state = resnet_state(path, read_file(path), config.norm_eps)
     except WeightsError as error:
         raise ValueError(f"backbone.weights: {error}") from error
@@ -228,10 +227,10 @@ def _is_checkpoint(weights: str | None) -> bool:
     Raises:
         FileNotFoundError, ValueError: the file is not there, or damaged.
     """
-    if weights is None or not weights.endswith(".safetensors"):
+    if weights in (None, "imagenet"):
         return False
     _require_file(Path(weights))
     try:
-        return is_own_model(weights)
+        return is_safetensors(weights) and is_own_model(weights)
     except WeightsError as error:
         raise ValueError(f"backbone.weights: {error}") from error

@@ -60,7 +60,7 @@ def _reader(path: Path, head: bytes) -> Any:
         return read_archive
     if MAGIC in head:
         return read_old_file
-    if len(head) > 8 and head[8:9] == b"{":  # the length of the header, then the header
+    if is_safetensors(path):
         return read_safetensors
     if head and (head[:1] == b"\x80" or head[:1] in b"(}]c"):
         return _read_pickle
@@ -70,6 +70,14 @@ def _reader(path: Path, head: bytes) -> Any:
         raise WeightsError(f"{path}: a web page, not a checkpoint: the download went wrong")
     what = "an empty file" if not head else "not a file of torch.save, pickle or safetensors"
     raise WeightsError(f"{path}: not a checkpoint ({what})")
+
+
+def is_safetensors(path: str | Path) -> bool:
+    """Whether a file begins as safetensors do: the length of the header, then the header, which is JSON."""
+    if not Path(path).is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{" or Path(path).suffix == ".safetensors"
 
 
 def is_own_model(path: str | Path) -> bool:
