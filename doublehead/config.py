@@ -32,8 +32,9 @@ class BackboneConfig:
     norm_eps: float = 1e-5
     """Of the batch norms (torchvision's COCO_V1 detectors need 0)."""
     weights: str | None = "imagenet"
-    """`imagenet` (torchvision downloads them), the path of a ResNet state_dict, a detector's model.safetensors (its
-    backbone and pyramid are taken), or None: from scratch."""
+    """`imagenet` (torchvision downloads them), the path of a ResNet's weights (torchvision's, timm's, Detectron2's or
+    Caffe2's names: .pth, .pkl, .safetensors), a detector's model.safetensors (its backbone and pyramid are taken), or
+    None: from scratch."""
     frozen_stages: int = 2
     """How many of stem, layer1 .. layer4 are not trained (2: stem and layer1)."""
     fpn_channels: int = 256

@@ -203,6 +203,14 @@ BROKEN = {
         "names getattr",
     ),
     "code, codec": (lambda path: path.write_bytes(pickle.dumps(Codec())), "names _codecs.encode"),
+    "foreign memory": (
+        lambda path: path.write_bytes(b"cnumpy\nndarray\n((I1000\ntS'f4'\ntR."),
+        "calls numpy.ndarray as numpy itself never does",
+    ),
+    "Python's own limits": (  # a key whose hash overflows the stack
+        lambda path: path.write_bytes(b"\x80\x02(d)" + b"\x85" * 100_000 + b"Ns."),
+        "has a tuple as a key",
+    ),
     "a list": (lambda path: torch.save([torch.zeros(1)], path), "holds a list, not a dictionary"),
     "numbers": (lambda path: torch.save({"a": 3}, path), "'a' is a int, where a state_dict has tensors"),
     "nothing": (lambda path: torch.save({"state_dict": {}}, path), "no tensors in it"),
@@ -339,6 +347,10 @@ WRONG = {
     "shape": (lambda s: s | {"rpn.head.conv.0.0.bias": torch.zeros(5)}, r"'rpn.head.conv.0.0.bias' has shape \(5,\)"),
     "anchors": (lambda s: s | {"rpn.head.cls_logits.weight": torch.zeros(15, 16, 1, 1)}, "rpn.head.cls_logits.weight"),
     "agnostic": (lambda s: s | {f"{BOX}.weight": torch.zeros(4, 8)}, "class-agnostic"),
+    "terabytes": (  # a second layer of 2^40 numbers, which the first one only claims
+        lambda s: s | {f"{FC6}.weight": torch.zeros(2**20, 16)},
+        r"of wrong shape: .*box_head.fc6.bias' has shape",
+    ),
     "one class": (lambda s: s | {f"{CLS}.weight": torch.zeros(1, 8)}, "no class beside the background"),
     "a vector": (lambda s: s | {f"{CLS}.weight": torch.zeros(4)}, "of 2 dimensions is needed"),
     "map": (lambda s: s | {f"{FC6}.weight": torch.zeros(8, 800)}, "no square map of 16 channels"),

@@ -82,6 +82,37 @@ def test_a_fresh_process_computes_the_same_without_model_code(run, exported, tmp
         torch.testing.assert_close(tuple(found), tuple(expected[:4]), rtol=1e-4, atol=1e-3)
 
 
+IN_THREADS = """
+import sys, threading
+import torch
+from doublehead.exporting import load
+from doublehead.exporting.program import example_input
+
+detector = load(sys.argv[1])
+inputs = [example_input(1, 64, 96, seed=i) for i in range(4)]
+expected = [detector(*batch) for batch in inputs]
+right = [0] * 4
+
+def work(i):
+    for _ in range(10):
+        right[i] += all(torch.equal(*pair) for pair in zip(detector(*inputs[i]), expected[i]))
+
+threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(right)
+"""
+
+
+def test_threads_may_share_a_package(exported):
+    """Two calls at once within a package would wait for each other: see `PackageCall`."""
+    done = subprocess.run(
+        [sys.executable, "-c", IN_THREADS, exported], capture_output=True, text=True, timeout=120,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+    )  # fmt: skip
+    assert done.stdout == "[10, 10, 10, 10]\n", done.stderr[-2000:]
+
+
 def test_the_package_describes_itself(exported):
     detector = load(exported)
     assert detector.classes == CLASSES and detector.shape == (2, 64, 96)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,6 +73,31 @@ def image_config(description: dict[str, Any]) -> ImageConfig:
     values = description["preprocessing"]
     fields = {field.name for field in dataclasses.fields(ImageConfig)}
     return ImageConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in fields})
+
+
+MOST_VALUES = 2**33
+"""Numbers in a batch of pixels that are believed; 32 GB."""
+
+
+def flaw_of(description: dict[str, Any]) -> str | None:
+    """What keeps a description that was read from a file from being used; None: nothing."""
+    try:
+        shapes = [description["inputs"][name]["shape"] for name in INPUTS]
+        classes, dynamic = description["classes"], description["dynamic_batch"]
+        texts = [description[name] for name in ("kind", "device", "machine", "recipe", "torch")]
+        image_config(description), description["legacy_boxes"], description["category_ids"]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return f"{error} ({type(error).__name__})"
+    pixels, sizes = shapes
+    if not all(isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape) for shape in shapes):
+        return "the inputs' shapes are no lists of whole numbers"
+    if len(pixels) != 4 or pixels[1] != 3 or sizes != [pixels[0], 2] or math.prod(pixels) > MOST_VALUES:
+        return f"the inputs' shapes are {shapes}"
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        return "the classes are no list of names"
+    if type(dynamic) is not bool or not all(isinstance(text, str) for text in texts):
+        return "a field is of another type"
+    return None
 
 
 def machine(device: str) -> str:

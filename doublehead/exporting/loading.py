@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from ..engine.errors import UserError
-from .description import FORMAT, NAME, image_config, machine
+from .calls import Call, PackageCall, SessionCall
+from .description import FORMAT, NAME, flaw_of, image_config, machine
 from .package import read_description
-
-Call = Callable[[Tensor, Tensor], Sequence[Tensor]]
 
 
 class ExportedDetections(NamedTuple):
@@ -33,6 +32,9 @@ class ExportedDetections(NamedTuple):
 
 class ExportedDetector:
     """A detector in a file, ready to be called.
+
+    Several threads may call it; a package works on one call at a time.  In a process that was forked after opening, an
+    ONNX file works, and a package refuses.
 
     Attributes:
         description: what the exporter noted: "classes", "preprocessing", "inputs", "outputs", "device", ...
@@ -60,6 +62,7 @@ class ExportedDetector:
 
         Raises:
             ValueError: another shape, dtype or device.
+            RuntimeError: a package, in a process that was forked since it was opened.
         """
         batch, height, width = self.shape
         if self.dynamic_batch and pixels.dim():
@@ -152,7 +155,7 @@ def _load_package(path: Path, device_index: int) -> ExportedDetector:
             f"{description['torch']} for {made_for}, and here are torch {torch.__version__} and {machine(wanted)}"
         ) from error
     device = torch.device(wanted, device_index) if wanted == "cuda" else torch.device("cpu")
-    return ExportedDetector(compiled, description, device)
+    return ExportedDetector(PackageCall(compiled), description, device)
 
 
 def _load_onnx(path: Path) -> ExportedDetector:
@@ -160,18 +163,17 @@ def _load_onnx(path: Path) -> ExportedDetector:
         import onnxruntime
     except ImportError as error:
         raise UserError(f"{path}: not a package; to open an ONNX file: pip install onnxruntime") from error
+
+    def open_session() -> onnxruntime.InferenceSession:
+        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        session = open_session()
     except Exception as error:  # onnxruntime's own classes, one for each kind of failure
         raise UserError(f"{path}: neither a package nor an ONNX file ({str(error).splitlines()[0]})") from error
     note = session.get_modelmeta().custom_metadata_map.get(NAME)
-    description = _checked(path, json.loads(note) if note else None)
-
-    def call(pixels: Tensor, sizes: Tensor) -> list[Tensor]:
-        results = session.run(None, {"pixels": pixels.numpy(), "sizes": sizes.numpy()})
-        return [torch.from_numpy(result) for result in results]
-
-    return ExportedDetector(call, description, torch.device("cpu"))
+    description = _checked(path, _parsed(note))
+    return ExportedDetector(SessionCall(open_session, session), description, torch.device("cpu"))
 
 
 def _checked(path: Path, description: dict[str, Any] | None) -> dict[str, Any]:
@@ -179,4 +181,14 @@ def _checked(path: Path, description: dict[str, Any] | None) -> dict[str, Any]:
         raise UserError(f"{path}: not a detector that python -m doublehead.export wrote, or damaged")
     if description.get("format") != FORMAT:
         raise UserError(f"{path}: written in {description.get('format')}, this version reads {FORMAT}")
+    if (flaw := flaw_of(description)) is not None:
+        raise UserError(f"{path}: its description cannot be used: {flaw}")
     return description
+
+
+def _parsed(note: str | None) -> dict[str, Any] | None:
+    try:
+        found = json.loads(note) if note else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -19,6 +19,8 @@ INDUCTOR_OPTIONS: dict[str, Any] = {}
 """Further settings of `torch._inductor.config`, such as {"max_autotune": True}."""
 
 ENTRY = f"extra/{NAME}.json"
+LONGEST = 64 << 20
+"""Bytes of a description that are read; it names the classes, and is some kilobytes long."""
 
 
 def write_package(
@@ -61,6 +63,9 @@ def read_description(path: Path) -> dict[str, Any] | None:
     try:
         with zipfile.ZipFile(path) as archive:
             name = next((name for name in archive.namelist() if name.endswith(ENTRY)), None)
-            return None if name is None else json.loads(archive.read(name))
-    except (zipfile.BadZipFile, ValueError, KeyError):
+            if name is None or archive.getinfo(name).file_size > LONGEST:
+                return None
+            found = json.loads(archive.read(name))
+            return found if isinstance(found, dict) else None
+    except (zipfile.BadZipFile, ValueError, KeyError, RecursionError, NotImplementedError):
         return None

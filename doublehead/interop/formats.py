@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from ..config import Recipe
 from .classes import data_of, name_classes
 from .detectron2 import weights as _detectron2
 from .loading import Checkpoint
-from .mapping import ConversionError, Mapped, Plan, Project, check_cells, fill, map_tensors, matches
+from .mapping import ConversionError, Mapped, Plan, Project, check_cells, complete, map_tensors, matches
 from .maskrcnn_benchmark import weights as _maskrcnn_benchmark
 from .mmdet import weights as _mmdet
 from .settings import with_settings
@@ -68,8 +69,11 @@ def convert(
     for setting in settings:
         plan.guessed.pop(setting.partition("=")[0].removeprefix("model."), None)
     mapped = map_tensors(checkpoint.tensors, plan.rules, plan.unneeded)
+    with torch.device("meta"):  # no memory for a model whose size the file only claims
+        outline = _build(recipe, plan).state_dict()
+    state = complete(outline, mapped, plan.rules, checkpoint.tensors)
     model = _build(recipe, plan)
-    fill(model, mapped, plan.rules, checkpoint.tensors)
+    model.load_state_dict(state)
     check_cells(plan.cells, model.detector.rpn.anchors.cells)
     return Converted(model.eval(), recipe, names, ids, source.name, plan, mapped)
 

@@ -14,7 +14,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import ModelConfig
 from ..engine.errors import UserError
@@ -116,19 +116,23 @@ def map_tensors(tensors: Mapping[str, Tensor], rules: Sequence[Rule], unneeded: 
     return mapped
 
 
-def fill(model: nn.Module, mapped: Mapped, rules: Sequence[Rule], source: Mapping[str, Tensor]) -> None:
-    """Load the mapped tensors into `model`, which must want exactly these.
+def complete(
+    wanted: Mapping[str, Tensor], mapped: Mapped, rules: Sequence[Rule], source: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The mapped tensors as the state of a model, which must want exactly these.
 
     Counters of batches may be missing: they start at 0, and matter to training alone.
+
+    Args:
+        wanted: the model's state; shapes and types are looked at, so that it may be on the device "meta".
 
     Raises:
         ConversionError: tensors missing, too many, of another shape or not finite, by the source's names.
     """
-    wanted = model.state_dict()
     tensors = dict(mapped.tensors)
     for name in wanted.keys() - tensors.keys():
         if name.endswith(COUNTER):
-            tensors[name] = torch.zeros_like(wanted[name])
+            tensors[name] = torch.zeros(wanted[name].shape, dtype=wanted[name].dtype)
     missing = [_source_of(name, rules) for name in wanted if name not in tensors]
     extra = [mapped.sources[name] for name in tensors if name not in wanted]
     shapes = [
@@ -145,7 +149,7 @@ def fill(model: nn.Module, mapped: Mapped, rules: Sequence[Rule], source: Mappin
         problems += [f"NaN, infinity or whole numbers in place of weights: {_list(broken)}"] if broken else []
     if problems:
         raise ConversionError(f"the tensors do not make a whole model: {'. '.join(problems)}")
-    model.load_state_dict(tensors)
+    return tensors
 
 
 def check_cells(cells: Mapping[str, Tensor], model_cells: Tensor) -> None:

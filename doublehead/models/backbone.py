@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +18,9 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from ..config import BackboneConfig
+from ..weights import WeightsError, read_file, resnet_state
+from ..weights.entries import some
+from ..weights.files import first_line, is_own_model, is_safetensors
 
 NORMS = {"frozen_batch_norm": FrozenBatchNorm2d, "batch_norm": nn.BatchNorm2d, "group_norm": partial(nn.GroupNorm, 32)}
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
@@ -95,10 +100,11 @@ def build_backbone(config: BackboneConfig) -> Backbone:
 
 def _resnet(config: BackboneConfig) -> tuple[nn.Module, partial]:
     norm = partial(NORMS[config.norm], eps=config.norm_eps)
-    weights = "IMAGENET1K_V1" if config.weights == "imagenet" else None
-    resnet = getattr(torchvision.models, config.name)(weights=weights, norm_layer=norm)
-    if config.weights not in (None, "imagenet") and not _is_checkpoint(config.weights):
-        _load_resnet(resnet, Path(config.weights))
+    resnet = getattr(torchvision.models, config.name)(weights=None, norm_layer=norm)
+    if config.weights == "imagenet":
+        _load_imagenet(resnet, config.name)
+    elif config.weights is not None and not _is_checkpoint(config.weights):  # a checkpoint: with the pyramid, later
+        _load_resnet(resnet, config)
     if config.stride_in_1x1:
         _stride_in_1x1(resnet)
     _freeze(resnet, config.frozen_stages)
@@ -121,18 +127,53 @@ def _freeze(resnet: nn.Module, stages: int) -> None:
         parameter.requires_grad_((stage if stage.startswith("layer") else "stem") in trained)
 
 
-def _load_resnet(resnet: nn.Module, path: Path) -> None:
-    """Load a classification ResNet's state_dict (torchvision's names); its `fc` layer is not needed."""
-    _require_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    _load(resnet, state, path, not_needed="fc.")
+def _load_imagenet(resnet: nn.Module, name: str) -> None:
+    """Load torchvision's weights, from its cache or over the network.
+
+    Raises:
+        ValueError: they are not there and cannot be fetched, or the file in the cache is damaged.
+    """
+    source = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+    file = Path(torch.hub.get_dir(), "checkpoints", source.url.rpartition("/")[2])
+    elsewhere = "or give --model.backbone.weights PATH of a ResNet's weights, or None to start from scratch"
+    known = file.is_file()
+    try:
+        state = source.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
+    except Exception as error:  # no network, a proxy's page, a full disk, a damaged file
+        if known:
+            reason = error.strerror if isinstance(error, OSError) else "PyTorch cannot read it"
+            raise ValueError(
+                f"backbone.weights: the ImageNet weights in {file} are damaged ({reason}): remove it, to fetch them "
+                f"again, {elsewhere}"
+            ) from error
+        reason = first_line(getattr(error, "reason", None) or error)
+        raise ValueError(
+            f"backbone.weights: the ImageNet weights {file.name} cannot be fetched ({reason}): put {source.url} at "
+            f"{file}, {elsewhere}"
+        ) from error
+    _load(resnet, state, file, not_needed="fc.")
+
+
+def _load_resnet(resnet: nn.Module, config: BackboneConfig) -> None:
+    """Load a ResNet's weights under one of the known sets of names; its classifier is not needed."""
+    path = Path(config.weights)
+    try:
+        state = resnet_state(path, read_file(path), config.norm_eps)
+    except WeightsError as error:
+        raise ValueError(f"backbone.weights: {error}") from error
+    if state.caffe2 and not config.stride_in_1x1 and config.name != "resnet18":
+        warnings.warn(
+            f"backbone.weights: {path} has Caffe2's names, and so was trained with the stride in the 1x1 convolutions: "
+            "set --model.backbone.stride-in-1x1 True",
+            stacklevel=2,
+        )
+    _load(resnet, state.tensors, path, not_needed="fc.")
 
 
 def _load_checkpoint(backbone: nn.Module, path: Path) -> None:
     """Load the backbone and the pyramid of a detector's model.safetensors."""
     import safetensors  # only here: models themselves need PyTorch and torchvision alone
 
-    _require_file(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(_CHECKPOINT_PREFIX)]  # noqa: SIM118 (not a dict)
@@ -142,26 +183,54 @@ def _load_checkpoint(backbone: nn.Module, path: Path) -> None:
     _load(backbone, state, path)
 
 
-def _load(module: nn.Module, state: dict[str, Tensor], path: Path, not_needed: str | None = None) -> None:
-    try:
-        missing, unexpected = module.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # a tensor of another shape
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"backbone.weights: {path} does not fit: {reason}") from error
-    missing = [name for name in missing if not_needed is None or not name.startswith(not_needed)]
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in unexpected if not name.endswith("num_batches_tracked")]
+def _load(module: nn.Module, state: Mapping[str, Tensor], path: Path, not_needed: str | None = None) -> None:
+    """Load exactly what `module` has; what begins with `not_needed` may be missing, too much, or of any shape.
+
+    Raises:
+        ValueError: something else is; the message names it.
+    """
+    wanted = {name: tensor for name, tensor in module.state_dict().items() if _needed(name, not_needed)}
+    given = {name: tensor for name, tensor in state.items() if _needed(name, not_needed)}
+    missing, unexpected = wanted.keys() - given.keys(), given.keys() - wanted.keys()
     if missing or unexpected:
-        raise ValueError(f"backbone.weights: {path} does not fit: missing {missing[:5]}, unexpected {unexpected[:5]}")
+        raise ValueError(
+            f"backbone.weights: {path} does not fit: missing {_some(missing)}, unexpected {_some(unexpected)}"
+        )
+    for name, tensor in given.items():
+        if tensor.shape != wanted[name].shape or tensor.is_floating_point() != wanted[name].is_floating_point():
+            raise ValueError(
+                f"backbone.weights: {path} does not fit: size mismatch for {name}: {tuple(tensor.shape)} "
+                f"({tensor.dtype}) in the file, {tuple(wanted[name].shape)} ({wanted[name].dtype}) in the model"
+            )
+    module.load_state_dict(given, strict=False)
+
+
+def _needed(name: str, not_needed: str | None) -> bool:
+    return not name.endswith("num_batches_tracked") and not (not_needed and name.startswith(not_needed))
+
+
+def _some(names: Iterable[str]) -> str:
+    return some(sorted(names)) or "nothing"
 
 
 def _require_file(path: Path) -> None:
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
-            f"backbone.weights: no file {path}; give a ResNet state_dict, a detector's model.safetensors, "
+            f"backbone.weights: no file {path}; give a ResNet's weights, a detector's model.safetensors, "
             f"'imagenet', or None"
         )
 
 
 def _is_checkpoint(weights: str | None) -> bool:
-    return weights is not None and weights.endswith(".safetensors")
+    """Whether these are a detector of this library, by the header of the file.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is not there, or damaged.
+    """
+    if weights in (None, "imagenet"):
+        return False
+    _require_file(Path(weights))
+    try:
+        return is_safetensors(weights) and is_own_model(weights)
+    except WeightsError as error:
+        raise ValueError(f"backbone.weights: {error}") from error

@@ -74,7 +74,8 @@ def class_names(meta: Mapping[str, Any]) -> list[str] | None:
     found = next((place[key] for place in places for key in ("classes", "CLASSES") if place.get(key)), None)
     if isinstance(found, str):
         return [found]
-    return [str(name) for name in found] if isinstance(found, Sequence) else None
+    texts = isinstance(found, Sequence) and all(isinstance(name, str) for name in found)
+    return list(found) if texts else None
 
 
 def _only(pattern: str, text: str) -> str | None:

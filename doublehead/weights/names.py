@@ -1,0 +1,102 @@
+"""Names that pickles of weights may have beside arrays and tensors, and what stands for them.
+
+Trainers put logs, arguments and paths beside the weights.  Objects of the classes listed here are dropped unread; any
+other name is refused, as what a file does with it is code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .pickles import Function, Inert, NamesCode, Refused, StandIn, Unpickler, key
+
+INERT = Inert()
+INERT_CLASSES = {
+    "argparse": ("Namespace",),
+    "types": ("SimpleNamespace",),
+    "pathlib": ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+    "pathlib._local": ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+    "collections": ("deque",),
+    "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
+    "decimal": ("Decimal",),
+    "uuid": ("UUID",),
+    "builtins": ("object", "complex", "slice", "range", "list", "dict", "tuple", "int", "float", "str", "bool"),
+    "typing": ("Any",),
+    "mmengine.logging.history_buffer": ("HistoryBuffer",),
+    "mmengine.config.config": ("Config", "ConfigDict"),
+    "mmcv.utils.config": ("Config", "ConfigDict"),
+    "addict.addict": ("Dict",),
+    "easydict": ("EasyDict",),
+    "yacs.config": ("CfgNode",),
+    "fvcore.common.config": ("CfgNode",),
+    "detectron2.config.config": ("CfgNode",),
+    "torch": ("device", "Generator", "strided", "contiguous_format", "channels_last", "preserve_format"),
+    "torch.serialization": ("_get_layout",),
+    "torch.torch_version": ("TorchVersion",),
+}  # fmt: skip
+"""Module -> classes of logs, settings and plain values, whose objects say nothing of the weights."""
+
+
+def _encode(machine: Unpickler, text: Any, encoding: Any = "latin1") -> bytes:
+    """`_codecs.encode`, by which pickles of protocol 2 write bytes, for that encoding alone."""
+    if encoding not in ("latin1", "latin-1"):
+        raise NamesCode(f"_codecs.encode({str(encoding)[:20]!r})")
+    return _bytes(machine, text, encoding)
+
+
+def _bytes(machine: Unpickler, content: Any = b"", encoding: Any = "latin1") -> bytes:
+    """`bytes` and `bytearray` of what the pickle holds; never of a number, which would be so many zeros."""
+    if type(content) not in (str, bytes) or encoding not in ("latin1", "latin-1"):
+        raise Refused(f"makes bytes of a {type(content).__name__}")
+    machine.spend(len(content))
+    return content.encode("latin1") if isinstance(content, str) else content
+
+
+def _set(machine: Unpickler, items: Any = ()) -> set[Any]:
+    if type(items) not in (list, tuple):
+        raise Refused(f"makes a set of a {type(items).__name__}")
+    machine.spend(len(items))
+    return set(map(key, items))
+
+
+def _dictionary(machine: Unpickler, items: Any = ()) -> dict[Any, Any]:
+    """`OrderedDict()`, filled later, or of pairs, as Python 2 wrote it; `Counter` of a dictionary."""
+    if type(items) is dict:
+        return items
+    if type(items) not in (list, tuple) or any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in items):
+        raise Refused("makes a dictionary of something else than pairs")
+    machine.spend(len(items))
+    return {key(name): value for name, value in items}
+
+
+def _default_dictionary(machine: Unpickler, factory: Any = None) -> dict[Any, Any]:
+    return {}
+
+
+def _getattr(machine: Unpickler, owner: Any, name: Any) -> Inert:
+    """`getattr`, by which a log of mmengine names its own methods, and which gives nothing."""
+    if not isinstance(owner, Inert):
+        raise NamesCode(f"getattr(..., {str(name)[:40]!r})")
+    return INERT
+
+
+def _reconstructor(machine: Unpickler, kind: Any, base: Any = None, state: Any = None) -> StandIn:
+    """`copyreg._reconstructor`, by which protocols 0 and 1 make objects, for those that are dropped."""
+    if not isinstance(kind, Inert):
+        raise Refused(f"makes an object of a {type(kind).__name__}")
+    return INERT
+
+
+NAMES: dict[tuple[str, str], Any] = {
+    **{(module, name): INERT for module, names in INERT_CLASSES.items() for name in names},
+    ("collections", "OrderedDict"): Function(_dictionary),
+    ("collections", "Counter"): Function(_dictionary),
+    ("collections", "defaultdict"): Function(_default_dictionary),
+    ("_codecs", "encode"): Function(_encode),
+    ("builtins", "bytes"): Function(_bytes),
+    ("builtins", "bytearray"): Function(_bytes),
+    ("builtins", "set"): Function(_set),
+    ("builtins", "frozenset"): Function(_set),
+    ("builtins", "getattr"): Function(_getattr),
+    ("copyreg", "_reconstructor"): Function(_reconstructor),
+}
