@@ -10,6 +10,7 @@ same bits.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -311,8 +312,22 @@ def _prepared(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
 def _parallel(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dim() == 4 and parameter.is_contiguous():
+            parameter.register_hook(functools.partial(_with_strides, parameter.stride()))
     devices = [world.device] if world.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+
+def _with_strides(strides: tuple[int, ...], gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient of a 1x1 kernel, seen with the kernel's own strides.
+
+    Its memory is contiguous and channels last at once, and operators differ in which of the two they say.  DDP takes
+    the difference for another layout, and warns.
+    """
+    if gradient.stride() == strides or not gradient.is_contiguous():
+        return gradient
+    return gradient.as_strided(gradient.shape, strides)
 
 
 def _to(value: Any, device: torch.device) -> Any:
