@@ -15,6 +15,7 @@ import tyro
 from doublehead.config import DataConfig, ModelConfig, Recipe, TrainConfig
 from doublehead.engine.errors import UserError, shown_to_user
 from doublehead.engine.files import new_run_folder, read_recipe
+from doublehead.engine.schedule import describe, scaled
 from doublehead.recipes import RECIPES
 
 DEFAULT_RECIPE = "shapes-ext"
@@ -75,17 +76,23 @@ def parse(arguments: Sequence[str]) -> tuple[Recipe, Options]:
         raise UserError("--out and --resume exclude each other: a resumed run stays in its folder")
     if options.resume and options.model != recipe.model:
         raise UserError("--resume goes on with the model as it is: leave the --model options out")
-    return replace(recipe, data=options.data, train=options.train, model=options.model), options
+    train = options.train
+    if not options.resume and _gives("--train.steps", arguments) and not _gives("--train.milestones", arguments):
+        # Of a run that goes on, the schedule stays: its steps so far were made by it.
+        train = scaled(train, recipe.train.steps, warmup=not _gives("--train.warmup-steps", arguments))
+    return replace(recipe, data=options.data, train=train, model=options.model), options
 
 
 def run(recipe: Recipe, options: Options) -> None:
     """Train on this process and those beside it."""
     from doublehead.engine.distributed import join_world  # these bring PyTorch: --help need not wait for it
-    from doublehead.engine.logs import counted_warnings
+    from doublehead.engine.logs import counted_warnings, say
     from doublehead.engine.run import train
 
     with join_world(recipe.train.device) as world, counted_warnings(shown=world.is_main):
         resume = options.resume is not None
+        if world.is_main and options.train != recipe.train:
+            say(f"note: {recipe.train.steps} steps: the schedule keeps its shape: {describe(recipe.train)}")
         folder = Path(options.resume) if resume else world.on_main(lambda: new_run_folder(recipe.name, options.out))
         try:
             train(recipe, folder, world, resume)
@@ -95,6 +102,11 @@ def run(recipe: Recipe, options: Options) -> None:
                 if options.out is None:
                     folder.parent.rmdir()
             raise
+
+
+def _gives(option: str, arguments: Sequence[str]) -> bool:
+    """Whether the command line names `option`."""
+    return any(argument.partition("=")[0].replace("_", "-") == option for argument in arguments)
 
 
 def _take_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -6,12 +6,17 @@ travel over the device's own backend (NCCL on CUDA, gloo on CPU); small host-sid
 
 No process waits for ever: a collective gives up after `TIMEOUT`, gloo fails as soon as a peer is
 gone, and `World.on_main` carries an error of the main process to all of them.
+
+One failure, one message: the first process that fails says so in the store through which the
+processes met, and the others, which lose their connections by it, end quietly.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,10 +24,14 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-from doublehead.engine.errors import UserError
+from doublehead.engine.errors import PeerFailed, PeerLostError, PeerStopped, UserError
 
 TIMEOUT = timedelta(minutes=30)  # the main process alone computes the metrics, the others wait
+GRACE = timedelta(seconds=3)  # for a failed process to say so, after a connection to it broke
+_FAILURE = "doublehead/failure"
+_BROKEN = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|socket", re.IGNORECASE)
 T = TypeVar("T")
 
 
@@ -35,6 +44,8 @@ class World:
     device: torch.device = torch.device("cpu")
     control: Any = None
     """The gloo group of host-side messages; None with one process."""
+    store: Any = None
+    """Where the processes met, and where the first failure is written down; None with one process."""
 
     @property
     def is_main(self) -> bool:
@@ -84,8 +95,46 @@ class World:
                 outcome[1] = error
         dist.broadcast_object_list(outcome, src=0, group=self.control)
         if outcome[1] is not None:
-            raise outcome[1]
+            raise self.shared(outcome[1])
         return outcome[0]
+
+    def shared(self, error: Exception) -> Exception:
+        """`error`, which all processes are going to raise: the main one alone will show it."""
+        error.left_to_main = not self.is_main
+        return error
+
+    def give_way(self, error: BaseException) -> None:
+        """To be called with what ends this process; returns if it is this process that shows it.
+
+        Raises:
+            PeerFailed: another process failed first, and shows why; `PeerStopped`: it was asked to stop.
+            PeerLostError: the connection to another process broke, and none said why within `GRACE`.
+        """
+        if self.size == 1 or isinstance(error, PeerFailed):
+            return
+        if getattr(error, "left_to_main", False):
+            raise PeerFailed(_exit_code(error)) from None
+        broken = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or _BROKEN.search(str(error)))
+        stopped = isinstance(error, (SystemExit, KeyboardInterrupt))
+        try:
+            if broken:
+                self._wait_for_failure()
+            mine = f"{self.rank} {_exit_code(error)} {'stopped' if stopped else 'failed'}"
+            rank, code, how = self.store.compare_set(_FAILURE, "", mine).decode().split()
+        except RuntimeError:  # the main process kept the store, and is gone
+            if broken:
+                print(f"stopped (rank {self.rank}): the main process is gone", file=sys.stderr, flush=True)
+                raise PeerFailed(1) from None
+            return
+        if int(rank) != self.rank and (broken or how == "failed"):
+            raise (PeerFailed if how == "failed" else PeerStopped)(int(code)) from None
+        if broken:
+            line = str(error).strip().splitlines()[0]
+            raise PeerLostError(f"another process of this job is gone, killed or with its machine ({line})") from error
+
+    def _wait_for_failure(self) -> None:
+        with contextlib.suppress(dist.DistStoreError):  # nobody says anything: the peer was killed
+            self.store.wait([_FAILURE], GRACE)
 
     def share_buffers(self, model: torch.nn.Module) -> None:
         """Give every process the main one's buffers: batch-norm statistics differ between ranks."""
@@ -116,14 +165,29 @@ def join_world(device: str = "auto") -> Iterator[World]:
         return
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     chosen = _device(device, local_rank)
+    store, rank, size = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+    places = {"store": dist.PrefixStore("groups", store), "rank": rank, "world_size": size, "timeout": TIMEOUT}
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=chosen)
+        dist.init_process_group("nccl", device_id=chosen, **places)
     else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
-    yield World(rank, size, chosen, dist.new_group(backend="gloo", timeout=TIMEOUT))
+        dist.init_process_group("gloo", **places)
+    world = World(rank, size, chosen, dist.new_group(backend="gloo", timeout=TIMEOUT), store)
+    try:
+        yield world
+    except BaseException as error:
+        world.give_way(error)
+        raise
     # Only after a good end: taking the group down waits for the peers, and after an error they may not come.
     dist.destroy_process_group()
+
+
+def _exit_code(error: BaseException) -> int:
+    """What the process will exit with when `error` ends it; never 0."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    code = getattr(error, "code", getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1))
+    return code if isinstance(code, int) and code else 1
 
 
 def _device(name: str, local_rank: int | None) -> torch.device:

@@ -10,10 +10,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
+from doublehead.engine.signals import Abandoned
+
+_DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ESTALE,
+    errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE,
+}  # fmt: skip
 
 
 class UserError(ValueError):
@@ -32,6 +38,20 @@ class NonFiniteLossError(UserError):
     exit_code = 1
 
 
+class PeerLostError(UserError):
+    """The connection to another process of this job broke, and no process says why."""
+
+    exit_code = 1
+
+
+class PeerFailed(SystemExit):
+    """Another process of this job failed and says why; this one ends with its exit code and says nothing."""
+
+
+class PeerStopped(PeerFailed):
+    """Another process of this job was asked to stop, and this one stops with it."""
+
+
 @contextlib.contextmanager
 def config_errors() -> Iterator[None]:
     """Inside, a `ValueError` or a file that is not there is a mistake in the configuration: a `UserError`."""
@@ -45,7 +65,7 @@ def config_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def shown_to_user() -> Iterator[None]:
-    """Wraps a command line: prints user errors as one message and exits with their code."""
+    """Wraps a command line: prints a user's error, or that Ctrl-C stopped it, as one line, and exits with its code."""
     try:
         yield
     except ValueError as error:
@@ -58,10 +78,22 @@ def shown_to_user() -> Iterator[None]:
         if error.errno not in _DISK_ERRORS:
             raise
         _exit(f"{error.filename or 'the output folder'}: {error.strerror}", 2)
+    except Abandoned:  # the training has said what there is to say
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        if _rank() == "0":
+            print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def _exit(message: str, code: int) -> None:
-    rank = os.environ.get("RANK", "0")
-    where = "" if rank == "0" else f" (rank {rank})"
+    where = "" if _rank() == "0" else f" (rank {_rank()})"
+    message = " ".join(line.strip() for line in message.splitlines())
     print(f"error{where}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "0")

@@ -11,8 +11,10 @@ from typing import Any
 
 from doublehead.config import Recipe, from_dict
 from doublehead.engine.errors import UserError
+from doublehead.engine.lock import LOCK_FILE
 
 RECIPE_FILE = "recipe.json"
+_LEFT_BEHIND = (LOCK_FILE, f".{RECIPE_FILE}.tmp")  # by a run that was killed before it began
 
 
 @contextlib.contextmanager
@@ -68,14 +70,22 @@ def new_run_folder(name: str, out: str | Path | None = None, root: str | Path = 
             return _first_free(Path(root), name)
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        taken = any(folder.iterdir())
+        check_new(folder)
     except OSError as error:
         raise UserError(f"cannot create the run folder {error.filename or out}: {error.strerror}") from error
-    if taken:
-        raise UserError(f"{folder} already holds files: give another --out, or continue it with --resume {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"the run folder {folder} is not writable")
     return folder
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a folder that holds files of anyone.
+
+    Raises:
+        UserError: it does.
+    """
+    if any(path.name not in _LEFT_BEHIND for path in folder.iterdir()):
+        raise UserError(f"{folder} already holds files: give another --out, or continue it with --resume {folder}")
 
 
 def _first_free(root: Path, name: str) -> Path:

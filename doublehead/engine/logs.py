@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import sys
 import time
 import warnings
@@ -15,9 +17,11 @@ from typing import Any
 from tqdm import tqdm
 
 from doublehead.engine.errors import UserError
-from doublehead.engine.files import write_text
+from doublehead.engine.events import EventFile
+from doublehead.engine.files import replacing, write_text
 
 LOG_FILE = "log.jsonl"
+BOARD_FOLDER = "tensorboard"
 Record = dict[str, Any]
 
 
@@ -25,48 +29,127 @@ def read_log(path: str | Path) -> list[Record]:
     """The records of a JSONL log; a last line cut short by a killed process is left out.
 
     Raises:
-        UserError: a line before the last is not JSON.
+        UserError: a line before the last is not a record.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+    records, foreign = _parse_log(Path(path).read_bytes())
+    if foreign:
+        number, reason = foreign[0]
+        raise UserError(f"{path}, line {number}: not a record of a training ({reason})")
     return records
 
 
+def _parse_log(data: bytes) -> tuple[list[Record], list[tuple[int, str]]]:
+    """The records, and number and fault of every other line; a last line that is cut short is neither."""
+    lines = data.splitlines()
+    records, foreign = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            reason = _fault(record)
+        except (ValueError, RecursionError) as error:  # of bytes that are not UTF-8 too
+            if number == len(lines) and not data.endswith(b"\n"):
+                break
+            reason = f"not JSON: {error}"
+        if reason:
+            foreign.append((number, reason))
+        else:
+            records.append(record)
+    return records, foreign
+
+
+def _fault(record: Any) -> str | None:
+    """What keeps a JSON value from being a record."""
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return "not an object with a step"
+    for name, value in record.items():
+        if type(value) not in (int, float) and not (value is None and name.startswith("A")):
+            return f"{name} is not a number"
+    missing = {"loss": "lr", "AP": "AP50"}
+    return next((f"{one} without {two}" for one, two in missing.items() if one in record and two not in record), None)
+
+
+def check_log(folder: Path) -> None:
+    """Refuse a folder in which something else stands in the place of a log, before the run touches anything.
+
+    Raises:
+        UserError: names it.
+    """
+    if (path := folder / LOG_FILE).exists() and not path.is_file():
+        raise UserError(f"{path} is not a file, where the run's log belongs: move it away")
+    if (path := folder / BOARD_FOLDER).exists() and not path.is_dir():
+        raise UserError(f"{path} is not a folder, where TensorBoard's events belong: move it away")
+
+
 class RunLog:
-    """Appends records to `log.jsonl` and to TensorBoard.
+    """Appends records to `log.jsonl` and to TensorBoard, each at once.
 
     Args:
         folder: the run's folder.
         keep: which records of an earlier part of the run to keep: a resumed run forgets those
             later than its checkpoint, so none appears twice.  `step` is where it goes on.
+
+    Raises:
+        UserError: a file cannot be written (disk full, no permission); so does `write`.
     """
 
     def __init__(self, folder: Path, step: int = 0, keep: Callable[[Record], bool] = lambda record: False) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
         self.path = folder / LOG_FILE
-        kept = [record for record in read_log(self.path) if keep(record)] if self.path.exists() else []
-        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed in `close`)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        check_log(folder)
+        kept = [record for record in self._earlier() if keep(record)]
+        with _writing(self.path):
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed in `close`)
+        with _writing(folder / BOARD_FOLDER):
+            self._board = EventFile(folder / BOARD_FOLDER, step + 1)
 
     def write(self, record: Record) -> None:
         """Append one record; its numbers go to TensorBoard as scalars too."""
-        self._file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name not in ("step", "time") and value is not None:
-                self._board.add_scalar(_board_name(name), value, record["step"])
+        numbers = {_board_name(k): v for k, v in record.items() if k not in ("step", "time") and v is not None}
+        with _writing(self.path):
+            line = (json.dumps(record) + "\n").encode()
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with _writing(self._board.path):
+            self._board.write(record["step"], numbers)
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Close both."""
         self._file.close()
         self._board.close()
+
+    def _earlier(self) -> list[Record]:
+        """The records of the earlier part; a log with other lines is kept beside, as it was."""
+        if not self.path.exists():
+            return []
+        data = self.path.read_bytes()
+        records, foreign = _parse_log(data)
+        if foreign:
+            number, reason = foreign[0]
+            copy = _free_name(self.path)
+            with _writing(copy), replacing(copy) as temporary:
+                temporary.write_bytes(data)
+            say(
+                f"note: {self.path}: {len(foreign)} lines that are no records are left out, the first is line {number} "
+                f"({reason}); {copy.name} keeps the log as it was"
+            )
+        return records
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (copy := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    return copy
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}; checkpoints are untouched, --resume goes on from the last"
+        ) from error
 
 
 def _board_name(name: str) -> str:

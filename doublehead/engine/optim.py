@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from doublehead.config import TrainConfig
+from doublehead.engine.schedule import learning_rate
+
+__all__ = ["OPTIMIZERS", "WeightAverage", "build_optimizer", "learning_rate", "seed_step", "set_learning_rate"]
 
 OPTIMIZERS = ("sgd", "adamw")
 
@@ -39,15 +42,6 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999))
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of step `step` (from 0): linear warm-up, then times `gamma` at each milestone."""
-    rate = config.lr * config.gamma ** sum(milestone <= step for milestone in config.milestones)
-    if step < config.warmup_steps:
-        progress = step / config.warmup_steps
-        rate *= config.warmup_factor + (1 - config.warmup_factor) * progress
-    return rate
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -7,20 +7,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from doublehead.config import Recipe, to_dict
+from doublehead.config import ModelConfig, Recipe, to_dict
 from doublehead.data import build_dataset, build_loader
 from doublehead.engine import checkpoint, pictures
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import config_errors
+from doublehead.engine.errors import PeerFailed, PeerLostError, PeerStopped, UserError, config_errors
 from doublehead.engine.evaluator import evaluate, format_metrics, predict_images
-from doublehead.engine.files import RECIPE_FILE, write_json
-from doublehead.engine.logs import LOG_FILE, Progress, RunLog, read_log, say
+from doublehead.engine.files import RECIPE_FILE, check_new, read_recipe, write_json
+from doublehead.engine.lock import FolderLock
+from doublehead.engine.logs import LOG_FILE, Progress, RunLog, check_log, read_log, say
 from doublehead.engine.optim import seed_step
+from doublehead.engine.resume import changes, check_folder, check_state, identity, mark_unsaved, resume_command
+from doublehead.engine.schedule import notes, notes_of_more_steps
+from doublehead.engine.signals import Stopped, StopSignals
 from doublehead.engine.trainer import Hooks, Trainer, check_config, micro_batch_size
 
 METRICS_FILE = "metrics.json"
@@ -31,19 +41,69 @@ def train(recipe: Recipe, folder: Path, world: World, resume: bool = False) -> d
     """Train `recipe`, evaluate it, and leave everything in `folder`.
 
     Args:
-        folder: the run's folder, which exists (see `new_run_folder`).
+        folder: the run's folder: an empty one (see `new_run_folder`), or with `resume` that of an earlier run.
         resume: continue from `folder`'s state, or begin again if it was stopped before its first one.
 
     Returns:
         The final metrics (see `evaluate`).
 
     Raises:
-        UserError: the recipe cannot be built, or the folder cannot be written or read.
+        UserError: the recipe cannot be built, the folder cannot be written or read, another process trains in it, or
+            it holds another run.  Then nothing in it has changed.
         DataError: the data cannot be used.
+        Stopped: after SIGTERM or Ctrl-C.
     """
-    run = Run(recipe, folder, world, resume)
-    run.trainer.fit()
-    return run.finish()
+    parts: list[Run] = []
+    try:
+        with StopSignals() as signals, signals.ending_at_once(), _locked(folder, world):
+            world.on_main(lambda: check_folder(folder, recipe) if resume else check_new(folder))
+            parts.append(run := Run(recipe, folder, world, resume))
+            run.trainer.fit()
+            return run.finish()
+    except BaseException as error:
+        cause = _cause(error, world)
+        if world.is_main and isinstance(cause, (Stopped, KeyboardInterrupt, PeerStopped)):
+            steps = (parts[0].trainer.step, parts[0].saved_step) if parts else None
+            tqdm.write(f"stopped{_progress(folder, steps, recipe.train.steps)}", file=sys.stderr)
+        if cause is error:
+            raise
+        raise cause from None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, world: World) -> Iterator[None]:
+    """Inside, no other process trains in `folder`."""
+    lock = FolderLock(folder)
+    try:
+        missing = world.on_main(lock.acquire)
+        if missing and world.is_main:
+            say(f"note: {folder}: no file lock ({missing}): see to it that no second training uses this folder")
+        yield
+    finally:
+        lock.release()
+
+
+def _cause(error: BaseException, world: World) -> BaseException:
+    """What this process ends with: `error`, unless it is but the effect of another process's end."""
+    try:
+        world.give_way(error)
+    except (PeerFailed, PeerLostError) as other:
+        return other
+    return error
+
+
+def _progress(folder: Path, steps: tuple[int, int | None] | None, total: int) -> str:
+    """What a stopped run has saved, and how to go on.  `steps`: done and saved; None: it had not begun."""
+    command = resume_command(folder, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if not (folder / RECIPE_FILE).exists():
+        return " before the first step: nothing is saved; start it again with the same command"
+    if steps is None:
+        return f" before the first step: {folder} is as it was; go on with: {command}"
+    done, saved = steps
+    if saved is None:
+        return f" before the first checkpoint: nothing is saved yet; begin again with: {command}"
+    what = f"step {saved} of {total}" if saved < total else f"the last step, {total},"
+    return f" after step {done}: {what} is saved in {folder}; go on with: {command}"
 
 
 class Run(Hooks):
@@ -53,16 +113,22 @@ class Run(Hooks):
         from doublehead.models import build_detector  # only here: it brings torchvision
 
         self.recipe, self.folder, self.world = recipe, folder, world
+        self.saved_step: int | None = None  # the step of the state on disk
         with config_errors():
             check_config(recipe.train, world)  # before the data is read: that may take minutes
             self.training = build_dataset(recipe.data, "train", recipe.train.horizontal_flip)
             self.validation = build_dataset(recipe.data, "val", classes=self.training.classes)
+            self._batches(0)  # refuses what a loader does
+            state = self._read_state() if resume else None
             seed_step(recipe.train.seed, -1)  # the first weights, the same on every process
-            model = build_detector(recipe.model, len(self.training.classes) + 1)
+            model = build_detector(_start(recipe.model, state), len(self.training.classes) + 1)
             self.trainer = Trainer(model, recipe.train, self._batches, world, self)
-        state = self._restore() if resume else None
+        if state is not None:
+            self.trainer.load_state_dict(state)
+            self.saved_step = state["step"]
+        self.identity = identity(recipe, self.training)
         if world.is_main:
-            self._say_start(resumed=state is not None)
+            self._say_start(state)
         self.log: RunLog | None = None  # the main process's
         world.on_main(lambda: self._open_files(state))
         self.progress = Progress(recipe.train.steps, self.trainer.step, shown=world.is_main)
@@ -84,20 +150,19 @@ class Run(Hooks):
 
     # ------------------------------------------------------------------ resuming
 
-    def _restore(self) -> dict[str, Any] | None:
+    def _read_state(self) -> dict[str, Any] | None:
+        """The state to go on from, which is this run's; None if it was stopped before its first one."""
         path = self.folder / checkpoint.STATE_FILE
         if not path.exists():
             return None
         state = checkpoint.load_state(path)
-        before, now = state["machine"], self._machine()
-        if before != now and self.world.is_main:
-            changed = ", ".join(f"{before[name]} -> {now[name]} {name}" for name in now if before[name] != now[name])
-            say(f"note: {changed}: the run goes on, but not with the very bits it would have had")
-        self.trainer.load_state_dict(state)
+        check_state(self.folder, state, self.recipe, self.training)
         return state
 
     def _open_files(self, state: dict[str, Any] | None) -> None:
+        check_log(self.folder)
         write_json(self.folder / RECIPE_FILE, to_dict(self.recipe))
+        mark_unsaved(self.folder, state is None)
         if state is None:
             self.log = RunLog(self.folder)
             return
@@ -106,6 +171,8 @@ class Run(Hooks):
             return record["step"] <= state["step" if "loss" in record else "evaluated_step"]
 
         self.log = RunLog(self.folder, state["step"], keep)
+        if not (self.folder / checkpoint.MODEL_FILE).exists():  # somebody removed it
+            self._save_model()
 
     def _machine(self) -> dict[str, Any]:
         """What sums are split over: their rounding depends on it, and so do a run's bits."""
@@ -122,16 +189,22 @@ class Run(Hooks):
             self.progress.show(record)
 
     def on_save(self) -> None:
-        state = self.trainer.state_dict() | {"machine": self._machine()}
+        state = self.trainer.state_dict() | {"machine": self._machine(), "run": self.identity}
+        path = self.folder / checkpoint.STATE_FILE
 
         def write() -> None:
             # The model first: a state of the last step then proves that the model is of it too.
-            path = self.folder / checkpoint.MODEL_FILE
-            model, data = self.trainer.evaluated_model, self.training
-            checkpoint.save_model(path, model, self.recipe, data.classes, data.category_ids, self.trainer.step)
-            checkpoint.save_state(self.folder / checkpoint.STATE_FILE, state)
+            self._save_model()
+            checkpoint.save_state(path, state)
+            self.saved_step = state["step"]
+            mark_unsaved(self.folder, False)
 
         self.world.on_main(write)
+
+    def _save_model(self) -> None:
+        path = self.folder / checkpoint.MODEL_FILE
+        model, data = self.trainer.evaluated_model, self.training
+        checkpoint.save_model(path, model, self.recipe, data.classes, data.category_ids, self.trainer.step)
 
     def on_evaluate(self) -> None:
         data = self.recipe.data
@@ -159,12 +232,21 @@ class Run(Hooks):
         return self.metrics
 
     def _write_results(self) -> None:
+        try:
+            self._write_files()
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: the results cannot be written: {error.strerror or error}; the training is done and "
+                "saved, --resume makes them again"
+            ) from error
+        say("\n" + format_metrics(self.metrics) + "\n")
+        say(f"{self.folder}: {checkpoint.MODEL_FILE}, {METRICS_FILE}, {LOG_FILE}, curves.png, detections.png")
+
+    def _write_files(self) -> None:
         steps = {"step": self.trainer.step, "seconds": round(self.trainer.seconds(), 1)}
         write_json(self.folder / METRICS_FILE, steps | self.metrics)
         pictures.draw_curves(read_log(self.folder / LOG_FILE), self.folder / "curves.png", self.recipe.name)
         self._draw_detections()
-        say("\n" + format_metrics(self.metrics) + "\n")
-        say(f"{self.folder}: {checkpoint.MODEL_FILE}, {METRICS_FILE}, {LOG_FILE}, curves.png, detections.png")
 
     def _draw_detections(self) -> None:
         count = min(PICTURES, len(self.validation))
@@ -174,7 +256,8 @@ class Run(Hooks):
         sheet = pictures.detection_grid(images, targets, outputs, self.training.classes)
         pictures.save_picture(self.folder / "detections.png", sheet)
 
-    def _say_start(self, resumed: bool) -> None:
+    def _say_start(self, state: dict[str, Any] | None) -> None:
+        """What is going to be trained, on what, and where; and what is worth a note.  Nothing is written yet."""
         recipe, config, model = self.recipe, self.recipe.train, self.trainer.model
         weights = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -182,7 +265,8 @@ class Run(Hooks):
         options = [f"amp {config.amp}"] if config.amp != "off" else []
         options += [f"{config.accumulate} accumulation steps"] if config.accumulate > 1 else []
         options += [f"weights averaged ({config.ema_decay})"] if config.ema_decay is not None else []
-        steps = f"{self.trainer.step} -> {config.steps}" if resumed else f"{config.steps}"
+        options += ["all done: the results are made again"] if self.trainer.step >= config.steps else []
+        steps = f"{config.steps}" if state is None else f"{self.trainer.step} -> {config.steps}"
         lines = {
             "recipe": f"{recipe.name}: {recipe.about}",
             "data": f"{recipe.data.format}: {len(self.training)} images to train, {len(self.validation)} to validate",
@@ -191,12 +275,32 @@ class Run(Hooks):
             f"{weights / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained",
             "steps": ", ".join([f"{steps} x {config.batch_size} images", *options]),
             "device": _device_name(self.world),
-            "folder": f"{self.folder}" + (" (resumed)" if resumed else ""),
+            "folder": f"{self.folder}" + (" (resumed)" if state is not None else ""),
         }
         if self.training.left_out():
             lines["left out"] = f"of training: {self.training.left_out()}"
         for name, text in lines.items():
             say(f"{name:<8} {text}")
+        for text in [*notes(config), *(self._notes_of_resuming(state) if state is not None else ())]:
+            say(f"note: {text}")
+
+    def _notes_of_resuming(self, state: dict[str, Any]) -> Iterator[str]:
+        before, now = state["machine"], self._machine()
+        if before != now:
+            changed = ", ".join(f"{before[name]} -> {now[name]} {name}" for name in now if before[name] != now[name])
+            yield f"{changed}: the run goes on, but not with the very bits it would have had"
+        if (self.folder / RECIPE_FILE).exists():
+            recipe = read_recipe(self.folder)
+            if changed := changes(recipe, self.recipe):
+                yield f"changed from here on: {', '.join(changed)}"
+            yield from notes_of_more_steps(self.recipe.train, recipe.train, state["step"])
+
+
+def _start(config: ModelConfig, state: dict[str, Any] | None) -> ModelConfig:
+    """What to build: a resumed model needs no file of a backbone, its state has all weights."""
+    if state is None:
+        return config
+    return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=None))
 
 
 def _device_name(world: World) -> str:

@@ -19,11 +19,14 @@ class Stopped(SystemExit):
         super().__init__(128 + (signal_number or signal.SIGTERM))  # 0: another process got the signal
 
 
+class Abandoned(KeyboardInterrupt):
+    """A second Ctrl-C: the process ends in the middle of a step, by the signal itself."""
+
+
 class StopSignals:
     """While entered, SIGTERM and SIGINT set `received` instead of ending the process at once.
 
-    A second Ctrl-C does what Ctrl-C always does.  Outside the main thread, where Python allows no
-    handlers, this does nothing.
+    A second Ctrl-C raises `Abandoned`.  Outside the main thread, where Python allows no handlers, this does nothing.
     """
 
     def __init__(self) -> None:
@@ -53,7 +56,10 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._at_once:
+            # Once is enough: on the way out a second signal must not cut short what is being cleared away.
+            self._at_once = False
+            self.received = self.received or number
             raise Stopped(number)
         if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Abandoned
         self.received = self.received or number

@@ -10,6 +10,8 @@ same bits.
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -31,6 +33,7 @@ from doublehead.engine.optim import (
 from doublehead.engine.signals import Stopped, StopSignals
 from doublehead.engine.tracker import LossTracker
 
+MOST_IMAGES = 65536  # of a step; a batch beyond any use is a slip of the hand, and would be read for hours
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -138,10 +141,23 @@ class Trainer:
         local = self.world.size > 1 and not last
         with self.parallel.no_sync() if local else contextlib.nullcontext():
             with torch.autocast(device.type, dtype=self.amp_type, enabled=self.amp_type is not None):
-                losses = self.parallel(images, targets)
+                losses = self._losses(images, targets)
             losses = {name: value / self.config.accumulate for name, value in losses.items()}
             self.scaler.scale(sum(losses.values())).backward()
         return {name: value.detach().float() for name, value in losses.items()}
+
+    def _losses(self, images: list, targets: list) -> dict[str, torch.Tensor]:
+        try:
+            return self.parallel(images, targets)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            side = max(max(image.shape[-2:]) for image in images)
+            raise UserError(
+                f"{len(images)} picture at a time of up to {side} pixels is too little for a batch norm in training, "
+                "which needs more than one value per channel: give a larger --train.batch-size (per process and "
+                "accumulation step), larger pictures, or --model.backbone.norm group_norm"
+            ) from error
 
     def _update_weights(self) -> None:
         if self.config.clip_grad_norm is not None:
@@ -234,22 +250,40 @@ def check_config(config: TrainConfig, world: World) -> None:
     """
     least = {
         "steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "eval_every": 0, "checkpoint_every": 0,
-        "warmup_steps": 0, "seed": 0, "lr": 0, "momentum": 0, "weight_decay": 0,
+        "warmup_steps": 0, "seed": 0, "lr": 0, "momentum": 0, "weight_decay": 0, "bias_lr_factor": 0, "gamma": 0,
+        "warmup_factor": 0,
     }  # fmt: skip
     for name, bound in least.items():
-        if not getattr(config, name) >= bound:
-            raise ValueError(f"train.{name} is {getattr(config, name)}, at least {bound} is accepted")
+        value = getattr(config, name)
+        if not _is_number(value, whole=isinstance(getattr(TrainConfig, name), int)) or not value >= bound:
+            raise ValueError(f"train.{name} is {value!r}, at least {bound} is accepted")
+    if config.batch_size > MOST_IMAGES:
+        raise ValueError(f"train.batch_size is {config.batch_size}, at most {MOST_IMAGES} is accepted")
     if config.optimizer not in OPTIMIZERS:
         raise ValueError(f"train.optimizer is {config.optimizer!r}, one of {', '.join(OPTIMIZERS)} is accepted")
     if not config.momentum < 1:
         raise ValueError(f"train.momentum is {config.momentum}, less than 1 is accepted")
+    milestones = config.milestones if isinstance(config.milestones, (tuple, list)) else [None]
+    if not all(_is_number(milestone, whole=True) and milestone >= 0 for milestone in milestones):
+        raise ValueError(f"train.milestones are {config.milestones}, numbers of steps, at least 0, are accepted")
+    if not (_is_number(config.horizontal_flip) and 0 <= config.horizontal_flip <= 1):
+        raise ValueError(f"train.horizontal_flip is {config.horizontal_flip!r}, a probability from 0 to 1 is accepted")
     if config.amp not in AMP_TYPES:
         raise ValueError(f"train.amp is {config.amp!r}, one of {', '.join(AMP_TYPES)} is accepted")
-    if config.clip_grad_norm is not None and not config.clip_grad_norm > 0:
-        raise ValueError(f"train.clip_grad_norm is {config.clip_grad_norm}, a positive number or None is accepted")
+    if config.ema_decay is not None and not (_is_number(config.ema_decay) and 0 <= config.ema_decay < 1):
+        raise ValueError(f"train.ema_decay is {config.ema_decay!r}: it must lie in [0, 1)")
+    if config.clip_grad_norm is not None and not (_is_number(config.clip_grad_norm) and config.clip_grad_norm > 0):
+        raise ValueError(f"train.clip_grad_norm is {config.clip_grad_norm!r}, a positive number or None is accepted")
     if config.sync_batch_norm and world.size > 1 and world.device.type != "cuda":
         raise ValueError("train.sync_batch_norm needs CUDA: PyTorch has no synchronised batch norm for the CPU")
     micro_batch_size(config, world)
+
+
+def _is_number(value: Any, whole: bool = False) -> bool:
+    """A finite number, as options and JSON give them."""
+    if isinstance(value, int):
+        return not isinstance(value, bool)
+    return isinstance(value, float) and not whole and math.isfinite(value)
 
 
 def micro_batch_size(config: TrainConfig, world: World) -> int:
@@ -278,8 +312,22 @@ def _prepared(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
 def _parallel(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dim() == 4 and parameter.is_contiguous():
+            parameter.register_hook(functools.partial(_with_strides, parameter.stride()))
     devices = [world.device] if world.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+
+def _with_strides(strides: tuple[int, ...], gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient of a 1x1 kernel, seen with the kernel's own strides.
+
+    Its memory is contiguous and channels last at once, and operators differ in which of the two they say.  DDP takes
+    the difference for another layout, and warns.
+    """
+    if gradient.stride() == strides or not gradient.is_contiguous():
+        return gradient
+    return gradient.as_strided(gradient.shape, strides)
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -1,0 +1,166 @@
+"""What a resumed run has to have in common with the run that was stopped, and the refusal of everything else.
+
+All of it is looked at before anything in the folder changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+
+from doublehead.config import Recipe, to_dict
+from doublehead.engine.checkpoint import MODEL_FILE, STATE_FILE
+from doublehead.engine.errors import UserError
+from doublehead.engine.files import RECIPE_FILE, read_recipe
+
+#: Fields that may differ from one part of a run to the next.  Of the others some have left their mark in the state
+#: (the model, the optimiser and its settings), some number the images (seed, batch size, data).
+MAY_CHANGE = (
+    "name", "about", "model.backbone.weights", "model.head.fused", "model.head.recompute", "model.detection",
+    "data.root", "data.val_split", "data.val_images", "data.on_bad_record", "data.workers",
+    "train.steps", "train.accumulate", "train.lr", "train.milestones", "train.gamma", "train.warmup_steps",
+    "train.warmup_factor", "train.clip_grad_norm", "train.amp", "train.ema_decay", "train.sync_batch_norm",
+    "train.channels_last", "train.horizontal_flip", "train.eval_every", "train.checkpoint_every", "train.log_every",
+    "train.device",
+)  # fmt: skip
+
+
+#: Stands in the folder until the run's first state does.  A model without a state is then one whose saving was cut
+#: short, and not one that somebody wants to keep.
+UNSAVED_MARK = ".unsaved"
+
+
+def mark_unsaved(folder: Path, unsaved: bool) -> None:
+    """Note whether the run in `folder` has no state yet."""
+    if unsaved:
+        (folder / UNSAVED_MARK).touch()
+    else:
+        (folder / UNSAVED_MARK).unlink(missing_ok=True)
+
+
+def resume_command(folder: str | Path, processes: int = 1) -> str:
+    """The command line that goes on with the run in `folder`."""
+    start = "python -m" if processes == 1 else f"torchrun --nproc-per-node {processes} -m"
+    return f"{start} doublehead.train --resume {shlex.quote(str(folder))}"
+
+
+def identity(recipe: Recipe, dataset: Any) -> dict[str, Any]:
+    """What a training state remembers of its run, to know it again: plain values."""
+    files = "".join(f"{name}\n{size}\n" for name, size in zip(dataset.file_names, dataset.image_sizes, strict=True))
+    return {
+        "recipe": _fixed(recipe),
+        "classes": list(dataset.classes),
+        "images": len(dataset),
+        "files": hashlib.sha256(files.encode("utf-8", "surrogateescape")).hexdigest(),
+    }
+
+
+def check_folder(folder: Path, recipe: Recipe) -> None:
+    """Refuse a folder that holds no training to go on with, or one of another recipe.
+
+    A run that was stopped before its first state begins again.
+
+    Raises:
+        UserError: says what to do instead.
+    """
+    if not (folder / STATE_FILE).exists() and not (folder / UNSAVED_MARK).exists():
+        for name in (MODEL_FILE, "metrics.json"):
+            if (folder / name).exists():
+                weights = f" --model.backbone.weights {shlex.quote(str(folder / name))}" if name == MODEL_FILE else ""
+                raise UserError(
+                    f"{folder} has {name} but no {STATE_FILE} to go on from, and a resume never trains over what is "
+                    f"there; begin another run: python -m doublehead.train RECIPE --out ANOTHER{weights}"
+                )
+    if (folder / RECIPE_FILE).exists():
+        check_recipe(folder, _fixed(read_recipe(folder)), recipe)
+
+
+def check_recipe(folder: Path, before: dict[str, Any], recipe: Recipe) -> None:
+    """Refuse a recipe that differs from the run's where a resumed run must not.
+
+    Args:
+        before: fields of the run's recipe, by name.
+
+    Raises:
+        UserError: names the fields.
+    """
+    now = _fixed(recipe)
+    differing = [name for name in now if before.get(name, now[name]) != now[name]]
+    changed = [f"{name} is {before[name]} there, not {now[name]}" for name in differing]
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(
+            f"{folder} holds another run: {', '.join(changed[:3])}{more}; resume it without these options, "
+            "or begin a new run with --out"
+        )
+
+
+def changes(before: Recipe, now: Recipe) -> list[str]:
+    """What differs between two parts of one run: `train.lr 0.01 -> 0.001`."""
+    old, new = (dict(_flat("", to_dict(recipe))) for recipe in (before, now))
+    return [f"{name} {old[name]} -> {value}" for name, value in new.items() if old[name] != value]
+
+
+def check_state(folder: Path, state: dict[str, Any], recipe: Recipe, dataset: Any) -> None:
+    """Refuse a state of another recipe or other data, or of more steps than `recipe` has.
+
+    Raises:
+        UserError: names what differs.
+    """
+    if recipe.train.steps < state["step"]:
+        raise UserError(
+            f"{folder} has done {state['step']} steps already, more than train.steps {recipe.train.steps}: "
+            f"give --train.steps {state['step']} or more"
+        )
+    known = state.get("run")  # states of earlier versions have none
+    if known is None:
+        known = {"recipe": {}, "classes": _classes_of_model(folder / MODEL_FILE) or dataset.classes}
+    check_recipe(folder, known["recipe"], recipe)
+    if difference := _class_difference(known["classes"], dataset.classes):
+        raise UserError(
+            f"{folder} was trained on other classes: {difference}; the same names in the same order are needed: "
+            "resume on the run's own data, or begin a new run with --out"
+        )
+    now = identity(recipe, dataset)
+    if known.get("files", now["files"]) != now["files"]:
+        raise UserError(
+            f"{folder} was trained on other images: {known['images']} then, {now['images']} now, and not with the same "
+            "names, sizes and order; resume on the run's own data, or begin a new run with --out"
+        )
+
+
+def _fixed(recipe: Recipe) -> dict[str, Any]:
+    """The fields that must not change, by name; lists, as JSON has no tuples."""
+    fields = _flat("", json.loads(json.dumps(to_dict(recipe))))
+    return {name: value for name, value in fields if not any(f"{name}.".startswith(f"{free}.") for free in MAY_CHANGE)}
+
+
+def _flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(f"{prefix}{name}.", value)
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _classes_of_model(path: Path) -> list[str] | None:
+    """What the model beside a state says of its classes; None if there is none, or it says nothing."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            classes = json.loads((file.metadata() or {})["classes"])
+    except (OSError, KeyError, ValueError, safetensors.SafetensorError):
+        return None
+    return classes if isinstance(classes, list) else None
+
+
+def _class_difference(before: Sequence[str], now: Sequence[str]) -> str | None:
+    for number, (one, other) in enumerate(zip(before, now, strict=False), start=1):
+        if one != other:
+            return f"class {number} is {one!r} there and {other!r} in the data"
+    return f"{len(before)} there, {len(now)} in the data" if len(before) != len(now) else None
