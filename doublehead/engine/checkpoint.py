@@ -211,12 +211,12 @@ def _json(metadata: dict[str, str], name: str) -> Any:
 
 def _check_labels(classes: Any, category_ids: Any) -> None:
     items(text)(classes, "classes")
-    items(whole(), len(classes))(category_ids, "category_ids")
     if not classes:
-        raise ValueError("it has no classes")
+        raise ValueError("classes: expected at least one, got none")
+    items(whole(), len(classes))(category_ids, "category_ids")
     for name, values in (("classes", classes), ("category_ids", category_ids)):
         if twice := [value for value, count in Counter(values).items() if count > 1]:
-            raise ValueError(f"{twice[0]!r} is twice in {name}")
+            raise ValueError(f"{name}: {twice[0]!r} is there twice")
 
 
 def _build(recipe: Recipe, num_classes: int, tensors: dict[str, torch.Tensor]) -> nn.Module:
@@ -251,7 +251,7 @@ def _check_fit(expected: dict[str, torch.Tensor], tensors: dict[str, torch.Tenso
         if mine.shape != wanted.shape
     ]
     problems += [
-        f"{name} is {_name(mine.dtype)}, which the recipe's model has no way to take as {_name(wanted.dtype)}"
+        f"{name} is of {_name(mine.dtype)}, which does not become the recipe's {_name(wanted.dtype)} unchanged"
         for name, mine, wanted in both
         if not problems and not _converts(mine, wanted.dtype)
     ]

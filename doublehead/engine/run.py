@@ -93,7 +93,9 @@ class Run(Hooks):
         if before != now and self.world.is_main:
             changed = ", ".join(f"{before[name]} -> {now[name]} {name}" for name in now if before[name] != now[name])
             say(f"note: {changed}: the run goes on, but not with the very bits it would have had")
-        self.trainer.load_state_dict(state)
+        if self.trainer.average and state["average"] is None and self.world.is_main:
+            say("note: the state has no averaged weights: their average begins with this part of the run")
+        self.trainer.load_state_dict(state, path)
         return state
 
     def _open_files(self, state: dict[str, Any] | None) -> None:

@@ -21,7 +21,7 @@ class Mismatch(ValueError):
 
 def wrong(place: str, value: Any, wanted: str) -> Mismatch:
     """The error for a value in the place of another."""
-    return Mismatch(f"{place} is {described(value)}, where {wanted} belongs")
+    return Mismatch(f"{place}: expected {wanted}, got {described(value)}")
 
 
 def described(value: Any) -> str:

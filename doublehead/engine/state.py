@@ -120,7 +120,15 @@ def _of_group(group: Mapping[str, Any]) -> Check:
     """Settings like those of `group`; switches that another version of PyTorch does not know may be missing."""
     switches = {name: _switch for name, value in group.items() if value is None or isinstance(value, bool)}
     wanted = {name: _setting(value) for name, value in group.items() if name not in switches}
-    return entries(wanted | {"params": exactly(group["params"])}, switches)
+    return entries(wanted | {"params": _numbers(group["params"])}, switches)
+
+
+def _numbers(expected: list[int]) -> Check:
+    def check(value: Any, place: str) -> None:
+        items(whole(0), len(expected))(value, place)
+        exactly(expected)(list(value), place)
+
+    return check
 
 
 def _setting(value: Any) -> Check:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -217,8 +218,8 @@ class Trainer:
             "losses": self.losses.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` gave.
+    def load_state_dict(self, state: dict[str, Any], source: str | Path = "the training state") -> None:
+        """Continue from what `state_dict` gave; `source` is its name in messages.
 
         A state without averaged weights begins the average anew from its weights; one whose averaged weights are not
         asked for any more loses them.
@@ -239,7 +240,7 @@ class Trainer:
                 self.average.model.load_state_dict(state["model"])
             self.losses.load_state_dict(state["losses"])
         except (RuntimeError, ValueError, KeyError) as error:  # PyTorch's own, and those of `state_of`
-            raise UserError(f"the training state does not fit this recipe: {error}") from error
+            raise UserError(f"{source} does not fit this recipe: {error}") from error
         self.step, self.evaluated_step = state["step"], state["evaluated_step"]
         self.earlier_seconds = state["seconds"]
 
