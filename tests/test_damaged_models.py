@@ -127,6 +127,15 @@ def test_files_of_earlier_versions_with_the_names_of_a_wrapper(saved, tmp_path, 
     assert torch.equal(load_model(tmp_path).model.classify.weight, tensors["classify.weight"])
 
 
+def test_words_of_a_file_stay_one_line(saved, tmp_path, tiny):
+    path, metadata, tensors = saved
+    safetensors.torch.save_file(tensors | {"two\nlines" + "x" * 5000: torch.ones(3)}, tmp_path / path.name, metadata)
+    assert "unexpected two linesxxx" in refusal(tmp_path / path.name)
+    other = metadata | {"format": "doublehead.model/\n" + "x" * 5000}
+    safetensors.torch.save_file(tensors, tmp_path / path.name, other)
+    assert "written in doublehead.model/ xxx" in refusal(tmp_path / path.name)
+
+
 def test_a_tensor_that_is_there_under_both_names(saved, tmp_path, tiny):
     path, metadata, tensors = saved
     safetensors.torch.save_file(tensors | {"module.classify.bias": torch.ones(3)}, tmp_path / path.name, metadata)

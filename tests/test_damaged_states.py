@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -222,6 +223,13 @@ def test_states_of_earlier_versions_have_no_digest_but_checksums(tmp_path):
     path.write_bytes(data.replace(weight, bytes(len(weight))))
     with pytest.raises(UserError, match="damaged .the checksum of its record .* is another one"):
         load_state(path)
+
+
+def test_an_archive_that_would_grow_is_not_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "state.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("state/data.pkl", bytes(2**20))
+    with pytest.raises(UserError, match="its records are larger than the file"):
+        load_state(tmp_path / "state.pt")
 
 
 def test_weights_that_are_not_finite_do_not_replace_a_checkpoint():

@@ -111,7 +111,7 @@ def load_model(path: str | Path, finite: bool = True) -> LoadedModel:
         if finite:
             _check_finite(model.state_dict(), whole)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: {_line(error)}") from error
     if not whole:
         raise CheckpointError(
             f"{path}: changed or damaged since it was written: its digest is of other content. Get the file anew from "
@@ -153,7 +153,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
     try:
         state_schema.STATE(state, "")
     except Mismatch as error:
-        raise CheckpointError(f"{path}: not a whole training state: {error}") from error
+        raise CheckpointError(f"{path}: not a whole training state: {_line(error)}") from error
     return state
 
 
@@ -176,7 +176,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tenso
             if not metadata.get("format", "").startswith("doublehead.model/"):
                 raise CheckpointError(f"{path}: a safetensors file, but not a model of doublehead")
             if metadata["format"] != _MODEL_FORMAT:
-                raise CheckpointError(f"{path}: written in {metadata['format']}, this version reads {_MODEL_FORMAT}")
+                raise CheckpointError(
+                    f"{path}: written in {_line(metadata['format'])}, this version reads {_MODEL_FORMAT}"
+                )
             return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except CheckpointError:
         raise
@@ -301,6 +303,12 @@ def _cannot_write(path: str | Path, error: Exception) -> CheckpointError:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _line(message: object) -> str:
+    """A message with words from a file in it, as one line of bounded length."""
+    line = " ".join(str(message).split())
+    return line if len(line) <= 700 else f"{line[:697]}..."
 
 
 def _listed(parts: list[str], between: str) -> str:

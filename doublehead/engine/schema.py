@@ -139,7 +139,7 @@ def items(inner: Check, count: int | None = None) -> Check:
 
 
 def tensor(shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Check:
-    """A plain tensor of finite numbers: dense, on the CPU, and no larger than its storage.
+    """A plain tensor of finite numbers: dense, with data, and no larger than its storage.
 
     `dtype`: None: any floating-point type.
     """
@@ -161,15 +161,16 @@ def like(example: torch.Tensor) -> Check:
 
 
 def plain(value: Any, place: str) -> None:
-    """A tensor as training makes them: dense real numbers on the CPU.
+    """A tensor as training makes them: dense real numbers.
 
     A file can also name sparse, quantised or nested tensors, tensors without data, and views that are much larger than
     what is stored of them.
     """
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
         raise wrong(place, value if not isinstance(value, torch.Tensor) else type(value), "a tensor")
-    if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in _REAL:
-        raise wrong(place, f"{value.layout}, {value.device}, {value.dtype}", "a dense tensor of plain numbers")
+    if value.layout != torch.strided or value.is_meta or value.dtype not in _REAL:
+        found = ", ".join(map(str, (value.layout, value.device, value.dtype)))
+        raise wrong(place, found, "a dense tensor of plain numbers")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise wrong(place, value, "a tensor no larger than what the file has of it")
 
