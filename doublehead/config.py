@@ -8,6 +8,7 @@ through JSON, which is how a checkpoint remembers it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 import typing
@@ -272,22 +273,58 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any], cls: type = Recipe) -> Any:
-    """Rebuild what `to_dict` gave.
+    """Rebuild what `to_dict` gave; fields that are left out have their defaults.
 
     Raises:
-        ValueError: a key that `cls` does not have (a newer or foreign file), named in full.
+        ValueError: a key that `cls` does not have (a newer or foreign file), or a value that its field cannot have,
+            named in full.
     """
+    return _rebuild(values, cls, "")
+
+
+def _rebuild(value: Any, hint: Any, name: str) -> Any:
+    """`value`, as JSON has it, as `hint` wants it: lists become tuples, 2.0 is a whole number and 2 a fraction."""
+    if dataclasses.is_dataclass(hint):
+        return _rebuild_fields(value, hint, name)
+    kind, options = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (types.UnionType, typing.Union):
+        for option in options[:-1]:
+            with contextlib.suppress(ValueError):
+                return _rebuild(value, option, name)
+        return value if value is None and type(None) in options else _rebuild(value, options[0], name)
+    if kind is Literal:
+        if type(value) is str and value in options:
+            return value
+        raise _not_accepted(name, value, "one of " + ", ".join(map(str, options)))
+    if kind is tuple:
+        count = None if options[-1] is Ellipsis else len(options)
+        if not isinstance(value, (list, tuple)) or count not in (None, len(value)):
+            raise _not_accepted(name, value, "a list" if count is None else f"a list of {count}")
+        return tuple(_rebuild(item, options[0], f"{name}[{index}]") for index, item in enumerate(value))
+    if hint is int and type(value) is float and value.is_integer():
+        value = int(value)
+    right = (int, float) if hint is float else (hint,)
+    if type(value) not in right or (hint in (int, float) and not abs(value) < _LARGEST):
+        raise _not_accepted(name, value, _WORDS[hint])
+    return value
+
+
+def _rebuild_fields(values: Any, cls: type, name: str) -> Any:
+    if not isinstance(values, dict):
+        raise _not_accepted(name or cls.__name__, values, f"a dictionary of {cls.__name__} fields")
     hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
+    unknown = sorted(ascii(key)[1:-1] for key in set(values) - set(hints))
     if unknown:
         raise ValueError(f"unknown {cls.__name__} fields: {', '.join(unknown)}; known are: {', '.join(hints)}")
-    return cls(**{name: _rebuild(value, hints[name]) for name, value in values.items()})
+    start = f"{name}." if name else ""
+    return cls(**{field: _rebuild(value, hints[field], start + field) for field, value in values.items()})
 
 
-def _rebuild(value: Any, hint: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(value, hint)
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if isinstance(value, list) and any(typing.get_origin(option) is tuple for option in options):
-        return tuple(value)
-    return value
+def _not_accepted(name: str, value: Any, accepted: str) -> ValueError:
+    shown = repr(value) if type(value) is not int or abs(value) < _LARGEST else "a huge number"
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return ValueError(f"{name} is {shown}, {accepted} is accepted")
+
+
+_LARGEST = 2**63  # no field means anything near it; and NaN is not below it
+_WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", type(None): "nothing"}

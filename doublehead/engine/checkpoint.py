@@ -8,7 +8,7 @@ header, all that is needed to rebuild the detector: the recipe, the classes, the
 from __future__ import annotations
 
 import json
-import pickle
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +21,19 @@ from torch import nn
 
 import doublehead
 from doublehead.config import Recipe, from_dict, to_dict
+from doublehead.engine import digest
+from doublehead.engine import state as state_schema
 from doublehead.engine.errors import CheckpointError
 from doublehead.engine.files import replacing
+from doublehead.engine.schema import Mismatch, is_finite, items, text, whole
 
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.pt"
-_STATE_FORMAT = "doublehead.state/1"
 _MODEL_FORMAT = "doublehead.model/1"
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""What DataParallel and AveragedModel, torch.compile, FSDP and activation checkpointing put into tensors' names."""
+_COUNTERS = {"n_averaged"}
+"""Tensors that AveragedModel adds."""
 
 
 class LoadedModel(NamedTuple):
@@ -50,12 +56,21 @@ def save_model(
     category_ids: Sequence[int],
     step: int = 0,
 ) -> None:
-    """Write `model`'s weights and their description to `path`, atomically.
+    """Write `model`'s weights and their description to `path`, atomically, with a digest by which damage is noticed.
+
+    Args:
+        model: what `build_detector` gave; it, or parts of it, may be compiled, or wrapped for averaging or to run on
+            several devices.
 
     Raises:
-        CheckpointError: the file cannot be written (disk full, no permission); an older one stays.
+        CheckpointError: the classes cannot be those of a model, or the file cannot be written (disk full, no
+            permission); an older one stays.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        tensors = _unwrapped({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
+        _check_labels(list(classes), [int(i) for i in category_ids])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not written: {error}") from error
     metadata = {
         "format": _MODEL_FORMAT,
         "version": getattr(doublehead, "__version__", "unknown"),
@@ -67,47 +82,54 @@ def save_model(
     try:
         with replacing(path) as temporary:
             # Not `save_file`: it has a temporary file of its own, which a killed process would leave behind.
-            temporary.write_bytes(safetensors.torch.save(tensors, metadata))
+            temporary.write_bytes(safetensors.torch.save(tensors, digest.with_digest(metadata, tensors)))
     except OSError as error:
         raise _cannot_write(path, error) from error
 
 
-def load_model(path: str | Path) -> LoadedModel:
+def load_model(path: str | Path, finite: bool = True) -> LoadedModel:
     """Rebuild the detector that `save_model` wrote.
+
+    Weights come as the recipe's model has them (float32), whatever floating-point type they have in the file, if that
+    changes no value.
 
     Args:
         path: a `model.safetensors`, or the folder of a run that holds one.
+        finite: refuse weights with NaN or infinity; False: take them, to look into a training that went wrong.
 
     Raises:
-        CheckpointError: no such file, not a file of this library, damaged, or weights that do not
-            fit the recipe inside it.
+        CheckpointError: no such file, not a file of this library, damaged, or weights that are not finite or do not fit
+            the recipe inside it.
     """
     path = _find_model(Path(path))
     metadata, tensors = _read_safetensors(path)
-    from doublehead.models import build_detector  # only here: it brings torchvision
-
     try:
-        recipe = from_dict(json.loads(metadata["recipe"]))
-        classes, category_ids = json.loads(metadata["classes"]), json.loads(metadata["category_ids"])
-        model = build_detector(_without_download(recipe).model, len(classes) + 1)
-    except (KeyError, TypeError, ValueError) as error:
+        recipe, classes, category_ids = _description(metadata)
+        model = _build(recipe, len(classes) + 1, _unwrapped(tensors))
+        whole = digest.fits(metadata, tensors)  # only now: no time goes into a file that is of no use anyway
+        model.load_state_dict(_unwrapped(tensors))
+        if finite:
+            _check_finite(model.state_dict(), whole)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {_line(error)}") from error
+    if not whole:
         raise CheckpointError(
-            f"{path}: its description cannot be used ({error}); "
-            f"written by doublehead {metadata.get('version', 'unknown')}"
-        ) from error
-    _load_weights(model, tensors, path)
+            f"{path}: changed or damaged since it was written: its digest is of other content. Get the file anew from "
+            "where it came from; to change one on purpose, write it with doublehead.engine.save_model"
+        )
     return LoadedModel(model.eval(), recipe, classes, category_ids)
 
 
 def save_state(path: str | Path, state: dict[str, Any]) -> None:
-    """Write a training state (tensors and plain values) to `path`, atomically.
+    """Write a training state (tensors and plain values) to `path`, atomically, with a digest.
 
     Raises:
         CheckpointError: the file cannot be written; an older one stays.
     """
     try:
         with replacing(path) as temporary:
-            torch.save({"format": _STATE_FORMAT, **state}, temporary)
+            torch.save({"format": state_schema.FORMAT, **state}, temporary)
+            digest.seal(temporary)
     except (OSError, RuntimeError) as error:  # PyTorch's zip writer turns a full disk into a RuntimeError
         raise _cannot_write(path, error) from error
 
@@ -116,17 +138,22 @@ def load_state(path: str | Path) -> dict[str, Any]:
     """Read what `save_state` wrote, onto the CPU; nothing in the file is executed.
 
     Raises:
-        CheckpointError: no such file, damaged, or not a training state of this library.
+        CheckpointError: no such file, damaged, or not a training state of this library, with all its entries.
     """
     path = Path(path)
     try:
+        digest.check_sealed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a file that is not one of ours raises nearly everything
         raise CheckpointError(f"{path}: not a training state, or damaged ({_first_line(error)})") from error
-    if not isinstance(state, dict) or state.get("format") != _STATE_FORMAT:
+    if not isinstance(state, dict) or state.get("format") != state_schema.FORMAT:
         raise CheckpointError(f"{path}: not a training state of this version of doublehead")
+    try:
+        state_schema.STATE(state, "")
+    except Mismatch as error:
+        raise CheckpointError(f"{path}: not a whole training state: {_line(error)}") from error
     return state
 
 
@@ -149,25 +176,118 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tenso
             if not metadata.get("format", "").startswith("doublehead.model/"):
                 raise CheckpointError(f"{path}: a safetensors file, but not a model of doublehead")
             if metadata["format"] != _MODEL_FORMAT:
-                raise CheckpointError(f"{path}: written in {metadata['format']}, this version reads {_MODEL_FORMAT}")
+                raise CheckpointError(
+                    f"{path}: written in {_line(metadata['format'])}, this version reads {_MODEL_FORMAT}"
+                )
             return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, safetensors.SafetensorError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # besides its own: MemoryError, a dtype that PyTorch lacks
         raise CheckpointError(f"{path}: not a safetensors file, or truncated ({_first_line(error)})") from error
 
 
-def _load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    expected = model.state_dict()
+def _description(metadata: dict[str, str]) -> tuple[Recipe, list[str], list[int]]:
+    """The recipe, the classes and the category ids.
+
+    Raises:
+        ValueError: one of them cannot be used.
+    """
+    try:
+        recipe = from_dict(_json(metadata, "recipe"))
+        classes, category_ids = _json(metadata, "classes"), _json(metadata, "category_ids")
+        _check_labels(classes, category_ids)
+    except ValueError as error:
+        version = metadata.get("version", "unknown")
+        raise ValueError(f"its description cannot be used ({error}); written by doublehead {version}") from error
+    return recipe, classes, category_ids
+
+
+def _json(metadata: dict[str, str], name: str) -> Any:
+    if name not in metadata:
+        raise ValueError(f"it has no {name}")
+    try:
+        return json.loads(metadata[name])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its {name} is not JSON: {error}") from error
+
+
+def _check_labels(classes: Any, category_ids: Any) -> None:
+    items(text)(classes, "classes")
+    if not classes:
+        raise ValueError("classes: expected at least one, got none")
+    items(whole(), len(classes))(category_ids, "category_ids")
+    for name, values in (("classes", classes), ("category_ids", category_ids)):
+        if twice := [value for value, count in Counter(values).items() if count > 1]:
+            raise ValueError(f"{name}: {twice[0]!r} is there twice")
+
+
+def _build(recipe: Recipe, num_classes: int, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    """The model of a recipe that comes from a file, if it is what `tensors` are of.
+
+    First without memory: a recipe may ask for any amount of it, but the tensors have been read.
+
+    Raises:
+        ValueError: the recipe is of no model, or of another one.
+    """
+    from doublehead.models import build_detector  # only here: it brings torchvision
+
+    config = _without_download(recipe).model
+    try:
+        if config.head.conv_blocks > len(tensors):  # each has some
+            raise ValueError(f"model.head.conv_blocks is {config.head.conv_blocks}, with {len(tensors)} tensors")
+        with torch.device("meta"):
+            expected = build_detector(config, num_classes).state_dict()
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"its recipe makes no model ({_first_line(error)})") from error
+    _check_fit(expected, tensors)
+    return build_detector(config, num_classes)
+
+
+def _check_fit(expected: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
     problems = [f"missing {name}" for name in expected if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in expected]
+    both = [(name, tensors[name], tensor) for name, tensor in expected.items() if name in tensors]
     problems += [
-        f"{name} has shape {tuple(tensors[name].shape)}, the recipe's model {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in tensors and tensors[name].shape != tensor.shape
+        f"{name} has shape {tuple(mine.shape)}, the recipe's model {tuple(wanted.shape)}"
+        for name, mine, wanted in both
+        if mine.shape != wanted.shape
+    ]
+    problems += [
+        f"{name} is of {_name(mine.dtype)}, which does not become the recipe's {_name(wanted.dtype)} unchanged"
+        for name, mine, wanted in both
+        if not problems and not _converts(mine, wanted.dtype)
     ]
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(f"{path}: its weights do not fit its recipe: {'; '.join(problems[:5])}{more}")
-    model.load_state_dict(tensors)
+        raise ValueError(f"its weights do not fit its recipe: {_listed(problems, '; ')}")
+
+
+def _converts(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether `tensor` has that dtype, or another floating-point one with values that it has too."""
+    if tensor.dtype == dtype:
+        return True
+    if not (tensor.is_floating_point() and dtype.is_floating_point):
+        return False
+    if tensor.dtype.itemsize < dtype.itemsize:
+        return True
+    return torch.equal(tensor.to(dtype).to(tensor.dtype).nan_to_num(), tensor.nan_to_num())
+
+
+def _check_finite(tensors: dict[str, torch.Tensor], whole: bool) -> None:
+    wrong = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    if wrong:
+        cause = "take a checkpoint from before its training went wrong"
+        raise ValueError(
+            f"NaN or infinite numbers in {len(wrong)} of its {len(tensors)} tensors ({_listed(wrong, ', ')}); "
+            + (cause if whole else "the file was changed or damaged since it was written")
+        )
+
+
+def _unwrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors by the names that the detector itself gives them."""
+    plain = {".".join(part for part in name.split(".") if part not in _WRAPPERS): name for name in tensors}
+    if len(plain) < len(tensors):
+        raise ValueError("some tensors are there twice, plain and under the name of a wrapper of their module")
+    return {name: tensors[source] for name, source in plain.items() if name not in _COUNTERS}
 
 
 def _without_download(recipe: Recipe) -> Recipe:
@@ -183,3 +303,18 @@ def _cannot_write(path: str | Path, error: Exception) -> CheckpointError:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _line(message: object) -> str:
+    """A message with words from a file in it, as one line of bounded length."""
+    line = " ".join(str(message).split())
+    return line if len(line) <= 700 else f"{line[:697]}..."
+
+
+def _listed(parts: list[str], between: str) -> str:
+    more = f"{between.rstrip()} and {len(parts) - 5} more" if len(parts) > 5 else ""
+    return between.join(parts[:5]) + more
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

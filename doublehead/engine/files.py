@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import os
+import platform
+import re
+import secrets
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +21,10 @@ from doublehead.engine.errors import UserError
 from doublehead.engine.lock import LOCK_FILE
 
 RECIPE_FILE = "recipe.json"
-_LEFT_BEHIND = (LOCK_FILE, f".{RECIPE_FILE}.tmp")  # by a run that was killed before it began
+_LONGEST = 200  # bytes of a file's name that its temporary file repeats
+_A_DAY = 24 * 3600.0
+_WRITER = re.compile(r"^\..*\.(?P<system>[0-9a-f]{8})-(?P<process>[0-9]+)-[0-9a-f]{8}\.tmp$", re.DOTALL)
+_next_look: dict[Path, float] = {}  # folder -> when to look for files left behind again, by the monotonic clock
 
 
 @contextlib.contextmanager
@@ -23,19 +33,96 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     The content reaches the disk before the name does, so a crash or power cut leaves either the
     old file or the new one.  If the block fails the old file stays and the temporary one goes.
-    The temporary name is fixed: what a killed process left behind is overwritten by the next.
+    Of several processes or threads that write the same file at once each has a temporary file of
+    its own, and the last one's stays, whole.  What killed processes left in the folder is removed
+    (see `is_left_behind`).  A device or a pipe, such as /dev/stdout, is written to as it is.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        yield path
+        return
+    temporary = path.with_name(_temporary_name(path.name))
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        with contextlib.suppress(OSError):  # clearing up must not cost the file
+            _clear_up(path.parent, now=temporary.stat().st_mtime)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def _temporary_name(name: str) -> str:
+    """`.NAME.SYSTEM-PROCESS-RANDOM.tmp`: hidden, nobody else's, and it tells who writes it."""
+    short = os.fsencode(name)[:_LONGEST].decode("utf-8", "ignore")  # with all the rest, at most 255 bytes
+    return f".{short}.{_this_system()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
+@functools.cache
+def _this_system() -> str:
+    """8 hex digits that only processes which see the same process numbers have in common: the same machine since its
+    last start, the same container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        seen = boot + os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux
+        seen = f"{platform.node()} {uuid.getnode()}"
+    return hashlib.sha256(seen.encode()).hexdigest()[:8]
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether this is a name of a temporary file of `replacing`, an earlier version's included."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def is_left_behind(path: Path, now: float) -> bool:
+    """Whether `path` is a temporary file of `replacing` whose writer is gone.
+
+    It is if the writer was a process of this system that no longer runs.  Of another one's (another machine that
+    shares the folder, another container, this machine before it was started anew) nothing is known: the file must not
+    have changed for a day.
+
+    Args:
+        now: seconds, by the clock of the file system.
+    """
+    writer = _WRITER.search(path.name)
+    if writer is None:
+        return False
+    system, process = writer["system"], int(writer["process"])
+    if system == _this_system() and os.name == "posix" and not _runs(process):
+        return True
+    return now - path.stat().st_mtime > _A_DAY
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def _clear_up(folder: Path, now: float) -> None:
+    """Remove what killed processes left in `folder`.
+
+    A folder may hold very many files: it is looked through seldom enough to take a twentieth of the time at most.
+    """
+    begun = time.monotonic()
+    if begun < _next_look.get(folder, 0):
+        return
+    with os.scandir(folder) as entries:
+        temporary = [Path(entry.path) for entry in entries if entry.name.endswith(".tmp") and entry.name[0] == "."]
+    for path in temporary:
+        with contextlib.suppress(OSError):  # another process removed it, or it is another user's
+            if is_left_behind(path, now):
+                path.unlink()
+    ended = time.monotonic()
+    _next_look[folder] = ended + 20 * (ended - begun)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -79,12 +166,12 @@ def new_run_folder(name: str, out: str | Path | None = None, root: str | Path = 
 
 
 def check_new(folder: Path) -> None:
-    """Refuse a folder that holds files of anyone.
+    """Refuse a folder that holds files of anyone; what a run that was killed before it began left behind is none.
 
     Raises:
         UserError: it does.
     """
-    if any(path.name not in _LEFT_BEHIND for path in folder.iterdir()):
+    if any(path.name != LOCK_FILE and not is_temporary(path) for path in folder.iterdir()):
         raise UserError(f"{folder} already holds files: give another --out, or continue it with --resume {folder}")
 
 
@@ -110,5 +197,5 @@ def read_recipe(folder: str | Path) -> Recipe:
         return from_dict(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{folder} is not the folder of a run: {path} cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, RecursionError) as error:  # of characters, JSON, fields
         raise UserError(f"{path}: not a recipe of this version: {error}") from error

@@ -124,7 +124,7 @@ class Run(Hooks):
             model = build_detector(_start(recipe.model, state), len(self.training.classes) + 1)
             self.trainer = Trainer(model, recipe.train, self._batches, world, self)
         if state is not None:
-            self.trainer.load_state_dict(state)
+            self.trainer.load_state_dict(state, folder / checkpoint.STATE_FILE)
             self.saved_step = state["step"]
         self.identity = identity(recipe, self.training)
         if world.is_main:
@@ -289,6 +289,8 @@ class Run(Hooks):
         if before != now:
             changed = ", ".join(f"{before[name]} -> {now[name]} {name}" for name in now if before[name] != now[name])
             yield f"{changed}: the run goes on, but not with the very bits it would have had"
+        if self.trainer.average and state["average"] is None:
+            yield "the state has no averaged weights: their average begins with this part of the run"
         if (self.folder / RECIPE_FILE).exists():
             recipe = read_recipe(self.folder)
             if changed := changes(recipe, self.recipe):

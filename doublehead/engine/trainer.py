@@ -14,6 +14,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 
 from doublehead.config import TrainConfig
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import UserError
+from doublehead.engine.errors import NonFiniteLossError, UserError
 from doublehead.engine.optim import (
     OPTIMIZERS,
     WeightAverage,
@@ -30,7 +31,9 @@ from doublehead.engine.optim import (
     seed_step,
     set_learning_rate,
 )
+from doublehead.engine.schema import is_finite
 from doublehead.engine.signals import Stopped, StopSignals
+from doublehead.engine.state import of_trainer as state_of
 from doublehead.engine.tracker import LossTracker
 
 MOST_IMAGES = 65536  # of a step; a batch beyond any use is a slip of the hand, and would be read for hours
@@ -101,8 +104,8 @@ class Trainer:
         """Train until `config.steps`, evaluating and saving on the way and at the end.
 
         Raises:
-            NonFiniteLossError: a loss became NaN or infinite; nothing is saved after that
-                (see `LossTracker` for when it is noticed).
+            NonFiniteLossError: a loss became NaN or infinite, or the weights that were to be saved; nothing is
+                saved after that (see `LossTracker` for when it is noticed).
             Stopped: after SIGTERM or Ctrl-C, when the running step is done and saved.
         """
         self._begun = self._logged_at = time.monotonic()
@@ -176,9 +179,20 @@ class Trainer:
         # Saved before evaluating too, so that a stop during a long evaluation loses nothing.
         if stopping or self._due(self.config.checkpoint_every) or self._due(self.config.eval_every):
             self.losses.check()
+            self._check_weights()
             self.hooks.on_save()
         if stopping:
             raise Stopped(self.signals.received)
+
+    def _check_weights(self) -> None:
+        """A finite loss can have gradients that are not: the last good checkpoint must not give way to such weights."""
+        wrong = [name for name, tensor in self.evaluated_model.state_dict().items() if not is_finite(tensor)]
+        if self.world.any(bool(wrong)):
+            raise NonFiniteLossError(
+                f"the weights are not finite after step {self.step}: NaN or infinity in {len(wrong)} tensors "
+                f"({', '.join(wrong[:3])}); they are not saved. Try a lower --train.lr, a longer --train.warmup-steps "
+                "or --train.clip-grad-norm 10"
+            )
 
     def _due(self, every: int) -> bool:
         """Whether something done each `every` steps (0: only at the end) is to be done after this step."""
@@ -220,24 +234,29 @@ class Trainer:
             "losses": self.losses.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` gave.
+    def load_state_dict(self, state: dict[str, Any], source: str | Path = "the training state") -> None:
+        """Continue from what `state_dict` gave; `source` is its name in messages.
+
+        A state without averaged weights begins the average anew from its weights; one whose averaged weights are not
+        asked for any more loses them.
 
         Raises:
-            UserError: the state belongs to another model or optimiser.
+            UserError: the state is incomplete or damaged, or belongs to another model or optimiser; nothing of it
+                was taken.
         """
         try:
+            state_of(self)(state)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:  # empty unless amp was fp16
                 self.scaler.load_state_dict(state["scaler"])
-            if self.average and state["average"]:
+            if self.average and state["average"] is not None:
                 self.average.load_state_dict(state["average"])
             elif self.average:  # averaging begins with this part of the run
                 self.average.model.load_state_dict(state["model"])
             self.losses.load_state_dict(state["losses"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(f"the training state does not fit this recipe: {error}") from error
+        except (RuntimeError, ValueError, KeyError) as error:  # PyTorch's own, and those of `state_of`
+            raise UserError(f"{source} does not fit this recipe: {error}") from error
         self.step, self.evaluated_step = state["step"], state["evaluated_step"]
         self.earlier_seconds = state["seconds"]
 
