@@ -1,4 +1,4 @@
-"""The operators in a forked process, whose parent has used OpenMP's threads: they are not there, and none is waited for."""
+"""The operators in a forked process whose parent has used OpenMP's threads: they are not there, and not waited for."""
 
 from __future__ import annotations
 

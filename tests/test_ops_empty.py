@@ -91,7 +91,8 @@ def test_heads_of_nothing():
         logits = torch.rand(number, channels)
         for method in ("complementary", "max", "average", "none"):
             assert_same(ops.fuse_scores(logits, logits, method), fusion_reference.fuse_scores(logits, logits, method))
-        rows, weight, residual = torch.rand(number * 4, channels), torch.rand(out, channels), torch.rand(number * 4, out)
+        rows, weight = torch.rand(number * 4, channels), torch.rand(out, channels)
+        residual = torch.rand(number * 4, out)
         for mean, sum_with in itertools.product((False, True), (None, residual)):
             arguments = rows, weight, None, None, sum_with, None, [2, 2], True, mean
             assert_same(OPERATORS.fused_conv(*arguments), fused_conv_reference.fused_conv(*arguments))

@@ -1,5 +1,6 @@
 """Wrong arguments of the operators: torchvision's kind of error and Python's, and what is said of arrays and lists."""
 
+# ruff: noqa: B008 - the defaults below are arguments that are right, and nothing writes to them
 from __future__ import annotations
 
 import pickle
@@ -57,7 +58,7 @@ WRONG = {
     "integer RoIs": (lambda o: o.roi_align(MAPS, ROIS.int(), 2), TypeError, "boxes must be floating point"),
     "a flat map": (lambda o: o.roi_align(MAPS[0], ROIS, 2), ValueError, "input must be a Tensor.B, C, H, W."),
     "integer maps": (lambda o: o.roi_align(MAPS.int(), ROIS.int(), 2), TypeError, "input must be float16"),
-    "a list of maps": (lambda o: o.roi_align([MAPS], ROIS, 2), TypeError, "input must be a Tensor.B, C, H, W., got lis"),
+    "a list of maps": (lambda o: o.roi_align([MAPS], ROIS, 2), TypeError, "input must be a Tensor.* got list"),
     "negative bins": (lambda o: o.roi_align(MAPS, ROIS, -1), ValueError, "output_size must be a positive number"),
     "half a bin": (lambda o: o.roi_align(MAPS, ROIS, 2.5), TypeError, "output_size must be a whole number .* got 2.5"),
     "half bins": (lambda o: o.roi_align(MAPS, ROIS, (2, 0.5)), TypeError, "output_size must be a whole number"),
@@ -72,9 +73,9 @@ WRONG = {
     "one tensor": (lambda o: pool(o, boxes=BOXES), TypeError, "boxes must be a list of a Tensor.L, 4. .* got Tensor$"),
     "boxes None": (lambda o: pool(o, boxes=None), TypeError, "boxes must be a list .* got NoneType$"),
     "boxes of five": (lambda o: pool(o, boxes=[zeros(1, 5)] * 2), ValueError, r"boxes\[0\] must be a Tensor"),
-    "flat levels": (lambda o: pool(o, x={"0": MAPS[0], "1": MAPS[0]}), ValueError, r"features\[0\] must be a Tensor"),
+    "flat levels": (lambda o: pool(o, x={"0": MAPS[0], "1": MAPS[0]}), ValueError, r"features\[0\] must be"),
     "other channels": (lambda o: pool(o, x=LEVELS | {"1": MAPS[:, :2]}), ValueError, r"features\[1\] must have"),
-    "other dtype": (lambda o: pool(o, x=LEVELS | {"1": MAPS.double()}), TypeError, r"features\[1\] must have the dtype"),
+    "other dtype": (lambda o: pool(o, x=LEVELS | {"1": MAPS.double()}), TypeError, r"features\[1\] must have"),
     "no pixels": (lambda o: pool(o, x=LEVELS | {"0": MAPS[:, :, :0]}), ValueError, "x must have features of at least"),
     "bins of three": (lambda o: pool(o, output_size=(1, 2, 3)), ValueError, "output_size must be a positive number"),
     "a flat area": (lambda o: o.box_area(zeros(0)), ValueError, "boxes must have shape .*, 4., got .0."),
@@ -162,7 +163,7 @@ def test_arrays_and_lists_are_refused_by_name(name):
 
 
 def test_tensors_in_place_of_lists():
-    with pytest.raises(TypeError, match=r"^features must be a list of a Tensor\[B, C, H, W\] for each level, got Tensor$"):
+    with pytest.raises(TypeError, match=r"^features must be a list of a Tensor\[B, C, H, W\] for .*, got Tensor$"):
         ops.multiscale_roi_align(MAPS, ROIS, 2, spatial_scales=[1.0])
     with pytest.raises(TypeError, match="^spatial_scales must be a list of numbers, got float$"):
         ops.multiscale_roi_align([MAPS], ROIS, 2, spatial_scales=0.5)

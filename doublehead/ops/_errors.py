@@ -1,8 +1,8 @@
 """What the operators raise for wrong arguments, and the check they all share.
 
-`nms`, `batched_nms`, `roi_align` and `MultiScaleRoIAlign` stand in for torchvision's, whose checks are RuntimeErrors from
-C++, and for the shape of RoIs AssertionErrors.  Ours are both: Python's customary kind of error and torchvision's, so that
-an `except` written for either catches them.
+`nms`, `batched_nms`, `roi_align` and `MultiScaleRoIAlign` stand in for torchvision's, whose checks are RuntimeErrors
+from C++, and for the shape of RoIs AssertionErrors.  Ours are both, Python's customary kind of error and torchvision's,
+so that an `except` written for either catches them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ArgumentTypeError(TypeError, RuntimeError):
 
 
 class AssertedValueError(ArgumentValueError, AssertionError, IndexError):
-    """The same where torchvision asserts (the columns of RoIs) or stumbles over a dimension or entry that is not there."""
+    """Where torchvision asserts (the columns of RoIs) or stumbles over a dimension or an entry that is not there."""
 
 
 class AssertedTypeError(ArgumentTypeError, AssertedValueError):

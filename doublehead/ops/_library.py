@@ -7,8 +7,8 @@ reference.
 """
 
 import contextlib
-import importlib
 import functools
+import importlib
 import importlib.util
 import os
 import warnings

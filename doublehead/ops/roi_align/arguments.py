@@ -44,8 +44,10 @@ def rois_of_list(input: Tensor, boxes: Sequence[Tensor]) -> Tensor:
 def rois_of_batch(feature: Tensor, boxes: Tensor) -> Tensor:
     images, count = boxes.shape[:2]
     if boxes.shape[2] != 4 or images != feature.shape[0]:
-        raise AssertedValueError(f"rois must be Tensor[K, 5], or Tensor[B, R, 4] with B = {feature.shape[0]} as in features, "
-                         f"got {list(boxes.shape)}")  # fmt: skip
+        raise AssertedValueError(
+            f"rois must be Tensor[K, 5], or Tensor[B, R, 4] with B = {feature.shape[0]} as in features, "
+            f"got {list(boxes.shape)}"
+        )
     boxes = to_compute(boxes, feature)
     image = torch.arange(images, dtype=boxes.dtype, device=boxes.device)[:, None, None].expand(images, count, 1)
     return torch.cat([image, boxes], 2).flatten(0, 1)
