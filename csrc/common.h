@@ -17,6 +17,10 @@
 #include <stdexcept>
 #include <string>
 
+#if __has_include(<pthread.h>)
+#include <pthread.h>
+#endif
+
 // DOUBLEHEAD_MULTIVERSION before a function compiles it three times, for plain x86-64, AVX2 and AVX-512, and the loader
 // chooses. What it calls must be inlined into it (DOUBLEHEAD_INLINE) to be compiled three times too; a lambda inside it
 // is written `[&](int64_t i) DOUBLEHEAD_INLINE_LAMBDA { ... }`. It goes on free functions, templates and functions in
@@ -119,12 +123,20 @@ struct Compute<double> {
 template <typename T>
 using compute_t = typename Compute<T>::type;
 
+// Whether this process is a forked child. OpenMP's threads stayed with its parent, yet OpenMP would wait for them for
+// ever, so a child does everything in one thread. (Were the parent single-threaded, more would do; that cannot be known.)
+inline bool forked = false;
+#if __has_include(<pthread.h>)
+[[maybe_unused]] inline const int watches_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
 // Calls body(begin, end) on disjoint ranges that cover [begin, end), on torch's threads (torch.set_num_threads), each
 // of at least `grain` items. The first exception thrown by any range is thrown again here, as it was: torch's own
 // function would turn it into one that says only that a call failed.
 template <typename Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   if (begin >= end) return;
+  if (forked) return body(begin, end);
   std::atomic_flag failed = ATOMIC_FLAG_INIT;
   std::exception_ptr error;
   torch::stable::parallel_for(begin, end, std::max<int64_t>(grain, 1), [&](int64_t first, int64_t last) {
@@ -137,6 +149,6 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   if (error) std::rethrow_exception(error);
 }
 
-inline int64_t num_threads() { return torch::stable::get_num_threads(); }
+inline int64_t num_threads() { return forked ? 1 : torch::stable::get_num_threads(); }
 
 }  // namespace doublehead

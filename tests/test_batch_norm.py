@@ -149,7 +149,7 @@ def test_compiles_in_one_graph():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(0, 4)}, "x must have shape .M, C. with M > 0, got .0, 4."),
+        ({"x": torch.zeros(0, 4)}, "x must have shape .M, C. with M, C > 0, got .0, 4."),
         ({"x": torch.zeros(3, 4, 5)}, "x must have shape"),
         ({"weight": torch.ones(5)}, "weight must have shape .C. = .4., got .5."),
         ({"residual": torch.zeros(3, 4, dtype=torch.float16)}, "residual must be like x"),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import Fusion, ModelConfig, ReadOut
 from .backbone import build_backbone
@@ -19,6 +20,7 @@ from .losses import head_losses, sample_rois
 from .roi_pooling import RoIPooling
 from .rpn import RPN
 from .structures import Detections, ImageBatch, Proposals, Targets
+from .targets import check_targets
 
 
 class Detector(nn.Module):
@@ -108,9 +110,12 @@ class DoubleHeadRCNN(nn.Module):
         """Losses in training mode, detections in eval mode.
 
         Args:
-            images: each `Tensor[3, H, W]`, RGB, float in 0..1 or uint8, of any size.
-            targets: in training, per image "boxes" `Tensor[n, 4]` (x1, y1, x2, y2) in the image's
-                pixels and "labels" `Tensor[n]`, int64 from 1 on.
+            images: each `Tensor[3, H, W]`, RGB, float in 0..1 or uint8, of any size and on any device; or a
+                `Tensor[B, 3, H, W]`.
+            targets: in training, per image "boxes" `Tensor[n, 4]` (x1, y1, x2, y2) in the image's pixels, x1 < x2 and
+                y1 < y2, floats or integers, and "labels" `Tensor[n]`, integers from 1 on.  Boxes may reach over the
+                border.  Keep them on the CPU: what is on a GPU already is used unchecked, as reading it would make
+                the host wait.
 
         Returns:
             training: loss name -> weighted scalar; the objective is their sum.
@@ -118,15 +123,30 @@ class DoubleHeadRCNN(nn.Module):
             "scores" `Tensor[n]`, best first.
 
         Raises:
+            TypeError: images or targets that are no tensors, as arrays, lists and PIL images.
             ValueError: targets missing in training, or malformed images or targets.
         """
-        if self.training:
-            _check_targets(images, targets, self.num_classes)
-        before = [(image.shape[-2], image.shape[-1]) for image in images]
         batch, after = self.transform(images)
+        before = [(image.shape[-2], image.shape[-1]) for image in images]
         if self.training:
+            check_targets(images, targets, self.num_classes)
+            self._check_statistics(batch)
             return self.detector(batch, self.transform.targets(targets, before, after))
         return self.transform.detections(self._graphs(self.detector, batch), before, after)
+
+    def _check_statistics(self, batch: ImageBatch) -> None:
+        """Batch norm needs more than one value of a channel to train on; the backbone's last map has the fewest."""
+        images, _, height, width = batch.pixels.shape
+        stride = self.detector.backbone.strides[-1]
+        if images > 1 or height > stride or width > stride:
+            return
+        if any(isinstance(module, _BatchNorm) and module.training for module in self.detector.backbone.modules()):
+            raise ValueError(
+                f"images: of one image of {height} x {width} pixels (height x width, resized and padded) the "
+                "backbone's last map has a single cell, of which batch norm has no statistics: train on several images "
+                "at a time or with a larger image.min_size and max_size, or set backbone.norm to frozen_batch_norm or "
+                "group_norm"
+            )
 
     def set_readout(self, readout: ReadOut, fusion: Fusion | None = None, ext_gate: float | None = None) -> None:
         """Choose how an Ext model is read out: see `Detector.set_readout`."""
@@ -181,23 +201,3 @@ class DoubleHeadRCNN(nn.Module):
 def build_detector(config: ModelConfig, num_classes: int) -> DoubleHeadRCNN:
     """The detector a configuration describes, with fresh weights (backbone: as configured)."""
     return DoubleHeadRCNN(config, num_classes)
-
-
-def _check_targets(images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None, num_classes: int) -> None:
-    if targets is None or len(targets) != len(images):
-        got = "none" if targets is None else len(targets)
-        raise ValueError(f"targets: training needs one per image ({len(images)}), got {got}")
-    for row, target in enumerate(targets):
-        if missing := {"boxes", "labels"} - set(target):
-            raise ValueError(f"targets[{row}]: {' and '.join(sorted(missing))} missing, got {list(target)}")
-        boxes, labels = target["boxes"], target["labels"]
-        if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
-            raise ValueError(
-                f"targets[{row}]: expected boxes Tensor[n, 4] and labels Tensor[n], "
-                f"got {tuple(boxes.shape)} and {tuple(labels.shape)}"
-            )
-        # Reading labels that lie on a GPU would make it wait.
-        if labels.device.type == "cpu" and not ((labels >= 1) & (labels < num_classes)).all():
-            raise ValueError(
-                f"targets[{row}]: expected labels in 1 .. {num_classes - 1}, got {labels.min()} .. {labels.max()}"
-            )

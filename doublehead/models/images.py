@@ -22,6 +22,7 @@ mmdet.datasets.transforms.Resize(keep_ratio=True) and mmcv.imrescale; maskrcnn_b
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ class ImageTransform(nn.Module):
         super().__init__()
         self.config = config
         self.legacy_boxes = legacy_boxes
+        self._warned = False
         # Has no value of interest: it follows the model, and says where batches go and in which dtype.
         self.register_buffer("place", torch.zeros(()), persistent=False)
 
@@ -58,19 +60,19 @@ class ImageTransform(nn.Module):
         """Turn images into a batch.
 
         Args:
-            images: each `Tensor[3, H, W]`, RGB, float in 0..1 or uint8, any strides.
+            images: each `Tensor[3, H, W]`, RGB, float in 0..1 or uint8, any strides; or a `Tensor[B, 3, H, W]`.
             canvas: (height, width) of the batch; None: the smallest multiples of `size_divisible` that hold all images.
 
         Returns:
             The batch, in the model's dtype, and each image's (height, width) in it.
 
         Raises:
+            TypeError: no list of tensors.
             ValueError: no image, or one of another shape or dtype, or larger than `canvas` after resizing.
         """
-        if len(images) == 0:
-            raise ValueError("images: expected at least one image, got an empty list")
-        for row, image in enumerate(images):
-            _check(image, row)
+        check_images(images)
+        if not self._warned and not torch.compiler.is_compiling():
+            self._warn(images)
         sizes = [self._new_size(image) for image in images]
         canvas = self._canvas(sizes, canvas)
         device, way = self.place.device, WAYS[self.config.resize]
@@ -82,6 +84,14 @@ class ImageTransform(nn.Module):
             swap=self.config.channel_order == "bgr", rounded=way.rounded, dtype=self.place.dtype,
         )  # fmt: skip
         return ImageBatch(pixels, _upload(sizes, device)), sizes
+
+    def _warn(self, images: Sequence[Tensor]) -> None:
+        """Once, of levels that cannot be meant; not of those on a GPU, for which the host would have to wait."""
+        for row, image in enumerate(images):
+            if image.device.type == "cpu" and image.is_floating_point() and (wrong := beyond_levels(image)):
+                self._warned = True
+                warnings.warn(f"images[{row}]: {wrong}", UserWarning, stacklevel=2)
+                return
 
     def targets(self, targets: Sequence[dict[str, Tensor]], before: Sequence[Size], after: Sequence[Size]) -> Targets:
         """Scale ground-truth boxes from the users' images (`before`) to the batch (`after`) and pad them."""
@@ -136,11 +146,64 @@ class ImageTransform(nn.Module):
         return scale, shift
 
 
-def _check(image: Tensor, row: int) -> None:
-    if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
-        raise ValueError(f"images[{row}]: expected a Tensor[3, H, W], got shape {tuple(image.shape)}")
-    if image.dtype != torch.uint8 and not image.is_floating_point():
-        raise ValueError(f"images[{row}]: expected uint8 or a floating dtype in 0..1, got {image.dtype}")
+def check_images(images: Sequence[Tensor]) -> None:
+    """Names what is no image, and says how to make one of it.
+
+    Raises:
+        TypeError: no list of tensors.
+        ValueError: no image, or one of another shape or dtype.
+    """
+    if isinstance(images, Tensor) and images.dim() != 4:
+        raise ValueError(
+            f"images: expected a list of Tensor[3, H, W], or a Tensor[B, 3, H, W], got shape {tuple(images.shape)}"
+        )
+    if not isinstance(images, (Tensor, list, tuple)):
+        raise TypeError(f"images: expected a list of Tensor[3, H, W], got {type(images).__name__}{_conversion(images)}")
+    if len(images) == 0:
+        raise ValueError("images: expected at least one image, got an empty list")
+    for row, image in enumerate(images):
+        if not isinstance(image, Tensor):
+            raise TypeError(
+                f"images[{row}]: expected a Tensor[3, H, W], got {type(image).__name__}{_conversion(image)}"
+            )
+        if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
+            raise ValueError(
+                f"images[{row}]: expected a Tensor[3, H, W], got shape {tuple(image.shape)}{_way_out(image.shape)}"
+            )
+        if image.dtype != torch.uint8 and not image.is_floating_point():
+            raise ValueError(f"images[{row}]: expected uint8 or a floating dtype in 0..1, got {image.dtype}")
+
+
+def _conversion(image: object) -> str:
+    if hasattr(image, "convert"):  # a PIL image
+        image = "numpy.array(image.convert('RGB'))"
+    elif hasattr(image, "__array__"):
+        image = "array"
+    else:
+        return ""
+    return f"; torch.from_numpy({image}).permute(2, 0, 1) makes one of RGB pixels [H, W, 3]"
+
+
+def _way_out(shape: torch.Size) -> str:
+    """What may have gone wrong with an image of this shape."""
+    if len(shape) == 3 and shape[-1] == 3:
+        return ": image.permute(2, 0, 1) brings the channels to the front"
+    if len(shape) == 2 or shape[:1] == (1,):
+        return ": image.expand(3, -1, -1) makes three channels of one"
+    if len(shape) == 3 and shape[0] == 4:
+        return ": image[:3] leaves out the fourth channel"
+    return ""
+
+
+def beyond_levels(image: Tensor) -> str:
+    """What is wrong with a floating image's levels, if something is; from some pixels, which costs microseconds."""
+    low, high = torch.aminmax(image.detach()[:, :: max(1, image.shape[1] // 32), :: max(1, image.shape[2] // 32)])
+    if high <= 2 and low >= -1:  # what augmentations may well do
+        return ""
+    return (
+        f"floating images are taken as levels in 0..1, and this one has some from {float(low):g} to {float(high):g}: "
+        "divide levels of 0..255 by 255 or pass them as uint8, and leave the normalisation to the model"
+    )
 
 
 def _upload(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:

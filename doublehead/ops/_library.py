@@ -7,10 +7,12 @@ reference.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
+import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -74,8 +76,51 @@ def define_cpu_kernel(name: str, kernel: Callable) -> None:
 
     It may read values back, and work on as much as they ask for: on the CPU that costs nothing.
     """
+
+    @functools.wraps(kernel)
+    def answer(*arguments):
+        with one_thread_if_forked():
+            return kernel(*arguments)
+
     CPU_KERNELS.add(name)
-    LIBRARY.impl(name, kernel, "CPU")
+    LIBRARY.impl(name, answer, "CPU")
+
+
+class _Process:
+    """Whether this process is a forked child.  Its parent's threads are not in it, but OpenMP waits for them."""
+
+    forked = False
+
+
+def _note_fork() -> None:
+    _Process.forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def one_thread_if_forked() -> contextlib.AbstractContextManager:
+    """In a forked child, torch's operators run in this thread alone inside: else they may wait for ever.
+
+    PyTorch's own DataLoader does the same for its workers.  The compiled kernels look after themselves.
+    """
+    if torch.compiler.is_compiling() or not _Process.forked:
+        return _NOTHING
+    return _one_thread()
 
 
 def define_triton_kernel(name: str, module: str, function: str) -> None:

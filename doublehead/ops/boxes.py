@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._errors import AssertedValueError, check_tensor
+
 Weights = Sequence[float]
 
 
@@ -25,9 +27,10 @@ def box_area(boxes: Tensor) -> Tensor:
     Returns:
         `Tensor[...]`, float32 or float64.
     Raises:
+        TypeError: not a tensor.
         ValueError: the last dimension is not 4.
     """
-    x1, y1, x2, y2 = _corners("boxes", boxes, _compute_dtype(boxes))
+    x1, y1, x2, y2 = _corners(boxes, _compute_dtype(boxes=boxes))
     return (x2 - x1) * (y2 - y1)
 
 
@@ -42,11 +45,16 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         `Tensor[..., N, M]`, float32 or float64.
     Raises:
+        TypeError: not a tensor.
         ValueError: a last dimension is not 4.
     """
-    dtype = _compute_dtype(a, b)
-    ax1, ay1, ax2, ay2 = _corners("a", a[..., :, None, :], dtype)
-    bx1, by1, bx2, by2 = _corners("b", b[..., None, :, :], dtype)
+    for name, tensor in (("a", a), ("b", b)):
+        check_tensor(name, tensor, "a Tensor[..., N, 4]")
+        if tensor.dim() < 2:
+            raise AssertedValueError(f"{name} must have shape [..., N, 4], got {list(tensor.shape)}")
+    dtype = _compute_dtype(a=a, b=b)
+    ax1, ay1, ax2, ay2 = _corners(a[..., :, None, :], dtype)
+    bx1, by1, bx2, by2 = _corners(b[..., None, :, :], dtype)
     width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
     height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
     intersection = width * height
@@ -65,12 +73,13 @@ def encode_boxes(reference: Tensor, proposals: Tensor, weights: Weights = (1.0, 
     Returns:
         `Tensor[..., 4]` (dx, dy, dw, dh), float32 or float64.  Not finite where a side is not positive.
     Raises:
+        TypeError: not a tensor.
         ValueError: a last dimension, or the number of weights, is not 4.
     """
     wx, wy, ww, wh = _four_weights(weights)
-    dtype = _compute_dtype(reference, proposals)
-    px, py, pw, ph = _centre_and_size("proposals", proposals, dtype)
-    rx, ry, rw, rh = _centre_and_size("reference", reference, dtype)
+    dtype = _compute_dtype(reference=reference, proposals=proposals)
+    px, py, pw, ph = _centre_and_size(proposals, dtype)
+    rx, ry, rw, rh = _centre_and_size(reference, dtype)
     return torch.stack(
         (wx * (rx - px) / pw, wy * (ry - py) / ph, ww * torch.log(rw / pw), wh * torch.log(rh / ph)), dim=-1
     )
@@ -90,12 +99,13 @@ def decode_boxes(
     Returns:
         `Tensor[..., 4]`, float32 or float64.
     Raises:
+        TypeError: not a tensor.
         ValueError: a last dimension, or the number of weights, is not 4.
     """
     wx, wy, ww, wh = _four_weights(weights)
-    dtype = _compute_dtype(deltas, boxes)
-    x, y, width, height = _centre_and_size("boxes", boxes, dtype)
-    dx, dy, dw, dh = _corners("deltas", deltas, dtype)
+    dtype = _compute_dtype(deltas=deltas, boxes=boxes)
+    x, y, width, height = _centre_and_size(boxes, dtype)
+    dx, dy, dw, dh = _corners(deltas, dtype)
     centre_x, centre_y = dx / wx * width + x, dy / wy * height + y
     half_width = 0.5 * (torch.exp((dw / ww).clamp(max=clip)) * width)
     half_height = 0.5 * (torch.exp((dh / wh).clamp(max=clip)) * height)
@@ -115,6 +125,7 @@ def clip_boxes(boxes: Tensor, sizes: Tensor, least_side: float = 0.0) -> Tensor:
     Returns:
         `Tensor[B, N, 4]` of `boxes`' dtype.  NaN stays NaN.
     Raises:
+        TypeError: not a tensor.
         ValueError: the last dimension of `boxes` is not 4 or that of `sizes` is not 2.
     """
     _check_last("boxes", boxes, 4)
@@ -128,27 +139,29 @@ def clip_boxes(boxes: Tensor, sizes: Tensor, least_side: float = 0.0) -> Tensor:
     return torch.cat((low, high), dim=-1)
 
 
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+def _compute_dtype(**tensors: Tensor) -> torch.dtype:
+    """Of boxes or deltas, which are checked by their names."""
     dtype = torch.float32
-    for tensor in tensors:
+    for name, tensor in tensors.items():
+        _check_last(name, tensor, 4)
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 
-def _corners(name: str, boxes: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    _check_last(name, boxes, 4)
+def _corners(boxes: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return boxes.to(dtype).unbind(-1)
 
 
-def _centre_and_size(name: str, boxes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x1, y1, x2, y2 = _corners(name, boxes, dtype)
+def _centre_and_size(boxes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x1, y1, x2, y2 = _corners(boxes, dtype)
     width, height = x2 - x1, y2 - y1
     return x1 + 0.5 * width, y1 + 0.5 * height, width, height
 
 
 def _check_last(name: str, tensor: Tensor, size: int) -> None:
+    check_tensor(name, tensor, f"a Tensor[..., {size}]")
     if tensor.dim() == 0 or tensor.shape[-1] != size:
-        raise ValueError(f"{name} must have shape [..., {size}], got {list(tensor.shape)}")
+        raise AssertedValueError(f"{name} must have shape [..., {size}], got {list(tensor.shape)}")
 
 
 def _four_weights(weights: Weights) -> Weights:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._errors import check_tensor
 from .._library import define, define_autocast, define_autograd, define_cpu_kernel, define_triton_kernel
 from . import reference
 
@@ -37,8 +38,8 @@ def batch_norm_act(
             `invstd ** -2 - eps`.
 
     Raises:
-        TypeError: a dtype is not accepted.
-        ValueError: shapes do not fit, or M is 0.
+        TypeError: not a tensor, or a dtype that is not accepted.
+        ValueError: shapes do not fit, or M or C is 0.
 
     Source: Ioffe and Szegedy, Batch Normalization (2015), algorithm 1.
     """
@@ -91,13 +92,17 @@ def track_statistics(
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
-    if x.dim() != 2 or x.shape[0] == 0:
-        raise ValueError(f"x must have shape [M, C] with M > 0, got {list(x.shape)}")
+    check_tensor("x", x, "a Tensor[M, C]")
+    if x.dim() != 2 or 0 in x.shape:
+        raise ValueError(f"x must have shape [M, C] with M, C > 0, got {list(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     for name, tensor in (("weight", weight), ("bias", bias)):
+        check_tensor(name, tensor, "a Tensor[C]")
         if tensor.shape != x.shape[1:]:
             raise ValueError(f"{name} must have shape [C] = {list(x.shape[1:])}, got {list(tensor.shape)}")
+    if residual is not None:
+        check_tensor("residual", residual, "a Tensor[M, C] or None")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"residual must be like x, {list(x.shape)} {x.dtype}, got {list(residual.shape)} {residual.dtype}"

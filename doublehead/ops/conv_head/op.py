@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._errors import check_tensor
 from .._library import define, define_autocast, define_autograd, define_cpu_kernel, define_triton_kernel
 from . import cpu, reference
 from .blocks import TENSORS, Block
@@ -41,7 +42,7 @@ def conv_head(
         `Tensor[N, dim]` in the dtype of x; zeros from row `count` on.
 
     Raises:
-        TypeError: a dtype differs from that of x.
+        TypeError: not a tensor, or a dtype differs from that of x.
         ValueError: the number of tensors does not fit the blocks, or a shape does not fit.
         RuntimeError: in the backward: there is no gradient.  Training takes the unfolded blocks.
 
@@ -52,14 +53,16 @@ def conv_head(
 
 
 def _check(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int], count: Tensor | None) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"x must have shape [N, C, H, W], got {list(x.shape)}")
+    check_tensor("x", x, "a Tensor[N, C, H, W]")
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"x must have shape [N, C, H, W] with C, H, W > 0, got {list(x.shape)}")
     if not blocks or blocks[0] not in (Block.WIDENING, Block.WIDENING_SHORTCUT_RELU):
         raise ValueError(f"blocks must begin with a widening one, got {[Block(block).name for block in blocks]}")
     wanted = sum(TENSORS[block] for block in blocks)
     if len(tensors) != wanted:
         raise ValueError(f"tensors must be {wanted} weights and biases for these blocks, got {len(tensors)}")
     for index, tensor in enumerate(tensors):
+        check_tensor(f"tensors[{index}]", tensor, "a tensor")
         if tensor.dtype != x.dtype:
             raise TypeError(f"tensors[{index}] must have the dtype of x, {x.dtype}, got {tensor.dtype}")
     if count is not None and (count.dim() != 0 or count.dtype != torch.int64):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._errors import check_tensor, refuse
 from .._library import define, define_autocast, define_autograd, define_cpu_kernel, define_triton_kernel
 from ..score_fusion.op import check_floating, check_fusion
 from ..score_fusion.reference import compute_dtype
@@ -62,12 +63,14 @@ def detections(
         count: `Tensor[B]` int64, how many detections there are; behind them all is zero.
 
     Raises:
-        TypeError: a dtype is not accepted.
+        TypeError: not a tensor, or a dtype that is not accepted.
         ValueError: shapes do not fit, devices differ, or an option is out of range.
 
     Source: Wu et al., Rethinking Classification and Localization for Object Detection (2020), section 4.2; Girshick,
     Fast R-CNN (2015), section 2.3, for the suppression class by class.
     """
+    if not isinstance(logits, (list, tuple)):
+        refuse("logits", logits, "a list of 1 or 2 Tensor[B, R, C]")
     logits = tuple(logits)
     _check_tensors(logits, deltas, proposals, valid, sizes)
     check_fusion("fusion", fusion)
@@ -91,6 +94,7 @@ def _check_tensors(logits: Sequence[Tensor], deltas: Tensor, proposals: Tensor, 
     if len(logits) not in (1, 2):
         raise ValueError(f"logits must be those of 1 or 2 classifiers, got {len(logits)} tensors")
     first = logits[0]
+    check_tensor("logits[0]", first, "a Tensor[B, R, C]")
     if first.dim() != 3 or first.shape[2] == 0:
         raise ValueError(f"logits[0] must have shape [B, R, C] with C >= 1, got {list(first.shape)}")
     batch, rois, classes = first.shape
@@ -102,6 +106,7 @@ def _check_tensors(logits: Sequence[Tensor], deltas: Tensor, proposals: Tensor, 
         "sizes": (sizes, "[B, 2]", (batch, 2)),
     }
     for name, (tensor, letters, shape) in others.items():
+        check_tensor(name, tensor, f"a Tensor{letters}")
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{name} must have shape {letters} = {list(shape)} like logits[0], got {list(tensor.shape)}"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._errors import check_tensor
 from .._library import define, define_autograd, define_cpu_kernel, define_triton_kernel
 from . import reference
 
@@ -43,7 +44,7 @@ def fused_conv(
         `Tensor[N * H * W, out]`, or with `mean` `Tensor[N, out]`, in the dtype of x.
 
     Raises:
-        TypeError: dtypes differ.
+        TypeError: not a tensor, or dtypes differ.
         ValueError: a shape does not fit.
         RuntimeError: in the backward: there is no gradient.
     """
@@ -52,7 +53,12 @@ def fused_conv(
 
 
 def _check(x, weight, bias, size, second, residual, count) -> None:
-    if x.dim() != 2 or len(size) != 2 or x.shape[0] % (size[0] * size[1]):
+    check_tensor("x", x, "a Tensor[N * H * W, C]")
+    check_tensor("weight", weight, "a Tensor[out, C] or Tensor[out, C, 3, 3]")
+    for name, tensor in (("bias", bias), ("second", second), ("residual", residual), ("count", count)):
+        if tensor is not None:
+            check_tensor(name, tensor, "a tensor or None")
+    if x.dim() != 2 or len(size) != 2 or min(size) < 1 or x.shape[0] % (size[0] * size[1]):
         raise ValueError(f"x must have shape [N * H * W, C] with H, W = size, got {list(x.shape)} and {list(size)}")
     channels = x.shape[1] + (0 if second is None else second.shape[1])
     kernel = tuple(weight.shape[2:])
@@ -99,7 +105,7 @@ def _cpu(x, weight, bias, second, residual, count, size, relu, mean):
     y = torch.addmm(residual, x, weight.t())  # the sum costs no pass of its own
     y = y if bias is None else y.add_(bias)
     y = y.relu_() if relu else y
-    return y.view(-1, size[0] * size[1], len(weight)).mean(1) if mean else y
+    return y.view(len(x) // (size[0] * size[1]), size[0] * size[1], len(weight)).mean(1) if mean else y
 
 
 define_cpu_kernel("fused_conv", _cpu)

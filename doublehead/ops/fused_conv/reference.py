@@ -39,10 +39,10 @@ def fused_conv(
     if weight.dim() == 2:
         y = linear(x if second is None else torch.cat((x, second), dim=1), weight, bias)
     else:
-        maps = x.view(-1, height, width, x.shape[1]).permute(0, 3, 1, 2)
-        y = conv2d(maps, weight, bias, padding=1).permute(0, 2, 3, 1).reshape(len(x), -1)
+        maps = x.view(len(x) // (height * width), height, width, x.shape[1]).permute(0, 3, 1, 2)
+        y = conv2d(maps, weight, bias, padding=1).permute(0, 2, 3, 1).reshape(len(x), len(weight))
     y = y if residual is None else y + residual
-    y = (y.relu() if relu else y).view(-1, height * width, len(weight))
+    y = (y.relu() if relu else y).view(len(x) // (height * width), height * width, len(weight))
     if count is not None:
         y = torch.where(torch.arange(len(y), device=x.device)[:, None, None] < count, y, 0.0)
     return y.mean(1) if mean else y.flatten(0, 1)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._errors import check_tensor
 from .._library import define, define_autocast, define_autograd, define_cpu_kernel, define_triton_kernel
 from . import cpu, reference
 
@@ -49,7 +50,7 @@ def image_batch(
         `Tensor[B, 3, H, W]`.
 
     Raises:
-        TypeError: an image or `dtype` of another dtype.
+        TypeError: an image that is no tensor, or an image or `dtype` of another dtype.
         ValueError: no image, shapes, sizes or devices do not fit, or `std` contains 0.
     """
     images = list(images)
@@ -67,6 +68,7 @@ def _check(images, sizes, canvas, mean, std, dtype) -> None:
     if len(sizes) != len(images):
         raise ValueError(f"sizes must be one for each of the {len(images)} images, got {len(sizes)}")
     for index, (image, size) in enumerate(zip(images, sizes, strict=True)):
+        check_tensor(f"images[{index}]", image, "a Tensor[3, h, w]")
         if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
             raise ValueError(f"images[{index}] must have shape [3, h, w], not empty, got {list(image.shape)}")
         if image.dtype != torch.uint8 and image.dtype not in _DTYPES:

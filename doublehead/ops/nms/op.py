@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import define, define_autocast
+from .._errors import ArgumentTypeError, ArgumentValueError, check_tensor
+from .._library import define, define_autocast, one_thread_if_forked
 from . import reference
 
 
@@ -34,7 +35,7 @@ def nms_padded(
         count: `Tensor[B]` int64, how many indices are not padding.
 
     Raises:
-        TypeError: an argument's dtype is not accepted.
+        TypeError: an argument's type or dtype is not accepted.
         ValueError: shapes do not fit, devices differ, or `max_output` is negative.
     """
     _check(boxes, scores, groups, batched=True)
@@ -53,7 +54,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     `torch.vmap` works where all samples keep equally many.  `nms_padded` has no such limits.
 
     Args:
-        boxes: `Tensor[N, 4]` (x1, y1, x2, y2), floating point.
+        boxes: `Tensor[N, 4]` (x1, y1, x2, y2), floating point; for no boxes a `Tensor[0]` too.
         scores: `Tensor[N]`, floating point.
         iou_threshold: a box is dropped if its IoU with a kept one of higher score exceeds it.
 
@@ -61,9 +62,11 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         `Tensor[K]` int64: indices of the kept boxes by descending score.
 
     Raises:
-        TypeError: an argument's dtype is not accepted.
-        ValueError: shapes do not fit, or devices differ.
+        TypeError: an argument's type or dtype is not accepted.
+        ValueError: shapes do not fit, or devices differ.  Both are RuntimeErrors as well, as torchvision's are.
     """
+    if isinstance(boxes, Tensor) and boxes.shape == (0,):
+        boxes = boxes.view(0, 4)
     _check(boxes, scores, None, batched=False)
     return _nms(boxes, scores, None, iou_threshold)
 
@@ -75,8 +78,10 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     class by class, also for negative, infinite or NaN coordinates, any class number, and float16.  Equal scores are
     ordered by index (torchvision's order of ties is unspecified).
 
+    Without boxes the result is empty, whatever the other arguments are, as in torchvision.
+
     Args:
-        boxes: `Tensor[N, 4]` (x1, y1, x2, y2), floating point.
+        boxes: `Tensor[N, 4]` (x1, y1, x2, y2), floating point; for no boxes a tensor of any shape and dtype.
         scores: `Tensor[N]`, floating point.
         idxs: `Tensor[N]`, the class of each box; integers, bool, or floats compared by value.  Any sign.
         iou_threshold: as in `nms`.
@@ -85,11 +90,22 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         `Tensor[K]` int64: indices of the kept boxes by descending score over all classes.
 
     Raises:
-        TypeError: an argument's dtype is not accepted.
-        ValueError: shapes do not fit, or devices differ.
+        TypeError: an argument's type or dtype is not accepted.
+        ValueError: shapes do not fit, or devices differ.  Both are RuntimeErrors as well, as torchvision's are.
     """
+    if isinstance(boxes, Tensor) and _is_empty(boxes):
+        return torch.empty(0, dtype=torch.int64, device=boxes.device)
     _check(boxes, scores, idxs, batched=False)
-    return _nms(boxes, scores, _as_groups(idxs), iou_threshold)
+    with one_thread_if_forked():
+        groups = _as_groups(idxs)
+    return _nms(boxes, scores, groups, iou_threshold)
+
+
+def _is_empty(boxes: Tensor) -> bool:
+    """Whether there are no boxes; in a traced program, whose sizes may be unknown, only where the shape says so."""
+    if torch.compiler.is_compiling() and boxes.dim() == 2:
+        return False  # the operator serves [0, 4]
+    return boxes.numel() == 0
 
 
 def _as_groups(idxs: Tensor) -> Tensor:
@@ -105,38 +121,41 @@ def _as_groups(idxs: Tensor) -> Tensor:
 def _check(boxes: Tensor, scores: Tensor, groups: Tensor | None, *, batched: bool) -> None:
     lead = "B, N" if batched else "N"
     dim = 3 if batched else 2
+    check_tensor("boxes", boxes, f"a Tensor[{lead}, 4]")
+    check_tensor("scores", scores, f"a Tensor[{lead}]")
     if boxes.dim() != dim or boxes.shape[-1] != 4:
-        raise ValueError(f"boxes must have shape [{lead}, 4], got {list(boxes.shape)}")
+        raise ArgumentValueError(f"boxes must have shape [{lead}, 4], got {list(boxes.shape)}")
     if scores.shape != boxes.shape[:-1]:
-        raise ValueError(
+        raise ArgumentValueError(
             f"scores must have shape [{lead}] = {list(boxes.shape[:-1])} like boxes, got {list(scores.shape)}"
         )
     for name, tensor in (("boxes", boxes), ("scores", scores)):
         if tensor.dtype not in _FLOATS:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+            raise ArgumentTypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
     if scores.device != boxes.device:
-        raise ValueError(f"scores must be on the device of boxes, {boxes.device}, got {scores.device}")
+        raise ArgumentValueError(f"scores must be on the device of boxes, {boxes.device}, got {scores.device}")
     if groups is not None:
         _check_groups(boxes, groups, batched, lead)
 
 
 def _check_groups(boxes: Tensor, groups: Tensor, batched: bool, lead: str) -> None:
     name = "groups" if batched else "idxs"
+    check_tensor(name, groups, f"a Tensor[{lead}]")
     if groups.shape != boxes.shape[:-1]:
-        raise ValueError(
+        raise ArgumentValueError(
             f"{name} must have shape [{lead}] = {list(boxes.shape[:-1])} like boxes, got {list(groups.shape)}"
         )
     if batched and groups.dtype != torch.int64:
-        raise TypeError(f"groups must be int64, got {groups.dtype}")
+        raise ArgumentTypeError(f"groups must be int64, got {groups.dtype}")
     if groups.dtype.is_complex:
-        raise TypeError(f"{name} must be integers or floats, got {groups.dtype}")
+        raise ArgumentTypeError(f"{name} must be integers or floats, got {groups.dtype}")
     if groups.device != boxes.device:
-        raise ValueError(f"{name} must be on the device of boxes, {boxes.device}, got {groups.device}")
+        raise ArgumentValueError(f"{name} must be on the device of boxes, {boxes.device}, got {groups.device}")
 
 
 def _check_max_output(max_output: int) -> None:
     if max_output < 0:
-        raise ValueError(f"max_output must be >= 0, got {max_output}")
+        raise ArgumentValueError(f"max_output must be >= 0, got {max_output}")
 
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

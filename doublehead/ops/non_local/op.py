@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._errors import check_tensor
 from .._library import define, define_autocast, define_autograd, define_triton_kernel
 from ..batch_norm.op import batch_norm_act, track_statistics
 from ..fused_conv.op import fused_conv
@@ -72,7 +73,7 @@ def non_local(
         `Tensor[N, C, H, W]`, channels-last, in the dtype of `x`.
 
     Raises:
-        TypeError: x is not floating point.
+        TypeError: not a tensor, or x is not floating point.
         ValueError: a shape does not fit, or an option is not accepted.
 
     Source: Wang et al., Non-local Neural Networks (CVPR 2018), equations 1-6.
@@ -143,6 +144,8 @@ def _normalize_and_add(residual: Tensor, projected: Tensor, norm: BatchNorm, rel
 
 
 def _check(x, qkv_weight, qkv_bias, out_weight, out_bias, pairwise, groups) -> None:
+    for name, tensor in (("x", x), ("qkv_weight", qkv_weight), ("out_weight", out_weight)):
+        check_tensor(name, tensor, "a tensor")
     if x.dim() != 4:
         raise ValueError(f"x must have shape [N, C, H, W], got {list(x.shape)}")
     if not x.is_floating_point():

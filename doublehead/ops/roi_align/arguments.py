@@ -8,26 +8,46 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    AssertedTypeError,
+    AssertedValueError,
+    check_tensor,
+    refuse,
+)
+from .._library import one_thread_if_forked
+
 
 def rois_of_list(input: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """A `Tensor[L, 4]` for each image -> `Tensor[K, 5]`, in the dtype to compute in."""
-    boxes = list(boxes)
+    if not isinstance(boxes, (list, tuple)):
+        if isinstance(boxes, (str, dict)) or hasattr(boxes, "__array__") or not hasattr(boxes, "__iter__"):
+            refuse("boxes", boxes, "a list of a Tensor[L, 4] for each image", AssertedTypeError)
+        boxes = list(boxes)
     for i, of_image in enumerate(boxes):
-        if not isinstance(of_image, Tensor) or of_image.dim() != 2 or of_image.shape[1] != 4:
-            got = list(of_image.shape) if isinstance(of_image, Tensor) else type(of_image).__name__
-            raise ValueError(f"boxes[{i}] must be a Tensor[L, 4], got {got}")
+        check_tensor(f"boxes[{i}]", of_image, "a Tensor[L, 4]", AssertedTypeError)
+        if of_image.dim() != 2 or of_image.shape[1] != 4:
+            raise AssertedValueError(f"boxes[{i}] must be a Tensor[L, 4], got {list(of_image.shape)}")
+        if of_image.device != input.device:
+            raise ArgumentValueError(
+                f"boxes[{i}] must be on the device of the features, {input.device}, got {of_image.device}"
+            )
     if not boxes:
         return input.new_empty(0, 5, dtype=compute_dtype(input))
-    rows = [to_compute(of_image, input) for of_image in boxes]
-    return torch.cat([torch.cat([of_image.new_full((of_image.shape[0], 1), i), of_image], 1)
-                      for i, of_image in enumerate(rows)])  # fmt: skip
+    with one_thread_if_forked():
+        rows = [to_compute(of_image, input) for of_image in boxes]
+        return torch.cat([torch.cat([of_image.new_full((of_image.shape[0], 1), i), of_image], 1)
+                          for i, of_image in enumerate(rows)])  # fmt: skip
 
 
 def rois_of_batch(feature: Tensor, boxes: Tensor) -> Tensor:
     images, count = boxes.shape[:2]
     if boxes.shape[2] != 4 or images != feature.shape[0]:
-        raise ValueError(f"rois must be Tensor[K, 5], or Tensor[B, R, 4] with B = {feature.shape[0]} as in features, "
-                         f"got {list(boxes.shape)}")  # fmt: skip
+        raise AssertedValueError(
+            f"rois must be Tensor[K, 5], or Tensor[B, R, 4] with B = {feature.shape[0]} as in features, "
+            f"got {list(boxes.shape)}"
+        )
     boxes = to_compute(boxes, feature)
     image = torch.arange(images, dtype=boxes.dtype, device=boxes.device)[:, None, None].expand(images, count, 1)
     return torch.cat([image, boxes], 2).flatten(0, 1)
@@ -46,49 +66,58 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 def check_features(features: tuple[Tensor, ...], name: str) -> None:
     if not features:
-        raise ValueError(f"{name} must hold at least one level, got none")
+        raise ArgumentValueError(f"{name} must hold at least one level, got none")
     first = features[0]
     for level, feature in enumerate(features):
         where = name if name == "input" else f"{name}[{level}]"
+        check_tensor(where, feature, "a Tensor[B, C, H, W]")
         if feature.dim() != 4:
-            raise ValueError(f"{where} must be a Tensor[B, C, H, W], got shape {list(feature.shape)}")
+            raise ArgumentValueError(f"{where} must be a Tensor[B, C, H, W], got shape {list(feature.shape)}")
         if feature.dtype not in _FLOATS:
-            raise TypeError(f"{where} must be float16, bfloat16, float32 or float64, got {feature.dtype}")
+            raise ArgumentTypeError(f"{where} must be float16, bfloat16, float32 or float64, got {feature.dtype}")
         if feature is first:
             continue
         if feature.shape[:2] != first.shape[:2] or feature.device != first.device:
-            raise ValueError(
+            raise ArgumentValueError(
                 f"{where} must have the batch size, channels and device of {name}[0], {list(first.shape[:2])} on "
                 f"{first.device}, got {list(feature.shape[:2])} on {feature.device}"
             )
         if feature.dtype != first.dtype and not torch.is_autocast_enabled(feature.device.type):
-            raise TypeError(f"{where} must have the dtype of {name}[0], {first.dtype}, got {feature.dtype}")
+            raise ArgumentTypeError(f"{where} must have the dtype of {name}[0], {first.dtype}, got {feature.dtype}")
 
 
 def check_rois(rois: Tensor, feature: Tensor, name: str, accepted: str) -> None:
-    if not isinstance(rois, Tensor):
-        raise TypeError(f"{name} must be {accepted}, got {type(rois).__name__}")
+    check_tensor(name, rois, accepted, AssertedTypeError)
     if rois.dim() != 2 or rois.shape[1] != 5:
-        raise ValueError(f"{name} must be {accepted}, got shape {list(rois.shape)}")
+        raise AssertedValueError(f"{name} must be {accepted}, got shape {list(rois.shape)}")
     if not rois.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {rois.dtype}")
+        raise ArgumentTypeError(f"{name} must be floating point, got {rois.dtype}")
     if rois.device != feature.device:
-        raise ValueError(f"{name} must be on the device of the features, {feature.device}, got {rois.device}")
+        raise ArgumentValueError(f"{name} must be on the device of the features, {feature.device}, got {rois.device}")
 
 
 def check_output_size(output_size: int | Sequence[int]) -> tuple[int, int]:
-    size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+    single = isinstance(output_size, int) or not hasattr(output_size, "__iter__")
+    size = (output_size, output_size) if single else tuple(output_size)
+    if not all(isinstance(side, int) or hasattr(side, "__index__") for side in size):
+        raise ArgumentTypeError(f"output_size must be a whole number or (height, width) of such, got {output_size!r}")
     size = size * 2 if len(size) == 1 else size
     if len(size) != 2 or size[0] < 1 or size[1] < 1:
-        raise ValueError(f"output_size must be a positive number or (height, width) of such, got {output_size}")
+        raise ArgumentValueError(
+            f"output_size must be a positive number or (height, width) of such, got {output_size}"
+        )
     return size
 
 
 def check_scales(scales: Sequence[float], count: int | None, name: str) -> None:
+    if not isinstance(scales, (list, tuple)):
+        raise ArgumentTypeError(f"{name} must be a list of numbers, got {type(scales).__name__}")
     if count is not None and len(scales) != count:
-        raise ValueError(f"{name} must hold {count} numbers, one for each level, got {list(scales)}")
+        raise ArgumentValueError(f"{name} must hold {count} numbers, one for each level, got {list(scales)}")
     if not scales:
-        raise ValueError(f"{name} must hold at least one number, got none")
+        raise ArgumentValueError(f"{name} must hold at least one number, got none")
     for scale in scales:
+        if not isinstance(scale, (float, int)) and not hasattr(scale, "__float__"):
+            raise ArgumentTypeError(f"{name} must be positive and finite, got {scale!r}")
         if not 0 < scale < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {scale}")
+            raise ArgumentValueError(f"{name} must be positive and finite, got {scale}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from .._errors import ArgumentTypeError, ArgumentValueError, AssertedValueError
 from .arguments import rois_of_list
 from .op import multiscale_roi_align
 
@@ -55,11 +56,13 @@ class MultiScaleRoIAlign(nn.Module):
         Raises:
             ValueError: no features or no image shapes; and what `multiscale_roi_align` raises.
         """
+        if not hasattr(x, "items"):
+            raise ArgumentTypeError(f"x must be a dict of a Tensor[B, C, H, W] for each name, got {type(x).__name__}")
         features = [feature for name, feature in x.items() if name in self.featmap_names]
         if not features:
-            raise ValueError(f"x must have entries of featmap_names {self.featmap_names}, got {list(x)}")
+            raise AssertedValueError(f"x must have entries of featmap_names {self.featmap_names}, got {list(x)}")
         if not image_shapes:
-            raise ValueError("image_shapes must hold at least one (height, width), got none")
+            raise ArgumentValueError("image_shapes must hold at least one (height, width), got none")
         (pooled,) = multiscale_roi_align(
             features,
             rois_of_list(features[0], boxes),
@@ -83,4 +86,6 @@ def _scale(feature: Tensor, image_shapes: Sequence[tuple[int, int]]) -> float:
     height = max(int(shape[0]) for shape in image_shapes)
     width = max(int(shape[1]) for shape in image_shapes)
     ratio = feature.shape[-2] / height if height >= width else feature.shape[-1] / width
+    if ratio == 0:
+        raise ArgumentValueError(f"x must have features of at least one pixel, got shape {list(feature.shape)}")
     return 2.0 ** round(math.log2(ratio))

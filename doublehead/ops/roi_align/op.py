@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._library import define, define_autocast, define_autograd
+from .._errors import ArgumentValueError, refuse
+from .._library import define, define_autocast, define_autograd, one_thread_if_forked
 from . import reference
 from .arguments import (
     check_features,
@@ -49,17 +50,16 @@ def roi_align(
         `Tensor[K, C, height, width]` in the dtype and memory format of `input`.
 
     Raises:
-        TypeError: a dtype is not accepted.
-        ValueError: shapes do not fit, devices differ, or an option is out of range.
+        TypeError: a type or dtype is not accepted.
+        ValueError: shapes do not fit, devices differ, or an option is out of range.  Both are RuntimeErrors as well,
+            and for the shape or type of boxes AssertionErrors, as torchvision's are.
         RuntimeError: a batch index is outside of `input` (on the CPU; elsewhere such a box pools zeros), or, in the
             backward, a gradient of `boxes` is asked for: it is not defined (detach them).
 
     Source: He et al., Mask R-CNN (2017), section 3; the exact rules are torchvision's.
     """
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a Tensor[B, C, H, W], got {type(input).__name__}")
-    rois = boxes if isinstance(boxes, Tensor) else rois_of_list(input, boxes)
     check_features((input,), "input")
+    rois = boxes if isinstance(boxes, Tensor) else rois_of_list(input, boxes)
     check_rois(rois, input, "boxes", "a Tensor[K, 5] or a list of Tensor[L, 4]")
     size = check_output_size(output_size)
     check_scales((spatial_scale,), 1, "spatial_scale")
@@ -111,6 +111,8 @@ def multiscale_roi_align(
     Source: Lin et al., Feature Pyramid Networks (2017), equation 1; Wu et al., Rethinking Classification and
     Localization for Object Detection (2020), for the expanded boxes.
     """
+    if not isinstance(features, (list, tuple)):
+        refuse("features", features, "a list of a Tensor[B, C, H, W] for each level")
     features = tuple(features)
     check_features(features, "features")
     if isinstance(rois, Tensor) and rois.dim() == 3:
@@ -120,7 +122,7 @@ def multiscale_roi_align(
     check_scales(spatial_scales, len(features), "spatial_scales")
     check_scales(box_scales, None, "box_scales")
     if level_rule not in LEVEL_RULES:
-        raise ValueError(f"level_rule must be one of {', '.join(LEVEL_RULES)}, got {level_rule!r}")
+        raise ArgumentValueError(f"level_rule must be one of {', '.join(LEVEL_RULES)}, got {level_rule!r}")
     return _pool(
         features, to_compute(rois, features[0]), tuple(spatial_scales), tuple(box_scales), size, sampling_ratio,
         aligned, canonical_size, canonical_level, LEVEL_RULES.index(level_rule),
@@ -198,7 +200,7 @@ def _pool(features: Sequence[Tensor], rois: Tensor, *pooling) -> list[Tensor]:
     if torch.is_grad_enabled() and (rois.requires_grad or any(feature.requires_grad for feature in features)):
         function = _PoolTransformed if torch._C._are_functorch_transforms_active() else _Pool
         return list(function.apply(rois, pooling, *features))
-    with torch._C._AutoDispatchBelowAutograd():
+    with one_thread_if_forked(), torch._C._AutoDispatchBelowAutograd():
         return _op(features, rois, *pooling)
 
 
@@ -225,7 +227,7 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        with torch._C._AutoDispatchBelowAutograd():
+        with one_thread_if_forked(), torch._C._AutoDispatchBelowAutograd():
             return None, None, *_feature_grads(ctx, grads, ctx.needs_input_grad[0])
 
 
@@ -234,7 +236,7 @@ class _PoolTransformed(_Pool):
 
     @staticmethod
     def forward(rois, pooling, *features):
-        with torch._C._AutoDispatchBelowAutograd():
+        with one_thread_if_forked(), torch._C._AutoDispatchBelowAutograd():
             return tuple(_op(features, rois, *pooling))
 
     @staticmethod

@@ -42,7 +42,7 @@ def multiscale_roi_align(
     `rois` is `Tensor[K, 5]` in the dtype to compute in, `level_rule` an index into `LEVEL_RULES`.
     """
     channels = features[0].shape[1]
-    pixels = torch.cat([feature.permute(0, 2, 3, 1).reshape(-1, channels) for feature in features])  # [pixels, C]
+    pixels = torch.cat([feature.permute(0, 2, 3, 1).flatten(0, 2) for feature in features])  # [pixels, C]
     maps = _maps_of_boxes([feature.shape for feature in features], rois, spatial_scales, canonical_size,
                           canonical_level, level_rule)  # fmt: skip
     outputs = []
@@ -54,7 +54,8 @@ def multiscale_roi_align(
             for part in _chunks(rois.shape[0], rows, columns, channels)
         ]
         output = torch.cat(parts).to(features[0].dtype).permute(0, 3, 1, 2)
-        outputs.append(output if is_channels_last(features[0]) else output.contiguous())
+        # Not `contiguous`, which leaves the strides of an empty tensor as they are.
+        outputs.append(output if is_channels_last(features[0]) else output.clone(memory_format=torch.contiguous_format))
     return outputs
 
 
@@ -92,7 +93,7 @@ def multiscale_roi_align_backward(
             pixels.index_add_(0, index.flatten(), values.reshape(index.numel(), channels))
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return [
-        part.view(b, h, w, c).permute(0, 3, 1, 2).to(grads[0].dtype).contiguous(memory_format=memory_format)
+        part.view(b, h, w, c).permute(0, 3, 1, 2).to(grads[0].dtype).clone(memory_format=memory_format)
         for part, (b, c, h, w) in zip(pixels.split(areas), shapes, strict=True)
     ]
 

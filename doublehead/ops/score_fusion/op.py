@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import define, define_autocast, define_autograd, define_triton_kernel, native
+from .._errors import check_tensor
+from .._library import define, define_autocast, define_autograd, define_triton_kernel, native, one_thread_if_forked
 from . import reference
 from .reference import FUSIONS, compute_dtype
 
@@ -32,11 +33,13 @@ def fuse_scores(fc_logits: Tensor, conv_logits: Tensor, method: str = "complemen
         `Tensor[N, C]`, float32 (float64 if an input is), in [0, 1] up to rounding.  Differentiable once.
 
     Raises:
-        TypeError: a dtype is not accepted.
+        TypeError: not a tensor, or a dtype that is not accepted.
         ValueError: shapes do not fit, devices differ, or `method` is unknown.
 
     Source: Wu et al., Rethinking Classification and Localization for Object Detection (2020), Equation 4 and Table 3.
     """
+    check_tensor("fc_logits", fc_logits, "a Tensor[N, C]")
+    check_tensor("conv_logits", conv_logits, "a Tensor[N, C]")
     if fc_logits.dim() != 2:
         raise ValueError(f"fc_logits must have shape [N, C], got {list(fc_logits.shape)}")
     if conv_logits.shape != fc_logits.shape:
@@ -49,7 +52,8 @@ def fuse_scores(fc_logits: Tensor, conv_logits: Tensor, method: str = "complemen
         raise ValueError(f"conv_logits must be on the same device, {fc_logits.device}, got {conv_logits.device}")
     check_fusion("method", method)
     if method != "none" and not torch.compiler.is_compiling() and not native("fuse_scores", fc_logits.device.type):
-        return _without_kernel(fc_logits, conv_logits, method)
+        with one_thread_if_forked():
+            return _without_kernel(fc_logits, conv_logits, method)
     return _fuse_scores(fc_logits, conv_logits, method)
 
 
