@@ -69,6 +69,9 @@ class RPNConfig:
     nms_iou: float = 0.7
     min_size: float = 1e-3
     smooth_l1_beta: float = 1 / 9
+    straddle: float = -1.0
+    """In training, ignore anchors that reach more than so many pixels over their image's border (maskrcnn-benchmark and
+    the authors' release: 0).  Negative: learn from all of them (Detectron2, torchvision, MMDetection)."""
 
 
 @dataclass(frozen=True)
