@@ -112,6 +112,23 @@ def test_starting_weights():
             assert not block.out.weight.any() and not block.out.bias.any()
 
 
+def test_convolutions_of_the_conv_head_start_as_the_releases():
+    """All but the last of a non-local block are left to PyTorch: uniform within 1 / sqrt(fan in), biases too."""
+    torch.manual_seed(0)
+    tower = ConvTower(256, HeadConfig())
+    convolutions = {name: layer for name, layer in tower.named_modules() if isinstance(layer, nn.Conv2d)}
+    drawn = {name: layer for name, layer in convolutions.items() if not name.endswith(".out")}
+    assert sum(name.endswith((".theta", ".phi", ".g")) for name in drawn) == 6 and len(convolutions) == len(drawn) + 2
+    for name, layer in drawn.items():
+        bound = layer.weight[0].numel() ** -0.5
+        for parameter in filter(lambda parameter: parameter is not None, (layer.weight, layer.bias)):
+            assert 0.98 * bound < parameter.abs().max() <= bound, name
+            assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.1), name
+    for layer in tower.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            assert (layer.weight == 1).all() and not layer.bias.any()
+
+
 def plain_non_local(block: NonLocalBlock, x: torch.Tensor) -> torch.Tensor:
     """The block's formula, one RoI and one group at a time."""
     cells = x.shape[2] * x.shape[3]
