@@ -105,6 +105,8 @@ class NonLocalConfig:
     scale: bool = False
     """Divide the logits of `embedded_gaussian` by sqrt(channels per group)."""
     relu_after: bool = True
+    inner_dim: int | None = None
+    """Width of theta, phi and g, a multiple of `groups`; None: half of `conv_dim`."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ class HeadConfig:
     """Run the conv-head by fused operators (the same results); False: module by module."""
     recompute: bool = False
     """In training remember only the inputs of residual blocks: less memory, a third more work in them."""
+    class_agnostic_boxes: bool = False
+    """One box regressor for all classes; False: one for each (the paper and its release)."""
 
 
 @dataclass(frozen=True)
