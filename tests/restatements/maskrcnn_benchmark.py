@@ -32,11 +32,13 @@ def names(stage: int, block: int) -> dict:
 
 class GeneralizedRCNN:
     def __init__(self, w: Weights, classes: int, side: int, longest: int, double: bool, stacks=2, mode=3,
-                 pre_nms=1000, post_nms=1000):  # fmt: skip
-        """`classes`: with background.  `mode`: how the four outputs are read, 0 conv, 1 fc, 2 fc + conv, 3 fused."""
+                 pre_nms=1000, post_nms=1000, inner=None):  # fmt: skip
+        """`classes`: with background.  `mode`: how the four outputs are read, 0 conv, 1 fc, 2 fc + conv, 3 fused.
+        `inner`: NONLOCAL_INTER_CHANNELS."""
         self.w, self.classes, self.side, self.longest, self.double = w, classes, side, longest, double
         self.stacks, self.mode, self.pre_nms, self.post_nms = stacks, mode, pre_nms, post_nms
         self.channels, self.fc, self.conv_dim, self.groups = 32, 64, 64, 4
+        self.inner = inner or self.conv_dim // 2
 
     def resize(self, picture):
         """uint8 `[3, H, W]` RGB -> levels as float64, BGR."""
@@ -133,7 +135,7 @@ class GeneralizedRCNN:
         return x.mean((2, 3))
 
     def non_local(self, x, at):
-        inner = self.conv_dim // 2
+        inner = self.inner
         g, theta, phi = (
             self.w.conv(x, f"{at}.{part}", inner, bias=True, gain=0.5).flatten(2) for part in ("g", "theta", "phi")
         )
