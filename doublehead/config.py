@@ -71,6 +71,9 @@ class RPNConfig:
     nms_iou: float = 0.7
     min_size: float = 1e-3
     smooth_l1_beta: float = 1 / 9
+    straddle: float = -1.0
+    """In training, ignore anchors that reach more than so many pixels over their image's border (maskrcnn-benchmark and
+    the authors' release: 0).  Negative: learn from all of them (Detectron2, torchvision, MMDetection)."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ class NonLocalConfig:
     scale: bool = False
     """Divide the logits of `embedded_gaussian` by sqrt(channels per group)."""
     relu_after: bool = True
+    inner_dim: int | None = None
+    """Width of theta, phi and g, a multiple of `groups`; None: half of `conv_dim`."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,8 @@ class HeadConfig:
     """Run the conv-head by fused operators (the same results); False: module by module."""
     recompute: bool = False
     """In training remember only the inputs of residual blocks: less memory, a third more work in them."""
+    class_agnostic_boxes: bool = False
+    """One box regressor for all classes; False: one for each (the paper and its release)."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ CONFIGS = {
         conv_blocks=3,
         non_local=NonLocalConfig(pairwise="embedded_gaussian", groups=1, scale=True, relu_after=False),
     ),
+    "K=3, another inner width": HeadConfig(conv_dim=32, conv_blocks=3, non_local=NonLocalConfig(inner_dim=24)),
     "K=3, ReLU after the shortcut": HeadConfig(conv_dim=32, conv_blocks=3, shortcut_relu=True),
 }
 

@@ -3,8 +3,10 @@
 torchvision is compared with the installed package, the others with `restatements`, which are written from the sources.
 """
 
+import dataclasses
 import pickle
 import re
+import typing
 
 import pytest
 import torch
@@ -39,7 +41,22 @@ def pictures(*sizes):
 def converted(tmp_path, file, *options):
     main([str(file), str(tmp_path / "out"), *options])
     loaded = load_model(tmp_path / "out")
+    assert_typed(loaded.recipe)
     return loaded._replace(model=loaded.model.double())
+
+
+def assert_typed(config):
+    """Every value is what its field declares: the recipe trains too."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            assert_typed(value)
+        elif hint is float:
+            assert isinstance(value, int | float) and not isinstance(value, bool), (name, value)
+        elif isinstance(hint, type):
+            assert type(value) is hint, (name, value)
+        elif typing.get_origin(hint) is typing.Literal:
+            assert value in typing.get_args(hint), (name, value)
 
 
 def assert_equal(model, images, expected, least=40):
@@ -135,6 +152,44 @@ def test_maskrcnn_benchmark(tmp_path):
     torch.save({"model": weights.tensors, "optimizer": {}, "scheduler": {}, "iteration": 90000}, file)
     model = converted(tmp_path, file, "--set", *LIMITS, *SIZES).model
     assert_equal(model, images, [from_coco(*found) for found in expected])
+
+
+PREDICTOR = "roi_heads.box.predictor.bbox_pred"
+AGNOSTIC = {  # the source, and the names of its regressors
+    "detectron2": (lambda w: FasterRCNN(w, 5, 128, 160, "caffe", (200, 60)), ["roi_heads.box_predictor.bbox_pred"]),
+    "mmdet": (lambda w: TwoStage(w, 5, (160, 128), True, "pytorch", 200, 60), ["roi_head.bbox_head.fc_reg"]),
+    "authors": (lambda w: GeneralizedRCNN(w, 6, 128, 160, True, pre_nms=200, post_nms=60, inner=24),
+                [PREDICTOR, f"{PREDICTOR}_fc"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("project", AGNOSTIC)
+def test_class_agnostic_boxes(tmp_path, project):
+    """All classes move a box alike; in the file that is one box (the release's: after one of the background).
+
+    The authors' non-local blocks have another inner width than half here.
+    """
+    make, regressors = AGNOSTIC[project]
+    authors = project == "authors"
+    weights, images = Weights(4, counters=project != "detectron2"), pictures((100, 128))
+    source = make(weights)
+    with torch.inference_mode():
+        source(images)
+        for name in (f"{layer}.{part}" for layer in regressors for part in ("weight", "bias")):
+            rows = weights.tensors[name]
+            weights.tensors[name] = rows[:4].repeat(len(rows) // 4, *[1] * (rows.dim() - 1))
+        expected = source(images)
+    state = {name: tensor for name, tensor in weights.tensors.items() if not is_counter_of_body(name)}
+    for layer in regressors:
+        for name in (f"{layer}.weight", f"{layer}.bias"):
+            rows = state[name][:4]
+            state[name] = torch.cat((torch.randn_like(rows), rows)) if authors else rows
+    torch.save({"state_dict" if project == "mmdet" else "model": state}, tmp_path / "model.pth")
+    loaded = converted(tmp_path, tmp_path / "model.pth", "--set", *LIMITS, *SIZES)
+    head = loaded.recipe.model.head
+    assert head.class_agnostic_boxes and head.non_local.inner_dim == (24 if authors else None)
+    found = [from_coco(*one) if authors else (one[0], one[1], one[2] + 1) for one in expected]
+    assert_equal(loaded.model, images, found, least=20)
 
 
 def from_coco(boxes, scores, labels):

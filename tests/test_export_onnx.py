@@ -29,9 +29,13 @@ def gated(config):
     return dataclasses.replace(config, detection=dataclasses.replace(config.detection, ext_gate=0.2))
 
 
+def agnostic(config):
+    return dataclasses.replace(config, head=dataclasses.replace(config.head, class_agnostic_boxes=True))
+
+
 MODELS = {
     "fc": with_roi(tiny("fc"), aligned=True, sampling_ratio=0, level_rule="detectron2"),
-    "double_head": tiny("double_head"),
+    "double_head": agnostic(tiny("double_head")),
     "double_head_ext": gated(tiny("double_head_ext")),
 }
 

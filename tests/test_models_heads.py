@@ -41,6 +41,14 @@ def test_parameter_counts_of_residual_towers(blocks):
     assert weights(conv_tower(blocks, non_local=False)) == blocks * 1.0625 * M
 
 
+def test_the_inner_width_of_non_local_blocks_is_free():
+    """theta, phi, g and out have dim x inner weights each; the other blocks stay as they are."""
+    narrow = ConvTower(256, HeadConfig(non_local=NonLocalConfig(inner_dim=128)))
+    assert weights(narrow) == 3 * 1.0625 * M + 2 * 4 * 1024 * 128
+    explicit = ConvTower(256, HeadConfig(non_local=NonLocalConfig(inner_dim=512)))
+    assert weights(explicit) == 7.1875 * M
+
+
 @pytest.mark.parametrize(("blocks", "count"), [(1, 1.0625), (3, 4.125), (5, 7.1875), (7, 10.25)])
 def test_parameter_counts_of_non_local_towers(blocks, count):
     assert weights(conv_tower(blocks, non_local=True)) == count * M
@@ -79,6 +87,17 @@ def test_kinds_give_the_outputs_of_their_branches(kind):
         assert model.box_scales[name] == (1.0 if branch.tower == "fc" else 1.3)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in BRANCHES if kind != "conv5"])
+def test_class_agnostic_heads_give_every_class_one_box(kind):
+    model = heads(kind, class_agnostic_boxes=True)
+    outputs = model({1.0: torch.randn(6, 4, 7, 7), 1.3: torch.randn(6, 4, 7, 7)})
+    for name, branch in BRANCHES[kind].items():
+        if branch.regresses:
+            assert model[name].regressor.weight.shape[0] == 4
+            assert outputs[name].deltas.shape == (6, 5, 4)
+            assert outputs[name].deltas.equal(outputs[name].deltas[:, :1].repeat(1, 5, 1))
+
+
 def test_kinds_are_the_papers():
     tasks = {
         kind: sorted((b.tower, b.classifies, b.regresses) for b in branches.values())
@@ -112,6 +131,23 @@ def test_starting_weights():
             assert not block.out.weight.any() and not block.out.bias.any()
 
 
+def test_convolutions_of_the_conv_head_start_as_the_releases():
+    """All but the last of a non-local block are left to PyTorch: uniform within 1 / sqrt(fan in), biases too."""
+    torch.manual_seed(0)
+    tower = ConvTower(256, HeadConfig())
+    convolutions = {name: layer for name, layer in tower.named_modules() if isinstance(layer, nn.Conv2d)}
+    drawn = {name: layer for name, layer in convolutions.items() if not name.endswith(".out")}
+    assert sum(name.endswith((".theta", ".phi", ".g")) for name in drawn) == 6 and len(convolutions) == len(drawn) + 2
+    for name, layer in drawn.items():
+        bound = layer.weight[0].numel() ** -0.5
+        for parameter in filter(lambda parameter: parameter is not None, (layer.weight, layer.bias)):
+            assert 0.98 * bound < parameter.abs().max() <= bound, name
+            assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.1), name
+    for layer in tower.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            assert (layer.weight == 1).all() and not layer.bias.any()
+
+
 def plain_non_local(block: NonLocalBlock, x: torch.Tensor) -> torch.Tensor:
     """The block's formula, one RoI and one group at a time."""
     cells = x.shape[2] * x.shape[3]
@@ -138,6 +174,8 @@ def plain_non_local(block: NonLocalBlock, x: torch.Tensor) -> torch.Tensor:
         NonLocalConfig(pairwise="dot_product", groups=1, relu_after=False),
         NonLocalConfig(pairwise="embedded_gaussian", groups=1, relu_after=False),
         NonLocalConfig(pairwise="embedded_gaussian", groups=4, scale=True),
+        NonLocalConfig(inner_dim=24),
+        NonLocalConfig(inner_dim=40, pairwise="embedded_gaussian", groups=4, scale=True),
     ],
 )
 def test_non_local_forms(config):
@@ -170,6 +208,9 @@ def test_relu_after_the_shortcut():
         (dict(conv_blocks=4), "odd number"),
         (dict(kind="triple"), "head.kind"),
         (dict(conv_dim=18), "groups"),
+        (dict(non_local=NonLocalConfig(groups=0)), "head.non_local.groups: expected at least 1, got 0"),
+        (dict(non_local=NonLocalConfig(inner_dim=6)), "inner_dim: expected a positive multiple of groups, 4, got 6"),
+        (dict(non_local=NonLocalConfig(inner_dim=0)), "inner_dim: expected a positive multiple of groups, 4, got 0"),
     ],
 )
 def test_bad_configurations_are_named(config, message):

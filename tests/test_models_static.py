@@ -19,7 +19,9 @@ ext_alone = pytest.mark.parametrize("detector", ["double_head_ext"], indirect=Tr
 def tiny(kind: str) -> ModelConfig:
     return ModelConfig(
         backbone=BackboneConfig("resnet18", "batch_norm", weights=None, frozen_stages=0, fpn_channels=16),
-        rpn=RPNConfig((8, 16, 32, 64, 128), pre_nms_train=60, pre_nms_test=60, post_nms_train=40, post_nms_test=30),
+        rpn=RPNConfig(
+            (8, 16, 32, 64, 128), pre_nms_train=60, pre_nms_test=60, post_nms_train=40, post_nms_test=30, straddle=0.0
+        ),
         roi=RoIConfig(samples=16),
         head=HeadConfig(kind, fc_dim=16, conv_dim=32, conv_blocks=3),
         image=ImageConfig(min_size=(64,), max_size=96),

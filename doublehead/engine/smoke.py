@@ -34,16 +34,18 @@ class Smoke:
 def smoke_recipe(recipe: Recipe) -> Recipe:
     """`recipe` with its own heads, backbone, losses and optimiser, but small pictures, few RoIs and no downloads.
 
-    From scratch the norms must be live: frozen ones without pretrained statistics let the activations explode.
+    From scratch the norms must be live: frozen ones without pretrained statistics let the activations explode.  Live
+    ones need an epsilon.
     """
     model = recipe.model
     norm = "batch_norm" if model.backbone.norm == "frozen_batch_norm" else model.backbone.norm
+    scratch = {"weights": None, "norm": norm, "norm_eps": model.backbone.norm_eps or 1e-5}
     few = {"pre_nms_train": 60, "pre_nms_test": 30, "post_nms_train": 30, "post_nms_test": 5}
     return replace(
         recipe,
         model=replace(
             model,
-            backbone=replace(model.backbone, weights=None, norm=norm, fpn_norm=model.backbone.neck == "fpn"),
+            backbone=replace(model.backbone, fpn_norm=model.backbone.neck == "fpn", **scratch),
             rpn=replace(model.rpn, samples=64, **few),
             roi=replace(model.roi, samples=6),
             detection=replace(model.detection, score_threshold=0.0),

@@ -15,14 +15,14 @@ CONVENTIONS = (
     "rpn.anchors", "rpn.anchor_sizes", "rpn.aspect_ratios", "rpn.min_size",
     "rpn.pre_nms_test", "rpn.post_nms_test", "rpn.nms_iou",
     "roi.level_rule", "roi.aligned", "roi.sampling_ratio", "roi.output_size", "roi.box_weights",
-    "head.kind", "head.fc_dim",
+    "head.kind", "head.fc_dim", "head.class_agnostic_boxes",
     "detection.score_threshold", "detection.nms_iou", "detection.max_detections", "detection.min_size",
     "legacy_boxes",
 )  # fmt: skip
 """Fields of the model that say how a source's weights are to be read."""
 CONVENTIONS_OF_CONV_HEADS = ("roi.conv_box_scale", "head.conv_dim", "head.conv_blocks", "head.shortcut_relu")
 CONVENTIONS_OF_NON_LOCAL = ("head.non_local.pairwise", "head.non_local.groups", "head.non_local.scale",
-                            "head.non_local.relu_after")  # fmt: skip
+                            "head.non_local.relu_after", "head.non_local.inner_dim")  # fmt: skip
 CONVENTIONS_OF_EXT = ("detection.readout", "detection.fusion")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .mapping import ConversionError
+from .mapping import ConversionError, Rule
 
 RESNETS = {
     (False, (2, 2, 2, 2)): "resnet18",
@@ -59,12 +59,19 @@ def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, 
     return shape
 
 
-def count_classes(tensors: Mapping[str, Tensor], classifier: str, regressor: str, background_regressed: bool) -> int:
+def count_classes(
+    tensors: Mapping[str, Tensor],
+    classifier: str,
+    regressor: str,
+    background_regressed: bool,
+    agnostic_rows: int | None = None,
+) -> int:
     """How many classes there are, with background.
 
     Args:
         classifier, regressor: names of the layers.
         background_regressed: whether the regressor has rows for the background.
+        agnostic_rows: how many rows a class-agnostic regressor has; None: there is none in this project.
 
     Raises:
         ConversionError: too few, or a regressor whose rows do not go with it.
@@ -74,13 +81,28 @@ def count_classes(tensors: Mapping[str, Tensor], classifier: str, regressor: str
     if classes < 2:
         raise ConversionError(f"'{classifier}.weight' has {classes} rows: no class beside the background")
     expected = 4 * (classes if background_regressed else classes - 1)
-    if rows != expected:
+    if rows not in (expected, agnostic_rows):
         agnostic = ", as a class-agnostic regressor has" if rows in (4, 8) else ""
         raise ConversionError(
             f"'{regressor}.weight' has {rows} rows{agnostic}; accepted: 4 for each of the classes that "
             f"'{classifier}.weight' has, {expected}"
         )
     return classes
+
+
+def is_class_agnostic(tensors: Mapping[str, Tensor], regressor: str, classes: int, agnostic_rows: int) -> bool:
+    """Whether the regressor has its `agnostic_rows` for more than one class (`classes`: with background)."""
+    return classes > 2 and shape_of(tensors, f"{regressor}.weight", 2)[0] == agnostic_rows
+
+
+def agnostic_rules(rules: Sequence[Rule]) -> list[Rule]:
+    """The rules of a model whose regressor is class-agnostic: its last box is taken as it is."""
+    return [rule._replace(change=last_box) if rule.target.endswith(".regressor.*") else rule for rule in rules]
+
+
+def last_box(rows: Tensor) -> Tensor:
+    """Of a class-agnostic regressor's rows the last four; where there are more, the others are the background's."""
+    return rows[-4:].clone()
 
 
 def pooled_side(columns: int, channels: int, name: str) -> int:

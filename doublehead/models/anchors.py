@@ -99,5 +99,24 @@ def legacy_anchors(size: float, aspect_ratios: Sequence[float], stride: int) -> 
     return torch.cat([stride / 2 - half, stride / 2 + half], dim=1).float()
 
 
+def inside_images(anchors: Tensor, sizes: Tensor, straddle: float, last_pixel: bool = False) -> Tensor:
+    """Which anchors do not cross the border of an image by more than `straddle` pixels: bool `Tensor[B, N]`.
+
+    Args:
+        anchors: `Tensor[N, 4]`, the same for every image.
+        sizes: `Tensor[B, 2]`, (height, width) of each image without its padding.
+        straddle: pixels, at least 0.
+        last_pixel: the rule of maskrcnn-benchmark's boxes, which end at their last pixel, one before ours: that pixel's
+            coordinate has to be under width + straddle, or height + straddle.  It matters to anchors that end at
+            half a pixel.  False: the box ends at width + straddle at most.
+    """
+    height, width = (sizes.to(anchors.dtype) + straddle).unsqueeze(-1).unbind(1)  # [B, 1] each
+    x1, y1, x2, y2 = anchors.unbind(1)
+    starts = (x1 >= -straddle) & (y1 >= -straddle)
+    if last_pixel:
+        return starts & (x2 - 1 < width) & (y2 - 1 < height)
+    return starts & (x2 <= width) & (y2 <= height)
+
+
 CELL_ANCHORS = {"rounded": rounded_anchors, "exact": exact_anchors, "legacy": legacy_anchors}
 """`RPNConfig.anchors` -> anchors of one cell and size."""

@@ -81,12 +81,27 @@ class ResNetC4(nn.Module):
         return [self.body(pixels)["0"]]
 
 
+MSRA_SOURCE = "https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/MSRA/{}"
+"""Where `R-50.pkl` and `R-101.pkl` are, from which Detectron, maskrcnn-benchmark and the authors' release start."""
+
+
+def _check_msra_file(weights: str | None) -> None:
+    """Say where MSRA's ResNets are, where one is wanted and missing; they are never fetched."""
+    path = Path(weights or "")
+    if path.name in ("R-50.pkl", "R-101.pkl") and not path.exists():
+        source = MSRA_SOURCE.format(path.name)
+        raise FileNotFoundError(
+            f"backbone.weights: no file {path}; get it from {source} and give its path: --model.backbone.weights PATH"
+        )
+
+
 def build_backbone(config: BackboneConfig) -> Backbone:
     """The backbone that the configuration describes, with its weights loaded and its first stages frozen.
 
     Raises:
         ValueError, FileNotFoundError: `frozen_stages` is out of range, or `weights` are missing or do not fit.
     """
+    _check_msra_file(config.weights)
     if config.neck == "fpn":
         body = ResNetFPN(config)
         return Backbone(body, config.fpn_channels, body.strides, (*body.strides, 2 * body.strides[-1]))

@@ -227,17 +227,23 @@ class ConvTower(nn.Sequential):
 
 
 def non_local_block(channels: int, config: NonLocalConfig) -> NonLocalBlock:
-    """The block that the configuration describes, half as wide inside.
+    """The block that the configuration describes.
 
     Raises:
-        ValueError: half of the channels does not divide into the groups.
+        ValueError: no group, or an inner width that does not divide into the groups.
     """
-    if channels % 2 or channels // 2 % config.groups:
-        raise ValueError(f"head.non_local.groups: {config.groups} groups do not divide half of {channels} channels")
+    inner, groups = config.inner_dim, config.groups
+    if groups < 1:
+        raise ValueError(f"head.non_local.groups: expected at least 1, got {groups}")
+    if inner is None and (channels % 2 or channels // 2 % groups):
+        raise ValueError(f"head.non_local.groups: {groups} groups do not divide half of {channels} channels")
+    if inner is not None and (inner < 1 or inner % groups):
+        raise ValueError(f"head.non_local.inner_dim: expected a positive multiple of groups, {groups}, got {inner}")
     return NonLocalBlock(
         channels,
+        inner,
         pairwise=config.pairwise,
-        groups=config.groups,
+        groups=groups,
         scale=config.scale,
         relu_after=config.relu_after,
     )

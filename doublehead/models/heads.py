@@ -42,7 +42,7 @@ class HeadOutput(NamedTuple):
     logits: Tensor | None
     """`Tensor[N, classes]`, background first."""
     deltas: Tensor | None
-    """`Tensor[N, classes, 4]`, encoded boxes of every class."""
+    """`Tensor[N, classes, 4]`, encoded boxes of every class; of a class-agnostic regressor an expanded view of one."""
 
 
 class FCTower(nn.Sequential):
@@ -92,13 +92,17 @@ class Conv5Tower(nn.Sequential):
 
 
 class Head(nn.Module):
-    """A tower with a linear classifier, a linear class-specific box regressor, or both."""
+    """A tower with a linear classifier, a linear box regressor (of each class, or of all), or both."""
 
-    def __init__(self, branch: Branch, tower: nn.Module, dim: int, num_classes: int) -> None:
+    def __init__(
+        self, branch: Branch, tower: nn.Module, dim: int, num_classes: int, class_agnostic_boxes: bool = False
+    ) -> None:
         super().__init__()
         self.tower = tower
+        self.num_classes, self.class_agnostic_boxes = num_classes, class_agnostic_boxes
+        boxes = 1 if class_agnostic_boxes else num_classes
         self.classifier = _linear(dim, num_classes, std=0.01) if branch.classifies else None
-        self.regressor = _linear(dim, 4 * num_classes, std=0.001) if branch.regresses else None
+        self.regressor = _linear(dim, 4 * boxes, std=0.001) if branch.regresses else None
 
     def forward(self, x: Tensor, count: Tensor | None = None) -> HeadOutput:
         """`Tensor[N, C, S, S]` -> logits and deltas, at least fp32.
@@ -107,8 +111,10 @@ class Head(nn.Module):
         """
         vector = self.tower(x, count) if isinstance(self.tower, ConvTower) else self.tower(x)
         logits = at_least_float32(self.classifier(vector)) if self.classifier is not None else None
-        deltas = at_least_float32(self.regressor(vector)).unflatten(1, (-1, 4)) if self.regressor is not None else None
-        return HeadOutput(logits, deltas)
+        if self.regressor is None:
+            return HeadOutput(logits, None)
+        deltas = at_least_float32(self.regressor(vector)).unflatten(1, (-1, 4))
+        return HeadOutput(logits, deltas.expand(-1, self.num_classes, 4) if self.class_agnostic_boxes else deltas)
 
 
 class Heads(nn.ModuleDict):
@@ -138,7 +144,12 @@ class Heads(nn.ModuleDict):
             "conv5": lambda: (Conv5Tower(conv5), 2 * channels),
         }
         branches = BRANCHES[config.kind]
-        super().__init__({name: Head(branch, *build[branch.tower](), num_classes) for name, branch in branches.items()})
+        super().__init__(
+            {
+                name: Head(branch, *build[branch.tower](), num_classes, config.class_agnostic_boxes)
+                for name, branch in branches.items()
+            }
+        )
         scale_of = {"fc": roi.fc_box_scale, "conv": roi.conv_box_scale, "conv5": 1.0}
         self.box_scales = {name: scale_of[branch.tower] for name, branch in branches.items()}
 

@@ -11,8 +11,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, relu, smooth_l
 from ..config import RPNConfig
 from ..ops import nms_padded
 from ..ops.boxes import clip_boxes, decode_boxes, encode_boxes
-from .anchors import Anchors
-from .matching import match, sample
+from .anchors import Anchors, inside_images
+from .matching import IGNORE, match, sample
 from .structures import ImageBatch, Proposals, Targets, at_least_float32, gather_rows
 
 BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
@@ -64,7 +64,9 @@ class RPN(nn.Module):
         proposals = self._propose(images, anchors, [x.detach() for x in logits], [x.detach() for x in deltas])
         if targets is None:
             return proposals, {}
-        return proposals, self._losses(torch.cat(anchors), torch.cat(logits, 1), torch.cat(deltas, 1), targets)
+        return proposals, self._losses(
+            torch.cat(anchors), images.sizes, torch.cat(logits, 1), torch.cat(deltas, 1), targets
+        )
 
     def _predict(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """`Tensor[B, C, H, W]` -> logits `[B, H*W*A]` and deltas `[B, H*W*A, 4]`, at least fp32."""
@@ -94,10 +96,21 @@ class RPN(nn.Module):
         kept_boxes = gather_rows(candidates, kept.clamp(min=0))
         return Proposals(torch.where(valid[..., None], kept_boxes, 0.0), valid)
 
-    def _losses(self, anchors: Tensor, logits: Tensor, deltas: Tensor, targets: Targets) -> dict[str, Tensor]:
+    def _assign(self, anchors: Tensor, sizes: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        """As `match`; anchors that cross the border are matched like all others, and then ignored."""
+        config = self.config
+        matched, state = match(anchors, targets, config.positive_iou, config.negative_iou, keep_best=True)
+        if config.straddle >= 0:
+            inside = inside_images(anchors, sizes, config.straddle, last_pixel=config.anchors == "legacy")
+            state = torch.where(inside, state, IGNORE)
+        return matched, state
+
+    def _losses(
+        self, anchors: Tensor, sizes: Tensor, logits: Tensor, deltas: Tensor, targets: Targets
+    ) -> dict[str, Tensor]:
         config = self.config
         with torch.no_grad():
-            matched, state = match(anchors, targets, config.positive_iou, config.negative_iou, keep_best=True)
+            matched, state = self._assign(anchors, sizes, targets)
             indices, drawn = sample(state, config.samples, config.positive_fraction)
             labels = state.gather(1, indices)
             sampled_anchors = anchors[indices]

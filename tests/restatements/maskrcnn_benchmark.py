@@ -1,7 +1,7 @@
 """The authors' Double-Head R-CNN, a fork of maskrcnn-benchmark, and its plain Faster R-CNN: names and results.
 
 From the release's modeling/poolers.py and roi_heads/box_head/{roi_box_feature_extractors, attention, inference,
-roi_box_predictors}.py, and maskrcnn-benchmark's rpn/{anchor_generator, inference}.py, box_coder.py,
+roi_box_predictors}.py, and maskrcnn-benchmark's rpn/{anchor_generator, inference, loss}.py, matcher.py, box_coder.py,
 structures/bounding_box.py, csrc/cpu/nms_cpu.cpp, layers/batch_norm.py and data/transforms/transforms.py.
 
 Boxes are first and last pixel: a box is x2 - x1 + 1 wide.
@@ -32,11 +32,13 @@ def names(stage: int, block: int) -> dict:
 
 class GeneralizedRCNN:
     def __init__(self, w: Weights, classes: int, side: int, longest: int, double: bool, stacks=2, mode=3,
-                 pre_nms=1000, post_nms=1000):  # fmt: skip
-        """`classes`: with background.  `mode`: how the four outputs are read, 0 conv, 1 fc, 2 fc + conv, 3 fused."""
+                 pre_nms=1000, post_nms=1000, inner=None):  # fmt: skip
+        """`classes`: with background.  `mode`: how the four outputs are read, 0 conv, 1 fc, 2 fc + conv, 3 fused.
+        `inner`: NONLOCAL_INTER_CHANNELS."""
         self.w, self.classes, self.side, self.longest, self.double = w, classes, side, longest, double
         self.stacks, self.mode, self.pre_nms, self.post_nms = stacks, mode, pre_nms, post_nms
         self.channels, self.fc, self.conv_dim, self.groups = 32, 64, 64, 4
+        self.inner = inner or self.conv_dim // 2
 
     def resize(self, picture):
         """uint8 `[3, H, W]` RGB -> levels as float64, BGR."""
@@ -76,20 +78,9 @@ class GeneralizedRCNN:
         return results
 
     def anchors(self, level, cells):
-        """Rounded on a cell of the stride's size, then enlarged about the cell's middle pixel."""
-        stride, centre, found = STRIDES[level], (STRIDES[level] - 1) / 2, []
-        base = []
-        for ratio in (0.5, 1.0, 2.0):
-            width = np.round(np.sqrt(stride * stride / ratio))
-            height = np.round(width * ratio)
-            width, height = width * 32 * 2**level / stride, height * 32 * 2**level / stride
-            half_w, half_h = (width - 1) / 2, (height - 1) / 2
-            base.append([centre - half_w, centre - half_h, centre + half_w, centre + half_h])
-        for y in range(cells[0]):
-            for x in range(cells[1]):
-                found += [[a + x * stride, b + y * stride, c + x * stride, d + y * stride] for a, b, c, d in base]
+        base = cell_anchors(32 * 2**level, STRIDES[level])
         self.w.tensors[f"rpn.anchor_generator.cell_anchors.{level}"] = torch.tensor(base, dtype=torch.float32)
-        return torch.tensor(found, dtype=torch.float64)
+        return grid_anchors(base, STRIDES[level], cells)
 
     def propose(self, features, size):
         boxes, scores = [], []
@@ -144,7 +135,7 @@ class GeneralizedRCNN:
         return x.mean((2, 3))
 
     def non_local(self, x, at):
-        inner = self.conv_dim // 2
+        inner = self.inner
         g, theta, phi = (
             self.w.conv(x, f"{at}.{part}", inner, bias=True, gain=0.5).flatten(2) for part in ("g", "theta", "phi")
         )
@@ -181,6 +172,79 @@ class GeneralizedRCNN:
             keep = scores >= scores.sort(descending=True).values[99]
             boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
         return boxes, scores, labels
+
+
+def cell_anchors(size, stride):
+    """Rounded on a cell of the stride's size, then enlarged about the cell's middle pixel."""
+    centre, base = (stride - 1) / 2, []
+    for ratio in (0.5, 1.0, 2.0):
+        width = np.round(np.sqrt(stride * stride / ratio))
+        height = np.round(width * ratio)
+        width, height = width * size / stride, height * size / stride
+        half_w, half_h = (width - 1) / 2, (height - 1) / 2
+        base.append([centre - half_w, centre - half_h, centre + half_w, centre + half_h])
+    return base
+
+
+def grid_anchors(base, stride, cells):
+    found = []
+    for y in range(cells[0]):
+        for x in range(cells[1]):
+            found += [[a + x * stride, b + y * stride, c + x * stride, d + y * stride] for a, b, c, d in base]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def rpn_labels(anchors, truth, size, straddle):
+    """Of one image's anchors: 1 object, 0 background, -1 left out of the loss; and each one's ground-truth box.
+
+    `size`: (height, width); `straddle`: RPN.STRADDLE_THRESH, negative: off.
+    """
+    overlap = iou(truth, anchors)
+    best, matched = overlap.max(0)
+    labels = torch.ones(len(anchors))
+    labels[best < 0.7] = -2
+    labels[best < 0.3] = 0
+    for row in overlap:  # low-quality matches: of each box its best anchors, ties included
+        labels[row == row.max()] = 1
+    if straddle >= 0:
+        for i, (x1, y1, x2, y2) in enumerate(anchors.tolist()):
+            if not (x1 >= -straddle and y1 >= -straddle and x2 < size[1] + straddle and y2 < size[0] + straddle):
+                labels[i] = -1
+    labels[labels == -2] = -1
+    return labels, matched
+
+
+def rpn_losses(logits, deltas, anchors, truths, sizes, straddle):
+    """Objectness and box loss of a batch, where the sampler takes every labelled anchor."""
+    cross_entropy, smooth, total = 0.0, 0.0, 0
+    for logit, delta, truth, size in zip(logits, deltas, truths, sizes, strict=True):
+        labels, matched = rpn_labels(anchors, truth, size, straddle)
+        sampled, positive = labels >= 0, labels == 1
+        probability = logit.sigmoid()
+        right = torch.where(positive, probability, 1 - probability)
+        cross_entropy = cross_entropy - right[sampled].log().sum()
+        away = (delta - encode(truth[matched], anchors))[positive].abs()
+        smooth = smooth + torch.where(away < 1 / 9, 0.5 * away**2 * 9, away - 0.5 / 9).sum()
+        total += int(sampled.sum())
+    return cross_entropy / total, smooth / total
+
+
+def sides(boxes):
+    return boxes[..., 2] - boxes[..., 0] + 1, boxes[..., 3] - boxes[..., 1] + 1
+
+
+def iou(a, b):
+    (aw, ah), (bw, bh) = sides(a[:, None]), sides(b[None])
+    first = torch.maximum(a[:, None, :2], b[None, :, :2])
+    last = torch.minimum(a[:, None, 2:], b[None, :, 2:])
+    both = (last - first + 1).clamp(min=0).prod(2)
+    return both / (aw * ah + bw * bh - both)
+
+
+def encode(truth, boxes):
+    (tw, th), (w, h) = sides(truth), sides(boxes)
+    x, y = truth[:, 0] + 0.5 * tw - boxes[:, 0] - 0.5 * w, truth[:, 1] + 0.5 * th - boxes[:, 1] - 0.5 * h
+    return torch.stack([x / w, y / h, (tw / w).log(), (th / h).log()], 1)
 
 
 def decode(boxes, deltas, weights):

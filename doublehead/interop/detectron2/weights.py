@@ -24,7 +24,16 @@ from ...config import (
 from ..loading import Checkpoint
 from ..mapping import COUNTER, ConversionError, Foreign, Plan, Project, Rule, Unneeded, refuse
 from ..names import BODY, DELTAS, FC, FC1, FC2, LATERAL, OBJECTNESS, OUTPUT, RPN_CONV
-from ..shapes import background_first, count_classes, find_resnet, pooled_side, shape_of, with_background_box
+from ..shapes import (
+    agnostic_rules,
+    background_first,
+    count_classes,
+    find_resnet,
+    is_class_agnostic,
+    pooled_side,
+    shape_of,
+    with_background_box,
+)
 from ..styles import ANY_WIDTH, image_config
 
 ACCEPTED = "Faster R-CNN with a pyramid on ResNet-50 or -101, and the box branch of Mask and Keypoint R-CNN"
@@ -80,9 +89,9 @@ def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
     backbone = find_resnet(tensors, [f"{BOTTOM}.res{stage}." for stage in (2, 3, 4, 5)])
     channels = shape_of(tensors, "backbone.fpn_lateral2.weight", 4)[0]
     fc_dim, columns = shape_of(tensors, "roi_heads.box_head.fc1.weight", 2)
-    classes = count_classes(
-        tensors, "roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred", background_regressed=False
-    )
+    regressor = "roi_heads.box_predictor.bbox_pred"
+    classes = count_classes(tensors, "roi_heads.box_predictor.cls_score", regressor, False, agnostic_rows=4)
+    agnostic = is_class_agnostic(tensors, regressor, classes, agnostic_rows=4)
     guessed = {"image.min_size": "Detectron2's default"}
     buffers = [tensors[name] for name in ("pixel_mean", "pixel_std") if name in tensors]
     pixels = [[round(value, 4) for value in buffer.flatten().tolist()] for buffer in buffers]
@@ -100,12 +109,14 @@ def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
         backbone=BackboneConfig(
             backbone, weights=None, fpn_channels=channels, stride_in_1x1=style == "caffe" and backbone != "resnet18"
         ),
-        rpn=RPNConfig(sizes, ratios, "exact", "logit", min_size=ANY_WIDTH, smooth_l1_beta=0.0),
+        rpn=RPNConfig(sizes, ratios, "exact", min_size=ANY_WIDTH, smooth_l1_beta=0.0),
         roi=RoIConfig(
             output_size=pooled_side(columns, channels, "roi_heads.box_head.fc1.weight"),
             sampling_ratio=0, aligned=True, level_rule="detectron2",
         ),
-        head=HeadConfig("fc", fc_dim=fc_dim, non_local=NonLocalConfig(enabled=False)),
+        head=HeadConfig(
+            "fc", fc_dim=fc_dim, non_local=NonLocalConfig(enabled=False), class_agnostic_boxes=agnostic
+        ),
         loss=LossConfig(w_fc=1.0, w_conv=1.0, smooth_l1_beta=0.0),
         detection=DetectionConfig(min_size=ANY_WIDTH),
         image=image_config("detectron2", style, *pixels),
@@ -113,7 +124,8 @@ def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
     branch = next((name for name in ("mask", "keypoint") if any(f".{name}_head." in key for key in tensors)), None)
     kind = f"{branch.title()} R-CNN (its box branch)" if branch else "Faster R-CNN"
     names = ["person"] if branch == "keypoint" and classes == 2 else None
-    return Plan(f"Detectron2's {kind}", config, classes, RULES, UNNEEDED, names, guessed, cells)
+    rules = agnostic_rules(RULES) if agnostic else RULES
+    return Plan(f"Detectron2's {kind}", config, classes, rules, UNNEEDED, names, guessed, cells)
 
 
 def read_cells(tensors: Mapping[str, Tensor]) -> tuple[tuple[float, ...], tuple[float, ...], dict[str, Tensor]]:

@@ -25,7 +25,7 @@ from ...config import (
 from ..loading import Checkpoint
 from ..mapping import ConversionError, Foreign, Plan, Project, Rule, Unneeded, refuse
 from ..names import BODY, CONV, CONV_TOWER, DELTAS, FC, FC1, FC2, LATERAL, OBJECTNESS, OUTPUT, RPN_CONV
-from ..shapes import count_classes, find_resnet, pooled_side, shape_of
+from ..shapes import agnostic_rules, count_classes, find_resnet, is_class_agnostic, pooled_side, shape_of
 from ..styles import image_config
 
 ACCEPTED = "the authors' Double-Head R-CNN, and Faster R-CNN with a pyramid (box branch of Mask and Keypoint R-CNN)"
@@ -34,6 +34,8 @@ EXTRACTOR = "roi_heads.box.feature_extractor"
 PREDICTOR = "roi_heads.box.predictor"
 STACKS = f"{EXTRACTOR}.shared_nonlocal"
 CELLS = "rpn.anchor_generator.cell_anchors"
+AGNOSTIC_ROWS = 8
+"""Of a class-agnostic regressor: background, which is never read, and all classes (CLS_AGNOSTIC_BBOX_REG)."""
 COMMON_RULES = (
     Rule("backbone.body.stem.*.*", f"{BODY}.*.*"),
     Rule("backbone.body.layer*.**", f"{BODY}.layer*.**"),
@@ -85,25 +87,33 @@ def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
     channels = shape_of(tensors, "backbone.fpn.fpn_inner1.weight", 4)[0]
     fc_dim, columns = shape_of(tensors, f"{EXTRACTOR}.fc6.weight", 2)
     double = any(name.startswith(f"{EXTRACTOR}.nonlocal_conv.") for name in tensors)
+    classes = count_all_classes(tensors, double)
+    agnostic = is_class_agnostic(tensors, f"{PREDICTOR}.bbox_pred", classes, AGNOSTIC_ROWS)
     guessed = {"image.min_size": "maskrcnn-benchmark's default", "image.mean": "maskrcnn-benchmark's default"}
     if double:
         stacks, attention = read_stacks(tensors)
         rules = (*COMMON_RULES, *DOUBLE_RULES, *stack_rules(stacks, attention))
         width = shape_of(tensors, f"{EXTRACTOR}.nonlocal_conv.top.0.weight", 4)[0]
-        non_local = NonLocalConfig(attention, "dot_product", groups=4, relu_after=True)
-        head = HeadConfig("double_head_ext", fc_dim, width, 1 + stacks * (1 + attention), non_local=non_local)
+        inner = shape_of(tensors, f"{STACKS}.0.theta.weight", 4)[0] if attention else width // 2
+        non_local = NonLocalConfig(
+            attention, "dot_product", groups=4, relu_after=True, inner_dim=None if 2 * inner == width else inner
+        )
+        head = HeadConfig(
+            "double_head_ext", fc_dim, width, 1 + stacks * (1 + attention), non_local=non_local,
+            class_agnostic_boxes=agnostic,
+        )  # fmt: skip
         loss = LossConfig()
         fields = ("head.non_local.pairwise", "head.non_local.groups", "roi.conv_box_scale")
         guessed |= dict.fromkeys(fields if attention else fields[2:], "the release's default")
     else:
         rules = (*COMMON_RULES, *FASTER_RULES)
-        head = HeadConfig("fc", fc_dim, non_local=NonLocalConfig(enabled=False))
+        head = HeadConfig("fc", fc_dim, non_local=NonLocalConfig(enabled=False), class_agnostic_boxes=agnostic)
         loss = LossConfig(w_fc=1.0, w_conv=1.0)
     config = ModelConfig(
         backbone=BackboneConfig(
             backbone, norm_eps=0.0, weights=None, fpn_channels=channels, stride_in_1x1=backbone != "resnet18"
         ),
-        rpn=RPNConfig(anchors="legacy", min_size=0.0),
+        rpn=RPNConfig(anchors="legacy", min_size=0.0, straddle=0.0),
         roi=RoIConfig(
             output_size=pooled_side(columns, channels, f"{EXTRACTOR}.fc6.weight"),
             level_rule="maskrcnn_benchmark", conv_box_scale=1.3,
@@ -117,8 +127,8 @@ def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
     return Plan(
         "the authors' Double-Head R-CNN" if double else "maskrcnn-benchmark's Faster R-CNN",
         config,
-        num_classes=count_all_classes(tensors, double),
-        rules=rules,
+        num_classes=classes,
+        rules=agnostic_rules(rules) if agnostic else rules,
         unneeded=UNNEEDED,
         guessed=guessed,
         cells=read_cells(tensors),
@@ -129,7 +139,7 @@ def count_all_classes(tensors: Mapping[str, Tensor], double: bool) -> int:
     """How many classes the predictor has; those of a Double-Head must agree."""
     names = [("cls_score", "bbox_pred"), ("cls_score_fc", "bbox_pred_fc")] if double else [("cls_score", "bbox_pred")]
     counts = {
-        count_classes(tensors, f"{PREDICTOR}.{classifier}", f"{PREDICTOR}.{regressor}", background_regressed=True)
+        count_classes(tensors, f"{PREDICTOR}.{classifier}", f"{PREDICTOR}.{regressor}", True, AGNOSTIC_ROWS)
         for classifier, regressor in names
     }
     if len(counts) > 1:

@@ -20,7 +20,16 @@ from ...config import (
 from ..loading import Checkpoint
 from ..mapping import COUNTER, ConversionError, Foreign, Plan, Project, Rule, Unneeded, refuse
 from ..names import BODY, CONV, CONV_TOWER, DELTAS, FC, FC1, FC2, LATERAL, OBJECTNESS, OUTPUT, RPN_CONV
-from ..shapes import background_first, count_classes, find_resnet, pooled_side, shape_of, with_background_box
+from ..shapes import (
+    agnostic_rules,
+    background_first,
+    count_classes,
+    find_resnet,
+    is_class_agnostic,
+    pooled_side,
+    shape_of,
+    with_background_box,
+)
 from ..styles import ANY_WIDTH, image_config
 from .configuration import Configuration, class_names, read_configuration
 
@@ -83,17 +92,19 @@ def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
     double = any(name.startswith(f"{HEAD}.res_block.") for name in tensors)
     first = f"{HEAD}.fc_branch.0.weight" if double else f"{HEAD}.shared_fcs.0.weight"
     fc_dim, columns = shape_of(tensors, first, 2)
-    plain = NonLocalConfig(enabled=False)
+    classes = count_classes(tensors, f"{HEAD}.fc_cls", f"{HEAD}.fc_reg", background_regressed=False, agnostic_rows=4)
+    agnostic = is_class_agnostic(tensors, f"{HEAD}.fc_reg", classes, agnostic_rows=4)
+    options = {"non_local": NonLocalConfig(enabled=False), "class_agnostic_boxes": agnostic}
     if double:
         prefix = f"{HEAD}.conv_branch."
         blocks = len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
         width = shape_of(tensors, f"{HEAD}.res_block.conv2.conv.weight", 4)[0]
         rules = (*COMMON_RULES, *DOUBLE_RULES, *bottleneck_rules(blocks))
-        head = HeadConfig("double_head", fc_dim, width, blocks + 1, shortcut_relu=False, non_local=plain)
+        head = HeadConfig("double_head", fc_dim, width, blocks + 1, shortcut_relu=False, **options)
         loss = LossConfig(w_fc=2.0, w_conv=2.0)
     else:
         rules = (*COMMON_RULES, *FASTER_RULES)
-        head = HeadConfig("fc", fc_dim, non_local=plain)
+        head = HeadConfig("fc", fc_dim, **options)
         loss = LossConfig(w_fc=1.0, w_conv=1.0, smooth_l1_beta=0.0)
     found = read_configuration(checkpoint.meta)
     if style and found.style and style != found.style:
@@ -121,7 +132,7 @@ def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
     )  # fmt: skip
     mask = any(name.startswith("roi_head.mask_head.") for name in tensors)
     kind = "Double-Head R-CNN" if double else "Mask R-CNN (its box branch)" if mask else "Faster R-CNN"
-    classes = count_classes(tensors, f"{HEAD}.fc_cls", f"{HEAD}.fc_reg", background_regressed=False)
+    rules = agnostic_rules(rules) if agnostic else rules
     return Plan(
         f"MMDetection's {kind}", config, classes, rules, UNNEEDED, classes=class_names(checkpoint.meta),
         guessed=guessed(found, style, double),

@@ -18,8 +18,9 @@ class NonLocalBlock(nn.Module):
     `theta`, `phi`, `g` and `out` hold the weights of 1x1 convolutions, and `norm` is a `BatchNorm2d` or None.  They are
     computed together, so forward hooks on them do not run (with `block.fused = False` they do, one module after the
     other).  A `norm` of another type, such as the one that
-    `SyncBatchNorm.convert_sync_batchnorm` puts there, is called as the module that it is.  The weight and bias of `out`
-    start at zero: a fresh block adds nothing to x.
+    `SyncBatchNorm.convert_sync_batchnorm` puts there, is called as the module that it is.  `theta`, `phi` and `g` start
+    as any convolution of PyTorch does, the weight and bias of `out` at zero (so does the authors' release): a fresh
+    block adds nothing to x.
 
     Args:
         channels: width of input and output.
@@ -64,9 +65,6 @@ class NonLocalBlock(nn.Module):
         self.g = nn.Conv2d(channels, inner, 1)
         self.out = nn.Conv2d(inner, channels, 1)
         self.norm = nn.BatchNorm2d(channels) if norm else None
-        for layer in (self.theta, self.phi, self.g):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
