@@ -80,8 +80,9 @@ def _collect_run(folder: Path, found: Found) -> None:
         found.notes.append(f"{folder}: not finished, left out")
     for path in files:
         try:
-            metrics = json.loads(path.read_text(encoding="utf-8"))
-            found.evaluations.append(Evaluation(_as_measured(recipe, metrics), metrics, folder))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            for metrics in measurements(content):
+                found.evaluations.append(Evaluation(_as_measured(recipe, metrics), metrics, folder))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             found.notes.append(f"{path}: not the metrics of an evaluation ({error}), left out")
     changes = differences(recipe, RECIPES.get(recipe.name, recipe), _SEED)
@@ -89,6 +90,13 @@ def _collect_run(folder: Path, found: Found) -> None:
         found.notes.append(
             f"{folder}: {recipe.name} with {', '.join(map(str, changes))}: counts for no row of that name"
         )
+
+
+def measurements(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The metrics in a file of `evaluate --metrics`: of one read-out, or of each of `--readouts`."""
+    if "readouts" not in content:
+        return [content]
+    return [{"data": content.get("data", {})} | metrics for metrics in content["readouts"].values()]
 
 
 def _as_measured(recipe: Recipe, metrics: dict[str, Any]) -> Recipe:
