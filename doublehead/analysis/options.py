@@ -104,7 +104,11 @@ class BalanceWeights(Output):
 
 @dataclass(frozen=True)
 class Qualitative(Output):
-    """Figures 9 and 10: ground truth, conv-head alone, fc-head alone and Ext, side by side, where they differ most."""
+    """Figures 9 and 10: ground truth, conv-head alone, fc-head alone and Ext, side by side, where they differ most.
+
+    Of an object that one head finds twice, the proposals its boxes come from are yellow; both heads see them, and
+    dashed is where each head moves them.
+    """
 
     checkpoint: Annotated[str, Positional, tyro.conf.arg(metavar="CHECKPOINT")] = ""
     """Of a Double-Head-Ext."""

@@ -1,8 +1,8 @@
 """Where the conv-head alone, the fc-head alone and Ext differ most on one Ext model (Figures 9 and 10).
 
 Every image of the data is read out in the three ways.  An object is a case where one head finds it and the other misses
-it (Figure 9), or where one head finds it twice and the other once (Figure 10).  All cases go into a table, the most
-telling ones into pictures.
+it (Figure 9), or where one head finds it twice and the other once (Figure 10; in yellow the proposals that its boxes
+come from).  All cases go into a table, the most telling ones into pictures.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from doublehead.analysis.options import Qualitative
 from doublehead.analysis.output import output_folder, save_figure, write_csv
+from doublehead.analysis.qualitative_proposals import Origin, find_origins
 from doublehead.analysis.readers import Reader
 from doublehead.analysis.shards import State, fingerprint, measure_images
 from doublehead.config import ReadOut
@@ -227,13 +228,11 @@ def judge(output: dict[str, Tensor], boxes: Tensor, labels: Tensor, threshold: f
         boxes: `Tensor[n, 4]`, the objects', n >= 1; labels: `Tensor[n]`.
         threshold: detections with a lower score count as not there.
     """
-    same = output["labels"][:, None] == labels
-    iou = torch.where(same, box_iou(output["boxes"], boxes).nan_to_num(0), 0)
-    owner, shown = iou.argmax(1), output["scores"] >= threshold
+    iou, owned = belonging(output, boxes, labels, threshold)
+    shown = output["scores"] >= threshold
     verdicts = []
     for k in range(len(boxes)):
-        well = iou[:, k] >= FOUND_IOU
-        own = shown & (owner == k) & (iou[:, k] >= DUPLICATE_IOU)
+        well, own = iou[:, k] >= FOUND_IOU, owned[:, k]
         scores = output["scores"][own].sort(descending=True).values.tolist()
         if len(scores) > 1:
             verdicts.append(Verdict("duplicate", *scores[:2]))
@@ -244,6 +243,35 @@ def judge(output: dict[str, Tensor], boxes: Tensor, labels: Tensor, threshold: f
             best = output["scores"][well].tolist()
             verdicts.append(Verdict(word, max(best, default=None)))
     return verdicts
+
+
+def belonging(
+    output: dict[str, Tensor], boxes: Tensor, labels: Tensor, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """IoUs of D detections with n objects of their class (else 0), and which of them are each object's: `Tensor[D, n]`.
+
+    Arguments as of `judge`.
+    """
+    same = output["labels"][:, None] == labels
+    iou = torch.where(same, box_iou(output["boxes"], boxes).nan_to_num(0), 0)
+    best = iou.argmax(1)[:, None] == torch.arange(len(boxes))
+    return iou, best & (output["scores"] >= threshold)[:, None] & (iou >= DUPLICATE_IOU)
+
+
+def origins(
+    readers: dict[str, Reader], image: Tensor, target: Target, case: Case, output: dict[str, Tensor], threshold: float
+) -> list[Origin]:
+    """The proposals that a duplicated object's boxes come from; none of other kinds of case.
+
+    Args:
+        image: on the model's device; `target`: its own.
+        output: detections of the case's head.
+        threshold: as of `judge`.
+    """
+    if case.kind.word != "duplicate":
+        return []
+    _, owned = belonging(output, target["boxes"], target["labels"], threshold)
+    return find_origins(readers, image, target, case, output["boxes"][owned[:, case.object]])
 
 
 def differing(verdicts: dict[str, list[Verdict]]) -> list[tuple[Kind, int]]:
@@ -279,8 +307,13 @@ def write_results(
             path.unlink(missing_ok=True)  # an earlier call's
             say(f"{kind.title}: no such object, no picture")
             continue
-        outputs = [detect(readers, dataset[case.image][0].to(device)) for case in chosen]
-        save_figure(path, draw_cases(kind, chosen, outputs, dataset, options.score_threshold))
+        outputs, yellow = [], []
+        for case in chosen:
+            image, target = dataset[case.image]
+            outputs.append(detect(readers, image.to(device)))
+            found = outputs[-1][kind.head]
+            yellow.append(origins(readers, image.to(device), target, case, found, options.score_threshold))
+        save_figure(path, draw_cases(kind, chosen, outputs, yellow, dataset, options.score_threshold))
         pictures |= {(kind.name, case.image, case.object): path.name for case in chosen}
         say(f"{kind.title}: {number} objects, {len(chosen)} in {path.name}")
     rows = [_row(case, dataset, pictures.get((case.kind.name, case.image, case.object))) for case in cases]
