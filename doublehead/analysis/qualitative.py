@@ -7,20 +7,18 @@ come from).  All cases go into a table, the most telling ones into pictures.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from doublehead.analysis.options import Qualitative
 from doublehead.analysis.output import output_folder, save_figure, write_csv
+from doublehead.analysis.qualitative_cases import KINDS, READOUTS, Case, Cases, Kind, Verdict
 from doublehead.analysis.qualitative_proposals import Origin, find_origins
 from doublehead.analysis.readers import Reader
-from doublehead.analysis.shards import State, fingerprint, measure_images
-from doublehead.config import ReadOut
+from doublehead.analysis.shards import fingerprint, measure_images
+from doublehead.analysis.states import State
 from doublehead.data import DetectionDataset, Target, build_dataset
 from doublehead.engine.checkpoint import load_model
 from doublehead.engine.data_options import data_config
@@ -30,8 +28,6 @@ from doublehead.engine.logs import say
 from doublehead.models.detections import resolve_sources
 from doublehead.ops.boxes import box_iou
 
-READOUTS: dict[str, ReadOut] = {"conv": "conv", "fc": "fc", "Ext": "fused"}
-"""Column of the figure -> read-out."""
 FOUND_IOU = 0.5
 DUPLICATE_IOU = 0.3
 """A second box that lies this well on an object is a duplicate: NMS has left it, as it is far from the first."""
@@ -39,96 +35,6 @@ COLUMNS = (
     "kind", "image_id", "file", "class", "x1", "y1", "x2", "y2", "conv", "fc", "Ext", "conv_score", "fc_score",
     "Ext_score", "conv_duplicate", "fc_duplicate", "Ext_duplicate", "conv_score_at_box", "fc_score_at_box", "picture",
 )  # fmt: skip
-
-
-class Kind(NamedTuple):
-    """A way in which two heads differ on an object."""
-
-    name: str
-    head: str
-    word: str
-    """What became of the object in `head`."""
-    other: str
-    other_word: str
-    title: str
-
-
-KINDS = (
-    Kind("only-fc-finds", "fc", "found", "conv", "missed", "The fc-head finds what the conv-head misses"),
-    Kind("only-conv-finds", "conv", "found", "fc", "missed", "The conv-head finds what the fc-head misses"),
-    Kind("fc-duplicates", "fc", "duplicate", "conv", "found", "The fc-head finds twice what the conv-head finds once"),
-    Kind(
-        "conv-duplicates", "conv", "duplicate", "fc", "found", "The conv-head finds twice what the fc-head finds once"
-    ),
-)
-
-
-class Verdict(NamedTuple):
-    """What became of an object in one read-out."""
-
-    word: str
-    """`found`: one detection is its, and lies well; `duplicate`: several are its; `missed`: none of its class lies well
-    on it; `unclear`: one does, but is a neighbour's."""
-    score: float | None
-    """Of the best detection; of a missed object, below the threshold.  None: there is no detection at all."""
-    duplicate: float | None = None
-    """Score of the second detection."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """An object on which two heads differ."""
-
-    kind: Kind
-    image: int
-    """Index in the data set."""
-    object: int
-    """Index in the image's ground truth."""
-    label: int
-    box: tuple[float, float, float, float]
-    verdicts: dict[str, Verdict]
-    at_box: dict[str, float]
-    """Head -> score of the class on the object's own box."""
-
-    @property
-    def telling(self) -> float:
-        """Larger is more telling: the gap of the heads' scores, or the duplicate's score."""
-        mine, other = self.verdicts[self.kind.head], self.verdicts[self.kind.other]
-        return mine.duplicate if mine.duplicate is not None else mine.score - (other.score or 0.0)
-
-
-class Cases:
-    """The cases of some images; a `shards.Summary`."""
-
-    def __init__(self, cases: Iterable[Case] = ()) -> None:
-        self.cases = list(cases)
-
-    def empty(self) -> Cases:
-        """No cases."""
-        return Cases()
-
-    def merge(self, other: Cases) -> None:
-        """Take in those of other images."""
-        self.cases += other.cases
-
-    def sorted(self) -> list[Case]:
-        """In the data set's order, whoever found them."""
-        return sorted(self.cases, key=lambda case: (case.image, case.object))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"cases": [vars(case) | {"kind": case.kind.name} for case in self.cases]}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Cases:
-        """Rebuild what `to_dict` gave."""
-        kinds = {kind.name: kind for kind in KINDS}
-        cases = []
-        for value in values["cases"]:
-            verdicts = {name: Verdict(*verdict) for name, verdict in value["verdicts"].items()}
-            changes = {"kind": kinds[value["kind"]], "box": tuple(value["box"]), "verdicts": verdicts}
-            cases.append(Case(**(value | changes)))
-        return cls(cases)
 
 
 def run(options: Qualitative, world: World) -> None:
@@ -158,6 +64,8 @@ def run(options: Qualitative, world: World) -> None:
     depends_on = fingerprint(heads, dataset, dataset.annotations(), score_threshold=options.score_threshold)
     folder, empty = out / "state" / "qualitative", State(depends_on, Cases())
     cases = measure_images(measure, dataset, world, folder, empty, data.workers, counted="objects").sorted()
+    if any(case.image >= len(dataset) or case.label > len(classes) for case in cases):
+        raise UserError(f"{folder}: holds a case that the data do not have: remove it, or give another --out")
     world.on_main(lambda: write_results(cases, readers, dataset, options, out))
 
 

@@ -12,7 +12,7 @@ from doublehead.engine.pictures import draw_boxes, to_picture
 from doublehead.ops.boxes import box_iou
 
 if TYPE_CHECKING:
-    from doublehead.analysis.qualitative import Case, Kind, Verdict
+    from doublehead.analysis.qualitative_cases import Case, Kind, Verdict
     from doublehead.analysis.qualitative_proposals import Origin
 
 Box = tuple[float, float, float, float]

@@ -15,7 +15,7 @@ from doublehead.analysis.readers import ImageFeatures, Reader
 from doublehead.data import Target
 
 if TYPE_CHECKING:
-    from doublehead.analysis.qualitative import Case
+    from doublehead.analysis.qualitative_cases import Case
 
 HEADS = ("conv", "fc")
 SAME_BOX = 0.5

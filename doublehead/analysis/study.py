@@ -15,7 +15,8 @@ from doublehead.analysis.moments import MomentTable
 from doublehead.analysis.options import Pearson, SlidingWindows
 from doublehead.analysis.output import output_folder
 from doublehead.analysis.readers import Reader, open_readers
-from doublehead.analysis.shards import State, fingerprint, measure_images
+from doublehead.analysis.shards import fingerprint, measure_images
+from doublehead.analysis.states import State
 from doublehead.data import DetectionDataset, Target, build_dataset
 from doublehead.engine.data_options import data_config
 from doublehead.engine.distributed import World
