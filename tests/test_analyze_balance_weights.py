@@ -44,9 +44,10 @@ def calls(tiny, monkeypatch):
         done.append(("train", folder.name, resume))
         finished_run(folder, recipe)
 
-    def evaluate(cell, readout, world):
-        done.append((readout, cell.folder.name))
-        return {"AP": cell.l_fc / 2 + cell.l_conv / 4, "AP50": None, "AP75": 0.25, "APs": 0.1}
+    def evaluate(cell, readouts, world):
+        done.extend((readout, cell.folder.name) for readout in readouts)
+        metrics = {"AP": cell.l_fc / 2 + cell.l_conv / 4, "AP50": None, "AP75": 0.25, "APs": 0.1}
+        return dict.fromkeys(readouts, metrics)
 
     monkeypatch.setattr(balance_weights, "train", train)
     monkeypatch.setattr(balance_weights, "_evaluate", evaluate)

@@ -12,6 +12,7 @@ from PIL import Image
 from doublehead.analysis import pearson, windows
 from doublehead.analysis.groups import UNMATCHED
 from doublehead.analysis.moments import Moments
+from doublehead.analysis.readers import open_readers
 from doublehead.config import DataConfig
 from doublehead.data import build_dataset
 from doublehead.engine.checkpoint import load_model
@@ -39,7 +40,7 @@ def command(run, out, *more):
     return ["pearson", f"fc={run}:fc", f"conv={run}:conv", "--out", out, "--difficulty", run, *more]
 
 
-def brute_force(run, head, kind):
+def brute_force(run, head, kind, background=False):
     """Score, IoU, class and object's area (None: no object) of every box of one kind, box by box."""
     model, rows = load_model(run).model, []
     model.set_readout(head)
@@ -73,6 +74,9 @@ def brute_force(run, head, kind):
                 for i, k in enumerate(owners)
                 if ious[i, k] > 0
             ]
+            if background:
+                best, label = scores[:, 1:].max(1)
+                rows += [(float(best[i]), 0.0, int(label[i]) + 1, None) for i in range(len(boxes)) if not ious[i].any()]
     return rows
 
 
@@ -105,6 +109,32 @@ def test_equal_to_brute_force(result, run, head, kind):
         assert int(rows[0]["pairs"]) > sum(int(row["pairs"]) for row in rows[1:4]) > 0
     else:
         assert int(rows[0]["pairs"]) == sum(int(row["pairs"]) for row in rows[1:4])
+
+
+def test_background_proposals_count_with_their_best_score_in_the_group_of_all(result, run, tmp_path):
+    out = tmp_path / "out"
+    assert analyze(*command(run, out, "--background", "include")) == 0
+    ours, before = (read_table(folder / "pearson.csv") for folder in (out, result))
+    changed = [(row["head"], row["boxes"], row["group"]) for row, old in zip(ours, before, strict=True) if row != old]
+    assert changed == [("fc", "proposals", "all"), ("conv", "proposals", "all")]
+    for row in ours:
+        if row["boxes"] == "proposals" and row["group"] == "all":
+            pairs = brute_force(run, row["head"], "proposals", background=True)
+            assert int(row["pairs"]) == len(pairs) > sum(iou > 0 for _, iou, _, _ in pairs) > 0
+            expected = np.corrcoef(np.array([pair[:2] for pair in pairs]).T)[0, 1]
+            assert float(row["pearson"]) == pytest.approx(expected, abs=1e-4)
+    assert (out / "pearson.png").read_bytes() != (result / "pearson.png").read_bytes()  # it says what it shows
+
+
+def test_proposals_of_an_image_without_objects_are_background(run):
+    reader = open_readers([f"{run}:fc"], torch.device("cpu"))[0]
+    image = torch.randint(256, (3, SIDE, SIDE), generator=torch.manual_seed(0), dtype=torch.uint8)
+    nothing = pearson.Objects(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+    features = reader.features(image, nothing.boxes)
+    assert len(pearson.proposal_pairs(reader, features, nothing, chunk=7).scores) == 0
+    pairs = pearson.proposal_pairs(reader, features, nothing, chunk=7, background=True)
+    assert len(pairs.scores) == len(reader.proposals(features)) > 7
+    assert (pairs.scores > 0).all() and not pairs.ious.any() and (pairs.labels >= 1).all()
 
 
 def test_the_figure_is_a_picture(result):

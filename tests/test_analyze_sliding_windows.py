@@ -19,12 +19,14 @@ from analysis_detector import (  # noqa: F401 (a fixture)
 from engine_standin import finish, free_port, launch, one_thread  # noqa: F401 (a fixture)
 from PIL import Image
 
-from doublehead.analysis import shards, sliding_windows
+from doublehead.analysis import sliding_windows
 from doublehead.analysis.moments import MomentTable
+from doublehead.analysis.states import State, merge_states
 from doublehead.analysis.windows import BINS
 from doublehead.config import DataConfig, LossConfig
 from doublehead.data import build_dataset
 from doublehead.engine.checkpoint import load_model, save_model
+from doublehead.engine.errors import UserError
 from doublehead.ops import box_iou, clip_boxes, decode_boxes, fuse_scores
 
 pytestmark = pytest.mark.usefixtures("windows_225")
@@ -193,13 +195,13 @@ def test_files_of_a_merge_that_was_cut_short_count_once(result, tmp_path):
     folder = tmp_path / "state"
     shutil.copytree(result / "state" / "sliding-windows", folder)
     whole = json.loads((folder / "merged.json").read_text())
-    empty = shards.State(whole["fingerprint"], MomentTable(whole["table"]["shape"]))
-    (folder / "rank-1.json").write_text(json.dumps(whole | {"done": [2, 4]}))
-    assert shards._merge_states(folder, empty).table.to_dict() == whole["table"]
+    empty = State(whole["fingerprint"], MomentTable(whole["table"]["shape"]))
+    State(empty.fingerprint, MomentTable(empty.table.shape), {2, 4}).write(folder / "rank-1.json")
+    assert merge_states(folder, empty, [1, 2, 3, 4, 5]).table.to_dict() == whole["table"]
     assert [path.name for path in folder.iterdir()] == ["merged.json"]
-    (folder / "rank-1.json").write_text(json.dumps(whole | {"done": [4, 5]}))
-    with pytest.raises(shards.UserError, match="rank-1.json: holds images that another file holds too"):
-        shards._merge_states(folder, empty)
+    State(empty.fingerprint, MomentTable(empty.table.shape), {4, 5}).write(folder / "rank-1.json")
+    with pytest.raises(UserError, match="rank-1.json: holds images that another file holds too"):
+        merge_states(folder, empty, [1, 2, 3, 4, 5])
 
 
 @pytest.mark.parametrize(
@@ -228,7 +230,7 @@ def test_a_damaged_state(result, runs, tmp_path, capsys):
     shutil.copytree(result, tmp_path / "out")
     (tmp_path / "out" / "state" / "sliding-windows" / "merged.json").write_text('{"done": [')
     assert analyze(*command(runs, tmp_path / "out")) == 2
-    assert "merged.json: damaged: remove" in capsys.readouterr().err
+    assert "merged.json: damaged: it is no JSON, or nested too deeply: remove" in capsys.readouterr().err
 
 
 def test_other_groups_need_no_new_measurement(result, runs, tmp_path, monkeypatch):
@@ -276,6 +278,11 @@ def test_mistakes_are_one_line_and_leave_nothing(runs, tmp_path, capsys, argumen
 
 
 def test_a_detector_that_gives_nan_is_refused(runs, tmp_path, capsys):
-    bad = changed_copy(runs / "conv", tmp_path / "bad", float("nan"))
+    loaded = load_model(runs / "conv")
+    with torch.no_grad():  # weights that are finite, and logits that are not
+        loaded.model.detector.heads["conv"].classifier.weight.mul_(1e38)
+    (tmp_path / "bad").mkdir()
+    save_model(tmp_path / "bad" / "model.safetensors", *loaded)
+    bad = tmp_path / "bad"
     assert analyze("sliding-windows", bad, "--out", tmp_path / "out") == 2
     assert "bad: gives scores or boxes that are not finite" in capsys.readouterr().err

@@ -280,6 +280,16 @@ def test_boxes_that_end_at_their_last_pixel_are_scaled_by_it():
     torch.testing.assert_close(back.boxes[0, 0], ours)
 
 
+def test_boxes_narrower_than_a_pixel_stay_boxes():
+    """As in maskrcnn-benchmark, where a box's last pixel is never before its first."""
+    target = {"boxes": torch.tensor([[10.0, 20, 10.2, 40], [5, 6, 15, 6.5]]), "labels": torch.tensor([1, 1])}
+    legacy = ImageTransform(ImageConfig(), legacy_boxes=True).targets([target], [(100, 100)], [(300, 300)]).boxes[0]
+    assert legacy[:, :2].tolist() == [[30, 60], [15, 18]]
+    assert (legacy[:, 2:] - legacy[:, :2]).tolist() == [[1, 58], [28, 1]]
+    exact = ImageTransform(ImageConfig()).targets([target], [(100, 100)], [(300, 300)]).boxes[0]
+    torch.testing.assert_close(exact, 3 * target["boxes"])
+
+
 def test_detections_return_to_the_users_pixels():
     transform = ImageTransform(ImageConfig())
     boxes = torch.tensor([[[10.0, 20, 30, 40], [0, 0, 0, 0]]])

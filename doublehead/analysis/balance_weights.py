@@ -27,7 +27,7 @@ from doublehead.data import build_dataset
 from doublehead.engine.checkpoint import MODEL_FILE, load_model
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import UserError, config_errors
-from doublehead.engine.evaluator import evaluate
+from doublehead.engine.evaluator import evaluate_each
 from doublehead.engine.files import RECIPE_FILE, read_recipe, write_json
 from doublehead.engine.logs import say
 from doublehead.engine.run import METRICS_FILE, train
@@ -213,9 +213,9 @@ def measure(cell: Cell, world: World) -> None:
         _train(cell, world)
     valid = trained_readouts(cell.recipe.model)
     known = world.on_main(lambda: read_results(cell.folder))
-    for readout in [readout for readout in valid if readout not in known]:
-        metrics = _evaluate(cell, readout, world)
-        known[readout] = {name: metrics.get(name) for name in NUMBERS}
+    if missing := [readout for readout in valid if readout not in known]:
+        for readout, metrics in _evaluate(cell, missing, world).items():
+            known[readout] = {name: metrics.get(name) for name in NUMBERS}
         world.on_main(lambda: write_json(cell.folder / READOUTS_FILE, known))
 
 
@@ -229,13 +229,13 @@ def _train(cell: Cell, world: World) -> None:
         raise
 
 
-def _evaluate(cell: Cell, readout: ReadOut, world: World) -> dict[str, Any]:
+def _evaluate(cell: Cell, readouts: list[ReadOut], world: World) -> dict[ReadOut, dict[str, Any]]:
+    """Read-out -> metrics, in one pass over the images."""
     model, recipe, classes, _ = load_model(cell.folder)
     with config_errors():
         dataset = build_dataset(recipe.data, "val", classes=classes)
-    model.set_readout(readout)
-    model.to(world.device)
-    return evaluate(model, dataset, world, workers=recipe.data.workers, progress=world.is_main)[0]
+    chosen = {readout: model.to(world.device).detector.resolve_readout(readout) for readout in readouts}
+    return evaluate_each(model, dataset, chosen, world, workers=recipe.data.workers, progress=world.is_main)
 
 
 def read_results(folder: Path) -> dict[str, dict[str, float | None]]:

@@ -29,7 +29,8 @@ from doublehead.analysis.cell_maps import (
 from doublehead.analysis.options import FeatureCorrelation
 from doublehead.analysis.output import output_folder, save_figure, write_csv
 from doublehead.analysis.readers import Reader, open_readers
-from doublehead.analysis.shards import State, fingerprint, measure_images
+from doublehead.analysis.shards import fingerprint, measure_images
+from doublehead.analysis.states import State
 from doublehead.data import Target, build_dataset
 from doublehead.engine.data_options import data_config
 from doublehead.engine.distributed import World
@@ -59,6 +60,18 @@ class CosineSum:
     def __add__(self, other: CosineSum) -> CosineSum:
         total, count = self.total + other.total, self.count + other.count
         return CosineSum(total, count, self.objects + other.objects, self.zeros + other.zeros)
+
+    @property
+    def possible(self) -> bool:
+        """Whether some objects have these sums, as far as simple bounds tell."""
+        total, count = self.total, self.count
+        if total.dtype != torch.int64 or count.dtype != torch.int64 or total.dim() != 2 or total.shape != count.shape:
+            return False
+        if total.shape[0] != total.shape[1] or type(self.objects) is not int or type(self.zeros) is not int:
+            return False
+        cells = len(total) * self.objects
+        counted = bool((count >= 0).all() & (count <= self.objects).all()) and 0 <= self.zeros <= cells
+        return counted and bool((total.abs() <= count * (UNIT + 1)).all())
 
     def mean(self) -> np.ndarray:
         """Float64 [S*S, S*S]; NaN where no object had a cosine."""
@@ -92,13 +105,19 @@ class CosineTable:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CosineTable:
-        """Rebuild what `to_dict` gave."""
-        return cls(
-            {
-                (head, which): CosineSum(torch.tensor(total), torch.tensor(count), objects, zeros)
-                for head, which, total, count, objects, zeros in values["sums"]
-            }
-        )
+        """Rebuild what `to_dict` gave.
+
+        Raises:
+            ValueError, TypeError, KeyError, RuntimeError: it is something else, or no objects have these sums.
+        """
+        sums = {}
+        for head, which, total, count, objects, zeros in values["sums"]:
+            if not isinstance(head, str) or which not in MAPS or (head, which) in sums:
+                raise ValueError(f"map {which!r:.40} of head {head!r:.40} is unknown, or there twice")
+            sums[head, which] = CosineSum(torch.tensor(total), torch.tensor(count), objects, zeros)
+            if not sums[head, which].possible:
+                raise ValueError(f"map {which!r} of head {head!r:.40} has sums that no objects have")
+        return cls(sums)
 
 
 def run(options: FeatureCorrelation, world: World) -> None:

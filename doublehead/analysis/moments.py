@@ -64,6 +64,14 @@ class Moments(NamedTuple):
         together = self.count * self.xy - self.x * self.y
         return max(-1.0, min(1.0, together / (math.sqrt(x) * math.sqrt(y))))
 
+    @property
+    def possible(self) -> bool:
+        """Whether some pairs in [0, 1] have these moments, as far as simple bounds tell."""
+        n, most = self.count, self.count * STEPS
+        sums = max(self.x, self.y) <= most and max(self.xx, self.yy, self.xy) <= most * STEPS
+        spreads = min(n * self.xx - self.x**2, n * self.yy - self.y**2) >= 0
+        return n > 0 and sums and spreads and self.xy**2 <= self.xx * self.yy
+
     def _spread(self, total: int, squares: int) -> int:
         """count^2 times the variance: a difference of integers, so nothing cancels."""
         return self.count * squares - total * total
@@ -125,9 +133,20 @@ class MomentTable:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MomentTable:
-        """Rebuild what `to_dict` gave."""
-        table = cls(values["shape"])
-        table.cells = {tuple(cell): Moments(*moments) for cell, moments in values["cells"]}
+        """Rebuild what `to_dict` gave.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is something else, or no pairs have these moments.
+        """
+        table = cls([_whole(extent) for extent in values["shape"]])
+        for cell, numbers in values["cells"]:
+            moments, place = Moments(*map(_whole, numbers)), tuple(map(_whole, cell))
+            inside = [p < extent for p, extent in zip(place, table.shape, strict=True)]
+            if place in table.cells or not all(inside):
+                raise ValueError(f"cell {list(place)} is there twice, or lies outside of the shape {list(table.shape)}")
+            if len(numbers) != len(moments) or not moments.possible:
+                raise ValueError(f"cell {list(place)} has sums that no pairs in [0, 1] have")
+            table.cells[place] = moments
         return table
 
     def _put(self, cell: tuple[int, ...], moments: Moments) -> None:
@@ -139,6 +158,13 @@ class MomentTable:
             number, place = divmod(number, count)
             cell.append(place)
         return tuple(reversed(cell))
+
+
+def _whole(value: Any) -> int:
+    """`value`, if it is an int from 0 on."""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"expected a whole number from 0 on, got {value!r:.40}")
+    return value
 
 
 def _sums(numbers: Tensor, x: Tensor, y: Tensor) -> tuple[list[int], list[list[int]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -25,7 +25,11 @@ class Output:
 
 @dataclass(frozen=True)
 class SlidingWindows(Output):
-    """Figures 2 and 7: scores and regressed boxes of windows around every object, by the windows' IoU."""
+    """Figures 2 and 7: scores and regressed boxes of windows around every object, by the windows' IoU.
+
+    Bins go by the window's own IoU with its object; the second row is the IoU of the box that the regressor of the
+    object's class makes of the window.  Crowd and difficult objects are not there.
+    """
 
     heads: Annotated[tuple[str, ...], Positional, HEADS] = ()
     """What to compare, each as [NAME=]CHECKPOINT[:READOUT]; READOUT, of an Ext model: fused, split, fc or conv."""
@@ -41,13 +45,20 @@ class SlidingWindows(Output):
 
 @dataclass(frozen=True)
 class Pearson(Output):
-    """Figure 3: correlation of scores with boxes' IoUs, for sliding windows, RPN proposals and detections."""
+    """Figure 3: correlation of scores with boxes' IoUs, for sliding windows, RPN proposals and detections.
+
+    Windows and proposals go with the score of their object's class and with their own IoU, before regression;
+    detections with their score and with the regressed box's IoU.  Crowd and difficult objects are not there.
+    """
 
     heads: Annotated[tuple[str, ...], Positional, HEADS] = ()
     """What to compare, each as [NAME=]CHECKPOINT[:READOUT]; READOUT, of an Ext model: fused, split, fc or conv."""
     data: EvaluationData = field(default_factory=EvaluationData)
     difficulty: str | None = None
     """A run's folder or metrics.json whose AP per class ranks the classes into easy, medium and hard."""
+    background: Literal["leave-out", "include"] = "leave-out"
+    """Proposals that overlap no object have no class of an object: `leave-out`; `include`: each counts as the detection
+    it would become, with its highest score of any class and the IoU 0, in the group of all alone."""
     chunk: int = 4096
     """Windows per pass through the heads."""
     seed: int = 0
@@ -93,7 +104,11 @@ class BalanceWeights(Output):
 
 @dataclass(frozen=True)
 class Qualitative(Output):
-    """Figures 9 and 10: ground truth, conv-head alone, fc-head alone and Ext, side by side, where they differ most."""
+    """Figures 9 and 10: ground truth, conv-head alone, fc-head alone and Ext, side by side, where they differ most.
+
+    Of an object that one head finds twice, the proposals its boxes come from are yellow; both heads see them, and
+    dashed is where each head moves them.
+    """
 
     checkpoint: Annotated[str, Positional, tyro.conf.arg(metavar="CHECKPOINT")] = ""
     """Of a Double-Head-Ext."""

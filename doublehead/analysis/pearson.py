@@ -1,13 +1,21 @@
 """Figure 3: Pearson's correlation between classification scores and boxes' IoUs, for three kinds of boxes.
 
-- windows: the sliding windows of every object (see `windows`).  x is the score of the object's class, y the window's
-  IoU with the object.
-- proposals: those of the RPN that overlap an object.  Each goes with the object that it overlaps most; x is the score
-  of that object's class, y the proposal's IoU with it.
-- detections: what is left after NMS.  x is the detection's score, y its IoU with the object of its class that it
-  overlaps most.  A detection that overlaps none has IoU 0; it counts in the group of all, and in no other.
+Every pair is a score and an IoU of the same box; which box it is differs.  IoUs are those in the image's pixels.
 
-Groups go by the object.  Crowd and difficult objects are not there, so a detection of one counts as one of nothing.
+- windows: the sliding windows of every object (see `windows`).  x is the score of the object's class, y the window's
+  own IoU with the object, before regression.
+- proposals: those of the RPN that overlap an object.  Each goes with the object that it overlaps most; x is the score
+  of that object's class, y the proposal's own IoU with it, before regression.
+- detections: what is left after NMS.  x is the detection's score, y the regressed box's IoU with the object of its
+  class that it overlaps most.  A detection that overlaps none has IoU 0; it counts in the group of all, in no other.
+
+The paper's "all proposals" may mean those that overlap no object, too (IoU 0 with every one): background, most of what
+an RPN proposes.  There is no object, hence no class whose score x could be.  `--background leave-out` leaves them out.
+`--background include` takes each as the detection it would become: x is its highest score of any class, y is 0; like
+such a detection it counts in the group of all, and in no other.
+
+Groups go by the object.  Crowd and difficult objects are not there, so a detection of one counts as one of nothing, and
+a proposal that overlaps nothing else is background.
 """
 
 from __future__ import annotations
@@ -30,11 +38,16 @@ from doublehead.analysis.windows import ObjectWindows, object_windows
 from doublehead.data import Target
 from doublehead.engine.distributed import World
 from doublehead.engine.logs import say
-from doublehead.ops import box_iou, clip_boxes
+from doublehead.ops import box_iou
 
 FIGURE = "pearson"
 KINDS = ("windows", "proposals", "detections")
-TITLES = ("sliding windows", "RPN proposals", "detections after NMS")
+TITLES = {
+    "windows": "sliding windows: score of the object's class, the window's own IoU",
+    "proposals": "RPN proposals that overlap an object: score of its class, the proposal's own IoU",
+    "detections": "detections after NMS: their score, the regressed box's IoU or 0 without an object of its class",
+}
+WITH_BACKGROUND = "all RPN proposals: score of the object's class, the proposal's own IoU; for background the best, 0"
 COLUMNS = ("head", "boxes", "group", "pairs", "pearson")
 LEAST_PAIRS = 3
 """Two pairs correlate perfectly whatever they are."""
@@ -83,9 +96,9 @@ def run(options: Pearson, world: World) -> None:
         UserError: an option that cannot be followed (see `open_study`), or a state of another measurement in `out`.
         DataError: the data cannot be used.
     """
-    study = open_study(FIGURE, options, world)
+    study = open_study(FIGURE, options, world, background=options.background)
     table = study.measure(measure_image, options, _shape(study), world)
-    world.on_main(lambda: write_results(study, table))
+    world.on_main(lambda: write_results(study, table, options))
 
 
 def measure_image(study: Study, options: Pearson, image: Tensor, target: Target) -> tuple[MomentTable, int]:
@@ -99,10 +112,10 @@ def measure_image(study: Study, options: Pearson, image: Tensor, target: Target)
     for head, (reader, features) in enumerate(
         zip(study.readers, shared_features(study.readers, image, target["boxes"]), strict=True)
     ):
-        found = {"detections": detection_pairs(reader.detect(image), objects)}
+        proposals = proposal_pairs(reader, features, objects, options.chunk, options.background == "include")
+        found = {"detections": detection_pairs(reader.detect(image), objects), "proposals": proposals}
         if len(objects.boxes):
             found["windows"] = window_pairs(reader, features, objects, windows, options.chunk)
-            found["proposals"] = proposal_pairs(reader, features, objects, options.chunk)
         for kind, pairs in found.items():
             table.add((head, KINDS.index(kind), pairs.labels - 1, pairs.sizes), pairs.scores, pairs.ious)
             count += len(pairs.scores)
@@ -113,16 +126,27 @@ def window_pairs(
     reader: Reader, features: ImageFeatures, objects: Objects, windows: ObjectWindows, chunk: int
 ) -> Pairs:
     """All windows, each with the object it was made for."""
-    boxes = clip_boxes((windows.boxes * features.scale)[None], features.size)[0]
+    boxes = reader.rois(features, windows.boxes)
     return _read_pairs(reader, features, objects, boxes, windows.ious, windows.objects, chunk)
 
 
-def proposal_pairs(reader: Reader, features: ImageFeatures, objects: Objects, chunk: int) -> Pairs:
-    """The proposals that overlap an object, each with the one it overlaps most."""
+def proposal_pairs(
+    reader: Reader, features: ImageFeatures, objects: Objects, chunk: int, background: bool = False
+) -> Pairs:
+    """The proposals that overlap an object, each with the one it overlaps most; with `background` the others too."""
     proposals = reader.proposals(features)
-    ious, nearest = box_iou(proposals, features.boxes).clamp(0, 1).max(dim=1)
+    if len(objects.boxes):
+        ious, nearest = box_iou(features.into_image(proposals), objects.boxes).clamp(0, 1).max(dim=1)
+    else:
+        ious, nearest = proposals.new_zeros(len(proposals)), objects.labels.new_zeros(len(proposals))
     overlaps = ious > 0
-    return _read_pairs(reader, features, objects, proposals[overlaps], ious[overlaps], nearest[overlaps], chunk)
+    pairs = _read_pairs(reader, features, objects, proposals[overlaps], ious[overlaps], nearest[overlaps], chunk)
+    others = proposals[~overlaps]
+    if not background or len(others) == 0:
+        return pairs
+    scores, labels = reader.best_classes(features, others, chunk)
+    nothing = Pairs(scores, torch.zeros_like(scores), labels, torch.full_like(labels, UNMATCHED))
+    return Pairs(*(torch.cat(columns) for columns in zip(pairs, nothing, strict=True)))
 
 
 def detection_pairs(found: dict[str, Tensor], objects: Objects) -> Pairs:
@@ -143,7 +167,7 @@ def _read_pairs(
     return Pairs(scores, ious, labels, objects.sizes[matched])
 
 
-def write_results(study: Study, table: MomentTable) -> None:
+def write_results(study: Study, table: MomentTable, options: Pearson) -> None:
     """Write `pearson.csv` and `pearson.png`, and say which bars are missing."""
     correlations = [
         correlate(reader.name, kind, group.name, table.total(head, number, group.classes, group.sizes))
@@ -155,7 +179,7 @@ def write_results(study: Study, table: MomentTable) -> None:
         say(line)
     write_csv(study.folder / f"{FIGURE}.csv", COLUMNS, correlations)
     title = f"Correlation of scores and boxes' IoUs, {len(study.dataset)} images of {study.dataset.name}"
-    draw(study.folder / f"{FIGURE}.png", correlations, title)
+    draw(study.folder / f"{FIGURE}.png", correlations, title, options.background == "include")
     say(f"{study.folder}: {FIGURE}.csv, {FIGURE}.png")
 
 
@@ -179,7 +203,7 @@ def correlate(head: str, kind: str, group: str, moments: Moments) -> Correlation
     return Correlation(head, kind, group, moments.count, value)
 
 
-def draw(path: Path, correlations: Sequence[Correlation], title: str) -> None:
+def draw(path: Path, correlations: Sequence[Correlation], title: str, background: bool = False) -> None:
     """Three panels of bars, one below the other, a cluster for each group and in it one for each head."""
     from matplotlib.figure import Figure
 
@@ -188,7 +212,8 @@ def draw(path: Path, correlations: Sequence[Correlation], title: str) -> None:
     width = 0.8 / len(heads)
     figure = Figure(figsize=(max(8, 1.2 + 0.25 * len(groups) * (len(heads) + 1)), 8.6), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True, sharey=True)
-    for axes, kind, name in zip(panels, KINDS, TITLES, strict=True):
+    titles = TITLES | ({"proposals": WITH_BACKGROUND} if background else {})
+    for axes, (kind, name) in zip(panels, titles.items(), strict=True):
         for number, head in enumerate(heads):
             values = [one.value for one in correlations if (one.head, one.kind) == (head, kind)]
             places = [place + (number - (len(heads) - 1) / 2) * width for place in range(len(groups))]

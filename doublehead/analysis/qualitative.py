@@ -1,25 +1,24 @@
 """Where the conv-head alone, the fc-head alone and Ext differ most on one Ext model (Figures 9 and 10).
 
 Every image of the data is read out in the three ways.  An object is a case where one head finds it and the other misses
-it (Figure 9), or where one head finds it twice and the other once (Figure 10).  All cases go into a table, the most
-telling ones into pictures.
+it (Figure 9), or where one head finds it twice and the other once (Figure 10; in yellow the proposals that its boxes
+come from).  All cases go into a table, the most telling ones into pictures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from doublehead.analysis.options import Qualitative
 from doublehead.analysis.output import output_folder, save_figure, write_csv
+from doublehead.analysis.qualitative_cases import KINDS, READOUTS, Case, Cases, Kind, Verdict
+from doublehead.analysis.qualitative_proposals import Origin, find_origins
 from doublehead.analysis.readers import Reader
-from doublehead.analysis.shards import State, fingerprint, measure_images
-from doublehead.config import ReadOut
+from doublehead.analysis.shards import fingerprint, measure_images
+from doublehead.analysis.states import State
 from doublehead.data import DetectionDataset, Target, build_dataset
 from doublehead.engine.checkpoint import load_model
 from doublehead.engine.data_options import data_config
@@ -29,8 +28,6 @@ from doublehead.engine.logs import say
 from doublehead.models.detections import resolve_sources
 from doublehead.ops.boxes import box_iou
 
-READOUTS: dict[str, ReadOut] = {"conv": "conv", "fc": "fc", "Ext": "fused"}
-"""Column of the figure -> read-out."""
 FOUND_IOU = 0.5
 DUPLICATE_IOU = 0.3
 """A second box that lies this well on an object is a duplicate: NMS has left it, as it is far from the first."""
@@ -38,96 +35,6 @@ COLUMNS = (
     "kind", "image_id", "file", "class", "x1", "y1", "x2", "y2", "conv", "fc", "Ext", "conv_score", "fc_score",
     "Ext_score", "conv_duplicate", "fc_duplicate", "Ext_duplicate", "conv_score_at_box", "fc_score_at_box", "picture",
 )  # fmt: skip
-
-
-class Kind(NamedTuple):
-    """A way in which two heads differ on an object."""
-
-    name: str
-    head: str
-    word: str
-    """What became of the object in `head`."""
-    other: str
-    other_word: str
-    title: str
-
-
-KINDS = (
-    Kind("only-fc-finds", "fc", "found", "conv", "missed", "The fc-head finds what the conv-head misses"),
-    Kind("only-conv-finds", "conv", "found", "fc", "missed", "The conv-head finds what the fc-head misses"),
-    Kind("fc-duplicates", "fc", "duplicate", "conv", "found", "The fc-head finds twice what the conv-head finds once"),
-    Kind(
-        "conv-duplicates", "conv", "duplicate", "fc", "found", "The conv-head finds twice what the fc-head finds once"
-    ),
-)
-
-
-class Verdict(NamedTuple):
-    """What became of an object in one read-out."""
-
-    word: str
-    """`found`: one detection is its, and lies well; `duplicate`: several are its; `missed`: none of its class lies well
-    on it; `unclear`: one does, but is a neighbour's."""
-    score: float | None
-    """Of the best detection; of a missed object, below the threshold.  None: there is no detection at all."""
-    duplicate: float | None = None
-    """Score of the second detection."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """An object on which two heads differ."""
-
-    kind: Kind
-    image: int
-    """Index in the data set."""
-    object: int
-    """Index in the image's ground truth."""
-    label: int
-    box: tuple[float, float, float, float]
-    verdicts: dict[str, Verdict]
-    at_box: dict[str, float]
-    """Head -> score of the class on the object's own box."""
-
-    @property
-    def telling(self) -> float:
-        """Larger is more telling: the gap of the heads' scores, or the duplicate's score."""
-        mine, other = self.verdicts[self.kind.head], self.verdicts[self.kind.other]
-        return mine.duplicate if mine.duplicate is not None else mine.score - (other.score or 0.0)
-
-
-class Cases:
-    """The cases of some images; a `shards.Summary`."""
-
-    def __init__(self, cases: Iterable[Case] = ()) -> None:
-        self.cases = list(cases)
-
-    def empty(self) -> Cases:
-        """No cases."""
-        return Cases()
-
-    def merge(self, other: Cases) -> None:
-        """Take in those of other images."""
-        self.cases += other.cases
-
-    def sorted(self) -> list[Case]:
-        """In the data set's order, whoever found them."""
-        return sorted(self.cases, key=lambda case: (case.image, case.object))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"cases": [vars(case) | {"kind": case.kind.name} for case in self.cases]}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Cases:
-        """Rebuild what `to_dict` gave."""
-        kinds = {kind.name: kind for kind in KINDS}
-        cases = []
-        for value in values["cases"]:
-            verdicts = {name: Verdict(*verdict) for name, verdict in value["verdicts"].items()}
-            changes = {"kind": kinds[value["kind"]], "box": tuple(value["box"]), "verdicts": verdicts}
-            cases.append(Case(**(value | changes)))
-        return cls(cases)
 
 
 def run(options: Qualitative, world: World) -> None:
@@ -157,6 +64,8 @@ def run(options: Qualitative, world: World) -> None:
     depends_on = fingerprint(heads, dataset, dataset.annotations(), score_threshold=options.score_threshold)
     folder, empty = out / "state" / "qualitative", State(depends_on, Cases())
     cases = measure_images(measure, dataset, world, folder, empty, data.workers, counted="objects").sorted()
+    if any(case.image >= len(dataset) or case.label > len(classes) for case in cases):
+        raise UserError(f"{folder}: holds a case that the data do not have: remove it, or give another --out")
     world.on_main(lambda: write_results(cases, readers, dataset, options, out))
 
 
@@ -227,13 +136,11 @@ def judge(output: dict[str, Tensor], boxes: Tensor, labels: Tensor, threshold: f
         boxes: `Tensor[n, 4]`, the objects', n >= 1; labels: `Tensor[n]`.
         threshold: detections with a lower score count as not there.
     """
-    same = output["labels"][:, None] == labels
-    iou = torch.where(same, box_iou(output["boxes"], boxes).nan_to_num(0), 0)
-    owner, shown = iou.argmax(1), output["scores"] >= threshold
+    iou, owned = belonging(output, boxes, labels, threshold)
+    shown = output["scores"] >= threshold
     verdicts = []
     for k in range(len(boxes)):
-        well = iou[:, k] >= FOUND_IOU
-        own = shown & (owner == k) & (iou[:, k] >= DUPLICATE_IOU)
+        well, own = iou[:, k] >= FOUND_IOU, owned[:, k]
         scores = output["scores"][own].sort(descending=True).values.tolist()
         if len(scores) > 1:
             verdicts.append(Verdict("duplicate", *scores[:2]))
@@ -244,6 +151,35 @@ def judge(output: dict[str, Tensor], boxes: Tensor, labels: Tensor, threshold: f
             best = output["scores"][well].tolist()
             verdicts.append(Verdict(word, max(best, default=None)))
     return verdicts
+
+
+def belonging(
+    output: dict[str, Tensor], boxes: Tensor, labels: Tensor, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """IoUs of D detections with n objects of their class (else 0), and which of them are each object's: `Tensor[D, n]`.
+
+    Arguments as of `judge`.
+    """
+    same = output["labels"][:, None] == labels
+    iou = torch.where(same, box_iou(output["boxes"], boxes).nan_to_num(0), 0)
+    best = iou.argmax(1)[:, None] == torch.arange(len(boxes))
+    return iou, best & (output["scores"] >= threshold)[:, None] & (iou >= DUPLICATE_IOU)
+
+
+def origins(
+    readers: dict[str, Reader], image: Tensor, target: Target, case: Case, output: dict[str, Tensor], threshold: float
+) -> list[Origin]:
+    """The proposals that a duplicated object's boxes come from; none of other kinds of case.
+
+    Args:
+        image: on the model's device; `target`: its own.
+        output: detections of the case's head.
+        threshold: as of `judge`.
+    """
+    if case.kind.word != "duplicate":
+        return []
+    _, owned = belonging(output, target["boxes"], target["labels"], threshold)
+    return find_origins(readers, image, target, case, output["boxes"][owned[:, case.object]])
 
 
 def differing(verdicts: dict[str, list[Verdict]]) -> list[tuple[Kind, int]]:
@@ -279,8 +215,13 @@ def write_results(
             path.unlink(missing_ok=True)  # an earlier call's
             say(f"{kind.title}: no such object, no picture")
             continue
-        outputs = [detect(readers, dataset[case.image][0].to(device)) for case in chosen]
-        save_figure(path, draw_cases(kind, chosen, outputs, dataset, options.score_threshold))
+        outputs, yellow = [], []
+        for case in chosen:
+            image, target = dataset[case.image]
+            outputs.append(detect(readers, image.to(device)))
+            found = outputs[-1][kind.head]
+            yellow.append(origins(readers, image.to(device), target, case, found, options.score_threshold))
+        save_figure(path, draw_cases(kind, chosen, outputs, yellow, dataset, options.score_threshold))
         pictures |= {(kind.name, case.image, case.object): path.name for case in chosen}
         say(f"{kind.title}: {number} objects, {len(chosen)} in {path.name}")
     rows = [_row(case, dataset, pictures.get((case.kind.name, case.image, case.object))) for case in cases]

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from doublehead.data import DetectionDataset
 from doublehead.engine.pictures import draw_boxes, to_picture
+from doublehead.ops.boxes import box_iou
 
 if TYPE_CHECKING:
-    from doublehead.analysis.qualitative import Case, Kind, Verdict
+    from doublehead.analysis.qualitative_cases import Case, Kind, Verdict
+    from doublehead.analysis.qualitative_proposals import Origin
 
 Box = tuple[float, float, float, float]
 NAMES = {"conv": "conv-head alone", "fc": "fc-head alone", "Ext": "Ext, fused"}
@@ -24,6 +26,7 @@ def draw_cases(
     kind: Kind,
     cases: list[Case],
     outputs: list[dict[str, dict[str, Tensor]]],
+    origins: list[list[Origin]],
     dataset: DetectionDataset,
     threshold: float,
 ) -> Any:
@@ -33,6 +36,7 @@ def draw_cases(
         kind: of the cases.
         cases: one for each row.
         outputs: for each of them read-out -> detections (see `judge`) of its image.
+        origins: for each of them the proposals of the object's boxes, drawn in the panels of both heads.
         dataset: the images and their ground truth.
         threshold: detections with a lower score are not drawn.
     """
@@ -40,14 +44,25 @@ def draw_cases(
 
     figure = Figure(figsize=(14.4, 4.2 * len(cases) + 0.5), layout="constrained")
     panels = figure.subplots(len(cases), 4, squeeze=False)
-    for row, case, output in zip(panels, cases, outputs, strict=True):
-        _draw_case(row, case, output, dataset, threshold)
-    figure.suptitle(f"{kind.title} (detections with a score of at least {threshold:g})", fontsize="x-large")
+    for row, case, output, yellow in zip(panels, cases, outputs, origins, strict=True):
+        _draw_case(row, case, output, yellow, dataset, threshold)
+    title = f"{kind.title} (detections with a score of at least {threshold:g})"
+    if any(origins):
+        title += (
+            f"\nyellow: the proposals that the {kind.head}-head's boxes come from, which both heads see; "
+            "dashed: where this head moves them"
+        )
+    figure.suptitle(title, fontsize="x-large")
     return figure
 
 
 def _draw_case(
-    row: Any, case: Case, output: dict[str, dict[str, Tensor]], dataset: DetectionDataset, threshold: float
+    row: Any,
+    case: Case,
+    output: dict[str, dict[str, Tensor]],
+    origins: list[Origin],
+    dataset: DetectionDataset,
+    threshold: float,
 ) -> None:
     image, target = dataset[case.image]
     view = view_around(case.box, (image.shape[-1], image.shape[-2]))
@@ -59,7 +74,11 @@ def _draw_case(
         verdict = case.verdicts[readout]
         _draw_panel(axes, image, view, output[readout], dataset.classes, threshold)
         _frame(axes, case.box, view, COLOURS[verdict.word])
-        axes.set(title=f"{title}: {verdict.word}", xlabel=score_text(verdict, case.at_box.get(readout)))
+        text = score_text(verdict, case.at_box.get(readout))
+        if readout in case.at_box:  # a head; Ext has its boxes from the conv-head
+            _draw_origins(axes, origins, readout, view)
+            text += "".join(f"\n{origin_text(origin, readout, case.box)}" for origin in origins)
+        axes.set(title=f"{title}: {verdict.word}", xlabel=text)
 
 
 def view_around(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -117,6 +136,27 @@ def _frame(axes: Any, box: Box, view: tuple[int, int, int, int], colour: str) ->
         axes.add_patch(
             Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=edge, linewidth=width, linestyle=style)
         )
+
+
+def _draw_origins(axes: Any, origins: list[Origin], head: str, view: tuple[int, int, int, int]) -> None:
+    """Proposals in yellow, and dashed where `head` moves them, each with a dark rim."""
+    from matplotlib.patches import Rectangle
+
+    scale, corner = _scale(view), torch.tensor(view[:2]).repeat(2)
+    for origin in origins:
+        for box, colour, style in ((origin.proposal, "yellow", "-"), (origin.moved[head], "white", (0, (4, 3)))):
+            x1, y1, x2, y2 = ((box - corner) * scale).tolist()
+            for edge, width, line in (("black", 4.5, "-"), (colour, 2.5, style)):
+                axes.add_patch(
+                    Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=edge, linewidth=width, linestyle=line)
+                )
+
+
+def origin_text(origin: Origin, head: str, box: Box) -> str:
+    """How well a proposal lies on the object, and how well the box that `head` makes of it."""
+    truth = torch.tensor([box])
+    before, after = (float(box_iou(one[None], truth)) for one in (origin.proposal, origin.moved[head]))
+    return f"proposal's IoU {before:.2f}, moved {after:.2f}"
 
 
 def score_text(verdict: Verdict, at_box: float | None) -> str:

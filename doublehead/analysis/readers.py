@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,8 @@ from doublehead.engine.checkpoint import LoadedModel, load_model
 from doublehead.engine.errors import UserError, config_errors
 from doublehead.models import DoubleHeadRCNN, ImageBatch
 from doublehead.models.detections import EXT_SOURCES, Sources, resolve_sources
+from doublehead.models.heads import HeadOutput
+from doublehead.models.images import BoxMap
 from doublehead.ops import fuse_scores
 from doublehead.ops.boxes import clip_boxes, decode_boxes
 
@@ -35,9 +37,11 @@ class ImageFeatures(NamedTuple):
     size: Tensor
     """`Tensor[1, 2]`: (height, width) in the batch, without padding."""
     boxes: Tensor
-    """`Tensor[n, 4]`: the ground truth in the batch's pixels."""
-    scale: Tensor
-    """`Tensor[4]`: the batch's pixels per pixel of the image, for x1, y1, x2, y2."""
+    """`Tensor[n, 4]`: the ground truth in the batch's pixels, as training has it there."""
+    into_batch: BoxMap
+    """Carries boxes from the image's pixels into the batch's."""
+    into_image: BoxMap
+    """The way back."""
     padded: tuple[int, int]
     """(height, width) of the batch."""
 
@@ -65,31 +69,62 @@ class Reader:
     def features(self, image: Tensor, boxes: Tensor) -> ImageFeatures:
         """Run the backbone once: `image` `Tensor[3, H, W]` uint8, `boxes` its ground truth `Tensor[n, 4]`."""
         before = (image.shape[-2], image.shape[-1])
-        batch, after = self.model.transform([image])
+        transform = self.model.transform
+        batch, (after,) = transform([image])
         maps = self.model.detector.backbone(batch.pixels)
-        y, x = after[0][0] / before[0], after[0][1] / before[1]
-        scale = torch.tensor([x, y, x, y], device=batch.pixels.device)
+        device = batch.pixels.device
+        (into_batch,) = transform.maps_to_batch([before], [after], device)
+        (into_image,) = transform.maps_to_images([before], [after], device)
         padded = (batch.pixels.shape[-2], batch.pixels.shape[-1])
-        return ImageFeatures(maps, batch.sizes, boxes.to(scale.device) * scale, scale, padded)
+        truth = into_batch(boxes.to(device, torch.float32))
+        return ImageFeatures(maps, batch.sizes, truth, into_batch, into_image, padded)
+
+    def rois(self, features: ImageFeatures, boxes: Tensor) -> Tensor:
+        """Boxes of the image as RoIs of the batch, cut off at the image's border: `Tensor[K, 4]` -> `Tensor[K, 4]`."""
+        return clip_boxes(features.into_batch(boxes)[None], features.size, self.model.detector.least_side)[0]
 
     @torch.inference_mode()
     def read(self, features: ImageFeatures, boxes: Tensor, labels: Tensor) -> Reading:
         """Run the heads on `boxes` `Tensor[K, 4]` (the batch's pixels), each as a box of its class in `labels` [K]."""
         detector = self.model.detector
-        rois = torch.cat((boxes.new_zeros(len(boxes), 1), boxes), dim=1)
-        names = {*self.sources.classes, self.sources.boxes}
-        scales = sorted({detector.heads.box_scales[name] for name in names})
-        outputs = detector.heads(detector.roi_pooling(features.maps, rois, scales), names)
-        logits = [outputs[name].logits for name in self.sources.classes]
-        if len(logits) == 2:
-            scores = fuse_scores(*logits, detector.detection.fusion)
-        else:
-            scores = logits[0].softmax(-1)
+        outputs = self._run_heads(features, boxes, {*self.sources.classes, self.sources.boxes})
         own = labels[:, None]
         deltas = outputs[self.sources.boxes].deltas.gather(1, own[..., None].expand(-1, 1, 4)).squeeze(1)
         moved = decode_boxes(deltas, boxes, self.recipe.model.roi.box_weights)
         moved = clip_boxes(moved[None], features.size, detector.least_side)[0]
-        return Reading(scores.gather(1, own).squeeze(1), moved)
+        return Reading(self._scores(outputs).gather(1, own).squeeze(1), moved)
+
+    @torch.inference_mode()
+    def best_classes(self, features: ImageFeatures, boxes: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+        """The highest score of any class but background, and that class: `Tensor[K]`, `Tensor[K]` int64 from 1 on.
+
+        Args:
+            boxes: `Tensor[K, 4]`, the batch's pixels, any number; at most `chunk` go through the heads at a time.
+
+        Raises:
+            UserError: a score is not finite.
+        """
+        parts = [self._scores(self._run_heads(features, part, self.sources.classes)) for part in boxes.split(chunk)]
+        scores, places = torch.cat(parts)[:, 1:].max(dim=1)
+        self._check_finite(scores)
+        return scores, places + 1
+
+    def _run_heads(self, features: ImageFeatures, boxes: Tensor, names: Collection[str]) -> dict[str, HeadOutput]:
+        detector = self.model.detector
+        rois = torch.cat((boxes.new_zeros(len(boxes), 1), boxes), dim=1)
+        scales = sorted({detector.heads.box_scales[name] for name in names})
+        return detector.heads(detector.roi_pooling(features.maps, rois, scales), names)
+
+    def _scores(self, outputs: dict[str, HeadOutput]) -> Tensor:
+        """`Tensor[K, C]`: of every class, background first, as the read-out joins the classifiers."""
+        logits = [outputs[name].logits for name in self.sources.classes]
+        if len(logits) == 2:
+            return fuse_scores(*logits, self.model.detector.detection.fusion)
+        return logits[0].softmax(-1)
+
+    def _check_finite(self, *values: Tensor) -> None:
+        if not all(bool(value.isfinite().all()) for value in values):
+            raise UserError(f"{self.name}: gives scores or boxes that are not finite: choose a sound checkpoint")
 
     def read_all(self, features: ImageFeatures, boxes: Tensor, labels: Tensor, chunk: int) -> Reading:
         """`read` of any number of boxes, at most `chunk` at a time.
@@ -99,8 +134,7 @@ class Reader:
         """
         parts = [self.read(features, *part) for part in zip(boxes.split(chunk), labels.split(chunk), strict=True)]
         scores, moved = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        if not bool(scores.isfinite().all() & moved.isfinite().all()):
-            raise UserError(f"{self.name}: gives scores or boxes that are not finite: choose a sound checkpoint")
+        self._check_finite(scores, moved)
         return Reading(scores, moved)
 
     @torch.inference_mode()

@@ -24,7 +24,7 @@ from doublehead.analysis.windows import BINS, ObjectWindows, iou_bins, object_wi
 from doublehead.data import Target
 from doublehead.engine.distributed import World
 from doublehead.engine.logs import say
-from doublehead.ops import box_iou, clip_boxes
+from doublehead.ops import box_iou
 
 FIGURE = "sliding-windows"
 COLUMNS = ("head", "group", "bin low", "bin high", "windows", "score mean", "score std", "iou mean", "iou std")
@@ -65,19 +65,21 @@ def measure_image(study: Study, options: SlidingWindows, image: Tensor, target: 
     for head, (reader, features) in enumerate(
         zip(study.readers, shared_features(study.readers, image, target["boxes"]), strict=True)
     ):
-        scores, ious = read_windows(reader, features, windows, labels, options.chunk)
+        scores, ious = read_windows(reader, features, target["boxes"], windows, labels, options.chunk)
         table.add((head, *cells), scores, ious)
     return table, len(study.readers) * len(labels)
 
 
 def read_windows(
-    reader: Reader, features: ImageFeatures, windows: ObjectWindows, labels: Tensor, chunk: int
+    reader: Reader, features: ImageFeatures, objects: Tensor, windows: ObjectWindows, labels: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """The score of each window's class in `labels` [K], and its object's IoU with the regressed box: `Tensor[K]`."""
-    boxes = clip_boxes((windows.boxes * features.scale)[None], features.size)[0]
-    scores, moved = reader.read_all(features, boxes, labels, chunk)
-    truth = features.boxes[windows.objects]
-    return scores, box_iou(moved[:, None], truth[:, None])[:, 0, 0].clamp(0, 1)
+    """The score of each window's class in `labels` [K], and its object's IoU with the regressed box: `Tensor[K]` each.
+
+    IoUs are those in the image's pixels, in which windows, too, are compared with the objects `Tensor[G, 4]`.
+    """
+    scores, moved = reader.read_all(features, reader.rois(features, windows.boxes), labels, chunk)
+    truth = objects.to(moved.device)[windows.objects]
+    return scores, box_iou(features.into_image(moved)[:, None], truth[:, None])[:, 0, 0].clamp(0, 1)
 
 
 def write_results(study: Study, table: MomentTable) -> None:

@@ -15,7 +15,8 @@ from doublehead.analysis.moments import MomentTable
 from doublehead.analysis.options import Pearson, SlidingWindows
 from doublehead.analysis.output import output_folder
 from doublehead.analysis.readers import Reader, open_readers
-from doublehead.analysis.shards import State, fingerprint, measure_images
+from doublehead.analysis.shards import fingerprint, measure_images
+from doublehead.analysis.states import State
 from doublehead.data import DetectionDataset, Target, build_dataset
 from doublehead.engine.data_options import data_config
 from doublehead.engine.distributed import World
@@ -54,8 +55,11 @@ MeasureImage = Callable[[Study, Any, Tensor, Target], tuple[MomentTable, int]]
 """(study, options, image `Tensor[3, H, W]` uint8 on the device, its target) -> (its moments, number of RoIs)."""
 
 
-def open_study(figure: str, options: SlidingWindows | Pearson, world: World) -> Study:
+def open_study(figure: str, options: SlidingWindows | Pearson, world: World, **more: Any) -> Study:
     """Check the options, load the detectors and the annotations, and say what will be compared.
+
+    Args:
+        more: plain values on which the measurement depends besides (see `fingerprint`).
 
     Raises:
         UserError: an option that cannot be followed.
@@ -77,5 +81,5 @@ def open_study(figure: str, options: SlidingWindows | Pearson, world: World) -> 
         say(f"{figure}: {', '.join(reader.name for reader in readers)} on {len(dataset)} images of {dataset.name}")
         for line in describe(groups, classes, sizes):
             say(line)
-    depends_on = fingerprint(readers, dataset, annotations, seed=options.seed, windows=windows.VERSION)
+    depends_on = fingerprint(readers, dataset, annotations, seed=options.seed, windows=windows.VERSION, **more)
     return Study(figure, readers, dataset, config.workers, groups, sizes, folder, depends_on)

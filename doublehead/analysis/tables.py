@@ -22,6 +22,10 @@ from doublehead.engine.files import read_recipe
 from doublehead.paper import Row, Table
 from doublehead.recipes import RECIPES
 
+QUOTED = "(published)"
+QUOTED_NOTE = (
+    f"{QUOTED}: numbers that others published for their methods, quoted from the paper; nothing here trains them."
+)
 _SEED = ("train.seed",)  # runs of several seeds are one row: mean and standard deviation
 
 
@@ -80,8 +84,9 @@ def _collect_run(folder: Path, found: Found) -> None:
         found.notes.append(f"{folder}: not finished, left out")
     for path in files:
         try:
-            metrics = json.loads(path.read_text(encoding="utf-8"))
-            found.evaluations.append(Evaluation(_as_measured(recipe, metrics), metrics, folder))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            for metrics in measurements(content):
+                found.evaluations.append(Evaluation(_as_measured(recipe, metrics), metrics, folder))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             found.notes.append(f"{path}: not the metrics of an evaluation ({error}), left out")
     changes = differences(recipe, RECIPES.get(recipe.name, recipe), _SEED)
@@ -89,6 +94,13 @@ def _collect_run(folder: Path, found: Found) -> None:
         found.notes.append(
             f"{folder}: {recipe.name} with {', '.join(map(str, changes))}: counts for no row of that name"
         )
+
+
+def measurements(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The metrics in a file of `evaluate --metrics`: of one read-out, or of each of `--readouts`."""
+    if "readouts" not in content:
+        return [content]
+    return [{"data": content.get("data", {})} | metrics for metrics in content["readouts"].values()]
 
 
 def _as_measured(recipe: Recipe, metrics: dict[str, Any]) -> Recipe:
@@ -127,54 +139,91 @@ def cell(evaluations: Sequence[Evaluation], column: str) -> Cell:
     return Cell(mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)))
 
 
-def compare(table: Table, found: Found, miniature: bool = False) -> list[list[Any]]:
-    """One line per row: label, recipe, number of runs, then for each column the paper's number and a `Cell`.
+@dataclass(frozen=True)
+class Line:
+    """One line of a comparison."""
+
+    label: str
+    recipe: str | None
+    """None: a method that is not ours, whose numbers the paper quotes."""
+    runs: int
+    parameters: tuple[float | None, float | None]
+    """Of the conv-head, in M = 2^20: the paper's, and counted from the recipe's model."""
+    numbers: tuple[tuple[float | None, Cell], ...]
+    """For each column the paper's and ours."""
+
+
+def compare(table: Table, found: Found, miniature: bool = False) -> list[Line]:
+    """One line per row, and one for each other method that the paper compares with.
 
     `miniature`: only the rows that there are in miniature.
     """
-    lines = []
-    for row in table.rows:
+    lines = [
+        Line(f"{other.label}, {other.backbone}", None, 0, (None, None), tuple((n, Cell()) for n in other.published))
+        for other in table.others
+    ]
+    for row, parameters in zip(table.rows, table.parameters or [None] * len(table.rows), strict=True):
         if miniature and row.miniature is None:
             continue
         evaluations = row_evaluations(row, table, found, miniature)
-        line: list[Any] = [row.label, row.miniature if miniature else row.recipe, len(evaluations)]
-        for column, published in zip(table.columns, row.published, strict=True):
-            line += [published, cell(evaluations, column)]
-        lines.append(line)
+        name = row.miniature if miniature else row.recipe
+        numbers = tuple(
+            (published, cell(evaluations, column))
+            for column, published in zip(table.columns, row.published, strict=True)
+        )
+        counted = _counted(name) if table.parameters else None
+        lines.append(Line(row.label, name, len(evaluations), (parameters, counted), numbers))
     return lines
 
 
-def as_text(number: int, table: Table, lines: Sequence[Sequence[Any]], markdown: bool = False) -> str:
-    """The table for reading; a blank means: no run."""
-    header = ["", "recipe", "runs"]
+def _counted(recipe: str) -> float | None:
+    from doublehead.analysis.parameters import M, conv_head_weights  # brings PyTorch
+
+    count = conv_head_weights(RECIPES[recipe].model)
+    return None if count is None else count / M
+
+
+def as_text(number: int, table: Table, lines: Sequence[Line], markdown: bool = False) -> str:
+    """The table for reading; a blank means: no run, a dash: no number in the paper."""
+    header = ["", "recipe", "runs", *(["params paper", "counted"] if table.parameters else [])]
     for column in table.columns:
         header += [f"{column} paper", "yours"]
-    rows = [[str(value) for value in line] for line in lines]
-    for row in rows:
-        row[2] = "" if row[2] == "0" else row[2]
+    rows = []
+    for line in lines:
+        row = [line.label, line.recipe or QUOTED, str(line.runs or "")]
+        if table.parameters:
+            paper, counted = line.parameters
+            row += ["-" if paper is None else f"{paper:.2f} M", "-" if counted is None else f"{counted:.4f} M"]
+        for published, ours in line.numbers:
+            row += ["-" if published is None else str(published), str(ours)]
+        rows.append(row)
     title = f"Table {number}. {table.title}"
+    note = " ".join(filter(None, (table.note, QUOTED_NOTE if table.others else "")))
     if markdown:
         body = ["| " + " | ".join(header) + " |", "|" + " --- |" * 2 + " ---: |" * (len(header) - 2)]
         body += ["| " + " | ".join(row) + " |" for row in rows]
-        return "\n".join([f"**{title}**", "", *body, *(["", table.note] if table.note else [])])
+        return "\n".join([f"**{title}**", "", *body, *(["", note] if note else [])])
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     body = ["  ".join(_aligned(text, width, i) for i, (text, width) in enumerate(zip(row, widths, strict=True)))
             for row in [header, *rows]]  # fmt: skip
-    return "\n".join([title, "", *(line.rstrip() for line in body), *(["", table.note] if table.note else [])])
+    return "\n".join([title, "", *(line.rstrip() for line in body), *(["", note] if note else [])])
 
 
-def as_csv(number: int, table: Table, lines: Sequence[Sequence[Any]]) -> str:
-    """The table for programs: empty where there is no run."""
+def as_csv(number: int, table: Table, lines: Sequence[Line]) -> str:
+    """The table for programs: empty where there is no run or no number, and no recipe for other methods."""
     columns = ["table", "row", "recipe", "runs"]
     for column in table.columns:
         columns += [f"{column} paper", f"{column} mean", f"{column} std"]
+    if table.parameters:
+        columns += ["conv-head M paper", "conv-head M counted"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for line in lines:
-        row = [number, *line[:3]]
-        for value in line[3:]:
-            row += [value.mean, value.std] if isinstance(value, Cell) else [value]
+        row: list[Any] = [number, line.label, line.recipe, line.runs]
+        for published, ours in line.numbers:
+            row += [published, ours.mean, ours.std]
+        row += line.parameters if table.parameters else ()
         writer.writerow("" if value is None else value for value in row)
     return text.getvalue().rstrip("\n")
 

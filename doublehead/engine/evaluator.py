@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from doublehead.engine.voc_ap import voc_ap50
 
 COCO_NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 CocoResults = list[dict[str, Any]]
+Output = dict[str, torch.Tensor]
+"""An image's detections: boxes, labels, scores, and of a `DoubleHeadRCNN` also rois and box_rois."""
 
 
 def evaluate(
@@ -57,17 +59,79 @@ def evaluate(
     results: CocoResults = []
 
     def measure() -> dict[str, Any]:
-        found = {image_id: prediction for share in shares for image_id, prediction in share.items()}
-        results.extend(coco_results(found, dataset))
-        return compute_metrics(dataset.coco_ground_truth(), results, dataset, voc) | rois_of_the_box_head(found)
+        metrics, found = _measure({key: value for share in shares for key, value in share.items()}, dataset, voc)
+        results.extend(found)
+        return metrics
 
     return world.on_main(measure), results
 
 
+def evaluate_each(
+    model: nn.Module,
+    dataset: Any,
+    readouts: dict[str, tuple[Any, Any]],
+    world: World | None = None,
+    *,
+    voc: bool = False,
+    workers: int = 0,
+    progress: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """`evaluate` for several read-outs of one Ext model in one pass over the images.
+
+    Args:
+        model: a `DoubleHeadRCNN` on `world.device`.
+        readouts: name -> what `Detector.resolve_readout` gave.
+        others: as of `evaluate`.
+
+    Returns:
+        Name -> metrics, the same on every process: to the bit those of `evaluate` after `set_readout`.
+    """
+    world = world or World(device=next(model.parameters()).device)
+    with inference(model):
+        mine = _predict_share(
+            lambda images: list(zip(*model.detect_each(images, list(readouts.values())), strict=True)),
+            dataset, world, workers, progress,
+        )  # fmt: skip
+    shares = world.gather_on_main(mine)
+
+    def measure() -> dict[str, dict[str, Any]]:
+        found = {key: value for share in shares for key, value in share.items()}
+        return {
+            name: _measure({image_id: outputs[number] for image_id, outputs in found.items()}, dataset, voc)[0]
+            for number, name in enumerate(readouts)
+        }
+
+    return world.on_main(measure)
+
+
+def _measure(found: dict[int, Output], dataset: Any, voc: bool) -> tuple[dict[str, Any], CocoResults]:
+    results = coco_results(found, dataset)
+    metrics = compute_metrics(dataset.coco_ground_truth(), results, dataset, voc)
+    return metrics | rois_of_the_box_head(found), results
+
+
 def predict(
     model: nn.Module, dataset: Any, world: World, *, workers: int = 0, progress: bool = False
-) -> dict[int, dict[str, torch.Tensor]]:
+) -> dict[int, Output]:
     """Detections of this process's share of `dataset`: image id -> boxes, labels, scores on the host."""
+    with inference(model), watch_rois(model) as rois:
+
+        def detect(images: list[torch.Tensor]) -> list[tuple[Output]]:
+            outputs = model(images)
+            return [(output | {name: v[row] for name, v in rois.items()},) for row, output in enumerate(outputs)]
+
+        found = _predict_share(detect, dataset, world, workers, progress)
+    return {image_id: output for image_id, (output,) in found.items()}
+
+
+def _predict_share(
+    detect: Callable[[list[torch.Tensor]], Sequence[tuple[Output, ...]]],
+    dataset: Any,
+    world: World,
+    workers: int,
+    progress: bool,
+) -> dict[int, tuple[Output, ...]]:
+    """Image id -> what `detect` gives for the image, one or more outputs, on the host; of this process's share."""
     from doublehead.data import build_loader
 
     loader = build_loader(
@@ -76,13 +140,13 @@ def predict(
     total = -(-len(dataset) // world.size)
     bar = tqdm(loader, total=total, desc="evaluating", unit="image", leave=False, disable=None if progress else True)
     found = {}
-    with inference(model), watch_rois(model) as rois:
-        for images, targets in bar:
-            outputs = model([image.to(world.device) for image in images])
-            for row, (target, output) in enumerate(zip(targets, outputs, strict=True)):
-                counts = {name: values[row] for name, values in rois.items()}
-                # A share may repeat an image to be as long as the others: the same key, the same value.
-                found[int(target["image_id"])] = {name: value.cpu() for name, value in (output | counts).items()}
+    for images, targets in bar:
+        each = detect([image.to(world.device) for image in images])
+        for target, outputs in zip(targets, each, strict=True):
+            # A share may repeat an image to be as long as the others: the same key, the same value.
+            found[int(target["image_id"])] = tuple(
+                {name: value.cpu() for name, value in output.items()} for output in outputs
+            )
     return found
 
 
@@ -236,6 +300,29 @@ def _mean(values: Any) -> float | None:
 def format_metrics(metrics: dict[str, Any]) -> str:
     """The metrics as a small table, in percent; `-` where there is nothing to measure."""
     return "\n".join([*_accuracy_lines(metrics), *_work_lines(metrics)])
+
+
+def format_each(metrics: dict[str, dict[str, Any]]) -> str:
+    """The metrics of several read-outs side by side, in percent; `-` where there is nothing to measure."""
+    first = next(iter(metrics.values()))
+    if "AP" not in first:
+        return "\n".join(f"{name}: {_accuracy_lines(values)[0]}" for name, values in metrics.items())
+    width = max(len("read-out"), *(len(name) for name in metrics))
+    voc = "voc" in first
+    header = [*COCO_NUMBERS, *(["VOC mAP50"] if voc else []), "RoIs of box head"]
+    lines = ["  ".join([f"{'read-out':<{width}}", *(f"{name:>5}" for name in header)])]
+    for name, values in metrics.items():
+        row = [_percent(values[column]) for column in COCO_NUMBERS]
+        row += [_percent(values["voc"]["mAP50"])] if voc else []
+        row += [f"{_percent(values['box_rois']['share'])} %"]
+        cells = (f"{cell:>{max(5, len(column))}}" for cell, column in zip(row, header, strict=True))
+        lines.append("  ".join([f"{name:<{width}}", *cells]))
+    classes = max(len("AP of class"), *(len(name) for name in first["classes"]))
+    lines += ["", "  ".join([f"{'AP of class':<{classes}}", *(f"{name:>5}" for name in metrics)])]
+    for label in first["classes"]:
+        aps = (f"{_percent(v['classes'][label]['AP']):>{max(5, len(name))}}" for name, v in metrics.items())
+        lines.append("  ".join([f"{label:<{classes}}", *aps]))
+    return "\n".join(lines)
 
 
 def _work_lines(metrics: dict[str, Any]) -> list[str]:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..config import Fusion, ModelConfig, ReadOut
+from ..config import DetectionConfig, Fusion, ModelConfig, ReadOut
 from .backbone import build_backbone
-from .detections import detect, resolve_sources
+from .detections import Sources, detect, resolve_sources
 from .graph import DetectorGraphs, make_bucket
 from .heads import Heads
 from .images import ImageTransform
-from .inference import run_heads
+from .inference import HeadsResult, run_heads, run_heads_for_each
 from .losses import head_losses, sample_rois
 from .roi_pooling import RoIPooling
 from .rpn import RPN
@@ -67,10 +67,24 @@ class Detector(nn.Module):
 
     def _detect(self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
         heads = run_heads(self.heads, self.roi_pooling, features, proposals, self.sources, self.detection)
+        return self._read_out(heads, proposals, sizes, self.sources, self.detection)
+
+    def detect_each(self, images: ImageBatch, readouts: Sequence[tuple[Sources, DetectionConfig]]) -> list[Detections]:
+        """Detections of several read-outs (see `resolve_readout`); backbone and proposals are computed once for all."""
+        features = self.backbone(images.pixels)
+        proposals, _ = self.rpn(images, features)
+        results = run_heads_for_each(self.heads, self.roi_pooling, features, proposals, readouts)
+        return [
+            self._read_out(heads, proposals, images.sizes, *readout)
+            for heads, readout in zip(results, readouts, strict=True)
+        ]
+
+    def _read_out(
+        self, heads: HeadsResult, proposals: Proposals, sizes: Tensor, sources: Sources, config: DetectionConfig
+    ) -> Detections:
         found = detect(
-            heads.outputs, self.sources, heads.proposals, sizes, self.detection, self.config.roi.box_weights,
-            self.least_side,
-        )  # fmt: skip
+            heads.outputs, sources, heads.proposals, sizes, config, self.config.roi.box_weights, self.least_side
+        )
         # Not `_replace`: torch 2.11's compiler cannot trace it.
         return Detections(*found[:4], rois=proposals.valid.sum(1), box_rois=heads.box_rois)
 
@@ -80,12 +94,18 @@ class Detector(nn.Module):
         Raises:
             ValueError: the heads were not trained for it (see `resolve_sources`), or a gate outside of 0 .. 1.
         """
+        self.sources, self.detection = self.resolve_readout(readout, fusion, ext_gate)
+
+    def resolve_readout(
+        self, readout: ReadOut, fusion: Fusion | None = None, ext_gate: float | None = None
+    ) -> tuple[Sources, DetectionConfig]:
+        """What `set_readout` would set, without setting it; raises as it does."""
         fusion = fusion or self.config.detection.fusion
-        self.sources = resolve_sources(self.config.head.kind, readout, fusion, self.config.loss)
+        sources = resolve_sources(self.config.head.kind, readout, fusion, self.config.loss)
         ext_gate = self.config.detection.ext_gate if ext_gate is None else ext_gate
         if not 0 <= ext_gate < 1:
             raise ValueError(f"detection.ext_gate: expected 0 (off) or a score below 1, got {ext_gate}")
-        self.detection = dataclasses.replace(self.config.detection, readout=readout, fusion=fusion, ext_gate=ext_gate)
+        return sources, dataclasses.replace(self.config.detection, readout=readout, fusion=fusion, ext_gate=ext_gate)
 
 
 class DoubleHeadRCNN(nn.Module):
@@ -151,6 +171,32 @@ class DoubleHeadRCNN(nn.Module):
     def set_readout(self, readout: ReadOut, fusion: Fusion | None = None, ext_gate: float | None = None) -> None:
         """Choose how an Ext model is read out: see `Detector.set_readout`."""
         self.detector.set_readout(readout, fusion, ext_gate)
+
+    def detect_each(
+        self, images: Sequence[Tensor], readouts: Sequence[tuple[Sources, DetectionConfig]]
+    ) -> list[list[dict[str, Tensor]]]:
+        """Detections of `images`, in eval mode, in several read-outs of an Ext model at the price of about one.
+
+        Args:
+            images: as of `forward`.
+            readouts: what `Detector.resolve_readout` gave.
+
+        Returns:
+            For each read-out what `forward` gives for the images after its `set_readout`, with "rois" and "box_rois",
+            `Tensor[]` int64, of each image (see `Detections`).
+        """
+        before = [(image.shape[-2], image.shape[-1]) for image in images]
+        batch, after = self.transform(images)
+        each = self.detector.detect_each(batch, readouts)
+        return [
+            [
+                output | {"rois": rois, "box_rois": box_rois}
+                for output, rois, box_rois in zip(
+                    self.transform.detections(found, before, after), found.rois, found.box_rois, strict=True
+                )
+            ]
+            for found in each
+        ]
 
     def compile_graph(self, batch: int, height: int, width: int, dtype: torch.dtype | None = None) -> None:
         """Record pixels -> detections as one CUDA graph, for batches of up to this shape.

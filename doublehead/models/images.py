@@ -38,6 +38,25 @@ from .structures import Detections, ImageBatch, Targets, pad_targets
 Size = tuple[int, int]
 
 
+class BoxMap(NamedTuple):
+    """Carries an image's boxes from one frame into another: the user's image, the batch."""
+
+    scale: Tensor
+    """`Tensor[4]`."""
+    shift: Tensor
+    """`Tensor[4]`."""
+    least_side: float
+    """Pixels of the new frame that a box is wide and high at least; 0: as it comes."""
+
+    def __call__(self, boxes: Tensor) -> Tensor:
+        """`Tensor[..., 4]` -> `Tensor[..., 4]`, x1, y1, x2, y2 in pixels of either frame."""
+        moved = boxes * self.scale + self.shift
+        if self.least_side == 0:
+            return moved
+        low, high = moved.split(2, dim=-1)
+        return torch.cat((low, torch.maximum(high, low + self.least_side)), dim=-1)
+
+
 class ImageTransform(nn.Module):
     """Resize, normalise and pad a list of images; carry boxes there and back.
 
@@ -96,10 +115,10 @@ class ImageTransform(nn.Module):
     def targets(self, targets: Sequence[dict[str, Tensor]], before: Sequence[Size], after: Sequence[Size]) -> Targets:
         """Scale ground-truth boxes from the users' images (`before`) to the batch (`after`) and pad them."""
         device = self.place.device
-        scales, shifts = self._box_maps(before, after, device)
+        maps = self.maps_to_batch(before, after, device)
         boxes = [
-            target["boxes"].to(device, torch.float32) * scale + shift
-            for target, scale, shift in zip(targets, scales, shifts, strict=True)
+            into_batch(target["boxes"].to(device, torch.float32))
+            for target, into_batch in zip(targets, maps, strict=True)
         ]
         return pad_targets(boxes, [target["labels"].to(device) for target in targets])
 
@@ -108,10 +127,10 @@ class ImageTransform(nn.Module):
 
         The only place of inference that waits for the device: the counts must be known.
         """
-        scales, shifts = self._box_maps(after, before, detections.boxes.device)
+        maps = self.maps_to_images(before, after, detections.boxes.device)
         return [
             {
-                "boxes": detections.boxes[row, :count] * scales[row] + shifts[row],
+                "boxes": maps[row](detections.boxes[row, :count]),
                 "labels": detections.labels[row, :count],
                 "scores": detections.scores[row, :count],
             }
@@ -137,13 +156,26 @@ class ImageTransform(nn.Module):
                 )
         return canvas
 
-    def _box_maps(self, old: Sequence[Size], new: Sequence[Size], device: torch.device) -> tuple[Tensor, Tensor]:
-        """`scale` and `shift`, `Tensor[B, 4]` each: boxes in images of size `new` are boxes * scale + shift."""
-        ratios = [(after[1] / before[1], after[0] / before[0]) for before, after in zip(old, new, strict=True)]
+    def maps_to_batch(self, before: Sequence[Size], after: Sequence[Size], device: torch.device) -> list[BoxMap]:
+        """For each image the map that carries boxes from it (size `before`) into the batch (size `after`).
+
+        The only way into the batch's pixels: plain ratios are wrong for `legacy_boxes`.  With those a box is at least
+        one pixel wide and high in the batch, as in the source, whose boxes end no earlier than at their first pixel.
+        """
+        return self._box_maps(before, after, device, least_side=1.0 if self.legacy_boxes else 0.0)
+
+    def maps_to_images(self, before: Sequence[Size], after: Sequence[Size], device: torch.device) -> list[BoxMap]:
+        """The way back: from the batch to the users' images; arguments as of `maps_to_batch`."""
+        return self._box_maps(after, before, device, least_side=0.0)
+
+    def _box_maps(
+        self, old: Sequence[Size], new: Sequence[Size], device: torch.device, least_side: float
+    ) -> list[BoxMap]:
+        ratios = [(to[1] / of[1], to[0] / of[0]) for of, to in zip(old, new, strict=True)]
         keep = 1 if self.legacy_boxes else 0
         rows = [[x, y, x, y, 0, 0, keep * (1 - x), keep * (1 - y)] for x, y in ratios]
         scale, shift = _upload(rows, device).split(4, dim=1)
-        return scale, shift
+        return [BoxMap(scale[row], shift[row], least_side) for row in range(len(rows))]
 
 
 def check_images(images: Sequence[Tensor]) -> None:

@@ -48,31 +48,70 @@ def run_heads(
         sources: the branches needed.
         config: thresholds.
     """
-    gated = config.ext_gate > 0 and len(sources.classes) == 2
+    (result,) = run_heads_for_each(heads, pooling, features, proposals, [(sources, config)])
+    return result
+
+
+def run_heads_for_each(
+    heads: Heads,
+    pooling: RoIPooling,
+    features: Sequence[Tensor],
+    proposals: Proposals,
+    readouts: Sequence[tuple[Sources, DetectionConfig]],
+) -> list[HeadsResult]:
+    """`run_heads` for several read-outs of the same heads, each equal to the bit to one that runs by itself.
+
+    A branch runs once on all RoIs for all read-outs that need it there.  Those that run it on a selection of the RoIs
+    do so here too, although a run on all may be at hand: on another number of RoIs matrix products round differently.
+    """
+    selecting = [_selects(heads, features, *readout) for readout in readouts]
+    on_all: list[str] = []
+    for (sources, _), selects in zip(readouts, selecting, strict=True):
+        on_all += sources.classes[:1] if selects else (*sources.classes, sources.boxes)
+    scales = sorted({heads.box_scales[name] for name in on_all})
+    outputs = heads(pooling(features, proposals.boxes, scales), set(on_all))
+    done: dict[tuple, tuple[dict[str, HeadOutput], Tensor]] = {}
+    results = []
+    for (sources, config), selects in zip(readouts, selecting, strict=True):
+        own, ran, kept = outputs, proposals.valid, proposals
+        logits, least = outputs[sources.classes[0]].logits, _least_score(sources, config)
+        if selects:
+            key = (sources.classes[0], sources.boxes, least)
+            if key not in done:
+                passes = proposals.valid & may_be_detected(logits, least).view_as(proposals.valid)
+                done[key] = _run_selected(heads, pooling, features, proposals, sources.boxes, passes), passes
+            selected, ran = done[key]
+            own = outputs | selected
+        if _gated(sources, config):
+            passes = proposals.valid & may_be_detected(logits, least).view_as(proposals.valid)
+            kept = Proposals(proposals.boxes, passes)
+        results.append(HeadsResult(own, kept, ran.sum(1)))
+    return results
+
+
+def _gated(sources: Sources, config: DetectionConfig) -> bool:
+    return config.ext_gate > 0 and len(sources.classes) == 2
+
+
+def _selects(heads: Heads, features: Sequence[Tensor], sources: Sources, config: DetectionConfig) -> bool:
+    """Whether the head that gives the boxes runs on a selection of the RoIs."""
     skips = config.skip and sources.boxes not in sources.classes
     tower = heads[sources.boxes].tower
-    if not (gated or skips) or not (isinstance(tower, ConvTower) and tower.folds(features[0])):
-        outputs = heads(pooling(features, proposals.boxes), {*sources.classes, sources.boxes})
-        ran = proposals.valid.sum(1)
-        if gated:
-            proposals = _gate(proposals, outputs[sources.classes[0]].logits, config.ext_gate)
-        return HeadsResult(outputs, proposals, ran)
+    return (_gated(sources, config) or skips) and isinstance(tower, ConvTower) and tower.folds(features[0])
 
-    first = sources.classes[0]
-    outputs = heads(pooling(features, proposals.boxes, [heads.box_scales[first]]), {first})
-    threshold = config.ext_gate if gated else config.score_threshold
-    passes = may_be_detected(outputs[first].logits, threshold) & proposals.valid.flatten()
-    selection = bring_to_front(passes)
+
+def _least_score(sources: Sources, config: DetectionConfig) -> float:
+    return config.ext_gate if _gated(sources, config) else config.score_threshold
+
+
+def _run_selected(
+    heads: Heads, pooling: RoIPooling, features: Sequence[Tensor], proposals: Proposals, name: str, passes: Tensor
+) -> dict[str, HeadOutput]:
+    """The branch `name` on the RoIs that `passes` (bool `Tensor[B, R]`) marks; rows in the RoIs' places."""
+    selection = bring_to_front(passes.flatten())
     rois = select_boxes(proposals.boxes, selection)
-    selected = heads(pooling(features, rois, [heads.box_scales[sources.boxes]]), {sources.boxes}, selection.count)
-    outputs |= {name: _restore(output, selection) for name, output in selected.items()}
-    passes = passes.view_as(proposals.valid)
-    return HeadsResult(outputs, Proposals(proposals.boxes, passes) if gated else proposals, passes.sum(1))
-
-
-def _gate(proposals: Proposals, logits: Tensor, threshold: float) -> Proposals:
-    passes = may_be_detected(logits, threshold).view_as(proposals.valid)
-    return Proposals(proposals.boxes, proposals.valid & passes)
+    selected = heads(pooling(features, rois, [heads.box_scales[name]]), {name}, selection.count)
+    return {name: _restore(output, selection) for name, output in selected.items()}
 
 
 def _restore(output: HeadOutput, selection: Selection) -> HeadOutput:

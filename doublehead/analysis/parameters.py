@@ -1,0 +1,41 @@
+"""The weights of the heads, counted from the modules a recipe builds (the paper's Table 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from doublehead.config import ModelConfig
+from doublehead.models.conv_tower import ConvTower
+from doublehead.models.heads import Head, Heads
+
+M = 2**20
+"""The paper's "M"."""
+
+
+def tower_weights(config: ModelConfig) -> dict[str, int]:
+    """Branch name -> weights of its tower: those of convolutions and fully connected layers, as the paper counts.
+
+    Biases, batch norms, and the classifier and regressor behind the tower are left out.  Nothing is allocated.
+
+    Raises:
+        ValueError: a backbone without a pyramid, whose head is the backbone's own last stage.
+    """
+    return {name: count_weights(head.tower) for name, head in _heads(config).items()}
+
+
+def conv_head_weights(config: ModelConfig) -> int | None:
+    """Those of the (first) conv-head's tower; None: there is no conv-head."""
+    found = [count_weights(head.tower) for head in _heads(config).values() if isinstance(head.tower, ConvTower)]
+    return found[0] if found else None
+
+
+def count_weights(module: nn.Module) -> int:
+    """Elements of the weights of all convolutions and fully connected layers in `module`."""
+    layers = (layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear))
+    return sum(layer.weight.numel() for layer in layers)
+
+
+def _heads(config: ModelConfig) -> dict[str, Head]:
+    with torch.device("meta"):
+        return dict(Heads(config.head, config.roi, config.backbone.fpn_channels, num_classes=2).items())

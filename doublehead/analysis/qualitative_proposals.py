@@ -1,0 +1,68 @@
+"""Which proposals the boxes of a duplicated object come from, and where each head moves them (Figure 10).
+
+Both heads of an Ext see the same proposals.  A duplicate comes from an inaccurate one, which one head moves to a box of
+its own, the other onto the object's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from doublehead.analysis.readers import ImageFeatures, Reader
+from doublehead.data import Target
+
+if TYPE_CHECKING:
+    from doublehead.analysis.qualitative_cases import Case
+
+HEADS = ("conv", "fc")
+SAME_BOX = 0.5
+"""Pixels between a detection and the box that its proposal is moved to: no more than rounding."""
+CHUNK = 512
+
+
+class Origin(NamedTuple):
+    """A proposal that became a detection of the object; boxes are x1, y1, x2, y2 in the image's pixels."""
+
+    proposal: Tensor
+    """`Tensor[4]`."""
+    moved: dict[str, Tensor]
+    """Head -> `Tensor[4]`: where its regressor of the object's class moves the proposal."""
+
+
+def find_origins(
+    readers: dict[str, Reader], image: Tensor, target: Target, case: Case, boxes: Tensor
+) -> list[Origin]:
+    """The proposals from which the case's head made its detections `boxes`.
+
+    Args:
+        readers: "conv" and "fc", of one model.
+        image: `Tensor[3, H, W]` uint8, on the model's device.
+        target: of the image.
+        case: which head, and which class.
+        boxes: `Tensor[D, 4]`, the head's detections of the object, in the image's pixels.
+
+    Returns:
+        One for each detection, in order; a proposal that is the origin of two is there once.
+    """
+    features = readers["fc"].features(image, target["boxes"])
+    proposals = readers["fc"].proposals(features)
+    if len(proposals) == 0:
+        return []
+    moved = {name: _moved(readers[name], features, proposals, case.label) for name in HEADS}
+    found: dict[int, Origin] = {}
+    for box in boxes:
+        distance = (moved[case.kind.head] - box).abs().amax(1)
+        nearest = int(distance.argmin())
+        if distance[nearest] <= SAME_BOX:
+            proposal = features.into_image(proposals[nearest]).cpu()
+            found.setdefault(nearest, Origin(proposal, {name: values[nearest] for name, values in moved.items()}))
+    return list(found.values())
+
+
+def _moved(reader: Reader, features: ImageFeatures, proposals: Tensor, label: int) -> Tensor:
+    """Where `reader` moves the proposals as boxes of a class: `Tensor[R, 4]`, the image's pixels, on the host."""
+    labels = torch.full((len(proposals),), label, device=proposals.device)
+    return features.into_image(reader.read_all(features, proposals, labels, CHUNK).boxes).cpu()
