@@ -1,6 +1,8 @@
-"""What all tests share: the folder of real pictures, the `gpu` marker, and Triton on the CPU."""
+"""What all tests share: the folder of real pictures, the `gpu` marker, Triton on the CPU, and the fault suite's rounds."""
 
 import os
+import random
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,3 +60,29 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# The fault suite: what is killed, damaged, full or hostile must end well, at random moments and places. `.ci/nightly` runs
+# it at a nightly size, from a seed of its own.
+SCALE = int(os.environ.get("DOUBLEHEAD_FAULTS", "1"))  # how many times the ordinary rounds
+SEED = int(os.environ.get("DOUBLEHEAD_FAULTS_SEED", "0"))  # where its random numbers begin
+
+
+@pytest.fixture
+def rounds():
+    """`rounds(n)`: n in the ordinary run, proportionally more at night."""
+    return lambda number: number * SCALE
+
+
+@pytest.fixture
+def nightly() -> None:
+    """For what only shows over many rounds."""
+    if SCALE < 2:
+        pytest.skip("shows only over many rounds: .ci/nightly runs it")
+
+
+@pytest.fixture
+def seeded(request) -> random.Random:
+    """Random numbers of this test alone; pytest shows the printed seed with a failure."""
+    print(f"repeat with DOUBLEHEAD_FAULTS_SEED={SEED} DOUBLEHEAD_FAULTS={SCALE} pytest '{request.node.nodeid}'")
+    return random.Random(SEED * 1_000_003 + zlib.crc32(request.node.name.encode()))

@@ -78,7 +78,7 @@ def rewritten(path, metadata=None, change=None):
 
 BROKEN = {
     "missing": (lambda path: path.unlink(), "no such file"),
-    "empty": (lambda path: path.write_bytes(b""), "not a safetensors file, or truncated"),
+    "empty": (lambda path: path.write_bytes(b""), "an empty file"),
     "text": (lambda path: path.write_text("hello, I am a text of some length"), "not a safetensors file, or truncated"),
     "truncated": (
         lambda path: os.truncate(path, 1500 + path.stat().st_size // 2),

@@ -24,6 +24,7 @@ from doublehead.config import Recipe, from_dict, to_dict
 from doublehead.engine import digest
 from doublehead.engine import state as state_schema
 from doublehead.engine.errors import CheckpointError
+from doublehead.engine.file_kinds import other_kind
 from doublehead.engine.files import replacing
 from doublehead.engine.schema import Mismatch, is_finite, items, text, whole
 
@@ -174,7 +175,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tenso
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if not metadata.get("format", "").startswith("doublehead.model/"):
-                raise CheckpointError(f"{path}: a safetensors file, but not a model of doublehead")
+                raise CheckpointError(
+                    f"{path}: a safetensors file, but not a model of doublehead; if it is another project's detector, "
+                    f"first make a model of it: python -m doublehead.convert {path} FOLDER"
+                )
             if metadata["format"] != _MODEL_FORMAT:
                 raise CheckpointError(
                     f"{path}: written in {_line(metadata['format'])}, this version reads {_MODEL_FORMAT}"
@@ -183,7 +187,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tenso
     except CheckpointError:
         raise
     except Exception as error:  # besides its own: MemoryError, a dtype that PyTorch lacks
-        raise CheckpointError(f"{path}: not a safetensors file, or truncated ({_first_line(error)})") from error
+        what = other_kind(path) or f"not a safetensors file, or truncated ({_first_line(error)})"
+        raise CheckpointError(f"{path}: {what}") from error
 
 
 def _description(metadata: dict[str, str]) -> tuple[Recipe, list[str], list[int]]:
