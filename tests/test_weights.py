@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from doublehead.weights import WeightsError, read_file, read_plain, take_state
+from doublehead.weights import WeightsError, pickles, read_file, read_plain, take_state
 
 ARRAYS = {
     "plain": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -244,6 +244,15 @@ def test_hostile_pickles(tmp_path, kind, container):
     with pytest.raises(WeightsError, match=str(path)) as refused:
         read(path)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("program", [b"}" * 2000, b"(" * 2000, b"N" + b"\x94" * 2000, b")" + b"\x85" * 2000])
+def test_objects_are_counted(tmp_path, monkeypatch, program):
+    """A byte may make one of 300 bytes."""
+    monkeypatch.setattr(pickles, "MOST_OBJECTS", 1000)
+    (tmp_path / "m.pkl").write_bytes(b"\x80\x04" + program + b".")
+    with pytest.raises(WeightsError, match="makes more than 1,000 objects"):
+        read(tmp_path / "m.pkl")
 
 
 def test_everything_in_a_file_as_torch_gives_it(tmp_path):

@@ -18,12 +18,14 @@ from typing import Any, BinaryIO
 SCALARS = (str, bytes, int, float, bool, type(None))
 INERT_MODULES = (
     "torch.optim.", "torch.amp.", "torch.cuda.amp.", "omegaconf.", "pytorch_lightning.", "lightning.",
-    "lightning_fabric.",
+    "lightning_fabric.", "torchvision.transforms.",
 )  # fmt: skip
 """What the names of modules begin with whose objects are dropped unread: optimizers and schedules saved whole, and a
 trainer's settings and callbacks."""
 LONGEST_SHOWN = 200
 """Characters of a name that a message shows."""
+MOST_OBJECTS = 2_000_000
+"""Containers that a pickle may make, and objects that it may note: a byte of it makes up to 300 in memory."""
 BUFFER = 1 << 16
 """Bytes that a file may make beside those that it holds."""
 
@@ -110,6 +112,7 @@ class Unpickler(pickle._Unpickler):
         # latin1: arrays that Python 2 wrote are strings
         super().__init__(_Bounded(file, length), fix_imports=False, encoding="latin1", errors="strict")
         self._names, self._storage, self._left = names, storage, length + BUFFER
+        self._objects = 0
 
     def spend(self, number: int) -> None:
         """Note bytes that are made of those in the file: a pickle may name the same ones again and again."""
@@ -213,6 +216,12 @@ class Unpickler(pickle._Unpickler):
         (number,) = unpack("<Q", self.read(8))
         self.append(self.read(number))  # bytes will do; Python's would make room for as many as are claimed
 
+    def count(self) -> None:
+        """Note a container, or an entry of the memo."""
+        self._objects += 1
+        if self._objects > MOST_OBJECTS:
+            raise Refused(f"makes more than {MOST_OBJECTS:,} objects")
+
     dispatch[pickle.REDUCE[0]] = load_reduce
     dispatch[pickle.NEWOBJ[0]] = load_reduce  # (class, arguments), as (function, arguments)
     dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
@@ -225,6 +234,21 @@ class Unpickler(pickle._Unpickler):
     dispatch[pickle.ADDITEMS[0]] = load_additems
     dispatch[pickle.FROZENSET[0]] = load_frozenset
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
+
+def _counted(run: Callable[[Unpickler], None]) -> Callable[[Unpickler], None]:
+    def counted(machine: Unpickler) -> None:
+        machine.count()
+        run(machine)
+
+    return counted
+
+
+for _opcode in (
+    pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_SET, pickle.MARK, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3,
+    pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE,
+):  # fmt: skip
+    Unpickler.dispatch[_opcode[0]] = _counted(Unpickler.dispatch[_opcode[0]])
 
 
 def key(value: Any) -> Any:
