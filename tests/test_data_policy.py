@@ -171,9 +171,17 @@ def test_backgrounds_can_be_kept(coco):
 
 
 def test_an_image_whose_objects_were_left_out_is_no_background(coco):
-    coco.content["annotations"].append(coco.box(8, 30, 3, [1, 1, -9, 9]))
-    with pytest.warns(DataWarning, match="1 x degenerate box"):
-        assert build_dataset(coco.config(background="keep", on_bad_record="skip"), "train").image_ids == [10, 20]
+    spoilt = coco.box(8, 30, 3, [1, 1, 9, 9])
+    for change in ({"bbox": [1, 1, -9, 9]}, {"id": None}, {"id": 1}, {"category_id": 99}):
+        coco.content["annotations"][3:] = [spoilt | change]
+        with pytest.warns(DataWarning, match="left out 1 x .*annotation"):
+            data = build_dataset(coco.config(background="keep", on_bad_record="skip"), "train")
+        assert data.image_ids == [10, 20] and data.skipped.total() == 1
+
+
+def test_backgrounds_of_voc(voc):
+    voc.write()
+    assert build_dataset(voc.config(background="keep"), "train").file_names == ["one.jpg", "two.jpg", "bare.jpg"]
 
 
 def test_backgrounds_alone_are_no_training_set(coco):
