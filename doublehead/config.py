@@ -210,7 +210,8 @@ class DataConfig:
     background: Literal["drop", "keep"] = "drop"
     """Training images without any object: leave them out, as the paper does, or learn from them as well."""
     outside_root: bool = False
-    """Read images whose names in the annotations (absolute, or with `..`) lead out of the data set's folder."""
+    """Read images whose names in the annotations (absolute, or with `..`) lead out of the data set's folder;
+    symbolic links are followed in any case."""
     workers: int = 2
     """Loader processes per rank."""
 

@@ -12,6 +12,7 @@ from data_samples import CocoFolder, VocFolder, picture
 
 from doublehead.config import DataConfig, from_dict, to_dict
 from doublehead.data import DataError, DataWarning, build_dataset, build_loader
+from doublehead.engine.data_options import EvaluationData, data_config
 
 pytestmark = pytest.mark.filterwarnings("error::doublehead.data.DataWarning")  # only where a test expects one
 
@@ -341,6 +342,14 @@ def test_a_linked_folder_and_sub_folders_are_followed(coco):
     (coco.root / "val" / "a.jpg").rename(coco.root / "val" / "sub..dir" / "a.jpg")
     coco.content["images"][0]["file_name"] = "sub..dir/a.jpg"
     assert build_dataset(coco.config(), "val").file_names[0] == "sub..dir/a.jpg"
+
+
+def test_an_evaluation_is_as_the_training_was_or_as_it_is_told():
+    trained = DataConfig("shapes", outside_root=True, max_skipped=0.3)
+    assert data_config(trained, EvaluationData()) == trained
+    given = EvaluationData(outside_root=True, max_skipped=0.0)
+    told = data_config(DataConfig("shapes"), given)
+    assert (told.outside_root, told.max_skipped) == (True, 0.0)
 
 
 # ---------------------------------------------------------------------- other JSON
