@@ -221,7 +221,8 @@ class DataConfig:
     max_pixels: int = 100_000_000
     """Refuse larger images, before they are decoded; at most 178,956,970, where Pillow refuses in any case."""
     outside_root: bool = False
-    """Read images whose names in the annotations (absolute, or with `..`) lead out of the data set's folder."""
+    """Read images whose names in the annotations (absolute, or with `..`) lead out of the data set's folder;
+    symbolic links are followed in any case."""
     workers: int = 2
     """Loader processes per rank."""
 

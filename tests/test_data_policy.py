@@ -12,6 +12,7 @@ from data_samples import CocoFolder, VocFolder, picture
 
 from doublehead.config import DataConfig, from_dict, to_dict
 from doublehead.data import DataError, DataWarning, build_dataset, build_loader
+from doublehead.engine.data_options import EvaluationData, data_config
 
 pytestmark = pytest.mark.filterwarnings("error::doublehead.data.DataWarning")  # only where a test expects one
 
@@ -171,9 +172,17 @@ def test_backgrounds_can_be_kept(coco):
 
 
 def test_an_image_whose_objects_were_left_out_is_no_background(coco):
-    coco.content["annotations"].append(coco.box(8, 30, 3, [1, 1, -9, 9]))
-    with pytest.warns(DataWarning, match="1 x degenerate box"):
-        assert build_dataset(coco.config(background="keep", on_bad_record="skip"), "train").image_ids == [10, 20]
+    spoilt = coco.box(8, 30, 3, [1, 1, 9, 9])
+    for change in ({"bbox": [1, 1, -9, 9]}, {"id": None}, {"id": 1}, {"category_id": 99}):
+        coco.content["annotations"][3:] = [spoilt | change]
+        with pytest.warns(DataWarning, match="left out 1 x .*annotation"):
+            data = build_dataset(coco.config(background="keep", on_bad_record="skip"), "train")
+        assert data.image_ids == [10, 20] and data.skipped.total() == 1
+
+
+def test_backgrounds_of_voc(voc):
+    voc.write()
+    assert build_dataset(voc.config(background="keep"), "train").file_names == ["one.jpg", "two.jpg", "bare.jpg"]
 
 
 def test_backgrounds_alone_are_no_training_set(coco):
@@ -333,6 +342,14 @@ def test_a_linked_folder_and_sub_folders_are_followed(coco):
     (coco.root / "val" / "a.jpg").rename(coco.root / "val" / "sub..dir" / "a.jpg")
     coco.content["images"][0]["file_name"] = "sub..dir/a.jpg"
     assert build_dataset(coco.config(), "val").file_names[0] == "sub..dir/a.jpg"
+
+
+def test_an_evaluation_is_as_the_training_was_or_as_it_is_told():
+    trained = DataConfig("shapes", outside_root=True, max_skipped=0.3)
+    assert data_config(trained, EvaluationData()) == trained
+    given = EvaluationData(outside_root=True, max_skipped=0.0)
+    told = data_config(DataConfig("shapes"), given)
+    assert (told.outside_root, told.max_skipped) == (True, 0.0)
 
 
 # ---------------------------------------------------------------------- other JSON

@@ -2,7 +2,7 @@
 
 Boxes are x1, y1, x2, y2 in pixels between pixel edges: (0, 0, W, H) is a whole image.  Label i is class i - 1 of
 `dataset.classes`; 0 is the background.  Bad records raise one `DataError`, or are left out, counted in
-`dataset.skipped` and summed up in one `DataWarning`.
+`dataset.skipped` and summed up in one `DataWarning`: up to a share of the set, beyond which it is an error again.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ class _Reader:
 
     def images(self, content: dict[str, list[Any]]) -> Iterator[RawImage | DataError]:
         annotations, errors = self._by_image(content)
-        yield from errors
+        yield from errors.pop(None, [])
         seen: set[int] = set()
         for position, entry in enumerate(content["images"]):
             where = f"{self.path}, images[{position}]"
@@ -129,6 +129,7 @@ class _Reader:
                 yield error
                 continue
             seen.add(image.image_id)
+            image.errors += errors.pop(image.image_id, [])
             for place, annotation in annotations.pop(image.image_id, []):
                 try:
                     image.objects.append(self._object(annotation, place))
@@ -136,23 +137,26 @@ class _Reader:
                     image.errors.append(error)
             yield image
 
-    def _by_image(self, content: dict[str, list[Any]]) -> tuple[dict[int, list[tuple[str, Any]]], list[DataError]]:
-        """Annotations by image id, each with its place in the file; an error for each that has no image of its own."""
+    def _by_image(
+        self, content: dict[str, list[Any]]
+    ) -> tuple[dict[int, list[tuple[str, Any]]], dict[int | None, list[DataError]]]:
+        """Annotations by image id, each with its place in the file; and errors, of no image known under None."""
         found: dict[int, list[tuple[str, Any]]] = {}
-        errors: list[DataError] = []
+        errors: dict[int | None, list[DataError]] = {}
         images = {entry.get("id") for entry in content["images"] if isinstance(entry, dict) and is_id(entry.get("id"))}
         seen: set[int] = set()
         for position, entry in enumerate(content["annotations"]):
+            image = entry.get("image_id") if isinstance(entry, dict) else None
             try:
                 number = id_of(entry, f"{self.path}, annotations[{position}]")
                 where = f"{self.path}, annotation {shown(number)}"
-                image = entry.get("image_id")
                 if number in seen:
                     raise DataError(f"{where}: this id occurs a second time", "duplicate annotation id")
                 if not is_id(image) or image not in images:
                     raise DataError(f"{where}: image_id {shown(image)} is not among the images", "unknown image")
             except DataError as error:
-                errors.append(ObjectError(str(error), error.reason))
+                owner = image if is_id(image) and image in images else None
+                errors.setdefault(owner, []).append(ObjectError(str(error), error.reason))
                 continue
             seen.add(number)
             found.setdefault(image, []).append((where, entry))

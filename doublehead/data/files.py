@@ -133,7 +133,9 @@ class FileDataset(DetectionDataset):
         self._targets = np.array([_is_target(item) for item in objects], bool)
         # pycocotools takes a detection that is matched to the annotation 0 for one without a match.
         numbered_anew = any(item.id == 0 for item in objects)
-        self._ids = [number if numbered_anew else item.id for number, item in enumerate(objects, 1)]
+        ids = [number if numbered_anew else item.id for number, item in enumerate(objects, 1)]
+        huge = any(abs(number) >= 2**63 for number in ids)
+        self._ids = np.array(ids, object if huge else np.int64)
         self._coco_boxes = np.array([item.coco_box or _xywh(item.box) for item in objects], np.float64).reshape(-1, 4)
         areas = [_xywh(item.box)[2] * _xywh(item.box)[3] if item.area is None else item.area for item in objects]
         self._areas = np.array(areas, np.float64)
@@ -151,7 +153,7 @@ class FileDataset(DetectionDataset):
         counts = np.diff(self._ends).tolist()
         image_ids = [i for i, count in zip(self.image_ids, counts, strict=True) for _ in range(count)]
         categories = [self.category_ids[label - 1] for label in self._labels.tolist()]
-        columns = (self._ids, image_ids, categories, self._coco_boxes.tolist(), self._areas.tolist(),
+        columns = (self._ids.tolist(), image_ids, categories, self._coco_boxes.tolist(), self._areas.tolist(),
                    self._ignore.tolist())  # fmt: skip
         return [
             {"id": i, "image_id": image, "category_id": category, "bbox": box, "area": area,

@@ -31,7 +31,7 @@ class EvaluationData:
     """Of `skip`: the largest share of the images, and of the objects, that may be left out (three always may)."""
     max_pixels: int | None = None
     """Refuse larger images, before they are decoded."""
-    outside_root: bool | None = None
+    outside_root: tyro.conf.FlagCreatePairsOff[bool] = False
     """Read images whose names in the annotations (absolute, or with `..`) lead out of the data set's folder."""
     workers: int | None = None
     """Loader processes per rank."""
@@ -43,8 +43,8 @@ def data_config(trained: DataConfig, given: EvaluationData) -> DataConfig:
     Raises:
         UserError: the data set's folder is not given, or the one of training is not there.
     """
-    changes = {f.name: getattr(given, f.name) for f in fields(given) if getattr(given, f.name) is not None}
-    config = replace(trained, **changes)
+    values = {f.name: getattr(given, f.name) for f in fields(given)}
+    config = replace(trained, **{name: v for name, v in values.items() if v is not None and v is not False})
     if config.format == "shapes":
         return config
     if given.root is None and config.format != trained.format:

@@ -259,15 +259,19 @@ def _renumbered(ground_truth: dict[str, Any], results: CocoResults, dataset: Any
     images = {image: number for number, image in enumerate(dataset.image_ids, start=1)}
     categories = {category: number for number, category in enumerate(dataset.category_ids, start=1)}
 
-    def moved(entry: dict[str, Any]) -> dict[str, Any]:
-        return entry | {"image_id": images[entry["image_id"]], "category_id": categories[entry["category_id"]]}
+    def moved(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        known = [e for e in entries if e["image_id"] in images and e["category_id"] in categories]
+        return [
+            e | {"id": number, "image_id": images[e["image_id"]], "category_id": categories[e["category_id"]]}
+            for number, e in enumerate(known, start=1)
+        ]
 
     truth = {
-        "images": [image | {"id": images[image["id"]]} for image in ground_truth["images"]],
-        "categories": [category | {"id": categories[category["id"]]} for category in ground_truth["categories"]],
-        "annotations": [moved(a) | {"id": number} for number, a in enumerate(ground_truth["annotations"], start=1)],
+        "images": [{"id": number} for number in images.values()],
+        "categories": [{"id": number} for number in categories.values()],
+        "annotations": moved(ground_truth["annotations"]),
     }
-    return truth, [moved(result) for result in results]
+    return truth, moved(results)
 
 
 def _coco(content: dict[str, Any]) -> Any:
@@ -280,11 +284,8 @@ def _coco(content: dict[str, Any]) -> Any:
 
 
 def _as_annotations(ground_truth: dict[str, Any], results: CocoResults) -> dict[str, Any]:
-    """Results as a COCO data set; `COCO.loadRes` does the same but fails when there are none."""
-    annotations = [
-        result | {"id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
-        for number, result in enumerate(results, start=1)
-    ]
+    """Numbered results as a COCO data set; `COCO.loadRes` does the same but fails when there are none."""
+    annotations = [result | {"area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0} for result in results]
     return {"images": ground_truth["images"], "categories": ground_truth["categories"], "annotations": annotations}
 
 
