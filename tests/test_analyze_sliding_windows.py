@@ -276,6 +276,11 @@ def test_mistakes_are_one_line_and_leave_nothing(runs, tmp_path, capsys, argumen
 
 
 def test_a_detector_that_gives_nan_is_refused(runs, tmp_path, capsys):
-    bad = changed_copy(runs / "conv", tmp_path / "bad", float("nan"))
+    loaded = load_model(runs / "conv")
+    with torch.no_grad():  # weights that are finite, and logits that are not
+        loaded.model.detector.heads["conv"].classifier.weight.mul_(1e38)
+    (tmp_path / "bad").mkdir()
+    save_model(tmp_path / "bad" / "model.safetensors", *loaded)
+    bad = tmp_path / "bad"
     assert analyze("sliding-windows", bad, "--out", tmp_path / "out") == 2
     assert "bad: gives scores or boxes that are not finite" in capsys.readouterr().err
