@@ -47,6 +47,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         with contextlib.suppress(OSError):  # clearing up must not cost the file
+            path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)  # of earlier versions, which all had this name
             _clear_up(path.parent, now=temporary.stat().st_mtime)
         os.replace(temporary, path)
     except BaseException:
