@@ -13,7 +13,7 @@ from doublehead.engine.distributed import World
 from doublehead.engine.errors import NonFiniteLossError, UserError
 from doublehead.engine.optim import WeightAverage, build_optimizer, learning_rate, seed_step
 from doublehead.engine.tracker import LossTracker
-from doublehead.engine.trainer import Hooks, Trainer, check_config, micro_batch_size
+from doublehead.engine.trainer import Hooks, Trainer, _parallel, check_config, micro_batch_size
 
 CONFIG = TrainConfig(steps=6, batch_size=4, lr=0.05, milestones=(4,), warmup_steps=2, log_every=2, device="cpu")
 
@@ -347,6 +347,17 @@ def test_nothing_is_saved_after_a_bad_loss_nobody_has_looked_at():
         ({"optimizer": "lion"}, "train.optimizer is 'lion', one of sgd, adamw"),
         ({"momentum": 1.0}, "train.momentum is 1.0, less than 1"),
         ({"ema_decay": 1.0}, "train.ema_decay is 1.0"),
+        ({"ema_decay": math.nan}, "train.ema_decay is nan"),
+        ({"lr": math.inf}, "train.lr is inf, at least 0"),
+        ({"gamma": -0.1}, "train.gamma is -0.1, at least 0"),
+        ({"warmup_factor": math.nan}, "train.warmup_factor is nan"),
+        ({"bias_lr_factor": -1.0}, "train.bias_lr_factor is -1.0"),
+        ({"horizontal_flip": 2.0}, "train.horizontal_flip is 2.0, a probability"),
+        ({"milestones": (3, -1)}, r"train.milestones are \(3, -1\), numbers of steps"),
+        ({"milestones": None}, "train.milestones are None"),
+        ({"batch_size": 10**6}, "train.batch_size is 1000000, at most 65536"),
+        ({"steps": "many"}, "train.steps is 'many', at least 1"),
+        ({"seed": 0.5}, "train.seed is 0.5, at least 0"),
     ],
 )
 def test_bad_values_are_named(change, message):
@@ -361,3 +372,39 @@ def test_batch_is_shared_by_processes_and_accumulation_steps():
         micro_batch_size(config, World(size=5))
     with pytest.raises(ValueError, match="sync_batch_norm needs CUDA"):
         check_config(dataclasses.replace(CONFIG, sync_batch_norm=True), World(size=2))
+
+
+def test_too_little_for_a_batch_norm_is_one_clear_error():
+    model = TinyDetector(3)
+    model.features.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4)))
+    with pytest.raises(UserError, match="1 picture at a time of up to 40 pixels is too little .* larger --train.batch"):
+        new_trainer(dataclasses.replace(CONFIG, batch_size=1), model, size=1).fit()
+
+
+# ---------------------------------------------------------------------- several processes
+
+
+class FlatKernel(TinyDetector):
+    """A 1x1 kernel is used as a matrix, so that its gradient is not channels last."""
+
+    def __init__(self):
+        super().__init__(3)
+        self.mix = nn.Conv2d(16, 16, 1)
+
+    def _outputs(self, image):
+        logits, boxes = super()._outputs(image)
+        return logits + (self.mix.weight.flatten(1) @ self.classify.weight.flatten()[:16]).sum(), boxes
+
+
+def test_gradients_have_the_strides_that_ddp_expects(tmp_path, recwarn):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/met", rank=0, world_size=1)
+    try:
+        trainer = new_trainer(model=FlatKernel())
+        kernel = trainer.model.mix.weight
+        assert kernel.stride() == (16, 1, 16, 16)
+        parallel = _parallel(trainer.model, World(size=2))
+        sum(parallel(*next(batches())).values()).backward()
+        assert kernel.grad.stride() == kernel.stride()
+        assert not [w for w in recwarn if "strides" in str(w.message)]
+    finally:
+        torch.distributed.destroy_process_group()

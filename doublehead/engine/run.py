@@ -161,8 +161,11 @@ class Run(Hooks):
 
     def _open_files(self, state: dict[str, Any] | None) -> None:
         check_log(self.folder)
-        write_json(self.folder / RECIPE_FILE, to_dict(self.recipe))
-        mark_unsaved(self.folder, state is None)
+        try:
+            write_json(self.folder / RECIPE_FILE, to_dict(self.recipe))
+            mark_unsaved(self.folder, state is None)
+        except OSError as error:
+            raise UserError(f"{self.folder / RECIPE_FILE}: cannot be written: {error.strerror}") from error
         if state is None:
             self.log = RunLog(self.folder)
             return
