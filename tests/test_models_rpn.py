@@ -1,7 +1,5 @@
 """Which anchors the RPN learns from: those that cross an image's border are left out where `rpn.straddle` says so."""
 
-import dataclasses
-
 import pytest
 import torch
 from restatements.maskrcnn_benchmark import STRIDES, cell_anchors, grid_anchors, rpn_labels, rpn_losses
@@ -103,13 +101,3 @@ def test_models_from_before_train_on_all_anchors():
     values = to_dict(ModelConfig(rpn=RPNConfig(straddle=0.0)))
     del values["rpn"]["straddle"]
     assert from_dict(values, ModelConfig).rpn.straddle == -1.0 == RPNConfig().straddle
-
-
-def test_training_with_it_compiles_whole():
-    model, arguments = rpn(straddle=0.0), inputs()
-    model.config = dataclasses.replace(model.config, samples=64)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.manual_seed(1)
-    expected = model(*arguments)
-    torch.manual_seed(1)
-    torch.testing.assert_close(compiled(*arguments), expected)
