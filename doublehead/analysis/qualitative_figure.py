@@ -51,7 +51,7 @@ def draw_cases(
     title = f"{kind.title} (detections with a score of at least {threshold:g})"
     if any(origins):
         title += (
-            f"\nyellow: the proposals that the {kind.head}-head's boxes come from, which both heads see; "
+            f"\nyellow: the proposals of the {kind.head}-head's boxes, which both heads see\n"
             "dashed: where the panel's head moves them (below, their IoU: before → after)"
         )
     figure.suptitle(title, fontsize="x-large")
