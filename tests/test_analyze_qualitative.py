@@ -24,7 +24,8 @@ from doublehead.analysis.qualitative import (
     most_telling,
     open_ext,
 )
-from doublehead.analysis.qualitative_figure import score_text, view_around
+from doublehead.analysis.qualitative_figure import draw_cases, origins_text, score_text, view_around
+from doublehead.analysis.qualitative_proposals import Origin, find_origins
 from doublehead.analyze import main
 from doublehead.engine.checkpoint import load_model, save_model
 from doublehead.engine.evaluator import inference
@@ -243,6 +244,51 @@ def test_read_outs_and_scores_are_the_models(tmp_path):
         detector = readers["fc"].model.detector
         logits = detector.heads(detector.roi_pooling(features.maps, rois), {"fc"})["fc"].logits
     assert scores["fc"] == pytest.approx(logits.softmax(1)[[0, 1], labels].tolist()) and set(scores) == {"conv", "fc"}
+
+
+def test_proposals_are_those_that_the_heads_detections_come_from(tmp_path):
+    saved(tmp_path / "run")
+    readers = open_ext(Qualitative("", checkpoint=str(tmp_path / "run")), CPU)
+    image = torch.randint(256, (3, 120, 160), generator=torch.manual_seed(0), dtype=torch.uint8)
+    target = {"boxes": torch.tensor([[20.0, 20, 60, 60]]), "labels": torch.tensor([1]), "image_id": 7}
+    features = readers["fc"].features(image, target["boxes"])
+    proposals = features.into_image(readers["fc"].proposals(features))
+    for kind in (FC_TWICE, CONV_TWICE):
+        found = qualitative.detect(readers, image)[kind.head]
+        label = int(found["labels"][0])
+        boxes = found["boxes"][found["labels"] == label][:4]
+        one = replace(case(kind, 0, 0.9, 0.8, 0.6), label=label)
+        origins = find_origins(readers, image, target, one, boxes)
+        assert 0 < len(origins) <= len(boxes)
+        for origin, box in zip(origins, boxes, strict=False):
+            torch.testing.assert_close(origin.moved[kind.head], box, atol=0.01, rtol=0)
+            assert (proposals - origin.proposal).abs().amax(1).min() < 1e-3
+            assert set(origin.moved) == {"conv", "fc"} and not origin.moved["conv"].equal(origin.moved["fc"])
+        far = find_origins(readers, image, target, one, boxes + 50)
+        assert all((origin.moved[kind.head] - boxes - 50).abs().amax(1).min() <= 0.5 for origin in far)
+
+
+def test_proposals_are_yellow_in_the_panels_of_both_heads():
+    moved = {"conv": torch.tensor([20.0, 20, 58, 60]), "fc": torch.tensor([20.0, 44, 60, 60])}
+    origins = [Origin(torch.tensor([18.0, 40, 64, 64]), moved)]
+    outputs = {name: output(FIRST) for name in ("conv", "fc", "Ext")}
+    one = replace(case(FC_TWICE, 1, 0.9, 0.9, 0.6), box=(20.0, 20, 60, 60), at_box={"conv": 0.7, "fc": 0.8})
+    for kind, yellow in ((FC_TWICE, origins), (ONLY_FC, [])):
+        figure = draw_cases(kind, [replace(one, kind=kind)], [outputs], [yellow], pictures(), 0.5)
+        lines = [[patch.get_edgecolor() for patch in axes.patches] for axes in figure.axes]
+        assert [colours.count((1, 1, 0, 1)) for colours in lines] == [0, len(yellow), len(yellow), 0]
+        assert ("yellow" in figure.get_suptitle()) == bool(yellow)
+    below = draw_cases(FC_TWICE, [one], [outputs], [origins], pictures(), 0.5).axes
+    assert below[1].get_xlabel().endswith("\nIoU 0.42 → 0.95") and below[2].get_xlabel().endswith("\nIoU 0.42 → 0.40")
+    assert origins_text(5 * origins, "fc", one.box).endswith(", 0.42 → 0.40, ...")
+
+
+def test_only_duplicates_have_proposals(tmp_path):
+    saved(tmp_path / "run")
+    readers = open_ext(Qualitative("", checkpoint=str(tmp_path / "run")), CPU)
+    image, target = pictures()[0]
+    found = qualitative.detect(readers, image)["fc"]
+    assert qualitative.origins(readers, image, target, case(ONLY_FC, 0, 0.9, 0.4), found, 0.5) == []
 
 
 def test_mistakes_are_named_before_the_work(tmp_path, capsys):

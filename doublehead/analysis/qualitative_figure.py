@@ -19,6 +19,7 @@ Box = tuple[float, float, float, float]
 NAMES = {"conv": "conv-head alone", "fc": "fc-head alone", "Ext": "Ext, fused"}
 SIDE = 440  # pixels of a panel's longer side
 LEAST_VIEW = 160  # pixels of the image
+MOST_ORIGINS = 3  # whose IoUs fit below a panel
 COLOURS = {"found": "limegreen", "missed": "red", "duplicate": "red", "unclear": "orange"}
 
 
@@ -42,15 +43,16 @@ def draw_cases(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14.4, 4.2 * len(cases) + 0.5), layout="constrained")
+    height = 4.5 if any(origins) else 4.2  # a second line below the pictures
+    figure = Figure(figsize=(14.4, height * len(cases) + 0.5), layout="constrained")
     panels = figure.subplots(len(cases), 4, squeeze=False)
     for row, case, output, yellow in zip(panels, cases, outputs, origins, strict=True):
         _draw_case(row, case, output, yellow, dataset, threshold)
     title = f"{kind.title} (detections with a score of at least {threshold:g})"
     if any(origins):
         title += (
-            f"\nyellow: the proposals that the {kind.head}-head's boxes come from, which both heads see; "
-            "dashed: where this head moves them"
+            f"\nyellow: the proposals of the {kind.head}-head's boxes, which both heads see\n"
+            "dashed: where the panel's head moves them (below, their IoU: before → after)"
         )
     figure.suptitle(title, fontsize="x-large")
     return figure
@@ -77,7 +79,7 @@ def _draw_case(
         text = score_text(verdict, case.at_box.get(readout))
         if readout in case.at_box:  # a head; Ext has its boxes from the conv-head
             _draw_origins(axes, origins, readout, view)
-            text += "".join(f"\n{origin_text(origin, readout, case.box)}" for origin in origins)
+            text += origins_text(origins, readout, case.box) if origins else ""
         axes.set(title=f"{title}: {verdict.word}", xlabel=text)
 
 
@@ -139,24 +141,30 @@ def _frame(axes: Any, box: Box, view: tuple[int, int, int, int], colour: str) ->
 
 
 def _draw_origins(axes: Any, origins: list[Origin], head: str, view: tuple[int, int, int, int]) -> None:
-    """Proposals in yellow, and dashed where `head` moves them, each with a dark rim."""
+    """Dashed where `head` moves the proposals, and on top of that the proposals in yellow; each with a dark rim."""
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
 
     scale, corner = _scale(view), torch.tensor(view[:2]).repeat(2)
-    for origin in origins:
-        for box, colour, style in ((origin.proposal, "yellow", "-"), (origin.moved[head], "white", (0, (4, 3)))):
-            x1, y1, x2, y2 = ((box - corner) * scale).tolist()
-            for edge, width, line in (("black", 4.5, "-"), (colour, 2.5, style)):
-                axes.add_patch(
-                    Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=edge, linewidth=width, linestyle=line)
-                )
+    moved = [(origin.moved[head], "white", (0, (4, 2))) for origin in origins]
+    for box, colour, style in [*moved, *((origin.proposal, "yellow", "-") for origin in origins)]:
+        x1, y1, x2, y2 = ((box - corner) * scale).tolist()
+        axes.add_patch(
+            Rectangle(
+                (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=2, linestyle=style,
+                path_effects=[withStroke(linewidth=4, foreground="black")],
+            )
+        )  # fmt: skip
 
 
-def origin_text(origin: Origin, head: str, box: Box) -> str:
-    """How well a proposal lies on the object, and how well the box that `head` makes of it."""
+def origins_text(origins: list[Origin], head: str, box: Box) -> str:
+    """A line with the IoU of each proposal, of three at most, and after it that of the box that `head` makes of it."""
     truth = torch.tensor([box])
-    before, after = (float(box_iou(one[None], truth)) for one in (origin.proposal, origin.moved[head]))
-    return f"proposal's IoU {before:.2f}, moved {after:.2f}"
+    pairs = [
+        [f"{float(box_iou(one[None], truth)):.2f}" for one in (origin.proposal, origin.moved[head])]
+        for origin in origins[:MOST_ORIGINS]
+    ]
+    return f"\nIoU {', '.join(' → '.join(pair) for pair in pairs)}" + (", ..." if len(origins) > MOST_ORIGINS else "")
 
 
 def score_text(verdict: Verdict, at_box: float | None) -> str:
