@@ -79,7 +79,7 @@ def contents(folder):
 
 def edit_state(folder, **changes):
     state = torch.load(folder / "state.pt", weights_only=True)
-    state = {name: value for name, value in (state | changes).items() if value is not None}
+    state = {name: value for name, value in (state | changes).items() if name == "average" or value is not None}
     torch.save(state, folder / "state.pt")
 
 
