@@ -171,11 +171,12 @@ def test_what_cannot_be_read_is_not_written(tmp_path):
 # ---------------------------------------------------------------------- damage
 
 
-def test_no_damage_to_a_file_goes_unseen(tmp_path, tiny):
+def test_no_damage_to_a_file_goes_unseen(tmp_path, tiny, rounds, seeded):
     path = tmp_path / "model.safetensors"
     save_model(path, TinyDetector(3), Recipe(), CLASSES, IDS)
     whole, unseen = path.read_bytes(), []
-    for seed in range(300):
+    for _ in range(rounds(300)):
+        seed = seeded.getrandbits(32)
         path.write_bytes(damaged(whole, seed))
         try:
             load_model(path)

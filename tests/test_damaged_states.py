@@ -161,11 +161,11 @@ def test_what_is_said(going):
         assert words in refusal(trainer, with_change(state, path, change))
 
 
-def test_states_changed_at_random_are_refused_when_read(going, tmp_path):
+def test_states_changed_at_random_are_refused_when_read(going, tmp_path, rounds, seeded):
     trainer, state = going
     possible, path = list(changes(state)), tmp_path / "state.pt"
-    for seed in range(25):
-        place, kind, change = random.Random(seed).choice(possible)
+    for _ in range(rounds(25)):
+        place, kind, change = seeded.choice(possible)
         torch.save(with_change(state, place, change), path)  # no digest: as old states have none
         written = path.read_bytes()
         try:
@@ -173,7 +173,7 @@ def test_states_changed_at_random_are_refused_when_read(going, tmp_path):
         except UserError as error:
             assert len(str(error).splitlines()) == 1, error
         else:
-            raise AssertionError(f"seed {seed}: {place}, {kind}: taken")
+            raise AssertionError(f"{place}, {kind}: taken")
         assert path.read_bytes() == written and [p.name for p in tmp_path.iterdir()] == ["state.pt"]
 
 
@@ -194,7 +194,7 @@ def damaged(data, seed):
     return bytes(new)
 
 
-def test_no_damage_to_a_file_goes_unseen(tmp_path):
+def test_no_damage_to_a_file_goes_unseen(tmp_path, rounds, seeded):
     _, state = trained("sgd")
     path = tmp_path / "state.pt"
     save_state(path, state)
@@ -202,7 +202,8 @@ def test_no_damage_to_a_file_goes_unseen(tmp_path):
     assert load_state(path)["step"] == 2
     assert torch.load(path, weights_only=True)["step"] == 2  # to others it is a file of torch.save
     unseen = []
-    for seed in range(600):
+    for _ in range(rounds(600)):
+        seed = seeded.getrandbits(32)
         path.write_bytes(damaged(whole, seed))
         try:
             load_state(path)
