@@ -232,6 +232,7 @@ class TrainConfig:
     """Optimisation."""
 
     steps: int = 180_000
+    """On the command line, without milestones: the schedule (milestones, warm-up) is scaled to this length."""
     batch_size: int = 8
     """Images per optimizer step, over all ranks and accumulation steps."""
     accumulate: int = 1

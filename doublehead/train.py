@@ -33,7 +33,8 @@ class Options:
     out: str | None = None
     """Folder of the run; without it runs/RECIPE-1, -2, ..."""
     resume: str | None = None
-    """Folder of a stopped run: go on with its recipe, from its last checkpoint."""
+    """Folder of a stopped run: go on with its recipe, from its last checkpoint. More steps, another learning rate and
+    the like may be given; what would make it another run is refused."""
     help_all: tyro.conf.FlagCreatePairsOff[bool] = False
     """Show the options of the model too, and exit."""
 
