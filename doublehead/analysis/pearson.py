@@ -219,7 +219,8 @@ def draw(path: Path, correlations: Sequence[Correlation], title: str, background
             places = [place + (number - (len(heads) - 1) / 2) * width for place in range(len(groups))]
             _draw_bars(axes, places, values, width, number, head)
         axes.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
-        axes.set(title=name, xlim=(-0.6, len(groups) - 0.4), ylabel="Pearson's correlation")
+        axes.set_title(name, fontsize="medium")
+        axes.set(xlim=(-0.6, len(groups) - 0.4), ylabel="Pearson's correlation")
         axes.axhline(0, color="black", lw=0.8)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
