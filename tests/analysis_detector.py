@@ -109,8 +109,9 @@ def stop_after(monkeypatch, module, images: int, function: str = "measure_image"
     with monkeypatch.context() as patch:
         patch.setattr(module, function, measure_image)
         patch.setattr(shards, "SAVE_SECONDS", 0.0)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit) as stop:
             yield
+    assert stop.value.code == 130
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

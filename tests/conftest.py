@@ -1,4 +1,4 @@
-"""What all tests share: the folder of real pictures, the `gpu` marker, Triton on the CPU, and the fault suite's rounds."""
+"""What all tests share: real pictures, the `gpu` marker, Triton on the CPU, the rounds of the fault suite."""
 
 import os
 import random
@@ -62,8 +62,8 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-# The fault suite: what is killed, damaged, full or hostile must end well, at random moments and places. `.ci/nightly` runs
-# it at a nightly size, from a seed of its own.
+# The fault suite: what is killed, damaged, full or hostile must end well, at random moments and places. `.ci/nightly`
+# runs it at a nightly size, from a seed of its own.
 SCALE = int(os.environ.get("DOUBLEHEAD_FAULTS", "1"))  # how many times the ordinary rounds
 SEED = int(os.environ.get("DOUBLEHEAD_FAULTS_SEED", "0"))  # where its random numbers begin
 

@@ -50,8 +50,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
             path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)  # of earlier versions, which all had this name
             _clear_up(path.parent, now=temporary.stat().st_mtime)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename = str(path)  # a write that fails names no file, and nobody knows the temporary one
         raise
     _sync_folder(path.parent)
 
