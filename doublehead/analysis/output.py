@@ -11,7 +11,7 @@ from typing import Any
 
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import UserError
-from doublehead.engine.files import replacing, write_text
+from doublehead.engine.files import write_bytes, write_text
 
 
 def output_folder(path: str, world: World) -> Path:
@@ -48,6 +48,7 @@ def save_figure(path: Path, figure: Any) -> None:
     """Write a matplotlib figure as PNG and close it."""
     import matplotlib.pyplot as plt
 
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight")
+    memory = io.BytesIO()
+    figure.savefig(memory, format="png", dpi=130, bbox_inches="tight")
     plt.close(figure)
+    write_bytes(path, memory.getvalue())

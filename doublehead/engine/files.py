@@ -144,6 +144,15 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write `content` to `path` atomically.
+
+    Pictures go through here: Pillow writes some formats without looking whether all of it found room.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
     """Write `value` as JSON to `path` atomically; NaN is refused, as JSON has none."""
     write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import functools
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from doublehead.engine.files import replacing
+from doublehead.engine.files import write_bytes
 
 Colour = tuple[int, int, int]
 
@@ -141,8 +142,9 @@ def detection_grid(
 def save_picture(path: str | Path, picture: Image.Image) -> None:
     """Write a picture atomically; the format follows the name's ending."""
     kind = Image.registered_extensions()[Path(path).suffix.lower()]
-    with replacing(path) as temporary:
-        picture.save(temporary, format=kind, **({"quality": 92} if kind == "JPEG" else {}))
+    memory = io.BytesIO()
+    picture.save(memory, format=kind, **({"quality": 92} if kind == "JPEG" else {}))
+    write_bytes(path, memory.getvalue())
 
 
 def draw_curves(records: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:
@@ -167,8 +169,9 @@ def draw_curves(records: Sequence[dict[str, Any]], path: str | Path, title: str 
         axes.set(xlabel="step", xlim=(0, max(1, last) * 1.02))
         axes.grid(alpha=0.3)
     figure.suptitle(title)
-    with replacing(path) as temporary:
-        FigureCanvasAgg(figure).print_png(str(temporary))
+    memory = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(memory)
+    write_bytes(path, memory.getvalue())
 
 
 def _draw_losses(axes: Any, training: Sequence[dict[str, Any]]) -> None:
