@@ -20,12 +20,12 @@ class ArgumentTypeError(TypeError, RuntimeError):
     """An argument of another type, or a tensor of another dtype, than is accepted."""
 
 
-class AssertedValueError(ArgumentValueError, AssertionError, IndexError):
-    """Where torchvision asserts (the columns of RoIs) or stumbles over a dimension or an entry that is not there."""
+class AssertedValueError(ArgumentValueError, AssertionError):
+    """Boxes to pool of another shape, which torchvision asserts."""
 
 
 class AssertedTypeError(ArgumentTypeError, AssertedValueError):
-    """RoIs that are neither a tensor nor a list of tensors, which torchvision asserts too."""
+    """Boxes to pool that are neither a tensor nor a list of tensors, which torchvision asserts too."""
 
 
 def check_tensor(name: str, value: object, accepted: str, error: type[TypeError] = ArgumentTypeError) -> None:

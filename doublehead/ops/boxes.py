@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._errors import AssertedValueError, check_tensor
+from ._errors import ArgumentValueError, check_tensor
 
 Weights = Sequence[float]
 
@@ -51,7 +51,7 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     for name, tensor in (("a", a), ("b", b)):
         check_tensor(name, tensor, "a Tensor[..., N, 4]")
         if tensor.dim() < 2:
-            raise AssertedValueError(f"{name} must have shape [..., N, 4], got {list(tensor.shape)}")
+            raise ArgumentValueError(f"{name} must have shape [..., N, 4], got {list(tensor.shape)}")
     dtype = _compute_dtype(a=a, b=b)
     ax1, ay1, ax2, ay2 = _corners(a[..., :, None, :], dtype)
     bx1, by1, bx2, by2 = _corners(b[..., None, :, :], dtype)
@@ -161,7 +161,7 @@ def _centre_and_size(boxes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor,
 def _check_last(name: str, tensor: Tensor, size: int) -> None:
     check_tensor(name, tensor, f"a Tensor[..., {size}]")
     if tensor.dim() == 0 or tensor.shape[-1] != size:
-        raise AssertedValueError(f"{name} must have shape [..., {size}], got {list(tensor.shape)}")
+        raise ArgumentValueError(f"{name} must have shape [..., {size}], got {list(tensor.shape)}")
 
 
 def _four_weights(weights: Weights) -> Weights:

@@ -95,6 +95,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     """
     if isinstance(boxes, Tensor) and _is_empty(boxes):
         return torch.empty(0, dtype=torch.int64, device=boxes.device)
+    check_tensor("idxs", idxs, "a Tensor[N]")
     _check(boxes, scores, idxs, batched=False)
     with one_thread_if_forked():
         groups = _as_groups(idxs)

@@ -44,7 +44,7 @@ def rois_of_list(input: Tensor, boxes: Sequence[Tensor]) -> Tensor:
 def rois_of_batch(feature: Tensor, boxes: Tensor) -> Tensor:
     images, count = boxes.shape[:2]
     if boxes.shape[2] != 4 or images != feature.shape[0]:
-        raise AssertedValueError(
+        raise ArgumentValueError(
             f"rois must be Tensor[K, 5], or Tensor[B, R, 4] with B = {feature.shape[0]} as in features, "
             f"got {list(boxes.shape)}"
         )
@@ -87,9 +87,11 @@ def check_features(features: tuple[Tensor, ...], name: str) -> None:
 
 
 def check_rois(rois: Tensor, feature: Tensor, name: str, accepted: str) -> None:
-    check_tensor(name, rois, accepted, AssertedTypeError)
+    asserted = name == "boxes"  # `roi_align`'s
+    check_tensor(name, rois, accepted, AssertedTypeError if asserted else ArgumentTypeError)
     if rois.dim() != 2 or rois.shape[1] != 5:
-        raise AssertedValueError(f"{name} must be {accepted}, got shape {list(rois.shape)}")
+        error = AssertedValueError if asserted else ArgumentValueError
+        raise error(f"{name} must be {accepted}, got shape {list(rois.shape)}")
     if not rois.is_floating_point():
         raise ArgumentTypeError(f"{name} must be floating point, got {rois.dtype}")
     if rois.device != feature.device:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .._errors import ArgumentTypeError, ArgumentValueError, AssertedValueError
+from .._errors import ArgumentTypeError, ArgumentValueError
 from .arguments import rois_of_list
 from .op import multiscale_roi_align
 
@@ -60,7 +60,7 @@ class MultiScaleRoIAlign(nn.Module):
             raise ArgumentTypeError(f"x must be a dict of a Tensor[B, C, H, W] for each name, got {type(x).__name__}")
         features = [feature for name, feature in x.items() if name in self.featmap_names]
         if not features:
-            raise AssertedValueError(f"x must have entries of featmap_names {self.featmap_names}, got {list(x)}")
+            raise ArgumentValueError(f"x must have entries of featmap_names {self.featmap_names}, got {list(x)}")
         if not image_shapes:
             raise ArgumentValueError("image_shapes must hold at least one (height, width), got none")
         (pooled,) = multiscale_roi_align(
