@@ -239,6 +239,18 @@ def test_a_used_folder_holds_no_pictures_of_an_earlier_call(saved, tmp_path, cap
     assert detect(saved, second, "--out", out) == 0
 
 
+def test_where_nothing_is_read_earlier_results_stay(saved, tmp_path, capsys):
+    out = tmp_path / "out"
+    picture(tmp_path / "a.png")
+    assert detect(saved, tmp_path / "a.png", "--out", out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    assert detect(saved, tmp_path / "mistyped.png", "x" * 5000, "--out", out) == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    said = capsys.readouterr()
+    assert f"the results of an earlier call stay in {out}" in said.out and "2 could not be read" in said.err
+
+
 def test_videos_pipes_and_bombs_are_named(saved, tmp_path, capsys):
     folder = tmp_path / "in"
     picture(folder / "good.png")
@@ -353,7 +365,7 @@ def test_unreadable_pictures_are_reported_and_the_rest_is_done(saved, tmp_path, 
     assert all(entry["error"] for entry in answer["unreadable"])
     shown = capsys.readouterr().err
     assert "4 could not be read" in shown and "Traceback" not in shown
-    assert "text.jpg: cannot read this image: of no format that Pillow knows" in shown
+    assert "text.jpg: cannot read this image: of no format, or of no kind of pixels, that Pillow knows" in shown
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["detections.json", "good.jpg"]
 
 

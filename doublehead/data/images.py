@@ -100,7 +100,8 @@ def _reading(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = "an empty file" if os.path.getsize(path) == 0 else "of no format that Pillow knows"
+            empty = os.path.getsize(path) == 0
+            reason = "an empty file" if empty else "of no format, or of no kind of pixels, that Pillow knows"
         raise DataError(f"{path}: cannot read this image: {reason}", "unreadable image") from error
 
 
@@ -122,7 +123,10 @@ def _too_many(path: str | Path, what: str, max_pixels: int) -> DataError:
 def _orientation(image: Image.Image) -> int:
     if image.format == "TIFF":  # Pillow turns these itself
         return 1
-    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # Pillow raises many kinds: a broken note says nothing, and takes nothing from the pixels
+        return 1
     return orientation if orientation in FLIPS else 1
 
 

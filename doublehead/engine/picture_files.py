@@ -28,10 +28,10 @@ def find_pictures(names: Sequence[str], leave_out: Path) -> tuple[list[Path], li
     unmatched = []
     for name in names:
         path = Path(name)
-        if path.is_dir():
+        if os.path.isdir(name):  # Path.is_dir raises where a name is too long
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and not p.is_dir())
             found = [p for p in found if leave_out.resolve() not in p.resolve().parents]
-        elif os.path.lexists(path):
+        elif os.path.lexists(name):
             found = [path]
         else:
             found = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if not p.is_dir())
@@ -42,7 +42,7 @@ def find_pictures(names: Sequence[str], leave_out: Path) -> tuple[list[Path], li
 
 
 def _why_none(path: Path) -> str:
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return "no such file, nor does a file match it as a pattern"
     if any(p.suffix.lower() in VIDEOS for p in path.rglob("*")):
         return f"no picture in this folder, but videos: {HOW_TO_SPLIT}"
@@ -68,7 +68,13 @@ def output_names(files: Sequence[Path], folder: Path) -> list[str]:
 def write_results(
     folder: Path, classes: list[str], entries: list[Entry], unreadable: list[Entry], files: Sequence[Path]
 ) -> None:
-    """Write `detections.json`, and remove the annotated pictures that only an earlier one in its place lists."""
+    """Write `detections.json`, and remove the annotated pictures that only an earlier one in its place lists.
+
+    Where no picture could be read, as after a mistyped name, what an earlier call left stays as it is.
+    """
+    if not entries and _listed(folder):
+        print(f"no picture was read: the results of an earlier call stay in {folder}")
+        return
     kept = {entry["picture"] for entry in entries} | {file.name for file in files}
     earlier = [folder / name for name in _listed(folder) if name not in kept]
     write_json(folder / JSON_FILE, {"classes": classes, "pictures": entries, "unreadable": unreadable})
@@ -81,6 +87,8 @@ def write_results(
 
 def _listed(folder: Path) -> list[str]:
     """The annotated pictures that a `detections.json` in the folder lists: plain names alone."""
+    if not (folder / JSON_FILE).is_file():  # a pipe would be waited for without end
+        return []
     try:
         content = json.loads((folder / JSON_FILE).read_text("utf-8"))
         names = [entry["picture"] for entry in content["pictures"]]
