@@ -266,6 +266,15 @@ def test_only_regular_files_are_opened(tmp_path):
     assert read_image(tmp_path / "link.png").shape == (3, 45, 70)
 
 
+@pytest.mark.parametrize("name", ["a.eps", "a.jpg"])
+def test_drawing_commands_are_not_run(tmp_path, name):
+    """Pillow would start Ghostscript with a file from elsewhere, whatever the file is called."""
+    (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    for read in (read_image, lambda path: read_image(path, upright=True), lambda path: check_image(path, (10, 10))):
+        with pytest.raises(DataError, match=f"{name}: cannot read this image: it holds drawing commands .EPS."):
+            read(tmp_path / name)
+
+
 def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     def decode(*_):
         raise AssertionError("decoded")

@@ -357,14 +357,16 @@ def test_unreadable_pictures_are_reported_and_the_rest_is_done(saved, tmp_path, 
     (tmp_path / "in" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "in" / "empty.png").touch()
     (tmp_path / "in" / "text.jpg").write_text("not a picture")
+    (tmp_path / "in" / "two\nlines\x1b.jpg").touch()
     assert detect(saved, tmp_path / "in", tmp_path / "none.png", "--out", tmp_path / "out") == 1
     answer = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert [entry["file"] for entry in answer["pictures"]] == [str(good)]
     names = [entry["file"].rpartition("/")[2] for entry in answer["unreadable"]]
-    assert names == ["none.png", "cut.jpg", "empty.png", "text.jpg"]
+    assert names == ["none.png", "cut.jpg", "empty.png", "text.jpg", "two\nlines\x1b.jpg"]
     assert all(entry["error"] for entry in answer["unreadable"])
     shown = capsys.readouterr().err
-    assert "4 could not be read" in shown and "Traceback" not in shown
+    assert "5 could not be read" in shown and "Traceback" not in shown
+    assert "two\\nlines\\x1b.jpg: cannot read this image: an empty file" in shown
     assert "text.jpg: cannot read this image: of no format, or of no kind of pixels, that Pillow knows" in shown
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["detections.json", "good.jpg"]
 

@@ -32,6 +32,8 @@ MOST_PIXELS = 178_956_970
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 """The last bytes of a complete file."""
 EXIF_ORIENTATION = 0x0112
+PROGRAMS = {"EPS", "WMF"}
+"""Pillow's names of formats that hold drawing commands, for which it runs Ghostscript or asks Windows."""
 #: Orientation -> axes of `[H, W, 3]` to flip, after rows and columns have changed places (from 5 on).
 FLIPS = {1: (), 2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}
 
@@ -91,6 +93,8 @@ def _reading(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
     check_regular(path, "image")
     try:
         with Image.open(path) as image:
+            if image.format in PROGRAMS:
+                raise ValueError(f"it holds drawing commands ({image.format}), not pixels; make a PNG of it")
             _check_pixels(image.size, path, max_pixels)
             yield image
     except (DataError, MemoryError):  # memory is no fault of the image

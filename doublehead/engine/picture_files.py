@@ -72,11 +72,11 @@ def write_results(
 
     Where no picture could be read, as after a mistyped name, what an earlier call left stays as it is.
     """
-    if not entries and _listed(folder):
+    if not entries and earlier_pictures(folder):
         print(f"no picture was read: the results of an earlier call stay in {folder}")
         return
     kept = {entry["picture"] for entry in entries} | {file.name for file in files}
-    earlier = [folder / name for name in _listed(folder) if name not in kept]
+    earlier = [folder / name for name in earlier_pictures(folder) if name not in kept]
     write_json(folder / JSON_FILE, {"classes": classes, "pictures": entries, "unreadable": unreadable})
     stale = [path for path in earlier if path.is_file() and not path.is_symlink()]
     for path in stale:
@@ -85,7 +85,7 @@ def write_results(
         print(f"{len(stale)} annotated pictures of an earlier call removed from {folder}")
 
 
-def _listed(folder: Path) -> list[str]:
+def earlier_pictures(folder: Path) -> list[str]:
     """The annotated pictures that a `detections.json` in the folder lists: plain names alone."""
     if not (folder / JSON_FILE).is_file():  # a pipe would be waited for without end
         return []
