@@ -239,6 +239,17 @@ def test_a_used_folder_holds_no_pictures_of_an_earlier_call(saved, tmp_path, cap
     assert detect(saved, second, "--out", out) == 0
 
 
+def test_no_other_file_in_the_folder_is_overwritten(saved, tmp_path):
+    out = tmp_path / "out"
+    own = picture(out / "a.jpg", colour=(1, 2, 3))
+    before = own.read_bytes()
+    picture(tmp_path / "in" / "a.png")
+    for _ in range(2):  # the second time over the first one's
+        assert detect(saved, tmp_path / "in", "--out", out) == 0
+        assert sorted(path.name for path in out.iterdir()) == ["a-2.jpg", "a.jpg", "detections.json"]
+        assert own.read_bytes() == before
+
+
 def test_where_nothing_is_read_earlier_results_stay(saved, tmp_path, capsys):
     out = tmp_path / "out"
     picture(tmp_path / "a.png")

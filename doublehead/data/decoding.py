@@ -8,8 +8,8 @@ Brightness: a channel of 8 bits is taken as it is, of 16 bits the upper 8 are ke
 Pixels of 32 bits, signed ones and floating ones have no fixed white and are refused.  An alpha channel is dropped, not
 blended; of several frames the first is read; colour profiles and gamma are left alone, as COCO's tools leave them.
 
-Missing data are noticed in every format, changed ones where the format can tell: PNG and deflated TIFF have checksums,
-JPEG mostly falls out of step; BMP, PPM, plain TIFF, WebP and JPEG inside of TIFF show what they hold.
+Missing data are noticed in every format.  Changed data are noticed in PNG, by its checksums, and often in JPEG and GIF,
+whose decoders fall out of step; seldom in TIFF and WebP, never in BMP and PPM, which have nothing to tell it by.
 """
 
 from __future__ import annotations

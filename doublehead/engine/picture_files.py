@@ -52,9 +52,12 @@ def _why_none(path: Path) -> str:
 def output_names(files: Sequence[Path], folder: Path) -> list[str]:
     """A name in `folder` for each picture: its own with the ending .jpg, numbered where two would be the same.
 
-    No name is that of an input in `folder`: the originals are never overwritten.
+    No name is that of an input in `folder`, nor of another file there: only what an earlier call's JSON lists is
+    overwritten.
     """
-    taken = {path.name.lower() for path in files if path.resolve().parent == folder.resolve()}
+    inputs = {path.name.lower() for path in files if path.resolve().parent == folder.resolve()}
+    present = {path.name.lower() for path in folder.iterdir()} if folder.is_dir() else set()
+    taken = inputs | (present - {name.lower() for name in earlier_pictures(folder)})
     names = []
     for path in files:
         name, number = f"{path.stem}.jpg", 2
