@@ -127,6 +127,8 @@ def _too_many(path: str | Path, what: str, max_pixels: int) -> DataError:
 def _orientation(image: Image.Image) -> int:
     if image.format == "TIFF":  # Pillow turns these itself
         return 1
+    if image.format == "PNG":  # whose notes may follow the pixels, which `getexif` would decode inside of the `try`
+        image.load()
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # Pillow raises many kinds: a broken note says nothing, and takes nothing from the pixels
