@@ -126,6 +126,13 @@ def test_pixels_without_a_fixed_white_are_refused_by_all(tmp_path):
         read_image(tmp_path / "b.tif")
 
 
+def test_signed_pixels_are_refused_by_all(tmp_path):
+    Image.fromarray(np.full((3, 3), 200, np.uint8)).save(tmp_path / "a.tif", tiffinfo={339: 2})
+    for read in (read_image, lambda path: read_image(path, upright=True), lambda path: check_image(path, None, True)):
+        with pytest.raises(DataError, match="a.tif: cannot read this image: signed pixels have no fixed white"):
+            read(tmp_path / "a.tif")
+
+
 def test_lab_becomes_rgb(tmp_path):
     to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
     ImageCms.applyTransform(photo(), to_lab).save(tmp_path / "a.tif")
@@ -149,6 +156,19 @@ def test_detection_turns_pictures_upright(tmp_path, name, orientation):
     expected = by_pillow(tmp_path / name)
     assert expected.shape == ((70, 45, 3) if 5 <= orientation <= 8 else (45, 70, 3))
     assert np.array_equal(read_image(tmp_path / name, upright=True).permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of what it finds there
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+@pytest.mark.parametrize("note", [b"no TIFF header", b"", b"II*\0\xff\xff\xff\xff", b"II*\0\x08\0\0\0\xff\xff\x12\x01"])
+def test_a_broken_exif_note_costs_no_picture(tmp_path, name, note):
+    """Which training would find out only when it decodes the image."""
+    options = {"lossless": True} if name == "a.webp" else {"quality": 100, "subsampling": 0}
+    photo().save(tmp_path / name, exif=b"Exif\0\0" + note, **options)
+    assert np.abs(pixels_of(tmp_path / name).astype(int) - np.asarray(photo())).mean() < 2
+    assert check_image(tmp_path / name, (45, 70)) == (45, 70)
+    with pytest.raises(DataError, match=f"{name}: the image is 70x45"):
+        read_image(tmp_path / name, (70, 45))
 
 
 # ---------------------------------------------------------------------- damage
@@ -243,6 +263,15 @@ def test_only_regular_files_are_opened(tmp_path):
             with pytest.raises(DataError, match=f"{name}.jpg: cannot read this image: .*{said}"):
                 read(tmp_path / f"{name}.jpg")
     assert read_image(tmp_path / "link.png").shape == (3, 45, 70)
+
+
+@pytest.mark.parametrize("name", ["a.eps", "a.jpg"])
+def test_drawing_commands_are_not_run(tmp_path, name):
+    """Pillow would start Ghostscript with a file from elsewhere, whatever the file is called."""
+    (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    for read in (read_image, lambda path: read_image(path, upright=True), lambda path: check_image(path, (10, 10))):
+        with pytest.raises(DataError, match=f"{name}: cannot read this image: it holds drawing commands .EPS."):
+            read(tmp_path / name)
 
 
 def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypatch):

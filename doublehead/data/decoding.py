@@ -7,6 +7,9 @@ Pillow cannot see that it did.
 Brightness: a channel of 8 bits is taken as it is, of 16 bits the upper 8 are kept, fewer bits are spread over 0..255.
 Pixels of 32 bits, signed ones and floating ones have no fixed white and are refused.  An alpha channel is dropped, not
 blended; of several frames the first is read; colour profiles and gamma are left alone, as COCO's tools leave them.
+
+Missing data are noticed in every format.  Changed data are noticed in PNG, by its checksums, and often in JPEG and GIF,
+whose decoders fall out of step; seldom in TIFF and WebP, never in BMP and PPM, which have nothing to tell it by.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ SPARE_BYTES = 16
 _SPARE = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
 _DAMAGED = re.compile(r"corrupt jpeg data|premature end|bogus|invalid", re.IGNORECASE)
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+_SAMPLE_FORMAT, _SIGNED = 339, 2
 #: Pillow's mode -> simplejpeg's colour space; what is not here is a rarity.
 _JPEG_MODES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 
@@ -44,6 +48,8 @@ def to_rgb(image: Image.Image, path: str | Path) -> np.ndarray:
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode} have no fixed white; 8 or 16 bits are accepted")
+    if image.format == "TIFF" and _SIGNED in image.tag_v2.get(_SAMPLE_FORMAT, ()):  # Pillow shows -1 as 255
+        raise ValueError("signed pixels have no fixed white; unsigned ones of 8 or 16 bits are accepted")
     image.load()
     image.info.pop("transparency", None)  # dropped like an alpha channel; else Pillow warns of it
     return np.array(image.convert("RGB"))

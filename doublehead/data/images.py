@@ -32,6 +32,8 @@ MOST_PIXELS = 178_956_970
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 """The last bytes of a complete file."""
 EXIF_ORIENTATION = 0x0112
+PROGRAMS = {"EPS", "WMF"}
+"""Pillow's names of formats that hold drawing commands, for which it runs Ghostscript or asks Windows."""
 #: Orientation -> axes of `[H, W, 3]` to flip, after rows and columns have changed places (from 5 on).
 FLIPS = {1: (), 2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}
 
@@ -91,6 +93,8 @@ def _reading(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
     check_regular(path, "image")
     try:
         with Image.open(path) as image:
+            if image.format in PROGRAMS:
+                raise ValueError(f"it holds drawing commands ({image.format}), not pixels; make a PNG of it")
             _check_pixels(image.size, path, max_pixels)
             yield image
     except (DataError, MemoryError):  # memory is no fault of the image
@@ -100,7 +104,8 @@ def _reading(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = "an empty file" if os.path.getsize(path) == 0 else "of no format that Pillow knows"
+            empty = os.path.getsize(path) == 0
+            reason = "an empty file" if empty else "of no format, or of no kind of pixels, that Pillow knows"
         raise DataError(f"{path}: cannot read this image: {reason}", "unreadable image") from error
 
 
@@ -122,7 +127,12 @@ def _too_many(path: str | Path, what: str, max_pixels: int) -> DataError:
 def _orientation(image: Image.Image) -> int:
     if image.format == "TIFF":  # Pillow turns these itself
         return 1
-    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    if image.format == "PNG":  # whose notes may follow the pixels, which `getexif` would decode inside of the `try`
+        image.load()
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # Pillow raises many kinds: a broken note says nothing, and takes nothing from the pixels
+        return 1
     return orientation if orientation in FLIPS else 1
 
 

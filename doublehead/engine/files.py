@@ -206,7 +206,11 @@ def read_recipe(folder: str | Path) -> Recipe:
     """
     path = Path(folder) / RECIPE_FILE
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            raise UserError(f"{path}: not a regular file")
         return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{folder} is not the folder of a run: {path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # of characters, JSON, fields
