@@ -207,6 +207,7 @@ def fewer_classes_in_the_model_of_an_old_state(folder):
         (None, ["--data.train-images", "8"], "data.train_images is 9 there, not 8"),
         (swap_recipe, [], "model.head.fc_dim is 256 there, not 128"),
         (other_classes, [], "other classes: class 1 is 'square' there and 'disc' in the data"),
+        (other_classes, ["--train.steps", "3"], "other classes: class 1 is 'square' there"),
         (other_images, [], "trained on other images: 8 then, 9 now"),
         (fewer_classes_in_the_model_of_an_old_state, [], "other classes: 2 there, 6 in the data"),
         (lambda folder: shutil.rmtree(folder / "tensorboard") or (folder / "tensorboard").touch(), [],
@@ -235,6 +236,14 @@ def test_what_may_change_does_and_is_said(folder, tiny, capsys):
     state = load_state(folder / "state.pt")
     assert state["step"] == 5 and state["run"]["images"] == 9
     assert json.loads((folder / "recipe.json").read_text())["train"]["lr"] == 0.5
+
+
+def test_what_a_refusal_of_the_data_advises_may_change(folder, tiny):
+    options = "--data.on-bad-record skip --data.max-skipped 0.5 --data.max-pixels 120000000 --data.outside-root".split()
+    edit_state(folder, run=None)  # of an earlier version, which had no such limits
+    assert tiny("--resume", folder, *options) == 0
+    assert tiny("--resume", folder) == 0
+    assert json.loads((folder / "recipe.json").read_text())["data"]["max_skipped"] == 0.5
 
 
 def test_a_finished_run_is_evaluated_again_and_a_lost_model_comes_back(folder, tiny, capsys):
