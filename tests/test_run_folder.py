@@ -16,10 +16,12 @@ from engine_standin import TINY, finish, launch, one_thread, tiny_models  # noqa
 from doublehead import train
 from doublehead.engine import lock, pictures
 from doublehead.engine.checkpoint import load_state
-from doublehead.engine.errors import UserError
+from doublehead.engine.distributed import World
+from doublehead.engine.errors import PeerLostError, UserError
 from doublehead.engine.files import new_run_folder
 from doublehead.engine.lock import LOCK_FILE, FolderLock
 from doublehead.engine.logs import read_log
+from doublehead.engine.trainer import Trainer
 
 HOLDER = """
 import sys, time
@@ -291,3 +293,25 @@ def test_a_stop_before_the_first_step_says_so(tmp_path, tiny, monkeypatch, capsy
     command = "go on with: python -m doublehead.train --resume run\n"
     assert f"stopped before the first step: run is as it was; {command}" in capsys.readouterr().err
     assert contents(folder) == before
+
+
+def test_a_lost_process_is_named_though_torchrun_stops_the_others_at_once(folder, tiny, monkeypatch, capsys):
+    def lost(self, error):
+        signal.raise_signal(signal.SIGTERM)  # torchrun's, while this process looks what became of the other
+        if isinstance(error, RuntimeError):
+            raise PeerLostError("another process of this job is gone")
+
+    def broken(self):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(World, "give_way", lost)
+    monkeypatch.setattr(Trainer, "fit", broken)
+    fallen_through = []
+    before = signal.signal(signal.SIGTERM, lambda *args: fallen_through.append(args))
+    try:
+        assert tiny("--resume", folder) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    stopped, error = capsys.readouterr().err.splitlines()
+    assert stopped.startswith("stopped after step 4: the last step, 4, is saved in ") and "--resume" in stopped
+    assert error == "error: another process of this job is gone" and not fallen_through
