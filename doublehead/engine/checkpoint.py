@@ -25,7 +25,7 @@ from doublehead.engine import digest
 from doublehead.engine import state as state_schema
 from doublehead.engine.errors import CheckpointError
 from doublehead.engine.file_kinds import other_kind
-from doublehead.engine.files import replacing
+from doublehead.engine.files import check_room, replacing
 from doublehead.engine.schema import Mismatch, is_finite, items, text, whole
 
 MODEL_FILE = "model.safetensors"
@@ -129,9 +129,13 @@ def save_state(path: str | Path, state: dict[str, Any]) -> None:
     """
     try:
         with replacing(path) as temporary:
-            torch.save({"format": state_schema.FORMAT, **state}, temporary)
+            try:
+                torch.save({"format": state_schema.FORMAT, **state}, temporary)
+            except RuntimeError:
+                check_room(temporary)
+                raise
             digest.seal(temporary)
-    except (OSError, RuntimeError) as error:  # PyTorch's zip writer turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:
         raise _cannot_write(path, error) from error
 
 

@@ -138,6 +138,17 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def check_room(path: Path, size: int = 1 << 20) -> None:
+    """Append `size` bytes to a file that is given up: PyTorch's zip writer says "unexpected pos" of a full disk.
+
+    Raises:
+        OSError: there is no room for them, or what else kept PyTorch from writing.
+    """
+    with open(path, "ab", buffering=0) as file:
+        while size > 0:
+            size -= file.write(bytes(size))
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` atomically."""
     with replacing(path) as temporary:
