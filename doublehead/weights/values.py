@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .arrays import NumpyArray
@@ -70,7 +71,7 @@ class TensorReader:
             return None
         if value.dtype not in DTYPES.values():
             raise WeightsError(f"{self._path}: {name!r} is of {value.dtype}, where plain numbers are accepted")
-        return value
+        return value.view(torch.uint8).ne(0) if value.dtype == torch.bool else value  # any byte may stand in the file
 
 
 def read_plain(path: str | Path) -> Any:
