@@ -266,6 +266,7 @@ def test_videos_pipes_and_bombs_are_named(saved, tmp_path, capsys):
     folder = tmp_path / "in"
     picture(folder / "good.png")
     os.mkfifo(folder / "pipe.jpg")
+    (folder / "round.jpg").symlink_to(folder / "round.jpg")
     Image.new("1", (12_000, 12_000)).save(folder / "bomb.png")
     (tmp_path / "a.mp4").write_bytes(b"video")
     (tmp_path / "videos").mkdir()
@@ -274,7 +275,8 @@ def test_videos_pipes_and_bombs_are_named(saved, tmp_path, capsys):
     assert detect(saved, *arguments) == 1
     shown = capsys.readouterr().err
     for said in (
-        "4 could not be read", "a.mp4: a video: make pictures of a video first: ffmpeg",
+        "5 could not be read", "round.jpg: cannot read this image: Too many levels of symbolic links",
+        "a.mp4: a video: make pictures of a video first: ffmpeg",
         "videos: no picture in this folder, but videos: make pictures",
         "pipe.jpg: cannot read this image: it is a pipe",
         "bomb.png: the image has 12000x12000",

@@ -30,15 +30,20 @@ def find_pictures(names: Sequence[str], leave_out: Path) -> tuple[list[Path], li
         path = Path(name)
         if os.path.isdir(name):  # Path.is_dir raises where a name is too long
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and not p.is_dir())
-            found = [p for p in found if leave_out.resolve() not in p.resolve().parents]
+            found = [p for p in found if _real(leave_out) not in _real(p).parents]
         elif os.path.lexists(name):
             found = [path]
         else:
             found = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if not p.is_dir())
         if not found:
             unmatched.append({"file": name, "error": _why_none(path)})
-        files.update({p.resolve(): p for p in found if p.resolve() not in files})
+        files.update({_real(p): p for p in found if _real(p) not in files})
     return list(files.values()), unmatched
+
+
+def _real(path: Path) -> Path:
+    """The path without symbolic links; where they lead round in a circle, `Path.resolve` raises on older Pythons."""
+    return Path(os.path.realpath(path))
 
 
 def _why_none(path: Path) -> str:
@@ -55,7 +60,7 @@ def output_names(files: Sequence[Path], folder: Path) -> list[str]:
     No name is that of an input in `folder`, nor of another file there: only what an earlier call's JSON lists is
     overwritten.
     """
-    inputs = {path.name.lower() for path in files if path.resolve().parent == folder.resolve()}
+    inputs = {path.name.lower() for path in files if _real(path).parent == _real(folder)}
     present = {path.name.lower() for path in folder.iterdir()} if folder.is_dir() else set()
     taken = inputs | (present - {name.lower() for name in earlier_pictures(folder)})
     names = []
