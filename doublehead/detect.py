@@ -94,7 +94,7 @@ def run(options: Options) -> list[Entry]:
         UserError: no picture is named, or an option, the folder, the checkpoint or the device cannot be used, or the
             GPU's memory does not suffice.
     """
-    from doublehead.data.decoding import is_strict  # these bring PyTorch: --help need not wait for it
+    from doublehead.data.jpeg import is_strict  # these bring PyTorch: --help need not wait for it
     from doublehead.engine.checkpoint import load_model
     from doublehead.engine.distributed import join_world
     from doublehead.engine.streaming import Clock

@@ -12,7 +12,7 @@ import simplejpeg
 import torch
 from PIL import Image, ImageCms, ImageOps
 
-from doublehead.data import DataError, decoding, images, read_image
+from doublehead.data import DataError, images, jpeg, read_image
 from doublehead.data.images import check_image
 
 
@@ -41,7 +41,7 @@ def by_pillow(path):
 def test_jpeg_to_the_bit_as_pillow(tmp_path, mode, options, monkeypatch):
     photo().convert(mode).save(tmp_path / "a.jpg", **options)
     assert np.array_equal(pixels_of(tmp_path / "a.jpg"), by_pillow(tmp_path / "a.jpg"))
-    monkeypatch.setattr(decoding, "_simplejpeg", lambda: None)
+    monkeypatch.setattr(jpeg, "_simplejpeg", lambda: None)
     assert np.array_equal(pixels_of(tmp_path / "a.jpg"), by_pillow(tmp_path / "a.jpg"))
 
 
@@ -197,6 +197,43 @@ def test_a_few_spare_bytes_before_the_end_marker_are_padding(tmp_path):
     path.write_bytes(content[:-2] + bytes(300) + content[-2:])
     with pytest.raises(DataError, match="damaged"):
         read_image(path)
+
+
+def with_harmless_faults(content):
+    """What cameras, phones and tools write, under a name each; their pixels are all there."""
+    tables, scan = content.index(b"\xff\xdb"), content.index(b"\xff\xda")
+    begin = scan + 2 + int.from_bytes(content[scan + 2 : scan + 4], "big")
+    yield "a phone's parameters of the scan", content[: begin - 3] + bytes(3) + content[begin:]
+    yield "two bytes between segments", content[:tables] + b"\0\xff\0" + content[tables:]
+    yield "many bytes between segments", content[:scan] + bytes(range(200)) + content[scan:]
+    yield "a colour profile's empty part", content[:2] + b"\xff\xe2\0\x10ICC_PROFILE\0\5\2" + content[2:]
+    yield "bytes behind the end", content + b"appended\xff\xd9" * 30
+    faults = content[: begin - 3] + bytes(3) + content[begin:-2] + bytes(12) + content[-2:]
+    yield "several", faults[:tables] + bytes(5) + faults[tables:] + b"a trailer"
+
+
+def test_what_cameras_and_phones_write_is_read(tmp_path):
+    memory, path = io.BytesIO(), tmp_path / "a.jpg"
+    photo().save(memory, "JPEG")
+    path.write_bytes(memory.getvalue())
+    before = pixels_of(path)
+    for name, content in with_harmless_faults(memory.getvalue()):
+        path.write_bytes(content)
+        assert np.array_equal(pixels_of(path), before), name
+        assert images.check_image(path, (45, 70), decode=True) == (45, 70), name
+
+
+def test_harmless_faults_hide_no_damage(tmp_path):
+    """libjpeg tells the last warning alone: a few spare bytes behind wrong codes must not excuse these."""
+    memory, path = io.BytesIO(), tmp_path / "a.jpg"
+    photo(90, 120).save(memory, "JPEG", restart_marker_rows=1)
+    content = memory.getvalue()
+    third = content.index(b"\xff\xd2")
+    damaged = content[:third] + bytes(40) + content[third:]
+    for name, faulty in with_harmless_faults(damaged[:-2] + bytes(12) + damaged[-2:]):
+        path.write_bytes(faulty)
+        with pytest.raises(DataError, match="damaged: its pixels are not all there .*before marker 0xd2"):
+            pytest.fail(name) if len(pixels_of(path)) else None
 
 
 def test_what_simplejpeg_does_not_know_pillow_reads(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from doublehead.config import DataConfig
 
 from .coco import read_coco
 from .dataset import DataError, DataWarning, DetectionDataset, Target
-from .decoding import is_strict
+from .jpeg import is_strict
 from .files import FileDataset
 from .images import MOST_PIXELS, read_image
 from .loader import Loader, build_loader

@@ -1,8 +1,7 @@
 """From an image file's bytes to uint8 RGB: the one way for training, evaluation and detection.
 
 Pillow reads every format; JPEG's pixels come from simplejpeg where it is installed: the same decoder and the same
-pixels, but told to be strict.  libjpeg fills what is missing of a picture with grey and decodes on behind damage, and
-Pillow cannot see that it did.
+pixels, but told to be strict (see `jpeg`), where Pillow cannot see that pixels are missing.
 
 Brightness: a channel of 8 bits is taken as it is, of 16 bits the upper 8 are kept, fewer bits are spread over 0..255.
 Pixels of 32 bits, signed ones and floating ones have no fixed white and are refused.  An alpha channel is dropped, not
@@ -11,18 +10,13 @@ blended; of several frames the first is read; colour profiles and gamma are left
 
 from __future__ import annotations
 
-import re
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 from PIL import Image
 
-SPARE_BYTES = 16
-"""Behind a JPEG's last pixel: fewer are an encoder's padding, more are what damage in the middle left undecoded."""
-_SPARE = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
-_DAMAGED = re.compile(r"corrupt jpeg data|premature end|bogus|invalid", re.IGNORECASE)
+from .jpeg import decode_strictly, is_strict
+
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 #: Pillow's mode -> simplejpeg's colour space; what is not here is a rarity.
 _JPEG_MODES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
@@ -49,41 +43,10 @@ def to_rgb(image: Image.Image, path: str | Path) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def is_strict() -> bool:
-    """Whether damage inside of a JPEG is noticed: simplejpeg is installed."""
-    return _simplejpeg() is not None
-
-
-@cache
-def _simplejpeg() -> ModuleType | None:
-    try:
-        import simplejpeg
-    except ImportError:
-        return None
-    return simplejpeg
-
-
 def _strict_jpeg(path: Path, mode: str) -> np.ndarray | None:
     """The pixels of a JPEG that is whole; None: Pillow is to decode it."""
-    library = _simplejpeg()
-    if library is None:
-        return None
-    data = path.read_bytes()
-    try:
-        return _decoded(library, data, mode, strict=True)
-    except ValueError as error:
-        text = str(error)
-    spare = _SPARE.fullmatch(text)
-    if spare and int(spare[1]) < SPARE_BYTES:
-        return _decoded(library, data, mode, strict=False)
-    if _DAMAGED.search(text):
-        raise ValueError(f"damaged: its pixels are not all there ({text})")
-    return None  # not simplejpeg's kind of JPEG: Pillow has the last word
-
-
-def _decoded(library: ModuleType, data: bytes, mode: str, strict: bool) -> np.ndarray | None:
-    pixels = library.decode_jpeg(data, _JPEG_MODES[mode], strict=strict)
-    if mode == "CMYK":  # only looked through: Pillow knows whose ink is inverted
+    pixels = decode_strictly(path.read_bytes(), _JPEG_MODES[mode]) if is_strict() else None
+    if pixels is None or mode == "CMYK":  # only looked through: Pillow knows whose ink is inverted
         return None
     return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
