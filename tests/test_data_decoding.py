@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import EpsImagePlugin, Image, ImageCms, ImageOps
 
 from doublehead.data import DataError, images, jpeg, read_image
 from doublehead.data.images import check_image
@@ -149,6 +149,38 @@ def test_detection_turns_pictures_upright(tmp_path, name, orientation):
     expected = by_pillow(tmp_path / name)
     assert expected.shape == ((70, 45, 3) if 5 <= orientation <= 8 else (45, 70, 3))
     assert np.array_equal(read_image(tmp_path / name, upright=True).permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg"])
+def test_a_damaged_note_says_nothing_of_the_pixels(tmp_path, name):
+    options = {"lossless": True} if name.endswith("webp") else {}
+    photo().save(tmp_path / name, **options)
+    before = pixels_of(tmp_path / name)
+    photo().save(tmp_path / name, exif=b"Exif\0\0neither II nor MM" if name.endswith("jpg") else b"nothing", **options)
+    assert np.array_equal(pixels_of(tmp_path / name), before)
+    assert np.array_equal(read_image(tmp_path / name, upright=True).permute(1, 2, 0).numpy(), before)
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_a_damaged_note_does_not_hide_damaged_pixels(tmp_path, upright):
+    """PNG's note is looked for behind the pixels: Pillow decodes them to get there, and only the first try fails."""
+    memory = io.BytesIO()
+    photo().save(memory, "PNG")
+    content = bytearray(memory.getvalue())
+    place = content.index(b"IDAT") + 400
+    content[place : place + 200] = bytes(200)
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(DataError, match="a.png: cannot read this image"):
+        read_image(tmp_path / "a.png", upright=upright)
+
+
+def test_no_file_runs_a_program(tmp_path, monkeypatch):
+    """Pillow hands PostScript to Ghostscript, whatever the file's name is."""
+    photo().save(tmp_path / "a.eps")
+    os.rename(tmp_path / "a.eps", tmp_path / "a.jpg")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("started"))
+    with pytest.raises(DataError, match="a.jpg: cannot read this image: EPS is a program that draws, not a picture"):
+        read_image(tmp_path / "a.jpg")
 
 
 # ---------------------------------------------------------------------- damage

@@ -16,9 +16,9 @@ from doublehead.config import DataConfig
 
 from .coco import read_coco
 from .dataset import DataError, DataWarning, DetectionDataset, Target
-from .jpeg import is_strict
 from .files import FileDataset
 from .images import MOST_PIXELS, read_image
+from .jpeg import is_strict
 from .loader import Loader, build_loader
 from .problems import Problems
 from .shapes import ShapesDataset

@@ -29,6 +29,8 @@ MAX_PIXELS = 100_000_000
 """Larger images are refused unless asked for; a photo of 100 megapixels decodes to 300 MB."""
 MOST_PIXELS = 178_956_970
 """Where Pillow refuses in any case (twice its MAX_IMAGE_PIXELS)."""
+PROGRAMS = {"EPS"}
+"""Formats that are no pixels but programs: Pillow starts Ghostscript to run them."""
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 """The last bytes of a complete file."""
 EXIF_ORIENTATION = 0x0112
@@ -91,6 +93,8 @@ def _reading(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
     check_regular(path, "image")
     try:
         with Image.open(path) as image:
+            if image.format in PROGRAMS:
+                raise ValueError(f"{image.format} is a program that draws, not a picture")
             _check_pixels(image.size, path, max_pixels)
             yield image
     except (DataError, MemoryError):  # memory is no fault of the image
@@ -122,7 +126,12 @@ def _too_many(path: str | Path, what: str, max_pixels: int) -> DataError:
 def _orientation(image: Image.Image) -> int:
     if image.format == "TIFF":  # Pillow turns these itself
         return 1
-    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    if image.format == "PNG":  # its note may stand behind the pixels: getexif() decodes, and must not fail at that
+        image.load()
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # a note that is damaged says nothing; the pixels are all there
+        return 1
     return orientation if orientation in FLIPS else 1
 
 
