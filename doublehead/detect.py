@@ -76,8 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unreadable:
         print(f"{len(unreadable)} could not be read:", file=sys.stderr)
         for entry in unreadable:
-            print(f"  {entry['file']}: {entry['error']}", file=sys.stderr)
+            print(f"  {_one_line(entry['file'])}: {_one_line(entry['error'])}", file=sys.stderr)
         raise SystemExit(1)
+
+
+def _one_line(text: str) -> str:
+    """A file's name may hold line breaks, and what a terminal takes for a command: they are shown escaped."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def run(options: Options) -> list[Entry]:

@@ -78,7 +78,8 @@ def parse(arguments: Sequence[str]) -> tuple[Recipe, Options]:
     if options.resume and options.model != recipe.model:
         raise UserError("--resume goes on with the model as it is: leave the --model options out")
     train = options.train
-    if not options.resume and _gives("--train.steps", arguments) and not _gives("--train.milestones", arguments):
+    alone = _gives("--train.steps", arguments) and not _gives("--train.milestones", arguments)
+    if alone and train.steps > 0 and not options.resume:
         # Of a run that goes on, the schedule stays: its steps so far were made by it.
         train = scaled(train, recipe.train.steps, warmup=not _gives("--train.warmup-steps", arguments))
     return replace(recipe, data=options.data, train=train, model=options.model), options

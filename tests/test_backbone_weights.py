@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torchvision.ops import FrozenBatchNorm2d
 
 from doublehead.config import BackboneConfig
+from doublehead.engine import digest
 from doublehead.models import backbone
 from doublehead.models.backbone import build_backbone
 from doublehead.weights import WeightsError, read_file, resnet_state
@@ -91,6 +92,24 @@ def test_a_resnet_in_other_files(tmp_path, state):
     assert torch.equal(resnet.conv5.state_dict()["0.conv1.weight"], state["layer4.0.conv1.weight"])
 
 
+def test_a_detector_of_this_library(tmp_path, state):
+    """Its backbone and pyramid, by the names that a wrapper made of them too; nothing of a damaged one."""
+    own = build_backbone(CONFIG).body.state_dict()
+    path, metadata = tmp_path / "model.safetensors", {"format": "doublehead.model/1"}
+    for start in ("detector.backbone.", "_orig_mod.detector.backbone."):
+        tensors = prefixed(start, own)
+        written = save(tensors, digest.with_digest(metadata, tensors))
+        path.write_bytes(written)
+        assert torch.equal(load(path)["body.conv1.weight"], own["body.conv1.weight"])
+    path.write_bytes(written[:-1] + bytes([written[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"model.safetensors was changed or damaged since it was written"):
+        load(path)
+    tensors = prefixed("detector.backbone.", own | {"body.conv1.weight": own["body.conv1.weight"] * torch.nan})
+    path.write_bytes(save(tensors, digest.with_digest(metadata, tensors)))
+    with pytest.raises(ValueError, match="NaN or infinity in body.conv1.weight"):
+        load(path)
+
+
 WRONG = {
     "cut off": (lambda s, p: os.truncate(saved(s, p), 100_000), "truncated or damaged"),
     "a folder": (lambda s, p: p.mkdir(), "a folder"),
@@ -98,6 +117,8 @@ WRONG = {
     "code": (lambda s, p: torch.save(torch.nn.Linear(1, 1), p), "names torch.nn.modules.linear.Linear, which is code"),
     "no numbers": (lambda s, p: torch.save({"conv1.weight": 3}, p), "'conv1.weight' is a int"),
     "NaN": (lambda s, p: saved(s | {"bn1.bias": torch.full((64,), torch.nan)}, p), "NaN or infinity in bn1.bias"),
+    "more than float32 has": (lambda s, p: saved(s | {"bn1.bias": torch.full((64,), 1e300, dtype=torch.float64)}, p),
+                              "NaN or infinity in bn1.bias"),
     "a missing tensor": (lambda s, p: saved({n: s[n] for n in s if n != "layer3.0.conv1.weight"}, p),
                          "missing layer3.0.conv1.weight, unexpected nothing"),
     "another tensor": (lambda s, p: saved(s | {"layer3.0.se.weight": torch.zeros(1)}, p),

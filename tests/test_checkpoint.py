@@ -131,6 +131,53 @@ def test_a_state_comes_back(tmp_path):
     assert loaded == state | {"format": "doublehead.state/1", "model": {}}
 
 
+def test_old_and_new_states_come_back_bit_for_bit(tmp_path):
+    """With a digest and without; of every type that training makes, and in the memory order that it made."""
+    conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(conv.parameters(), amsgrad=True)
+    conv(torch.ones(1, 3, 4, 4)).sum().backward()
+    optimizer.step()
+    tensors = {
+        "bf16": torch.randn(5).bfloat16(), "half": torch.randn(3).half(), "NaN": torch.tensor([torch.nan, -0.0]),
+        "count": torch.tensor(2**40), "truth": torch.tensor([True, False]), "byte": torch.arange(4, dtype=torch.uint8),
+        "none": torch.zeros(0, 3), "number": torch.tensor(0.1, dtype=torch.float64), **conv.state_dict(),
+    }  # fmt: skip
+    state = {
+        "format": "doublehead.state/1", "step": 3, "evaluated_step": -1, "seconds": 1.5, "model": tensors,
+        "scaler": {}, "average": None, "optimizer": optimizer.state_dict(), "losses": {"sums": {}, "steps": 0},
+        "machine": {"processes": 1, "threads": 2, "device": "cpu"},
+    }  # fmt: skip
+    torch.save(state, tmp_path / "old.pt")
+    save_state(tmp_path / "new.pt", state)
+    for name in ("old.pt", "new.pt"):
+        loaded = load_state(tmp_path / name)
+        assert repr(loaded) == repr({**state, "model": dict(tensors)})
+        moments = [(loaded["optimizer"]["state"][i][key], value)
+                   for i, memory in state["optimizer"]["state"].items() for key, value in memory.items()]  # fmt: skip
+        for found, expected in [*moments, *((loaded["model"][key], value) for key, value in tensors.items())]:
+            assert found.dtype == expected.dtype and found.stride() == expected.stride()
+            assert found.flatten().view(torch.uint8).equal(expected.flatten().view(torch.uint8))
+
+
+def test_no_two_numbers_of_a_state_share_memory(tmp_path):
+    """The optimiser goes on in the memory that was read: what is shared would be trained twice a step."""
+    numbers = torch.arange(8.0)
+    shared = {"a": numbers[:4], "b": numbers[2:6], "c": numbers.as_strided((4,), (0,)), "d": numbers, "e": numbers}
+    state = {
+        "step": 3, "evaluated_step": -1, "seconds": 1.5, "model": shared, "scaler": {}, "average": None,
+        "optimizer": {"state": {}, "param_groups": []}, "losses": {"sums": {}, "steps": 0},
+        "machine": {"processes": 1, "threads": 2, "device": "cpu"},
+    }  # fmt: skip
+    save_state(tmp_path / "state.pt", state)
+    loaded = load_state(tmp_path / "state.pt")["model"]
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, shared[name])
+    for tensor in loaded.values():
+        tensor += 1
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, shared[name] + 1)
+
+
 class Command:
     def __reduce__(self):
         return os.system, ("touch executed",)
@@ -168,7 +215,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(saved, tmp_path, built):
     with full_disk():
         with pytest.raises(CheckpointError, match="model.safetensors: cannot be written: .*untouched"):
             save_model(path, TinyDetector(9), RECIPE, ["a", "b"], [2, 5])
-        with pytest.raises(CheckpointError, match="state.pt: cannot be written: .*untouched"):
+        with pytest.raises(CheckpointError, match="state.pt: cannot be written: File too large; what .* untouched"):
             save_state(tmp_path / "state.pt", {"step": 2, "tensor": torch.ones(10000)})
     assert (path.read_bytes(), (tmp_path / "state.pt").read_bytes()) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "state.pt"]

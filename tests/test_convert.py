@@ -343,6 +343,8 @@ WRONG = {
     "missing": (lambda s: without(s, "backbone.fpn.layer_blocks.1.0.bias"), "missing: backbone.fpn.layer_blocks"),
     "missing width": (lambda s: without(s, f"{FC6}.weight"), f"missing: {FC6}.weight"),
     "unknown": (lambda s: s | {"roi_heads.extra.weight": torch.zeros(1)}, "unknown meaning: roi_heads.extra.weight"),
+    "more than float32 has": (lambda s: s | {f"{CLS}.bias": torch.full((4,), 1e300, dtype=torch.float64)},
+                              f"NaN, .* in place of weights: {CLS}.bias"),
     "no place": (lambda s: s | {"backbone.body.layer4.1.conv9.weight": torch.zeros(1)}, "without a place in"),
     "shape": (lambda s: s | {"rpn.head.conv.0.0.bias": torch.zeros(5)}, r"'rpn.head.conv.0.0.bias' has shape \(5,\)"),
     "anchors": (lambda s: s | {"rpn.head.cls_logits.weight": torch.zeros(15, 16, 1, 1)}, "rpn.head.cls_logits.weight"),

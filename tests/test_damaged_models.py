@@ -143,12 +143,12 @@ def test_a_tensor_that_is_there_under_both_names(saved, tmp_path, tiny):
 
 
 def test_no_part_of_a_detector_is_named_like_a_wrapper():
-    from doublehead.engine.checkpoint import _COUNTERS, _WRAPPERS
+    from doublehead.weights.wrappers import COUNTERS, WRAPPERS
 
     for kind in BRANCHES:
         with torch.device("meta"):
             model = build_detector(small(kind).model, 3)
-        assert not {part for name in model.state_dict() for part in name.split(".")} & (_WRAPPERS | _COUNTERS)
+        assert not {part for name in model.state_dict() for part in name.split(".")} & (WRAPPERS | COUNTERS).keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

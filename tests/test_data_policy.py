@@ -434,6 +434,6 @@ def test_the_start_of_a_run_says_what_is_left_out(coco, capsys):
         world=World(device=torch.device("cpu")),
         folder=coco.root,
     )
-    Run._say_start(run, resumed=False)
+    Run._say_start(run, None)
     said = capsys.readouterr()
     assert "left out of training: 1 x image without boxes, 1 x crowd or difficult box\n" in said.out + said.err

@@ -239,10 +239,34 @@ def test_a_used_folder_holds_no_pictures_of_an_earlier_call(saved, tmp_path, cap
     assert detect(saved, second, "--out", out) == 0
 
 
+def test_no_other_file_in_the_folder_is_overwritten(saved, tmp_path):
+    out = tmp_path / "out"
+    own = picture(out / "a.jpg", colour=(1, 2, 3))
+    before = own.read_bytes()
+    picture(tmp_path / "in" / "a.png")
+    for _ in range(2):  # the second time over the first one's
+        assert detect(saved, tmp_path / "in", "--out", out) == 0
+        assert sorted(path.name for path in out.iterdir()) == ["a-2.jpg", "a.jpg", "detections.json"]
+        assert own.read_bytes() == before
+
+
+def test_where_nothing_is_read_earlier_results_stay(saved, tmp_path, capsys):
+    out = tmp_path / "out"
+    picture(tmp_path / "a.png")
+    assert detect(saved, tmp_path / "a.png", "--out", out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    assert detect(saved, tmp_path / "mistyped.png", "x" * 5000, "--out", out) == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    said = capsys.readouterr()
+    assert f"the results of an earlier call stay in {out}" in said.out and "2 could not be read" in said.err
+
+
 def test_videos_pipes_and_bombs_are_named(saved, tmp_path, capsys):
     folder = tmp_path / "in"
     picture(folder / "good.png")
     os.mkfifo(folder / "pipe.jpg")
+    (folder / "round.jpg").symlink_to(folder / "round.jpg")
     Image.new("1", (12_000, 12_000)).save(folder / "bomb.png")
     (tmp_path / "a.mp4").write_bytes(b"video")
     (tmp_path / "videos").mkdir()
@@ -251,7 +275,8 @@ def test_videos_pipes_and_bombs_are_named(saved, tmp_path, capsys):
     assert detect(saved, *arguments) == 1
     shown = capsys.readouterr().err
     for said in (
-        "4 could not be read", "a.mp4: a video: make pictures of a video first: ffmpeg",
+        "5 could not be read", "round.jpg: cannot read this image: Too many levels of symbolic links",
+        "a.mp4: a video: make pictures of a video first: ffmpeg",
         "videos: no picture in this folder, but videos: make pictures",
         "pipe.jpg: cannot read this image: it is a pipe",
         "bomb.png: the image has 12000x12000",
@@ -345,15 +370,17 @@ def test_unreadable_pictures_are_reported_and_the_rest_is_done(saved, tmp_path, 
     (tmp_path / "in" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "in" / "empty.png").touch()
     (tmp_path / "in" / "text.jpg").write_text("not a picture")
+    (tmp_path / "in" / "two\nlines\x1b.jpg").touch()
     assert detect(saved, tmp_path / "in", tmp_path / "none.png", "--out", tmp_path / "out") == 1
     answer = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert [entry["file"] for entry in answer["pictures"]] == [str(good)]
     names = [entry["file"].rpartition("/")[2] for entry in answer["unreadable"]]
-    assert names == ["none.png", "cut.jpg", "empty.png", "text.jpg"]
+    assert names == ["none.png", "cut.jpg", "empty.png", "text.jpg", "two\nlines\x1b.jpg"]
     assert all(entry["error"] for entry in answer["unreadable"])
     shown = capsys.readouterr().err
-    assert "4 could not be read" in shown and "Traceback" not in shown
-    assert "text.jpg: cannot read this image: of no format that Pillow knows" in shown
+    assert "5 could not be read" in shown and "Traceback" not in shown
+    assert "two\\nlines\\x1b.jpg: cannot read this image: an empty file" in shown
+    assert "text.jpg: cannot read this image: of no format, or of no kind of pixels, that Pillow knows" in shown
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["detections.json", "good.jpg"]
 
 

@@ -257,9 +257,9 @@ def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(package, "write_package", write)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         export.main([str(run), str(tmp_path / "a.pt2"), "--device", "cpu"])
-    assert list(tmp_path.iterdir()) == []
+    assert stop.value.code == 130 and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ from onnx import TensorProto, helper
 from doublehead.exporting.calls import SessionCall
 
 signal.alarm(60)
+torch.set_num_threads(1)  # its own would be missed by the forked process, whatever ONNX does
 values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", "n"]) for name in ("pixels", "sizes", "sum")]
 nodes = [helper.make_node("MatMul", ["pixels", "sizes"], ["product"]), helper.make_node("Exp", ["product"], ["sum"])]
 model = helper.make_model(helper.make_graph(nodes, "g", values[:2], values[2:]),

@@ -10,7 +10,9 @@ import types
 import pytest
 
 from doublehead.engine import files
-from doublehead.engine.files import is_temporary, replacing, write_text
+from doublehead.engine.errors import UserError
+from doublehead.engine.files import is_temporary, read_recipe, replacing, write_text
+from doublehead.engine.picture_files import earlier_pictures
 
 
 @pytest.fixture(autouse=True)
@@ -129,3 +131,11 @@ def test_a_pipe_is_written_to_as_it_is(tmp_path):
     write_text(tmp_path / "pipe", "through")
     reader.join()
     assert texts == ["through"] and (tmp_path / "pipe").is_fifo() and names(tmp_path) == ["pipe"]
+
+
+def test_pipes_in_the_place_of_records_are_not_waited_for(tmp_path):
+    for name in ("recipe.json", "detections.json"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="recipe.json: not a regular file"):
+        read_recipe(tmp_path)
+    assert earlier_pictures(tmp_path) == []

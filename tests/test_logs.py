@@ -113,6 +113,7 @@ def test_tensorboard_reads_the_events(tmp_path):
         (OSError(errno.ENOSPC, "No space left on device", "x/y"), 2, "error: x/y: No space left on device\n"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), 2, "error: x: Is a directory\n"),
         (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
+        (BrokenPipeError(), 141, "error: the program that reads the output has ended (broken pipe)\n"),
     ],
 )
 def test_a_command_line_shows_one_line(capsys, error, code, said):

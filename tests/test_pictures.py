@@ -128,3 +128,10 @@ def test_names_with_line_breaks_are_drawn_in_one_line():
     drawn = [draw_boxes(Image.new("RGB", (90, 60)), torch.tensor([[5.0, 20, 40, 40]]), torch.tensor([1]), [name])
              for name in ("person ", "person\n", "person\x00", "person\u2028")]  # fmt: skip
     assert all(picture.tobytes() == drawn[0].tobytes() for picture in drawn)
+
+
+def test_long_names_are_cut_short():
+    drawn = [draw_boxes(Image.new("RGB", (900, 60)), torch.tensor([[5.0, 20, 40, 40]]), torch.tensor([1]), [name])
+             for name in ("x" * 59 + "\N{HORIZONTAL ELLIPSIS}", "x" * 61, "x" * 100_000, "x" * 60)]  # fmt: skip
+    same = [picture.tobytes() == drawn[0].tobytes() for picture in drawn]
+    assert same == [True, True, True, False]

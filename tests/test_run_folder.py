@@ -16,10 +16,12 @@ from engine_standin import TINY, finish, launch, one_thread, tiny_models  # noqa
 from doublehead import train
 from doublehead.engine import lock, pictures
 from doublehead.engine.checkpoint import load_state
-from doublehead.engine.errors import UserError
+from doublehead.engine.distributed import World
+from doublehead.engine.errors import PeerLostError, UserError
 from doublehead.engine.files import new_run_folder
 from doublehead.engine.lock import LOCK_FILE, FolderLock
 from doublehead.engine.logs import read_log
+from doublehead.engine.trainer import Trainer
 
 HOLDER = """
 import sys, time
@@ -207,6 +209,7 @@ def fewer_classes_in_the_model_of_an_old_state(folder):
         (None, ["--data.train-images", "8"], "data.train_images is 9 there, not 8"),
         (swap_recipe, [], "model.head.fc_dim is 256 there, not 128"),
         (other_classes, [], "other classes: class 1 is 'square' there and 'disc' in the data"),
+        (other_classes, ["--train.steps", "3"], "other classes: class 1 is 'square' there"),
         (other_images, [], "trained on other images: 8 then, 9 now"),
         (fewer_classes_in_the_model_of_an_old_state, [], "other classes: 2 there, 6 in the data"),
         (lambda folder: shutil.rmtree(folder / "tensorboard") or (folder / "tensorboard").touch(), [],
@@ -235,6 +238,14 @@ def test_what_may_change_does_and_is_said(folder, tiny, capsys):
     state = load_state(folder / "state.pt")
     assert state["step"] == 5 and state["run"]["images"] == 9
     assert json.loads((folder / "recipe.json").read_text())["train"]["lr"] == 0.5
+
+
+def test_what_a_refusal_of_the_data_advises_may_change(folder, tiny):
+    options = "--data.on-bad-record skip --data.max-skipped 0.5 --data.max-pixels 120000000 --data.outside-root".split()
+    edit_state(folder, run=None)  # of an earlier version, which had no such limits
+    assert tiny("--resume", folder, *options) == 0
+    assert tiny("--resume", folder) == 0
+    assert json.loads((folder / "recipe.json").read_text())["data"]["max_skipped"] == 0.5
 
 
 def test_a_finished_run_is_evaluated_again_and_a_lost_model_comes_back(folder, tiny, capsys):
@@ -282,3 +293,25 @@ def test_a_stop_before_the_first_step_says_so(tmp_path, tiny, monkeypatch, capsy
     command = "go on with: python -m doublehead.train --resume run\n"
     assert f"stopped before the first step: run is as it was; {command}" in capsys.readouterr().err
     assert contents(folder) == before
+
+
+def test_a_lost_process_is_named_though_torchrun_stops_the_others_at_once(folder, tiny, monkeypatch, capsys):
+    def lost(self, error):
+        signal.raise_signal(signal.SIGTERM)  # torchrun's, while this process looks what became of the other
+        if isinstance(error, RuntimeError):
+            raise PeerLostError("another process of this job is gone")
+
+    def broken(self):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(World, "give_way", lost)
+    monkeypatch.setattr(Trainer, "fit", broken)
+    fallen_through = []
+    before = signal.signal(signal.SIGTERM, lambda *args: fallen_through.append(args))
+    try:
+        assert tiny("--resume", folder) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    stopped, error = capsys.readouterr().err.splitlines()
+    assert stopped.startswith("stopped after step 4: the last step, 4, is saved in ") and "--resume" in stopped
+    assert error == "error: another process of this job is gone" and not fallen_through

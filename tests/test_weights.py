@@ -155,6 +155,8 @@ def array_of(dtype=LITTLE, shape=b"(I1\nt", data=b"S'abcd'\n", fortran=b"I00\n")
     return NEW + b"(I1\n" + shape + dtype + fortran + data + b"tb"
 
 
+LAUGHS = b"I1\n\x85" + b"2\x86" * 60
+"""A tuple of a few bytes that holds 2^60 numbers: its text, its hash and comparisons with another never end."""
 HOSTILE = {
     "uninitialised": b"cnumpy\nndarray\n((I1000\ntS'f4'\ntR",
     "foreign memory": b"cnumpy\nndarray\n((I4\ntS'f4'\nS'0123456789abcdef'\nI-64\ntR",
@@ -219,6 +221,11 @@ HOSTILE = {
     "huge memo": b"Nr" + struct.pack("<I", 2**32 - 1),  # Python's own unpickler makes a table of 64 GB
     "a deep key": b"(d)" + b"\x85" * 100_000 + b"I1\ns",  # whose hash would overflow the stack
     "a deep set": b"\x8f()" + b"\x85" * 100_000 + b"\x90",
+    "an endless type": b"cnumpy\ndtype\n" + LAUGHS + b"\x85R",
+    "an endless codec": b"c_codecs\nencode\nU\x01a" + LAUGHS + b"\x86R",
+    "an endless attribute": b"c__builtin__\ngetattr\nN" + LAUGHS + b"\x86R",
+    "endless axes": b"cnumpy.core.numeric\n_frombuffer\n(S'abcd'\n" + LITTLE + b"(I1\nI1\ntS'K'\n" + LAUGHS + LAUGHS
+                    + b"\x86tR",
     "nothing": b"",
     "a missing memo": b"h\x07",
     "an empty stack": b"R",
@@ -253,6 +260,14 @@ def test_objects_are_counted(tmp_path, monkeypatch, program):
     (tmp_path / "m.pkl").write_bytes(b"\x80\x04" + program + b".")
     with pytest.raises(WeightsError, match="makes more than 1,000 objects"):
         read(tmp_path / "m.pkl")
+
+
+def test_huge_numbers_in_a_name(tmp_path):
+    """Python shows none of more than 4300 digits, nor could a message."""
+    (tmp_path / "m.pkl").write_bytes(b"\x80\x02}\x8b" + struct.pack("<i", 8000) + b"\1" * 8000 + b"\x85I1\ns.")
+    for attempt in (read, read_plain):
+        with pytest.raises(WeightsError, match="a huge number as a key"):
+            attempt(tmp_path / "m.pkl")
 
 
 def test_everything_in_a_file_as_torch_gives_it(tmp_path):

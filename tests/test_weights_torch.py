@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_weights import ARRAYS, TENSORS, read
+from test_weights import ARRAYS, LAUGHS, TENSORS, read
 
 from doublehead.weights import WeightsError
 
@@ -161,6 +161,30 @@ def test_archives_that_are_no_weights(tmp_path):
     np.savez(tmp_path / "m.npz", a=np.zeros(2))
     with pytest.raises(WeightsError, match="not one of torch.save"):
         read(tmp_path / "m.npz")
+
+
+@pytest.mark.parametrize("key", [b")" + b"\x85" * 300_000, LAUGHS], ids=["deep", "endless"])
+def test_lists_of_tensors_that_cannot_be_hashed(tmp_path, key):
+    """Where files before PyTorch 1.6 list their storages: the stack would overflow, or hashing never end."""
+    head = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, {})]
+    (tmp_path / "m.pth").write_bytes(b"".join(head) + b"\x80\x02]" + key + b"a.")
+    with pytest.raises(WeightsError, match="no list of its tensors"):
+        read(tmp_path / "m.pth")
+
+
+def test_damaged_names_are_seen(tmp_path):
+    path = tmp_path / "m.pth"
+    torch.save({"alpha": torch.ones(3)}, path)
+    path.write_bytes(path.read_bytes().replace(b"alpha", b"alphb"))
+    with pytest.raises(WeightsError, match="other names or shapes than were written"):
+        read(path)
+
+
+def test_truths_are_0_or_1_whatever_the_file_has(tmp_path):
+    """Another byte as a bool is undefined in C++."""
+    archive(tmp_path / "m.pth", {"a": Call(rebuild, storage(kind=torch.BoolStorage), 0, (4,), (1,), False, {})},
+            {"data/0": b"\0\1\2\xff"})  # fmt: skip
+    assert read(tmp_path / "m.pth").tensors["a"].view(torch.uint8).tolist() == [0, 1, 1, 1]
 
 
 def test_a_flipped_bit_is_seen(tmp_path):

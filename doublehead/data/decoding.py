@@ -6,6 +6,9 @@ pixels, but told to be strict (see `jpeg`), where Pillow cannot see that pixels 
 Brightness: a channel of 8 bits is taken as it is, of 16 bits the upper 8 are kept, fewer bits are spread over 0..255.
 Pixels of 32 bits, signed ones and floating ones have no fixed white and are refused.  An alpha channel is dropped, not
 blended; of several frames the first is read; colour profiles and gamma are left alone, as COCO's tools leave them.
+
+Missing data are noticed in every format.  Changed data are noticed in PNG, by its checksums, and often in JPEG and GIF,
+whose decoders fall out of step; seldom in TIFF and WebP, never in BMP and PPM, which have nothing to tell it by.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from PIL import Image
 from .jpeg import decode_strictly, is_strict
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+_SAMPLE_FORMAT, _SIGNED = 339, 2
 #: Pillow's mode -> simplejpeg's colour space; what is not here is a rarity.
 _JPEG_MODES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 
@@ -38,6 +42,8 @@ def to_rgb(image: Image.Image, path: str | Path) -> np.ndarray:
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode} have no fixed white; 8 or 16 bits are accepted")
+    if image.format == "TIFF" and _SIGNED in image.tag_v2.get(_SAMPLE_FORMAT, ()):  # Pillow shows -1 as 255
+        raise ValueError("signed pixels have no fixed white; unsigned ones of 8 or 16 bits are accepted")
     image.load()
     image.info.pop("transparency", None)  # dropped like an alpha channel; else Pillow warns of it
     return np.array(image.convert("RGB"))

@@ -29,11 +29,11 @@ MAX_PIXELS = 100_000_000
 """Larger images are refused unless asked for; a photo of 100 megapixels decodes to 300 MB."""
 MOST_PIXELS = 178_956_970
 """Where Pillow refuses in any case (twice its MAX_IMAGE_PIXELS)."""
-PROGRAMS = {"EPS"}
-"""Formats that are no pixels but programs: Pillow starts Ghostscript to run them."""
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 """The last bytes of a complete file."""
 EXIF_ORIENTATION = 0x0112
+PROGRAMS = {"EPS", "WMF"}
+"""Pillow's names of formats that hold drawing commands, for which it runs Ghostscript or asks Windows."""
 #: Orientation -> axes of `[H, W, 3]` to flip, after rows and columns have changed places (from 5 on).
 FLIPS = {1: (), 2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}
 
@@ -94,7 +94,7 @@ def _reading(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             if image.format in PROGRAMS:
-                raise ValueError(f"{image.format} is a program that draws, not a picture")
+                raise ValueError(f"it holds drawing commands ({image.format}), not pixels; make a PNG of it")
             _check_pixels(image.size, path, max_pixels)
             yield image
     except (DataError, MemoryError):  # memory is no fault of the image
@@ -104,7 +104,8 @@ def _reading(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = "an empty file" if os.path.getsize(path) == 0 else "of no format that Pillow knows"
+            empty = os.path.getsize(path) == 0
+            reason = "an empty file" if empty else "of no format, or of no kind of pixels, that Pillow knows"
         raise DataError(f"{path}: cannot read this image: {reason}", "unreadable image") from error
 
 
@@ -126,11 +127,11 @@ def _too_many(path: str | Path, what: str, max_pixels: int) -> DataError:
 def _orientation(image: Image.Image) -> int:
     if image.format == "TIFF":  # Pillow turns these itself
         return 1
-    if image.format == "PNG":  # its note may stand behind the pixels: getexif() decodes, and must not fail at that
+    if image.format == "PNG":  # whose notes may follow the pixels, which `getexif` would decode inside of the `try`
         image.load()
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-    except Exception:  # a note that is damaged says nothing; the pixels are all there
+    except Exception:  # Pillow raises many kinds: a broken note says nothing, and takes nothing from the pixels
         return 1
     return orientation if orientation in FLIPS else 1
 

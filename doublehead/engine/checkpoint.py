@@ -25,16 +25,14 @@ from doublehead.engine import digest
 from doublehead.engine import state as state_schema
 from doublehead.engine.errors import CheckpointError
 from doublehead.engine.file_kinds import other_kind
-from doublehead.engine.files import replacing
+from doublehead.engine.files import check_room, replacing
 from doublehead.engine.schema import Mismatch, is_finite, items, text, whole
+from doublehead.weights import read_plain
+from doublehead.weights.wrappers import COUNTERS, without_wrappers
 
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.pt"
 _MODEL_FORMAT = "doublehead.model/1"
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""What DataParallel and AveragedModel, torch.compile, FSDP and activation checkpointing put into tensors' names."""
-_COUNTERS = {"n_averaged"}
-"""Tensors that AveragedModel adds."""
 
 
 class LoadedModel(NamedTuple):
@@ -129,9 +127,13 @@ def save_state(path: str | Path, state: dict[str, Any]) -> None:
     """
     try:
         with replacing(path) as temporary:
-            torch.save({"format": state_schema.FORMAT, **state}, temporary)
+            try:
+                torch.save({"format": state_schema.FORMAT, **state}, temporary)
+            except RuntimeError:
+                check_room(temporary)
+                raise
             digest.seal(temporary)
-    except (OSError, RuntimeError) as error:  # PyTorch's zip writer turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:
         raise _cannot_write(path, error) from error
 
 
@@ -144,11 +146,12 @@ def load_state(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         digest.check_sealed(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_plain(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # a file that is not one of ours raises nearly everything
-        raise CheckpointError(f"{path}: not a training state, or damaged ({_first_line(error)})") from error
+    except Exception as error:  # Damaged, WeightsError, or no memory for it
+        reason = _first_line(error).removeprefix(f"{path}: ")
+        raise CheckpointError(f"{path}: not a training state, or damaged ({reason})") from error
     if not isinstance(state, dict) or state.get("format") != state_schema.FORMAT:
         raise CheckpointError(f"{path}: not a training state of this version of doublehead")
     try:
@@ -289,10 +292,10 @@ def _check_finite(tensors: dict[str, torch.Tensor], whole: bool) -> None:
 
 def _unwrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors by the names that the detector itself gives them."""
-    plain = {".".join(part for part in name.split(".") if part not in _WRAPPERS): name for name in tensors}
+    plain = {without_wrappers(name): name for name in tensors}
     if len(plain) < len(tensors):
         raise ValueError("some tensors are there twice, plain and under the name of a wrapper of their module")
-    return {name: tensors[source] for name, source in plain.items() if name not in _COUNTERS}
+    return {name: tensors[source] for name, source in plain.items() if name not in COUNTERS}
 
 
 def _without_download(recipe: Recipe) -> Recipe:

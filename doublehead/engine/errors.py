@@ -74,6 +74,11 @@ def shown_to_user() -> Iterator[None]:
         if not isinstance(error, (UserError, DataError)):
             raise
         _exit(str(error), getattr(error, "exit_code", 2))
+    except BrokenPipeError:
+        # What is still to be written goes nowhere when Python ends; what took the place of stdout may be no file.
+        with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        _exit("the program that reads the output has ended (broken pipe)", 128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise

@@ -138,6 +138,17 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def check_room(path: Path, size: int = 1 << 20) -> None:
+    """Append `size` bytes to a file that is given up: PyTorch's zip writer says "unexpected pos" of a full disk.
+
+    Raises:
+        OSError: there is no room for them, or what else kept PyTorch from writing.
+    """
+    with open(path, "ab", buffering=0) as file:
+        while size > 0:
+            size -= file.write(bytes(size))
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` atomically."""
     with replacing(path) as temporary:
@@ -206,7 +217,11 @@ def read_recipe(folder: str | Path) -> Recipe:
     """
     path = Path(folder) / RECIPE_FILE
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            raise UserError(f"{path}: not a regular file")
         return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{folder} is not the folder of a run: {path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # of characters, JSON, fields

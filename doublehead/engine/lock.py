@@ -53,7 +53,7 @@ class FolderLock:
             UserError: another process has it (the message names host, process and since when), or the folder cannot
                 be written.
         """
-        key = self.folder.resolve()
+        key = Path(os.path.realpath(self.folder))
         before = _HELD.setdefault(key, self)
         if before is not self and before._pid == os.getpid():
             raise UserError(f"{self.folder} is in use by another training of this process: one folder, one training")
@@ -114,7 +114,7 @@ class FolderLock:
         if self._file is not None:
             os.close(self._file)
             self._file = None
-        if _HELD.get(key := self.folder.resolve()) is self:
+        if _HELD.get(key := Path(os.path.realpath(self.folder))) is self:
             del _HELD[key]
 
 

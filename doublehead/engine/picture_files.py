@@ -28,21 +28,26 @@ def find_pictures(names: Sequence[str], leave_out: Path) -> tuple[list[Path], li
     unmatched = []
     for name in names:
         path = Path(name)
-        if path.is_dir():
+        if os.path.isdir(name):  # Path.is_dir raises where a name is too long
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and not p.is_dir())
-            found = [p for p in found if leave_out.resolve() not in p.resolve().parents]
-        elif os.path.lexists(path):
+            found = [p for p in found if _real(leave_out) not in _real(p).parents]
+        elif os.path.lexists(name):
             found = [path]
         else:
             found = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if not p.is_dir())
         if not found:
             unmatched.append({"file": name, "error": _why_none(path)})
-        files.update({p.resolve(): p for p in found if p.resolve() not in files})
+        files.update({_real(p): p for p in found if _real(p) not in files})
     return list(files.values()), unmatched
 
 
+def _real(path: Path) -> Path:
+    """The path without symbolic links; where they lead round in a circle, `Path.resolve` raises on older Pythons."""
+    return Path(os.path.realpath(path))
+
+
 def _why_none(path: Path) -> str:
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return "no such file, nor does a file match it as a pattern"
     if any(p.suffix.lower() in VIDEOS for p in path.rglob("*")):
         return f"no picture in this folder, but videos: {HOW_TO_SPLIT}"
@@ -52,9 +57,12 @@ def _why_none(path: Path) -> str:
 def output_names(files: Sequence[Path], folder: Path) -> list[str]:
     """A name in `folder` for each picture: its own with the ending .jpg, numbered where two would be the same.
 
-    No name is that of an input in `folder`: the originals are never overwritten.
+    No name is that of an input in `folder`, nor of another file there: only what an earlier call's JSON lists is
+    overwritten.
     """
-    taken = {path.name.lower() for path in files if path.resolve().parent == folder.resolve()}
+    inputs = {path.name.lower() for path in files if _real(path).parent == _real(folder)}
+    present = {path.name.lower() for path in folder.iterdir()} if folder.is_dir() else set()
+    taken = inputs | (present - {name.lower() for name in earlier_pictures(folder)})
     names = []
     for path in files:
         name, number = f"{path.stem}.jpg", 2
@@ -68,9 +76,15 @@ def output_names(files: Sequence[Path], folder: Path) -> list[str]:
 def write_results(
     folder: Path, classes: list[str], entries: list[Entry], unreadable: list[Entry], files: Sequence[Path]
 ) -> None:
-    """Write `detections.json`, and remove the annotated pictures that only an earlier one in its place lists."""
+    """Write `detections.json`, and remove the annotated pictures that only an earlier one in its place lists.
+
+    Where no picture could be read, as after a mistyped name, what an earlier call left stays as it is.
+    """
+    if not entries and earlier_pictures(folder):
+        print(f"no picture was read: the results of an earlier call stay in {folder}")
+        return
     kept = {entry["picture"] for entry in entries} | {file.name for file in files}
-    earlier = [folder / name for name in _listed(folder) if name not in kept]
+    earlier = [folder / name for name in earlier_pictures(folder) if name not in kept]
     write_json(folder / JSON_FILE, {"classes": classes, "pictures": entries, "unreadable": unreadable})
     stale = [path for path in earlier if path.is_file() and not path.is_symlink()]
     for path in stale:
@@ -79,8 +93,10 @@ def write_results(
         print(f"{len(stale)} annotated pictures of an earlier call removed from {folder}")
 
 
-def _listed(folder: Path) -> list[str]:
+def earlier_pictures(folder: Path) -> list[str]:
     """The annotated pictures that a `detections.json` in the folder lists: plain names alone."""
+    if not (folder / JSON_FILE).is_file():  # a pipe would be waited for without end
+        return []
     try:
         content = json.loads((folder / JSON_FILE).read_text("utf-8"))
         names = [entry["picture"] for entry in content["pictures"]]

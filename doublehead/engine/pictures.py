@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from doublehead.engine.files import write_bytes
 
 Colour = tuple[int, int, int]
+LONGEST_NAME = 60
+"""Letters of a class's name that are drawn."""
 
 
 def to_picture(image: torch.Tensor) -> Image.Image:
@@ -62,10 +64,15 @@ def draw_boxes(
         _draw_box(draw, boxes[i].tolist(), class_colour(int(labels[i])), width=max(3, size // 6))
     for i in chosen:  # the names last, so that no box hides one
         label = int(labels[i])
-        name = "".join(letter if letter.isprintable() else " " for letter in classes[label - 1])  # fonts draw no "\n"
-        text = name + (f" {scores[i]:.2f}" if scores is not None else "")
+        text = _shown(classes[label - 1]) + (f" {scores[i]:.2f}" if scores is not None else "")
         _draw_name(draw, boxes[i].tolist(), text, class_colour(label), font, picture.size)
     return picture
+
+
+def _shown(name: str) -> str:
+    """A class's name in one line of bounded length: fonts draw no line break, and no picture is that wide."""
+    short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return "".join(letter if letter.isprintable() else " " for letter in short)
 
 
 def _draw_box(draw: ImageDraw.ImageDraw, box: list[float], colour: Colour, width: int) -> None:

@@ -23,7 +23,8 @@ from doublehead.engine.files import RECIPE_FILE, read_recipe
 #: (the model, the optimiser and its settings), some number the images (seed, batch size, data).
 MAY_CHANGE = (
     "name", "about", "model.backbone.weights", "model.head.fused", "model.head.recompute", "model.detection",
-    "data.root", "data.val_split", "data.val_images", "data.on_bad_record", "data.workers",
+    "data.root", "data.val_split", "data.val_images", "data.workers",
+    "data.on_bad_record", "data.max_skipped", "data.max_pixels", "data.outside_root",  # which images: see `check_state`
     "train.steps", "train.accumulate", "train.lr", "train.milestones", "train.gamma", "train.warmup_steps",
     "train.warmup_factor", "train.clip_grad_norm", "train.amp", "train.ema_decay", "train.sync_batch_norm",
     "train.channels_last", "train.horizontal_flip", "train.eval_every", "train.checkpoint_every", "train.log_every",
@@ -113,11 +114,6 @@ def check_state(folder: Path, state: dict[str, Any], recipe: Recipe, dataset: An
     Raises:
         UserError: names what differs.
     """
-    if recipe.train.steps < state["step"]:
-        raise UserError(
-            f"{folder} has done {state['step']} steps already, more than train.steps {recipe.train.steps}: "
-            f"give --train.steps {state['step']} or more"
-        )
     known = state.get("run")  # states of earlier versions have none
     if known is None:
         known = {"recipe": {}, "classes": _classes_of_model(folder / MODEL_FILE) or dataset.classes}
@@ -132,6 +128,11 @@ def check_state(folder: Path, state: dict[str, Any], recipe: Recipe, dataset: An
         raise UserError(
             f"{folder} was trained on other images: {known['images']} then, {now['images']} now, and not with the same "
             "names, sizes and order; resume on the run's own data, or begin a new run with --out"
+        )
+    if recipe.train.steps < state["step"]:
+        raise UserError(
+            f"{folder} has done {state['step']} steps already, more than train.steps {recipe.train.steps}: "
+            f"give --train.steps {state['step']} or more"
         )
 
 

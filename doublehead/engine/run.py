@@ -35,6 +35,7 @@ from doublehead.engine.trainer import Hooks, Trainer, check_config, micro_batch_
 
 METRICS_FILE = "metrics.json"
 PICTURES = 8  # images in detections.png
+_STOPS = (Stopped, KeyboardInterrupt, PeerStopped, PeerLostError)  # the run itself is well: it can go on
 
 
 def train(recipe: Recipe, folder: Path, world: World, resume: bool = False) -> dict[str, Any]:
@@ -54,20 +55,21 @@ def train(recipe: Recipe, folder: Path, world: World, resume: bool = False) -> d
         Stopped: after SIGTERM or Ctrl-C.
     """
     parts: list[Run] = []
-    try:
-        with StopSignals() as signals, signals.ending_at_once(), _locked(folder, world):
-            world.on_main(lambda: check_folder(folder, recipe) if resume else check_new(folder))
-            parts.append(run := Run(recipe, folder, world, resume))
-            run.trainer.fit()
-            return run.finish()
-    except BaseException as error:
-        cause = _cause(error, world)
-        if world.is_main and isinstance(cause, (Stopped, KeyboardInterrupt, PeerStopped)):
-            steps = (parts[0].trainer.step, parts[0].saved_step) if parts else None
-            tqdm.write(f"stopped{_progress(folder, steps, recipe.train.steps)}", file=sys.stderr)
-        if cause is error:
-            raise
-        raise cause from None
+    with StopSignals() as signals:  # around the error's way out too: torchrun sends SIGTERM as soon as one process died
+        try:
+            with signals.ending_at_once(), _locked(folder, world):
+                world.on_main(lambda: check_folder(folder, recipe) if resume else check_new(folder))
+                parts.append(run := Run(recipe, folder, world, resume))
+                run.trainer.fit()
+                return run.finish()
+        except BaseException as error:
+            cause = _cause(error, world)
+            if world.is_main and isinstance(cause, _STOPS):
+                steps = (parts[0].trainer.step, parts[0].saved_step) if parts else None
+                tqdm.write(f"stopped{_progress(folder, steps, recipe.train.steps)}", file=sys.stderr)
+            if cause is error:
+                raise
+            raise cause from None
 
 
 @contextlib.contextmanager

@@ -202,7 +202,8 @@ def _source_of(target: str, rules: Sequence[Rule]) -> str:
 
 
 def _sound(tensor: Tensor, wanted: Tensor) -> bool:
-    return tensor.is_floating_point() == wanted.is_floating_point() and bool(tensor.isfinite().all())
+    """Whether `tensor` is of the kind of `wanted`, and finite in its type (float64 has larger numbers than float32)."""
+    return tensor.is_floating_point() == wanted.is_floating_point() and bool(tensor.to(wanted.dtype).isfinite().all())
 
 
 def _list(names: Sequence[str]) -> str:

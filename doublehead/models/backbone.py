@@ -21,6 +21,7 @@ from ..config import BackboneConfig
 from ..weights import WeightsError, read_file, resnet_state
 from ..weights.entries import some
 from ..weights.files import first_line, is_own_model, is_safetensors
+from ..weights.wrappers import without_wrappers
 
 NORMS = {"frozen_batch_norm": FrozenBatchNorm2d, "batch_norm": nn.BatchNorm2d, "group_norm": partial(nn.GroupNorm, 32)}
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
@@ -186,15 +187,32 @@ def _load_resnet(resnet: nn.Module, config: BackboneConfig) -> None:
 
 
 def _load_checkpoint(backbone: nn.Module, path: Path) -> None:
-    """Load the backbone and the pyramid of a detector's model.safetensors."""
+    """Load the backbone and the pyramid of a detector's model.safetensors.
+
+    Raises:
+        ValueError: it is damaged, or its weights are not finite or do not fit.
+    """
     import safetensors  # only here: models themselves need PyTorch and torchvision alone
+
+    from ..engine import digest
 
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(_CHECKPOINT_PREFIX)]  # noqa: SIM118 (not a dict)
-            state = {name.removeprefix(_CHECKPOINT_PREFIX): file.get_tensor(name) for name in names}
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"backbone.weights: {path} is not a safetensors file, or truncated ({error})") from error
+    if not digest.fits(metadata, tensors):
+        raise ValueError(f"backbone.weights: {path} was changed or damaged since it was written: get it anew")
+    tensors = {without_wrappers(name): tensor for name, tensor in tensors.items()}
+    state = {
+        name.removeprefix(_CHECKPOINT_PREFIX): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(_CHECKPOINT_PREFIX)
+    }
+    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"backbone.weights: {path}: NaN or infinity in {_some(broken)}")
     _load(backbone, state, path)
 
 

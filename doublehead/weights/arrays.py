@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .pickles import Function, Refused, StandIn, Unpickler
+from .pickles import Function, Refused, StandIn, Unpickler, brief
 
 MODULES = ("numpy.core", "numpy._core")
 """Where numpy 1 and 2 keep their makers of arrays."""
@@ -30,7 +30,7 @@ class NumpyDtype(StandIn):
         if isinstance(code, bytes):
             code = code.decode("latin1")
         if type(code) is not str or not _CODE.fullmatch(code):
-            raise Refused(f"has a numpy.dtype {str(code)[:20]!r}, where plain real numbers are accepted")
+            raise Refused(f"has a numpy.dtype of {brief(code)}, where plain real numbers are accepted")
         self.numpy = np.dtype(code)
 
     def build(self, state: Any) -> None:
@@ -75,7 +75,7 @@ class NumpyArray(StandIn):
             raise Refused(f"has a numpy array whose data are a {type(data).__name__}")
         if len(data) != math.prod(shape) * dtype.numpy.itemsize:
             raise Refused(f"has a numpy array of shape {shape} and {dtype.numpy} with {len(data)} bytes of data")
-        if axes is not None and (type(axes) is not tuple or sorted(axes) != list(range(len(shape)))):
+        if axes is not None and not _are_axes(axes, len(shape)):
             raise Refused("has a numpy array with wrong axes")
         self.data, self.dtype, self.shape, self.order, self.axes = data, dtype.numpy, shape, order, axes
 
@@ -94,6 +94,15 @@ class NumpyArray(StandIn):
             array = array.transpose(self.axes)
         native = array.astype(self.dtype.newbyteorder("="), order="C", copy=True)
         return torch.from_numpy(native).reshape(array.shape)
+
+
+def _are_axes(axes: Any, number: int) -> bool:
+    return (
+        type(axes) is tuple
+        and len(axes) == number
+        and all(type(axis) is int for axis in axes)  # comparing tuples of tuples may take forever
+        and sorted(axes) == list(range(number))
+    )
 
 
 def shape_of(value: Any) -> tuple[int, ...]:

@@ -13,21 +13,13 @@ from torch import Tensor
 from .files import refusal
 from .pickles import Refused, WeightsError, shown
 from .values import TensorReader, kind_of
+from .wrappers import COUNTERS, WRAPPERS, without_wrappers
 
 STATE_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "weights")
 """Where training checkpoints keep the weights: Detectron2, maskrcnn-benchmark `model`, MMDetection, Lightning and timm
 `state_dict`."""
 AVERAGED_KEYS = ("model_ema", "ema_state_dict", "state_dict_ema", "ema_model", "ema")
 """Where some keep an average of them; taken only where there is nothing else."""
-COUNTERS = {"n_averaged": "how many weights an average was made of"}
-"""Tensors that a wrapper adds -> what they are."""
-WRAPPERS = {
-    "module": "DistributedDataParallel",
-    "_orig_mod": "torch.compile",
-    "_fsdp_wrapped_module": "FullyShardedDataParallel",
-    "_checkpoint_wrapped_module": "activation checkpointing",
-}
-"""Parts of names that a wrapper of PyTorch puts in, at the front or where a part of the model was wrapped."""
 OUTER = {"model": "a trainer's module, such as Lightning's"}
 """Parts that only count in front of all names."""
 LONGEST_NAME = 1000
@@ -105,7 +97,7 @@ def unwrapped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     while (part := _outer_part(found)) is not None:
         found = {name.removeprefix(f"{part}."): tensor for name, tensor in found.items()}
         notes.append(f"dropped the prefix '{part}.' of every name ({(WRAPPERS | OUTER)[part]})")
-    inner = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in found}
+    inner = {name: without_wrappers(name) for name in found}
     if len(set(inner.values())) == len(inner) and "" not in inner.values():
         used = sorted({part for name in found for part in name.split(".") if part in WRAPPERS})
         notes += [f"dropped '{part}.' within names ({WRAPPERS[part]})" for part in used]

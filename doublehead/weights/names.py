@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .pickles import Function, Inert, NamesCode, Refused, StandIn, Unpickler, key
+from .pickles import Function, Inert, NamesCode, Refused, StandIn, Unpickler, brief, key
 
 INERT = Inert()
 INERT_CLASSES = {
@@ -40,7 +40,7 @@ INERT_CLASSES = {
 def _encode(machine: Unpickler, text: Any, encoding: Any = "latin1") -> bytes:
     """`_codecs.encode`, by which pickles of protocol 2 write bytes, for that encoding alone."""
     if encoding not in ("latin1", "latin-1"):
-        raise NamesCode(f"_codecs.encode({str(encoding)[:20]!r})")
+        raise NamesCode(f"_codecs.encode({brief(encoding)})")
     return _bytes(machine, text, encoding)
 
 
@@ -76,7 +76,7 @@ def _default_dictionary(machine: Unpickler, factory: Any = None) -> dict[Any, An
 def _getattr(machine: Unpickler, owner: Any, name: Any) -> Inert:
     """`getattr`, by which a log of mmengine names its own methods, and which gives nothing."""
     if not isinstance(owner, Inert):
-        raise NamesCode(f"getattr(..., {str(name)[:40]!r})")
+        raise NamesCode(f"getattr(..., {brief(name)})")
     return INERT
 
 

@@ -252,16 +252,15 @@ for _opcode in (
 
 
 def key(value: Any) -> Any:
-    """`value`, which becomes a key: hashing tuples in tuples without end would overflow the stack.
+    """`value`, which becomes a key: hashing tuples in tuples without end would overflow the stack, or take forever.
 
     Raises:
         Refused: it is no plain value.
     """
-    if type(value) is int and value.bit_length() > 256:
-        raise Refused("has a huge number as a key")
-    if isinstance(value, StandIn) or type(value) in SCALARS:
-        return value
-    if type(value) is tuple and all(type(item) in SCALARS for item in value):
+    parts = value if type(value) is tuple else (value,)
+    if any(type(part) is int and part.bit_length() > 64 for part in parts):
+        raise Refused("has a huge number as a key")  # many of one hash would take forever, and so would showing one
+    if isinstance(value, StandIn) or all(type(part) in SCALARS for part in parts):
         return value
     raise Refused(f"has a {type(value).__name__} as a key")
 
@@ -270,6 +269,11 @@ def shown(name: Any) -> str:
     """A name as it may be shown: control characters, which could write on a terminal, are escaped."""
     name = name if isinstance(name, str) else str(name)
     return name if name.isprintable() else repr(name)[1:-1]
+
+
+def brief(value: Any) -> str:
+    """An argument as a message shows it: a tuple that holds another twice, and so on, is small, its text endless."""
+    return repr(value[:40]) if type(value) in (str, bytes) else f"a {type(value).__name__}"
 
 
 def pairs(items: list[Any]) -> dict[Any, Any]:

@@ -58,7 +58,8 @@ def resnet_state(path: str | Path, content: Any, norm_eps: float) -> ResNetState
     else:
         tensors, caffe2 = take_state(path, content).tensors, False
     tensors = tensors if caffe2 else _torchvision_names(path, tensors)
-    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    floats = {name: tensor.float() for name, tensor in tensors.items() if tensor.is_floating_point()}
+    broken = [name for name, tensor in floats.items() if not tensor.isfinite().all()]
     if broken:
         raise WeightsError(f"{path}: NaN or infinity in {some(broken)}")
     return ResNetState(tensors, caffe2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,10 @@ def read_archive(path: Path) -> Any:
                     raise Refused(f"has {info.file_size} bytes where {number} numbers of a {kind.name} should be")
             return _typed(storages[key], kind, number)
 
-        return unpickle(content(pickled[0]), NAMES, storage)
+        program = content(pickled[0])
+        if zlib.crc32(program) != (records[pickled[0]].CRC or zlib.crc32(program)):  # PyTorch can write without it: 0
+            raise Refused("has other names or shapes than were written (CRC): a damaged copy")
+        return unpickle(program, NAMES, storage)
 
 
 def _begin(file: Any, info: zipfile.ZipInfo, length: int) -> int:
@@ -98,6 +102,8 @@ def read_old_file(path: Path) -> Any:
         little = system.get("little_endian", True) if isinstance(system, Mapping) else True
         content = Unpickler(file, length, NAMES, storage).load()
         keys = Unpickler(file, length, {}).load()
+        if type(keys) is not list or any(type(key) is not str for key in keys):  # others may take forever to hash
+            raise Refused("has no list of its tensors")
         for key in keys:
             found = storages[key]
             if found.kind.dtype is None:

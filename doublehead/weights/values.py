@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .arrays import NumpyArray
 from .files import first_line, read_file, refusal
-from .pickles import SCALARS, Inert, Refused, WeightsError, shown
+from .pickles import SCALARS, Inert, Refused, StandIn, WeightsError, shown
 from .tensors import DTYPES, LazyTensor, Unusable
 
 MOST_COPIES = 16
@@ -70,12 +71,15 @@ class TensorReader:
             return None
         if value.dtype not in DTYPES.values():
             raise WeightsError(f"{self._path}: {name!r} is of {value.dtype}, where plain numbers are accepted")
-        return value
+        return value.view(torch.uint8).ne(0) if value.dtype == torch.bool else value  # any byte may stand in the file
 
 
 def read_plain(path: str | Path) -> Any:
     """Everything in a file, as `torch.load(weights_only=True)` gives it: tensors and arrays as tensors on the CPU, in
-    their types; dictionaries, lists, tuples, sets and plain values.  An OrderedDict is a dictionary.
+    their types and strides; dictionaries, lists, tuples, sets and plain values.  An OrderedDict is a dictionary.
+
+    Every number of every tensor is in memory of its own: training in place changes that one alone, whatever the
+    tensors share in the file.
 
     Raises:
         WeightsError: as `read_file`, or something else is in it.
@@ -83,6 +87,7 @@ def read_plain(path: str | Path) -> Any:
     path = Path(path)
     content, reader = read_file(path), TensorReader(path)
     left = MOST_COPIES * path.stat().st_size
+    taken: set[int] = set()  # memory, by its address
 
     def plain(value: Any, name: str, depth: int) -> Any:
         nonlocal left
@@ -91,6 +96,8 @@ def read_plain(path: str | Path) -> Any:
             raise refusal(path, Refused("has many times more values than bytes"))
         if depth > DEEPEST:
             raise refusal(path, Refused("has containers in containers without end"))
+        if isinstance(value, (dict, set, frozenset)) and any(isinstance(key, StandIn) for key in value):
+            raise WeightsError(f"{path}: {name!r} has a key that is neither text nor a number")
         if type(value) is dict:
             return {key: plain(item, f"{name}.{key}" if name else shown(key), depth + 1) for key, item in value.items()}
         if type(value) in (list, tuple):
@@ -100,9 +107,18 @@ def read_plain(path: str | Path) -> Any:
         tensor = reader.read(name, value)
         if tensor is None:
             raise WeightsError(f"{path}: {name!r} is {kind_of(value)}, where tensors and plain values are accepted")
+        memory = tensor.untyped_storage().data_ptr()
+        if memory in taken or not _is_dense(tensor):
+            tensor = tensor.clone()
+        taken.add(tensor.untyped_storage().data_ptr())
         return tensor
 
     return plain(content, "", 0)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements lie each in its own place and without gaps; only then a copy has the same strides."""
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def kind_of(value: Any) -> str:
