@@ -163,6 +163,11 @@ def test_the_share_is_checked(coco, value):
         build_dataset(coco.config(max_skipped=value), "val")
 
 
+def test_the_number_of_workers_is_checked_before_the_work(coco):
+    with pytest.raises(ValueError, match="workers is -1, at least 0 is accepted"):
+        build_dataset(coco.config(workers=-1), "val")
+
+
 def test_the_record_at_fault_is_named_not_those_that_refer_to_it(coco):
     """An image whose id is none leaves its annotations without an image."""
     for wrong, said in (("10", r"images\[0\]: id is '10', an integer"), (20, r"images\[1\]: id 20 occurs a second")):
