@@ -215,7 +215,8 @@ class DataConfig:
     on_bad_record: Literal["error", "skip"] = "error"
     """What to do with a broken image or annotation: stop with its name, or leave it out and count it."""
     max_skipped: float = 0.1
-    """Of `skip`: the largest share of the images, and of the objects, that may be left out (three always may)."""
+    """Of `skip`: the largest share of the images, and of the objects, that may be left out (three always may, but with
+    0 none)."""
     background: Literal["drop", "keep"] = "drop"
     """Training images without any object: leave them out, as the paper does, or learn from them as well."""
     max_pixels: int = 100_000_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -74,23 +75,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"stopped: {what}; the same command begins anew", file=sys.stderr)
             raise SystemExit(128 + (received[0] if received else signal.SIGINT)) from None
     if unreadable:
+        from doublehead.data.names import one_line
+
         print(f"{len(unreadable)} could not be read:", file=sys.stderr)
         for entry in unreadable:
-            print(f"  {_one_line(entry['file'])}: {_one_line(entry['error'])}", file=sys.stderr)
+            file = one_line(entry["file"]) or "''"
+            print(f"  {file}: {one_line(entry['error'])}", file=sys.stderr)
         raise SystemExit(1)
-
-
-def _one_line(text: str) -> str:
-    """A file's name may hold line breaks, and what a terminal takes for a command: they are shown escaped."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def run(options: Options) -> list[Entry]:
     """Detect in all pictures, write `detections.json`, and return the unreadable ones (`file`, `error`).
 
-    The JSON holds `classes`; `pictures`, each with `file`, `picture` (the annotated one), `width`,
-    `height` and `detections` (`class`, `label`, `score`, `box` x1, y1, x2, y2 in pixels of the picture as it is
-    looked at, that is, turned as its EXIF note says); and `unreadable`.
+    The JSON holds `classes`; `pictures`, each with `file`, `picture` (the annotated one, scaled down where a JPEG could
+    not hold it), `width`, `height` and `detections` (`class`, `label`, `score`, `box` x1, y1, x2, y2 in pixels of the
+    picture as it is looked at, that is, turned as its EXIF note says); and `unreadable`.
 
     Stopped by Ctrl-C it writes what is done so far.  Annotated pictures that an earlier call left in the folder, and
     that its JSON lists, are removed when this one's JSON takes its place; other files stay.
@@ -142,6 +141,9 @@ def _check(options: Options) -> None:
         raise UserError(f"--batch-size is {options.batch_size}, at least 1 is accepted")
     if not 1 <= options.max_pixels <= MOST_PIXELS:
         raise UserError(f"--max-pixels is {options.max_pixels}, 1 .. {MOST_PIXELS} is accepted")
+    results = os.path.join(options.out, JSON_FILE)
+    if os.path.exists(results) and not os.path.isfile(results):
+        raise UserError(f"{results}: is no file, and the results cannot take its place: give another --out")
     if options.threads < 0:
         raise UserError(f"--threads is {options.threads}, 0 (half of the processors) or more is accepted")
 
@@ -206,6 +208,7 @@ def _detect_all(
 
 def _read(file: Path, name: str, uploader: Uploader, clock: Clock, max_pixels: int) -> Picture:
     from doublehead.data import DataError, read_image
+    from doublehead.data.names import one_line
 
     if file.suffix.lower() in VIDEOS:
         return Picture(file, name, error=f"a video: {HOW_TO_SPLIT}")
@@ -213,7 +216,7 @@ def _read(file: Path, name: str, uploader: Uploader, clock: Clock, max_pixels: i
         try:
             image = read_image(file, upright=True, max_pixels=max_pixels)
         except DataError as error:  # the picture is reported, the others are done
-            return Picture(file, name, error=str(error).removeprefix(f"{file}: "))
+            return Picture(file, name, error=str(error).removeprefix(one_line(f"{file}: ")))
         return Picture(file, name, *uploader.send(image))
 
 

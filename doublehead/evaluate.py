@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -121,6 +122,8 @@ def check_options(options: Options) -> None:
     Raises:
         UserError: naming them.
     """
+    if options.out and options.metrics and _same_file(options.out, options.metrics):
+        raise UserError(f"--out and --metrics are both {options.out}: give each a file of its own")
     several = "--readouts" if options.readouts else "--fusions" if options.fusions else None
     if several is None:
         return
@@ -132,6 +135,12 @@ def check_options(options: Options) -> None:
         raise UserError(f"--fusions are for the fused read-out, --readouts {' '.join(options.readouts)} has none")
     if options.out:
         raise UserError(f"--out holds the detections of one read-out: leave out {several}, or --out")
+
+
+def _same_file(first: str, second: str) -> bool:
+    """One would take the other's place; a device, such as /dev/stdout, takes both."""
+    same = os.path.realpath(first) == os.path.realpath(second)
+    return same and (os.path.isfile(first) or not os.path.exists(first))
 
 
 def find_readouts(model, options: Options, trained: ModelConfig) -> dict[str, tuple[Any, Any]]:

@@ -171,6 +171,19 @@ def test_a_broken_exif_note_costs_no_picture(tmp_path, name, note):
         read_image(tmp_path / name, (70, 45))
 
 
+@pytest.mark.parametrize("upright", [False, True])
+def test_damaged_pixels_are_not_taken_for_a_broken_exif_note(tmp_path, upright):
+    """PNG's note may stand behind the pixels: Pillow decodes them to get there, and only the first try fails."""
+    memory = io.BytesIO()
+    photo().save(memory, "PNG")
+    content = bytearray(memory.getvalue())
+    place = content.index(b"IDAT") + 400
+    content[place : place + 200] = bytes(200)
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(DataError, match="a.png: cannot read this image"):
+        read_image(tmp_path / "a.png", upright=upright)
+
+
 # ---------------------------------------------------------------------- damage
 
 
@@ -244,7 +257,7 @@ def test_what_cameras_and_phones_write_is_read(tmp_path):
 
 
 def test_harmless_faults_hide_no_damage(tmp_path):
-    """libjpeg tells the last warning alone: a few spare bytes behind wrong codes must not excuse these."""
+    """libjpeg tells the first warning alone, which must not excuse what is wrong behind it."""
     memory, path = io.BytesIO(), tmp_path / "a.jpg"
     photo(90, 120).save(memory, "JPEG", restart_marker_rows=1)
     content = memory.getvalue()

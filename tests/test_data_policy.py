@@ -107,6 +107,15 @@ def test_skip_has_a_limit(coco, split):
         assert build_dataset(coco.config(on_bad_record="skip", max_skipped=0.12), split).skipped.total() == 7
 
 
+def test_a_few_may_be_left_out_of_any_set_but_with_a_share_of_0_none(coco):
+    many(coco, 3, 5)
+    with pytest.warns(DataWarning, match="left out 3 x"):
+        build_dataset(coco.config(on_bad_record="skip"), "val")
+    many(coco, 1)
+    with pytest.raises(DataError, match="1 of 60 objects are bad records, and none may be left out"):
+        build_dataset(coco.config(on_bad_record="skip", max_skipped=0.0), "val")
+
+
 def test_skip_never_leaves_nothing(coco):
     many(coco, 2, 2)
     with pytest.raises(DataError, match="all 2 objects are bad records: nothing would be left; 2 x degenerate box"):
@@ -152,6 +161,19 @@ def test_images_that_turn_out_broken_in_training_are_limited_too(coco):
 def test_the_share_is_checked(coco, value):
     with pytest.raises(ValueError, match="max_skipped is"):
         build_dataset(coco.config(max_skipped=value), "val")
+
+
+def test_the_number_of_workers_is_checked_before_the_work(coco):
+    with pytest.raises(ValueError, match="workers is -1, at least 0 is accepted"):
+        build_dataset(coco.config(workers=-1), "val")
+
+
+def test_the_record_at_fault_is_named_not_those_that_refer_to_it(coco):
+    """An image whose id is none leaves its annotations without an image."""
+    for wrong, said in (("10", r"images\[0\]: id is '10', an integer"), (20, r"images\[1\]: id 20 occurs a second")):
+        coco.content["images"][0]["id"] = wrong
+        with pytest.raises(DataError, match=said):
+            build_dataset(coco.config(), "val")
 
 
 # ---------------------------------------------------------------------- pictures without objects
@@ -375,6 +397,20 @@ def test_other_json_is_named(coco, kind):
     coco.json_file("val").write_text(json.dumps(content))
     with pytest.raises(DataError, match=f"instances_val.json: .*not COCO instances; it seems to be .*{said}"):
         build_dataset(config, "val")
+
+
+def test_coco_files_may_have_more_than_coco_says(coco):
+    coco.content |= {"info": {"regions": ["here"]}, "shapes": []}
+    assert len(build_dataset(coco.config(), "val")) == 3
+
+
+def test_messages_are_one_line_whatever_a_file_is_called(coco):
+    """Names come with the annotations: terminals obey what stands in them."""
+    for name in ("a\nb.jpg", "a\x1b[2Jb.jpg", "a\ud800b.jpg", "a\u2028b.jpg"):
+        coco.content["images"][0]["file_name"] = name
+        with pytest.raises(DataError) as caught:
+            build_dataset(coco.config(), "val")
+        assert str(caught.value).isprintable() and ascii(name)[1:-1] in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [(0, 0), (None, None), (0, None), (0.0, 0.0), (30.0, 40.0)])

@@ -44,6 +44,10 @@ OTHER_FORMS = {
                  "<Object> stands in <annotation>"),
     "boxes without objects": (f"<annotation>{SIZE}<bndbox><xmin>1</xmin></bndbox></annotation>", "<bndbox> stands in"),
     "other elements": ("<annotation><task/><image id='0'/></annotation>", "its elements are <task>, <image>, none of"),
+    "a group of another name": (f"<annotation>{SIZE}<targets><target><n>newt</n></target></targets></annotation>",
+                                "it has no <object>, but <targets>, which is not VOC's, with content"),
+    "attributes": (f"<annotation>{SIZE}<rect x='1' y='2' w='3' h='4'/></annotation>", "it has no <object>, but <rect>"),
+    "text": ("<annotation>newt 1 2 3 4</annotation>", "it has no elements, but text: 'newt 1 2 3 4'"),
     "CVAT": ("<annotations><image id='0'><box label='newt'/></image></annotations>", "its root is <annotations>;"),
 }  # fmt: skip
 

@@ -250,6 +250,33 @@ def test_no_other_file_in_the_folder_is_overwritten(saved, tmp_path):
         assert own.read_bytes() == before
 
 
+def test_names_and_files_that_no_folder_takes(saved, tmp_path, capsys):
+    """A picture longer than a JPEG can be, names with no room for a number, earlier results that list nonsense."""
+    out = tmp_path / "out"
+    long = "z" * 251
+    for name in ("wide.png", f"{long}.png", f"{long}.bmp"):
+        picture(tmp_path / "in" / name, (66_000, 2) if name == "wide.png" else (20, 20))
+    out.mkdir()
+    (out / "detections.json").write_text(json.dumps({"pictures": [{"picture": "y" * 400 + ".jpg"}]}))
+    assert detect(saved, tmp_path / "in", "--out", out) == 0
+    entries = json.loads((out / "detections.json").read_text())["pictures"]
+    assert [entry["width"] for entry in entries] == [66_000, 20, 20]
+    assert [entry["picture"] for entry in entries] == ["wide.jpg", f"{long}.jpg", f"{long[:249]}-2.jpg"]
+    assert [Image.open(out / entry["picture"]).size for entry in entries] == [(65_500, 1), (20, 20), (20, 20)]
+    capsys.readouterr()
+    assert detect(saved, out, "", "--out", out) == 1
+    shown = capsys.readouterr().err
+    assert f"{out}: the folder of the results (--out), whose pictures are left out" in shown
+    assert "\n  '': no such file" in shown
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_results_that_cannot_be_written_are_named_before_the_work(saved, tmp_path, capsys, make):
+    make(tmp_path / "detections.json")
+    assert detect(saved, picture(tmp_path / "a.png"), "--out", tmp_path) == 2
+    assert f"{tmp_path / 'detections.json'}: is no file, and the results cannot" in capsys.readouterr().err
+
+
 def test_where_nothing_is_read_earlier_results_stay(saved, tmp_path, capsys):
     out = tmp_path / "out"
     picture(tmp_path / "a.png")
@@ -379,7 +406,7 @@ def test_unreadable_pictures_are_reported_and_the_rest_is_done(saved, tmp_path, 
     assert all(entry["error"] for entry in answer["unreadable"])
     shown = capsys.readouterr().err
     assert "5 could not be read" in shown and "Traceback" not in shown
-    assert "two\\nlines\\x1b.jpg: cannot read this image: an empty file" in shown
+    assert "/two\\nlines\\x1b.jpg: cannot read this image: an empty file" in shown and shown.count("two\\n") == 1
     assert "text.jpg: cannot read this image: of no format, or of no kind of pixels, that Pillow knows" in shown
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["detections.json", "good.jpg"]
 

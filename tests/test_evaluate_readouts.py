@@ -184,6 +184,7 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
     cases = {
         ("--readouts", "fc", "--readout", "conv"): "--readout and --readouts exclude each other",
         ("--fusions", "max", "--readout", "fc"): "--readout and --fusions exclude each other",
+        ("--out", "one.json", "--metrics", "./one.json"): "--out and --metrics are both one.json",
         ("--fusions", "max", "--fusion", "max"): "--fusion and --fusions exclude each other",
         ("--fusions", "max", "--readouts", "fc"): "--fusions are for the fused read-out, --readouts fc has none",
         ("--readouts", "all", "--out", tmp_path / "r.json"): "--out holds the detections of one read-out",

@@ -133,6 +133,12 @@ def test_a_pipe_is_written_to_as_it_is(tmp_path):
     assert texts == ["through"] and (tmp_path / "pipe").is_fifo() and names(tmp_path) == ["pipe"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_device_that_takes_nothing_is_named():
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write_text("/dev/full", "text")
+
+
 def test_pipes_in_the_place_of_records_are_not_waited_for(tmp_path):
     for name in ("recipe.json", "detections.json"):
         os.mkfifo(tmp_path / name)

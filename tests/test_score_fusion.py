@@ -212,6 +212,17 @@ def test_autocast_changes_nothing():
         assert torch._C._dispatch_has_kernel_for_dispatch_key("doublehead::fuse_scores", key)
 
 
+@pytest.mark.parametrize("method", FUSIONS)
+def test_shapes_without_data(method):
+    fc, conv = (torch.zeros(4, 6, device="meta", dtype=torch.float16, requires_grad=True) for _ in range(2))
+    scores = fuse_scores(fc, conv, method)
+    assert (scores.shape, scores.dtype, scores.device.type) == ((4, 6), torch.float32, "meta")
+    scores.sum().backward()
+    assert fc.grad.shape == (4, 6)
+    with torch.no_grad():
+        assert fuse_scores(fc, conv, method).shape == (4, 6)
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [

@@ -69,6 +69,8 @@ def build_dataset(
         raise ValueError(f"max_pixels is {config.max_pixels}, 1 .. {MOST_PIXELS} is accepted")
     if not 0 <= config.max_skipped <= 1:
         raise ValueError(f"max_skipped is {config.max_skipped}, a share from 0 to 1 is accepted")
+    if config.workers < 0:
+        raise ValueError(f"workers is {config.workers}, at least 0 is accepted")
     if config.format == "shapes":
         return _shapes(name, limit or SHAPES_IMAGES[split], config.image_size, horizontal_flip, classes)
     if config.format not in READERS:

@@ -116,19 +116,19 @@ class _Reader:
 
     def images(self, content: dict[str, list[Any]]) -> Iterator[RawImage | DataError]:
         annotations, errors = self._by_image(content)
+        entries: list[tuple[str, dict[str, Any]]] = []
+        for entry in self._numbered(content["images"]):  # first: what is wrong here leaves annotations without an image
+            if isinstance(entry, DataError):
+                yield entry
+            else:
+                entries.append(entry)
         yield from errors.pop(None, [])
-        seen: set[int] = set()
-        for position, entry in enumerate(content["images"]):
-            where = f"{self.path}, images[{position}]"
+        for where, entry in entries:
             try:
                 image = self._image(entry, where)
-                if image.image_id in seen:
-                    message = f"{where}: id {shown(image.image_id)} occurs a second time"
-                    raise DataError(message, "duplicate image id")
             except DataError as error:
                 yield error
                 continue
-            seen.add(image.image_id)
             image.errors += errors.pop(image.image_id, [])
             for place, annotation in annotations.pop(image.image_id, []):
                 try:
@@ -136,6 +136,21 @@ class _Reader:
                 except DataError as error:
                     image.errors.append(error)
             yield image
+
+    def _numbered(self, images: list[Any]) -> Iterator[tuple[str, dict[str, Any]] | DataError]:
+        """The images that have an id of their own, each with its place in the file; for the others what is wrong."""
+        seen: set[int] = set()
+        for position, entry in enumerate(images):
+            where = f"{self.path}, images[{position}]"
+            try:
+                image_id = id_of(entry, where)
+                if image_id in seen:
+                    raise DataError(f"{where}: id {shown(image_id)} occurs a second time", "duplicate image id")
+            except DataError as error:
+                yield error
+                continue
+            seen.add(image_id)
+            yield where, entry
 
     def _by_image(
         self, content: dict[str, list[Any]]
@@ -162,8 +177,8 @@ class _Reader:
             found.setdefault(image, []).append((where, entry))
         return found, errors
 
-    def _image(self, entry: Any, where: str) -> RawImage:
-        image_id = id_of(entry, where)
+    def _image(self, entry: dict[str, Any], where: str) -> RawImage:
+        image_id = entry["id"]
         name, height, width = (entry.get(key) for key in ("file_name", "height", "width"))
         if not isinstance(name, str) or not name:
             raise DataError(f"{where}: file_name is {shown(name)}, a string is accepted", "malformed record")

@@ -11,6 +11,7 @@ from typing import Any
 from .dataset import DataError
 from .paths import check_regular
 
+LISTS = ("images", "annotations", "categories")
 MAX_SIDE = 10**9
 """Pixels; what is longer is no image's side."""
 _repr = reprlib.Repr()
@@ -35,9 +36,10 @@ def load_coco(path: Path, has_boxes: bool = True) -> dict[str, list[Any]]:
         raise DataError(f"{path}: cannot be read: {error}", "missing file") from error
     if not has_boxes and isinstance(content, dict):
         content.setdefault("annotations", [])
-    other = _other_kind(content)
+    lists = isinstance(content, dict) and all(isinstance(content.get(key), list) for key in LISTS)
+    other = _annotations_without_boxes(content["annotations"]) if lists else _other_kind(content)
     seems = f"; it seems to be {other}" if other else ""
-    for key in ("images", "annotations", "categories"):
+    for key in LISTS:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(f"{path}: no list '{key}' at the top level: not COCO instances{seems}", "invalid JSON")
     if other:
@@ -46,7 +48,7 @@ def load_coco(path: Path, has_boxes: bool = True) -> dict[str, list[Any]]:
 
 
 def _other_kind(content: Any) -> str | None:
-    """What other JSON of the field this is; None: COCO instances, or nothing known."""
+    """What other JSON of the field this is; None: nothing known."""
     if isinstance(content, list):
         return _kind_of_list(content)
     if not isinstance(content, dict):
@@ -55,7 +57,11 @@ def _other_kind(content: Any) -> str | None:
         return "LabelMe's annotation of one picture"
     if "_via_img_metadata" in content or any(isinstance(v, dict) and "regions" in v for v in content.values()):
         return "a project of the VGG Image Annotator (VIA)"
-    annotations = content.get("annotations")
+    return _annotations_without_boxes(content.get("annotations"))
+
+
+def _annotations_without_boxes(annotations: Any) -> str | None:
+    """What COCO's other tasks have, which are files of the same three lists."""
     entries = [entry for entry in annotations if isinstance(entry, dict)] if isinstance(annotations, list) else []
     if not entries or any("bbox" in entry for entry in entries):
         return None

@@ -32,6 +32,11 @@ def shown_name(name: str) -> str:
     return name if wrong_name(name) is None else ascii(name)
 
 
+def one_line(text: str) -> str:
+    """The text with control characters as their escapes: file names may hold any, and terminals obey some."""
+    return "".join(ascii(letter)[1:-1] if unicodedata.category(letter) in UNPRINTABLE else letter for letter in text)
+
+
 def listed(names: Iterable[str]) -> str:
     """Names for a message: the first `SHOWN`, and how many more there are."""
     names = list(names)

@@ -8,7 +8,8 @@ from collections import Counter
 from .dataset import DataError, DataWarning
 
 FEW = 3
-"""So many images, and so many objects, may be left out of any set, however small: unless nothing remains."""
+"""So many images, and so many objects, may be left out of any set, however small: unless nothing remains, or the share
+is 0."""
 
 
 class ObjectError(DataError):
@@ -64,7 +65,7 @@ class Problems:
 
     def most(self, total: int) -> float:
         """How many of so many images or objects may be left out."""
-        return max(FEW, self.max_skipped * total)
+        return max(FEW, self.max_skipped * total) if self.max_skipped else 0
 
     def _check_share(self, what: str, good: int) -> None:
         bad = self._bad[what].total()
@@ -72,7 +73,8 @@ class Problems:
             return
         reason, count = self._bad[what].most_common(1)[0]
         if good:
-            said = f"{bad} of {bad + good} {what} are bad records, more than {self.max_skipped:.0%} may be left out"
+            share = f"no more than {self.max_skipped:.0%}" if self.max_skipped else "none"
+            said = f"{bad} of {bad + good} {what} are bad records, and {share} may be left out"
             way_out = "Correct them, or allow a larger share with max_skipped (--data.max-skipped 0.5)"
         else:
             said = f"all {bad} {what} are bad records: nothing would be left"

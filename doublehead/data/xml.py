@@ -100,4 +100,9 @@ def _other_form(root: ElementTree.Element) -> str | None:
     children = [child.tag for child in root]
     if children and VOC_CHILDREN.isdisjoint(children):
         return f"its elements are <{'>, <'.join(tag[:40] for tag in dict.fromkeys(children[:8]))}>, none of them VOC's"
+    foreign = next((child for child in root if child.tag not in VOC_CHILDREN and (len(child) or child.attrib)), None)
+    if foreign is not None and not objects:  # more than a remark: what it holds may be objects under any name
+        return f"it has no <object>, but <{foreign.tag[:80]}>, which is not VOC's, with content"
+    if (root.text or "").strip() and not children:
+        return f"it has no elements, but text: {root.text.strip()[:40]!r}"
     return None

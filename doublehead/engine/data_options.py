@@ -28,7 +28,8 @@ class EvaluationData:
     on_bad_record: Annotated[Literal["error", "skip"] | None, tyro.conf.arg(aliases=("--on-bad-record",))] = None
     """What to do with a broken image or annotation: stop with its name, or leave it out and count it."""
     max_skipped: float | None = None
-    """Of `skip`: the largest share of the images, and of the objects, that may be left out (three always may)."""
+    """Of `skip`: the largest share of the images, and of the objects, that may be left out (three always may, but with
+    0 none)."""
     max_pixels: int | None = None
     """Refuse larger images, before they are decoded."""
     outside_root: tyro.conf.FlagCreatePairsOff[bool] = False

@@ -39,7 +39,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
-        yield path
+        try:
+            yield path
+        except OSError as error:
+            error.filename = error.filename or str(path)
+            raise
         return
     temporary = path.with_name(_temporary_name(path.name))
     try:

@@ -15,6 +15,8 @@ ENDINGS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".
 VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv"}
 HOW_TO_SPLIT = "make pictures of a video first: ffmpeg -i VIDEO frames/%06d.jpg"
 JSON_FILE = "detections.json"
+LONGEST_NAME = 255
+"""Bytes of a file's name."""
 Entry = dict[str, Any]
 
 
@@ -36,7 +38,7 @@ def find_pictures(names: Sequence[str], leave_out: Path) -> tuple[list[Path], li
         else:
             found = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if not p.is_dir())
         if not found:
-            unmatched.append({"file": name, "error": _why_none(path)})
+            unmatched.append({"file": name, "error": _why_none(name, leave_out)})
         files.update({_real(p): p for p in found if _real(p) not in files})
     return list(files.values()), unmatched
 
@@ -46,10 +48,12 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _why_none(path: Path) -> str:
-    if not os.path.isdir(path):
+def _why_none(name: str, leave_out: Path) -> str:
+    if not os.path.isdir(name):
         return "no such file, nor does a file match it as a pattern"
-    if any(p.suffix.lower() in VIDEOS for p in path.rglob("*")):
+    if _real(leave_out) in (_real(Path(name)), *_real(Path(name)).parents):
+        return "the folder of the results (--out), whose pictures are left out: give another one, or name the files"
+    if any(p.suffix.lower() in VIDEOS for p in Path(name).rglob("*")):
         return f"no picture in this folder, but videos: {HOW_TO_SPLIT}"
     return f"no picture in this folder, nor below it; looked for are {' '.join(sorted(ENDINGS))}"
 
@@ -65,12 +69,19 @@ def output_names(files: Sequence[Path], folder: Path) -> list[str]:
     taken = inputs | (present - {name.lower() for name in earlier_pictures(folder)})
     names = []
     for path in files:
-        name, number = f"{path.stem}.jpg", 2
+        name, number = _named(path.stem, ".jpg"), 2
         while name.lower() in taken:  # some file systems do not tell A.jpg from a.jpg
-            name, number = f"{path.stem}-{number}.jpg", number + 1
+            name, number = _named(path.stem, f"-{number}.jpg"), number + 1
         taken.add(name.lower())
         names.append(name)
     return names
+
+
+def _named(stem: str, ending: str) -> str:
+    """Both together, cut to what file systems take."""
+    while len(os.fsencode(stem + ending)) > LONGEST_NAME:
+        stem = stem[:-1]
+    return stem + ending
 
 
 def write_results(
@@ -86,7 +97,7 @@ def write_results(
     kept = {entry["picture"] for entry in entries} | {file.name for file in files}
     earlier = [folder / name for name in earlier_pictures(folder) if name not in kept]
     write_json(folder / JSON_FILE, {"classes": classes, "pictures": entries, "unreadable": unreadable})
-    stale = [path for path in earlier if path.is_file() and not path.is_symlink()]
+    stale = [path for path in earlier if os.path.isfile(path) and not path.is_symlink()]  # or too long a name
     for path in stale:
         path.unlink()
     if stale:

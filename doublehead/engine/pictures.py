@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from doublehead.engine.files import write_bytes
 
 Colour = tuple[int, int, int]
+JPEG_SIDE = 65_500
+"""Pixels of a side that libjpeg writes at most."""
 LONGEST_NAME = 60
 """Letters of a class's name that are drawn."""
 
@@ -147,8 +149,11 @@ def detection_grid(
 
 
 def save_picture(path: str | Path, picture: Image.Image) -> None:
-    """Write a picture atomically; the format follows the name's ending."""
+    """Write a picture atomically; the format follows the name's ending.  What JPEG cannot hold is scaled down."""
     kind = Image.registered_extensions()[Path(path).suffix.lower()]
+    if kind == "JPEG" and max(picture.size) > JPEG_SIDE:
+        factor = JPEG_SIDE / max(picture.size)
+        picture = picture.resize([max(1, int(side * factor)) for side in picture.size])
     memory = io.BytesIO()
     picture.save(memory, format=kind, **({"quality": 92} if kind == "JPEG" else {}))
     write_bytes(path, memory.getvalue())

@@ -167,8 +167,9 @@ def enable_autograd():
 
 
 def native(name: str, device: str) -> bool:
-    """Whether operator `name` has a kernel of its own for `device` ("cpu" or "cuda"); else the reference serves it."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device.upper())
+    """Whether operator `name` has a kernel of its own for the kind of device; else the reference serves it."""
+    key = "Meta" if device == "meta" else device.upper()
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
 
 
 def language(name: str, device: str) -> str:
