@@ -270,7 +270,7 @@ for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: got.append(number))
 data = build_dataset(DataConfig(train_images=12, image_size=32), "train")
 iterator = iter(build_loader(data, 2, train=True, seed=0, workers=2))
-next(iterator)
+next(iterator), next(iterator)  # one of each worker: both have begun
 os.killpg(os.getpgid(0), signal.SIGINT)
 os.killpg(os.getpgid(0), signal.SIGTERM)
 time.sleep(1)
