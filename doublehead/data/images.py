@@ -44,7 +44,7 @@ def read_image(
     """Decode an image file.
 
     Args:
-        path: any format that Pillow reads.
+        path: any format that Pillow reads, but icons and drawing commands.
         size: (height, width) the image must have, in the frame in which its boxes are given.
         upright: turn it as its EXIF note says, whatever `size`, which must be None then.
         max_pixels: refuse an image of more; at most `MOST_PIXELS`.
