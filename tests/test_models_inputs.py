@@ -45,14 +45,16 @@ def test_boxes_that_cannot_be_learnt_are_named(model, box, said):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float16, torch.float64])
 def test_boxes_of_any_dtype_over_the_border_and_labels_of_any_width(model, dtype):
     boxes = torch.tensor([[-5, -5, 90, 40], [70, 70, 90, 99]], dtype=dtype)
-    targets = [{"boxes": boxes, "labels": torch.tensor([1, 2], dtype=torch.uint8)}, GOOD]
-    assert torch.isfinite(sum(model(torch.rand(2, 3, 64, 64), tuple(targets)).values()))  # images as one tensor
+    for width in (torch.uint8, torch.uint16, torch.uint64):
+        targets = [{"boxes": boxes, "labels": torch.tensor([1, 2], dtype=width)}, GOOD]
+        assert torch.isfinite(sum(model(torch.rand(2, 3, 64, 64), tuple(targets)).values()))  # images as one tensor
 
 
 @pytest.mark.parametrize(
     ("targets", "error", "message"),
     [
         (GOOD, TypeError, "targets: expected a list of a dict for each image, got one dict: put it into a list"),
+        ((target for target in [GOOD]), TypeError, "targets: expected a list of a dict for each image, got generator"),
         ([[GOOD]], TypeError, r"targets\[0\]: expected a dict with 'boxes' and 'labels', got list"),
         ([GOOD | {"boxes": [[5, 5, 40, 40]]}], TypeError, r"targets\[0\]\['boxes'\]: expected a tensor, got list;"),
         ([GOOD | {"labels": GOOD["labels"].numpy()}], TypeError, r"targets\[0\]\['labels'\]: .* got ndarray"),

@@ -23,6 +23,8 @@ def check_targets(
     """
     if isinstance(targets, Mapping):
         raise TypeError("targets: expected a list of a dict for each image, got one dict: put it into a list")
+    if targets is not None and not isinstance(targets, Sequence):
+        raise TypeError(f"targets: expected a list of a dict for each image, got {type(targets).__name__}")
     if targets is None or len(targets) != len(images):
         got = "none" if targets is None else len(targets)
         raise ValueError(f"targets: training needs one per image ({len(images)}), got {got}")
@@ -60,6 +62,7 @@ def _check_form(where: str, target: Mapping[str, Tensor]) -> None:
 
 
 def _check_labels(row: int, labels: Tensor, num_classes: int) -> None:
+    labels = labels.long()  # not every integer can be compared
     if not ((labels >= 1) & (labels < num_classes)).all():
         raise ValueError(
             f"targets[{row}]: expected labels in 1 .. {num_classes - 1}, got {labels.min()} .. {labels.max()}"
