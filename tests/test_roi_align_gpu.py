@@ -48,8 +48,8 @@ def pool(features, rois, **options):
 def pool_and_differentiate(features, rois) -> list[Tensor]:
     leaves = [feature.detach().requires_grad_() for feature in features]
     outputs = pool(leaves, rois)
-    generator = torch.Generator(outputs[0].device).manual_seed(2)
-    weights = [torch.randn(o.shape, device=o.device, generator=generator) for o in outputs]
+    generator = torch.Generator().manual_seed(2)  # of the CPU: a GPU's draws other numbers from the same seed
+    weights = [torch.randn(o.shape, generator=generator).to(o.device) for o in outputs]
     loss = sum((output.float() * weight).sum() for output, weight in zip(outputs, weights, strict=True))
     return [output.detach() for output in outputs] + list(torch.autograd.grad(loss, leaves))
 
