@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_models_static import lively, tiny
 
+from doublehead.config import DetectionConfig
 from doublehead.models import Detections, ImageBatch, build_detector, graph
 from doublehead.ops._library import warn_fallback
 
@@ -69,6 +70,31 @@ def padded(model, images, batch, height, width):
     buffers = graph.empty_batch(batch, height, width, "cpu")
     graph.fill(buffers, small)
     return buffers
+
+
+def assert_same_but_borderline(found, expected, options, gap=1e-4):
+    """Each image's scores equal the expected ones; either may have more, which passed the threshold barely.
+
+    Scores are sorted, so that those at the threshold come last.
+    """
+    for image, scores in enumerate(found):
+        others = expected.scores[image, : expected.count[image]].cpu()
+        common = min(len(scores), len(others))
+        assert common > 0
+        torch.testing.assert_close(scores[:common], others[:common], rtol=0, atol=gap)
+        surplus = torch.cat([scores[common:], others[common:]])
+        assert surplus.le(options.score_threshold + gap).all(), surplus
+
+
+def test_only_borderline_detections_may_differ():
+    options = DetectionConfig(score_threshold=0.05)
+    scores = torch.tensor([[0.9, 0.5, 0.05001]])
+    expected = Detections(None, scores, None, torch.tensor([3]))
+    for same in ([0.9, 0.5, 0.05001], [0.9, 0.5], [0.9, 0.5, 0.05002, 0.05001]):
+        assert_same_but_borderline([torch.tensor(same)], expected, options)
+    for other in ([0.9, 0.05001], [0.9, 0.51, 0.05001], [0.9, 0.5, 0.06], []):
+        with pytest.raises(AssertionError):
+            assert_same_but_borderline([torch.tensor(other)], expected, options)
 
 
 @torch.no_grad()
