@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ALIGNMENT = 16
-"""Of pointers and rows, in bytes: what one load of a thread can fetch at most."""
+MULTIPLE = 16
+"""What Triton asks of an argument before it loads 16 bytes at once: bytes of a pointer, elements of a width."""
 
 
 def convolution_precision(dtype: torch.dtype) -> str:
@@ -37,16 +37,23 @@ def _precision(dtype: torch.dtype, switch: str) -> str:
     return "tf32" if dtype == torch.float32 and switch == "tf32" else "ieee"
 
 
-def aligned(*tensors: Tensor | None) -> bool:
-    """Whether pointers and rows (the last dimension) of contiguous tensors are multiples of 16 bytes. None is.
+UNALIGNED = (
+    "a number of channels is no multiple of 16, or a tensor begins at an address that is none; the kernel would load "
+    "element by element and be slower"
+)
+"""The reason of a `Fallback` where not `aligned`."""
 
-    Elsewhere Triton loads element by element: the kernels then need more registers than there are, and are slower than
-    what they replace.
+
+def aligned(*values: Tensor | int | None) -> bool:
+    """Whether widths (ints) are multiples of 16 and tensors begin at multiples of 16 bytes.  None is aligned.
+
+    Elsewhere Triton loads element by element: kernels with matrix products then need more registers than there are, and
+    are slower than what they replace.
     """
     return all(
-        tensor.data_ptr() % ALIGNMENT == 0 and tensor.shape[-1] * tensor.element_size() % ALIGNMENT == 0
-        for tensor in tensors
-        if tensor is not None
+        (value.data_ptr() if isinstance(value, Tensor) else value) % MULTIPLE == 0
+        for value in values
+        if value is not None
     )
 
 
