@@ -44,8 +44,8 @@ def most_registers(
 ) -> int | None:
     """How many registers a thread may use, if that is limited.
 
-    With 128, two blocks of 256 threads share a multiprocessor; left to itself the compiler takes some more, and there is
-    one. Only sm_90 keeps the sum in few enough registers: elsewhere, and for the other variants, the rest would spill.
+    With 128, two blocks of 256 threads share a multiprocessor; left to itself the compiler takes some more, and
+    there is one. Only sm_90 keeps the sum in few enough registers: elsewhere, and for the other variants, the rest would spill.
     """
     fits = capability == (9, 0) and dtype != torch.float32 and not mean and (count or not residual)
     return 128 if fits else None
@@ -169,14 +169,14 @@ def fused_conv(x, weight, bias, second, residual, count, size, relu, mean, fill=
         x, second, residual, weight, bias, channels, None if second is None else second.shape[1], len(weight)
     ):
         raise Fallback(UNALIGNED)
-    tile = tile_of(x.dtype, mean)
+    tile, precision = tile_of(x.dtype, mean), convolution_precision(x.dtype)
     out = x.new_empty((rows // cells if mean else rows, len(weight)))
     tiles = rows // cells if mean else triton.cdiv(rows, tile.m)
     if out.numel():
         fused_conv_kernel[(triton.cdiv(len(weight), tile.n) * tiles,)](
             x, second, weight, bias, residual, count, out, rows, channels,
             0 if second is None else second.shape[1], len(weight), height, width,
-            TAPS=9 if weight.dim() == 4 else 1, RELU=relu, MEAN=mean, FILL=fill, PRECISION=convolution_precision(x.dtype),
+            TAPS=9 if weight.dim() == 4 else 1, RELU=relu, MEAN=mean, FILL=fill, PRECISION=precision,
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
             maxnreg=most_registers(x.dtype, mean, residual is not None, count is not None, _capability(x)),
         )  # fmt: skip
