@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops._folded import FoldedWeights
+from ..ops._folded import FoldedWeights, compute_dtype
 
 __all__ = ["FoldedWeights", "compute_dtype", "fold_norm"]
 
@@ -15,9 +15,3 @@ def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     scale = torch.rsqrt(norm.running_var + norm.eps) * norm.weight
     mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
     return conv.weight * scale.view(-1, 1, 1, 1), norm.bias - mean * scale
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """In which dtype a layer would run on `x`: autocast's where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

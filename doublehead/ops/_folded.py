@@ -12,6 +12,12 @@ STREAMING_DEVICES = ("cuda",)
 """Types of device where what was called is not yet done, but queued on a stream."""
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """In which dtype a layer would run on `x`: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class FoldedWeights:
     """Remembers what was made from some tensors, until one of them changes.
 

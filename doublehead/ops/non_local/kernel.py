@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import dot_precision
+from .._triton import matmul_precision
 from . import reference
 
 MAX_CELLS = 256
@@ -291,7 +291,7 @@ def _launch(kernel, chosen: Configuration, tensors: tuple[Tensor | None, ...], g
         scale,
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-        **constants(chosen, qkv.shape[2] // 3 // groups, softmax, dot_precision(qkv.dtype)),
+        **constants(chosen, qkv.shape[2] // 3 // groups, softmax, matmul_precision(qkv.dtype)),
     )
 
 
