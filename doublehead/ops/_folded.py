@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 STREAMING_DEVICES = ("cuda",)
 """Types of device where what was called is not yet done, but queued on a stream."""
@@ -132,5 +133,11 @@ def _tensors_in(made: Any) -> Iterator[Tensor]:
 
 
 def _untraceable(tensor: Tensor) -> bool:
-    """Has the tensor no version counter (made in inference mode), or no memory (inside torch.func's transforms)?"""
-    return tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    """Has the tensor no version counter (made in inference mode), no memory (inside torch.func's transforms) or no
+    contents (fake)?
+    """
+    return (
+        tensor.is_inference()
+        or isinstance(tensor, FakeTensor)
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
