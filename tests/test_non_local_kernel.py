@@ -132,6 +132,28 @@ def test_what_the_kernel_does_not_serve_goes_to_the_reference(triton_kernels, mo
         torch.testing.assert_close(actual.cpu(), plain)
 
 
+@pytest.mark.parametrize(
+    ("cells", "width", "offset", "reason"),
+    [
+        (9, 24, 0, "multiple of 16 up to 512 wide, and is 24"),
+        (9, 528, 0, "up to 512 wide, and is 528"),
+        (257, 16, 0, "more than 256 cells are not served, and this one has 257"),
+        (9, 16, 1, "address that is no multiple of 16 bytes"),
+    ],
+)
+def test_the_reference_says_why_it_serves(triton_kernels, monkeypatch, cells, width, offset, reason):
+    from doublehead.ops.non_local import kernel
+
+    said = []
+    monkeypatch.setattr(kernel, "warn_fallback", lambda name, why, device: said.append((name, why)))
+    monkeypatch.setattr(kernel, "_launch", None)
+    qkv, _ = qkv_and_grad(1, cells, width, torch.float32)
+    shifted = torch.empty(qkv.numel() + offset, device=triton_kernels)[offset:].view(qkv.shape).copy_(qkv)
+    out = OPERATORS.non_local_attention(shifted, 1, True, 0.1)
+    torch.testing.assert_close(out.cpu(), rounded(qkv, qkv[..., :width], 1, True, 0.1)[0])
+    assert [name for name, _ in said] == ["non_local_attention"] and reason in said[0][1]
+
+
 def test_the_block_runs_on_the_kernels(triton_kernels, monkeypatch):
     from doublehead.ops.non_local import kernel
 
