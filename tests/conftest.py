@@ -1,5 +1,6 @@
 """What all tests share: real pictures, the `gpu` marker, Triton on the CPU, the rounds of the fault suite."""
 
+import contextlib
 import os
 import random
 import zlib
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import kernels_on_cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,15 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def triton_kernels() -> Iterator[str]:
     """The device on which `torch.ops.doublehead` runs the Triton kernels: here, if need be, in the interpreter."""
     pytest.importorskip("triton")
-    from doublehead.ops._library import NAMESPACE, TRITON_KERNELS
-
-    if TRITON_DEVICE == "cuda":
-        yield "cuda"
-        return
-    with torch.library._scoped_library(NAMESPACE, "IMPL") as library:
-        for name, launch in TRITON_KERNELS.items():
-            library.impl(name, launch, "CPU", allow_override=True)
-        yield "cpu"
+    with contextlib.nullcontext() if TRITON_DEVICE == "cuda" else kernels_on_cpu():
+        yield TRITON_DEVICE
 
 
 @pytest.fixture(scope="session")
