@@ -174,13 +174,10 @@ def copy_bytes_per_second() -> float:
 def share_of_floor(bytes_moved: int, seconds: float, bytes_per_second: float) -> float:
     """How near a time is to the least the memory allows: counted unique bytes / bandwidth / time.
 
-    Raises:
-        ValueError: above 1, which no measurement can give: the count, the bandwidth or the flush is wrong.
+    What is read cannot exceed 1 with a cold L2. What is written may: up to the L2's size of it can still be there when
+    the call is over.
     """
-    share = bytes_moved / bytes_per_second / seconds
-    if share > 1.05:  # both times vary by some per cent
-        raise ValueError(f"{bytes_moved} bytes in {seconds * 1e6:.1f} us is {share:.2f} of what the memory can do")
-    return min(share, 1.0)
+    return round(bytes_moved / bytes_per_second / seconds, 4)
 
 
 def kernel_milliseconds(call: Call, device: Any, repeats: int = 5) -> float | None:
