@@ -42,11 +42,13 @@ def lines_with(pattern: re.Pattern, text: str) -> list[str]:
 
 
 def compile_library(compiler: str, folder: Path, source: str, *options: str) -> Path:
+    """`folder/library.so`, and beside it the object that it was linked from."""
     (folder / "source.cpp").write_text(source)
-    library = folder / "library.so"
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}", "-isystem", str(TORCH / "include")]
-    subprocess.run([compiler, *flags, str(folder / "source.cpp"), "-o", str(library), *options], check=True)
-    return library
+    include = [f"-I{ROOT / 'csrc'}", "-isystem", f"{TORCH / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    compile_object = [compiler, "-std=c++20", "-O1", "-fPIC", *include, "-c", "source.cpp", "-o", "object.o"]
+    subprocess.run(compile_object, check=True, cwd=folder)
+    subprocess.run([compiler, "-shared", "object.o", "-o", "library.so", *options], check=True, cwd=folder)
+    return folder / "library.so"
 
 
 def test_no_source_uses_streams():
@@ -67,7 +69,7 @@ extern "C" void message(char* to) {
   const char* dtype = "Float";
   const std::string shape = "[2, 3]";
   try {
-    doublehead::fail("a: ", dtype, ' ', shape, " ", int64_t(-1) << 62, " ", 7u, " ", true, " ", 0.5, " ", 1e-5f, " ", 1e300);
+    doublehead::fail("a: ", dtype, ' ', shape, " ", int64_t(-1) << 62, " ", 7u, " ", true, " ", 0.5, " ", 1e-5f);
   } catch (const std::exception& error) {
     std::strcpy(to, error.what());
   }
@@ -77,10 +79,10 @@ extern "C" void message(char* to) {
 
 def test_messages_are_those_of_a_stream_without_one(compiler, tmp_path):
     library = compile_library(compiler, tmp_path, MESSAGES)
-    assert lines_with(STREAMS, symbols(library)) == []
+    assert lines_with(STREAMS, symbols(tmp_path / "object.o")) == []
     text = ctypes.create_string_buffer(200)
     ctypes.CDLL(str(library)).message(text)
-    assert text.value.decode() == "a: Float [2, 3] -4611686018427387904 7 1 0.5 1e-05 1e+300"
+    assert text.value.decode() == "a: Float [2, 3] -4611686018427387904 7 1 0.5 1e-05"
 
 
 # torch's headers use streams themselves where one of its functions fails, out of memory for example.
@@ -107,10 +109,12 @@ print(text.value.decode())
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the link options are those of Linux")
 def test_a_static_libstdcxx_stays_inside(compiler, tmp_path):
     options = re.findall(r'"LINKER:(\S+)"', (ROOT / "CMakeLists.txt").read_text())
-    options = [f"-Wl,{option}" for option in options] + ["-static-libstdc++"]
-    libtorch = str(TORCH / "lib" / "libtorch_cpu.so")
+    options = [f"-Wl,{option}" for option in options]
+    found = subprocess.run([compiler, "-print-file-name=libstdc++.a"], capture_output=True, text=True).stdout.strip()
+    if not Path(found).is_file():
+        pytest.skip("there is no libstdc++.a")
     library = compile_library(
-        compiler, tmp_path, FAILURE_OF_TORCH, "-DTORCH_TARGET_VERSION=0x020b000000000000", libtorch, *options
+        compiler, tmp_path, FAILURE_OF_TORCH, str(TORCH / "lib" / "libtorch_cpu.so"), *options, "-static-libstdc++"
     )
     assert lines_with(LOCALES, symbols(library, "-D", "--defined-only")) == []
     done = subprocess.run([sys.executable, "-c", PRINT_MESSAGE, library], capture_output=True, text=True)
