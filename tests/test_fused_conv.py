@@ -170,7 +170,7 @@ def cases(arch: int) -> list[Case]:
     numbers = ("rows", "channels", "second_channels", "out_channels", "height", "width")
 
     def case(dtype, precision="ieee", taps=1, mean=False, without=(), ones=()):
-        tile = tile_of(dtype, mean)
+        tile = tile_of(dtype, mean, (arch // 10, 0))
         name = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
         signature = {key: name for key in pointers} | {"count": "*i64"} | {key: "i32" for key in numbers}
         constants = {key: None for key in without} | {key: 1 for key in ones}  # a launch makes a 1 a constant

@@ -13,7 +13,7 @@ from conftest import TRITON_DEVICE
 def upcast_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In the interpreter `tl.dot` upcasts bfloat16 to float32 and multiplies that: the sums of a GPU, without its order.
 
-    An emulation: it runs the kernels' bfloat16 path, and proves nothing of the GPU's products. On a GPU it does nothing.
+    An emulation: it runs the kernels' bfloat16 path, and proves nothing of a GPU's products; there it does nothing.
     """
     if TRITON_DEVICE == "cuda":
         yield
