@@ -66,10 +66,11 @@ CASES = {
 }
 
 
+@pytest.mark.usefixtures("upcast_products")
 @pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_triton(triton_kernels, poisoned, upcast_products, dtype, case, mean):
+def test_triton(triton_kernels, poisoned, dtype, case, mean):
     with fallbacks() as heard:
         check(triton_kernels, arguments(3, (7, 7), dtype=dtype, **CASES[case]), relu=True, mean=mean)
     assert not heard

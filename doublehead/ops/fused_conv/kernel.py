@@ -45,7 +45,7 @@ def most_registers(
     """How many registers a thread may use, if that is limited.
 
     With 128, two blocks of 256 threads share a multiprocessor; left to itself the compiler takes some more, and
-    there is one. Only sm_90 keeps the sum in few enough registers: elsewhere, and for the other variants, the rest would spill.
+    there is one. Only sm_90 keeps the sum in few enough registers: elsewhere, and for other variants, some spill.
     """
     fits = capability == (9, 0) and dtype != torch.float32 and not mean and (count or not residual)
     return 128 if fits else None
