@@ -11,9 +11,9 @@ from conftest import TRITON_DEVICE
 
 @pytest.fixture
 def upcast_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In the interpreter `tl.dot` upcasts bfloat16 to float32 and multiplies that: the sums of a GPU, without its order.
+    """In the interpreter `tl.dot` upcasts bfloat16 to float32 and multiplies that: a GPU's sums, in another order.
 
-    An emulation: it runs the kernels' bfloat16 path, and proves nothing of the GPU's products. On a GPU it does nothing.
+    An emulation: it runs the kernels' bfloat16 path, and proves nothing of a GPU's products.
     """
     if TRITON_DEVICE == "cuda":
         yield

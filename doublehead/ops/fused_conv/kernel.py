@@ -32,10 +32,10 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_of(dtype: torch.dtype, mean: bool) -> Tile:
+def tile_of(dtype: torch.dtype, mean: bool, capability: tuple[int, int]) -> Tile:
     """A fixed table, so that results do not depend on a race between configurations."""
-    if dtype == torch.float32:
-        return Tile(64, 64, 32, 4, 3) if mean else Tile(128, 128, 32, 8, 3)
+    if dtype == torch.float32:  # on sm_100 the residual of the large tile would spill
+        return Tile(64, 64, 32, 4, 3) if mean or capability >= (10, 0) else Tile(128, 128, 32, 8, 3)
     return Tile(64, 128, 64, 4, 3) if mean else Tile(128, 128, 64, 8, 3)
 
 
@@ -45,7 +45,7 @@ def most_registers(
     """How many registers a thread may use, if that is limited.
 
     With 128, two blocks of 256 threads share a multiprocessor; left to itself the compiler takes some more, and
-    there is one. Only sm_90 keeps the sum in few enough registers: elsewhere, and for the other variants, the rest would spill.
+    there is one. Only sm_90 keeps the sum in few enough registers: elsewhere, and for other variants, some spill.
     """
     fits = capability == (9, 0) and dtype != torch.float32 and not mean and (count or not residual)
     return 128 if fits else None
@@ -169,7 +169,8 @@ def fused_conv(x, weight, bias, second, residual, count, size, relu, mean, fill=
         x, second, residual, weight, bias, channels, None if second is None else second.shape[1], len(weight)
     ):
         raise Fallback(UNALIGNED)
-    tile, precision = tile_of(x.dtype, mean), convolution_precision(x.dtype)
+    capability, precision = _capability(x), convolution_precision(x.dtype)
+    tile = tile_of(x.dtype, mean, capability)
     out = x.new_empty((rows // cells if mean else rows, len(weight)))
     tiles = rows // cells if mean else triton.cdiv(rows, tile.m)
     if out.numel():
@@ -178,6 +179,6 @@ def fused_conv(x, weight, bias, second, residual, count, size, relu, mean, fill=
             0 if second is None else second.shape[1], len(weight), height, width,
             TAPS=9 if weight.dim() == 4 else 1, RELU=relu, MEAN=mean, FILL=fill, PRECISION=precision,
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
-            maxnreg=most_registers(x.dtype, mean, residual is not None, count is not None, _capability(x)),
+            maxnreg=most_registers(x.dtype, mean, residual is not None, count is not None, capability),
         )  # fmt: skip
     return out
