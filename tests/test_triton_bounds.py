@@ -94,7 +94,7 @@ def normalised():
 
 
 def convolved():
-    """Of 1x1, of 3x3, and the average: widths that the tiles do not divide, and maps that are no whole number of them."""
+    """1x1, 3x3, and the average: tiles divide neither the widths nor the rows."""
     x, residual = normal(30, 16), normal(30, 48)
     plain = fused_conv(x, normal(48, 16), normal(48), size=(5, 3), residual=residual, relu=True)
     gathered = fused_conv(x, normal(48, 16, 3, 3), normal(48), size=(5, 3), count=torch.tensor(1))
