@@ -343,3 +343,12 @@ def test_dtypes(device, exact, dtype):
 
 def test_more_classes_than_the_kernel_holds(device, exact):
     check(tensors(1, 2, 4500, seed=12, scale=4.0), device, exact)
+
+
+def test_suppression_is_told_how_large_a_class_can_be(triton_kernels, monkeypatch):
+    from doublehead.ops.detections import kernel
+
+    told, suppress = [], kernel.nms_padded
+    monkeypatch.setattr(kernel, "nms_padded", lambda *arguments: told.append(arguments[5:]) or suppress(*arguments))
+    check(tensors(2, 5, 4, seed=0), triton_kernels, exact=False)
+    assert told == [(5,)]
