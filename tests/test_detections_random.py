@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from detection_cases import OPTIONS, clear, tensors
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
-from test_detections import FUSION_NAMES, INF, NAN, check, poison
+import pytest
+
+pytest.importorskip("hypothesis")
+
+from detection_cases import OPTIONS, clear, tensors  # noqa: E402
+from hypothesis import HealthCheck, assume, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from test_detections import FUSION_NAMES, INF, NAN, check, poison  # noqa: E402
 
 __all__ = ["poison"]  # a fixture
 
