@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from doublehead.models.folding import FoldedWeights
 from doublehead.ops import _folded
+from doublehead.ops._folded import FoldedWeights
 
 
 class Streams:

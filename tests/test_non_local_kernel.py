@@ -10,7 +10,9 @@ from doublehead.ops import non_local
 
 pytest.importorskip("triton")
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+#: Triton's interpreter multiplies bfloat16 tiles as if they were integers: a GPU must do it.
+ALL = ["fp32", "fp16", pytest.param("bf16", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def run(device: str, qkv, grad, *attention):
     return out.detach(), torch.autograd.grad(out, qkv, grad.to(device))[0]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", ALL)
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize(
     ("number", "cells", "groups", "width"),
@@ -68,7 +70,7 @@ def test_kernel_is_as_exact_as_pytorch(triton_kernels, poisoned, number, cells, 
 
 
 @pytest.mark.parametrize("cells", [49, 70])
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", ALL)
 def test_large_logits(triton_kernels, poisoned, cells, dtype):
     # Pairwise products of some 10^5: beyond fp16, and their exponentials beyond float64. They are exact in any order of
     # additions: a rounding of 10^5 would be a factor of the weights, and orders differ from processor to processor.

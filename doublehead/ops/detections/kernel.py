@@ -162,7 +162,8 @@ def detections(
     boxes, scores, groups = candidates(
         logits, deltas, proposals, valid, sizes, fusion, score_threshold, min_size, least_side, box_weights
     )
-    kept, count = nms_padded(boxes, scores, groups, nms_iou, max_detections)
+    rois = logits[0].shape[1]  # a class has a box of each at most
+    kept, count = nms_padded(boxes, scores, groups, nms_iou, max_detections, rois)
     return *gather(kept, boxes, scores, groups), count
 
 
