@@ -16,8 +16,6 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import doublehead
 from doublehead.config import ImageConfig, ModelConfig
-from doublehead.data.images import read_image
-from doublehead.data.shapes import ShapesDataset
 from doublehead.interop.torchvision import convert_faster_rcnn, faster_rcnn_config
 from doublehead.models import build_detector
 from doublehead.recipes import RECIPES
@@ -30,18 +28,28 @@ RECIPE = {"Double-Head": "double-head-r50-fpn", "Double-Head-Ext": "double-head-
 
 
 def pictures(count: int, side: int) -> list[Tensor]:
-    """Real ones where they are, else generated; resized so that the shorter side is at most `side`."""
+    """Real ones where they are, else drawn; resized so that the shorter side is at most `side`."""
     folder = Path(os.environ.get("DOUBLEHEAD_TEST_DATA") or harness.ROOT.parent / "shared" / "data")
     files = sorted(folder.glob("tiny_coco/**/*.jpg"))
     if files:
-        found = [read_image(file) for file in files[:count]]
+        from doublehead.data.images import read_image  # needs more packages than the models do
+
+        found = [read_image(file) / 255 for file in files[:count]]
     else:
-        dataset = ShapesDataset("val", count, side=480)
-        found = [dataset[i][0] for i in range(count)]
-    found = [x / 255 if x.dtype == torch.uint8 else x for x in found]
+        found = [drawn(image) for image in range(count)]
     found = (found * count)[:count]
     factor = min(1.0, side / 480)
     return [nn.functional.interpolate(x[None], scale_factor=factor, mode="bilinear")[0].to(DEVICE) for x in found]
+
+
+def drawn(seed: int, side: int = 480) -> Tensor:
+    """`Tensor[3, side, side]` in 0 .. 1: eight filled rectangles on a gradient, under noise."""
+    random = torch.Generator().manual_seed(seed)
+    picture = torch.linspace(0, 1, side).expand(3, side, side) * torch.rand(3, 1, 1, generator=random)
+    for _ in range(8):
+        x, y, width, height = (torch.rand(4, generator=random) * side / 2).int().tolist()
+        picture[:, y : y + height, x : x + width] = torch.rand(3, 1, 1, generator=random)
+    return (picture + 0.05 * torch.randn(3, side, side, generator=random)).clamp(0, 1)
 
 
 def lively(model: nn.Module, images: list[Tensor], largest: dict[nn.Module, float]) -> nn.Module:

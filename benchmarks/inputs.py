@@ -10,6 +10,11 @@ from torch import Tensor
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def generator(seed: int) -> torch.Generator:
+    """Seeded, on `DEVICE`: large inputs are drawn where they are used. Devices draw different numbers."""
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
 def rpn_boxes(
     count: int,
     *,
@@ -27,15 +32,15 @@ def rpn_boxes(
     Returns boxes `Tensor[count, 4]` (x1, y1, x2, y2 in pixels, inside the image) and distinct
     scores `Tensor[count]` in (0, 1), in no particular order, on `DEVICE`.
     """
-    generator = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(seed)
     height, width = image_size
     extent = torch.tensor([float(width), float(height)])
 
     def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator)
+        return torch.rand(*shape, generator=random)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=random)
 
     def places(number: int) -> tuple[Tensor, Tensor]:
         side = 16 * torch.exp(uniform(number, 1) * math.log(600 / 16))
@@ -61,5 +66,14 @@ def rpn_boxes(
     boxes = corners.clamp(min=torch.zeros(4), max=limits)
     boxes[:, :2] = torch.minimum(boxes[:, :2], limits[:2] - 1)
     boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)
-    order = torch.randperm(count, generator=generator)
+    order = torch.randperm(count, generator=random)
     return boxes[order].to(DEVICE), scores[order].to(DEVICE)
+
+
+def eighty_classes(each: int = 1_000) -> tuple[Tensor, Tensor, Tensor]:
+    """80 classes of so many boxes each, shuffled, all scores distinct: boxes, scores, classes."""
+    images = [rpn_boxes(each, seed=label) for label in range(80)]
+    boxes, scores = (torch.cat(tensors) for tensors in zip(*images, strict=True))
+    order = torch.randperm(80 * each, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    scores = (scores[order].argsort(stable=True).argsort() + 0.5) / 80 * each
+    return boxes[order], scores, torch.arange(80, device=DEVICE).repeat_interleave(each)[order]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 
 import pytest
 import torch
+from heads import close, inference, lively, maps, precision, step_near, towers, training_step
 from inputs import DEVICE
 from torch import nn
 
 from doublehead.config import DetectionConfig, HeadConfig, RoIConfig
-from doublehead.models.conv_tower import ConvTower
 from doublehead.models.detections import Sources
 from doublehead.models.heads import Heads
 from doublehead.models.inference import run_heads
@@ -24,45 +23,6 @@ PRECISION = "bfloat16" if DEVICE == "cuda" else "float32"
 DETAILS = {"rois": ROIS, "precision": PRECISION}
 
 
-def lively(module: nn.Module) -> nn.Module:
-    """Batch norms and last weights that are not zero, so that a wrong result shows."""
-    torch.manual_seed(0)
-    for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            nn.init.uniform_(layer.weight, 0.5, 1.5)
-            nn.init.normal_(layer.running_mean, std=0.1)
-        elif isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight)
-    return module.to(DEVICE, memory_format=torch.channels_last)
-
-
-def towers() -> tuple[ConvTower, ConvTower]:
-    """Module by module, and fused; the same weights."""
-    fused = lively(ConvTower(256, HeadConfig()))
-    plain = copy.deepcopy(fused)
-    plain.fused = False
-    return plain, fused
-
-
-def maps() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(ROIS, 256, 7, 7, generator=generator)
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    return x.to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
-
-
-def precision():
-    return torch.autocast("cuda", torch.bfloat16) if DEVICE == "cuda" else nullcontext()
-
-
-def close(actual, expected) -> None:
-    """Within a few roundings of the largest value: the layers in between round differently."""
-    scale = max(value.abs().max().item() for value in expected)
-    tolerance = 0.05 if DEVICE == "cuda" else 1e-4
-    for value, wanted in zip(actual, expected, strict=True):
-        torch.testing.assert_close(value, wanted, rtol=0, atol=tolerance * scale)
-
-
 def compiled(module: nn.Module) -> nn.Module | None:
     return torch.compile(module, mode="max-autotune-no-cudagraphs") if DEVICE == "cuda" else None
 
@@ -72,11 +32,7 @@ NOT_COMPILED = "torch.compile is timed on a GPU only"
 
 def test_inference(compare):
     plain, fused = (tower.eval() for tower in towers())
-    x, by_compiler = maps(), compiled(plain)
-
-    def run(tower):
-        with torch.inference_mode(), precision():
-            return (tower(x).float(),)
+    x, by_compiler = maps(ROIS, 256), compiled(plain)
 
     compare(
         op="conv_head",
@@ -84,9 +40,9 @@ def test_inference(compare):
         details=DETAILS | {"gflop": MFLOP * ROIS / 1e3},
         check=close,
         providers={
-            "reference": lambda: run(plain),
-            "torch.compile": (lambda: run(by_compiler)) if by_compiler else NOT_COMPILED,
-            "doublehead": lambda: run(fused),
+            "reference": inference(plain, x),
+            "torch.compile": inference(by_compiler, x) if by_compiler else NOT_COMPILED,
+            "doublehead": inference(fused, x),
         },
     )
 
@@ -95,25 +51,17 @@ def test_inference(compare):
 def test_training_step(compare, recompute):
     plain, fused = (tower.train() for tower in towers())
     fused.recompute = recompute
-    x, by_compiler = maps().requires_grad_(), compiled(plain)
-
-    def run(tower):
-        tower.zero_grad(set_to_none=True)
-        x.grad = None
-        with precision():
-            y = tower(x)
-        y.float().square().mean().backward()
-        return y.detach().float(), x.grad.float()
+    x, by_compiler = maps(ROIS, 256).requires_grad_(), compiled(plain)
 
     compare(
         op="conv_head",
         case="conv-head training step" + (", recompute" if recompute else ""),
         details=DETAILS | {"gflop": 3 * MFLOP * ROIS / 1e3},
-        check=close,
+        check=step_near,
         providers={
-            "reference": lambda: run(plain),
-            "torch.compile": (lambda: run(by_compiler)) if by_compiler else NOT_COMPILED,
-            "doublehead": lambda: run(fused),
+            "reference": training_step(plain, x),
+            "torch.compile": training_step(by_compiler, x) if by_compiler else NOT_COMPILED,
+            "doublehead": training_step(fused, x),
         },
     )
 
@@ -133,7 +81,7 @@ def test_double_head_with_the_exact_skip(compare):
     heads = lively(Heads(HeadConfig("double_head"), RoIConfig(), 256, 81)).eval()
     classifier = heads["fc"].classifier
     nn.init.zeros_(classifier.weight)
-    x = maps()
+    x = maps(ROIS, 256)
     with torch.no_grad():  # a detector's scores: the first quarter says something, the rest background
         classifier.bias.copy_(torch.tensor([8.0] + [0.0] * 80))
         x[:SURVIVORS, :, 0, 0] = 10

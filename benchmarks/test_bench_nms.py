@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inputs import DEVICE, rpn_boxes
+from inputs import DEVICE, eighty_classes, rpn_boxes
 
 from doublehead.ops import batched_nms, nms, nms_padded
 from doublehead.ops.nms import reference
@@ -45,15 +45,6 @@ def test_nms_200_000(compare):
         },
         min_rounds=1,
     )
-
-
-def eighty_classes() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """80 classes of 1000 boxes each, shuffled, all scores distinct."""
-    images = [rpn_boxes(1_000, seed=label) for label in range(80)]
-    boxes, scores = (torch.cat(tensors) for tensors in zip(*images, strict=True))
-    order = torch.randperm(80_000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    scores = (scores[order].argsort(stable=True).argsort() + 0.5) / 80_000
-    return boxes[order], scores, torch.arange(80, device=DEVICE).repeat_interleave(1_000)[order]
 
 
 @pytest.mark.parametrize("threshold", [0.7, 0.5])

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 
-import doublehead.ops  # noqa: F401  (defines the operators)
+import doublehead.ops
 from doublehead.ops import _fallback, _library
 
 HOPPER, TURING = (9, 0), (7, 5)
@@ -256,10 +256,36 @@ def test_the_cuda_part_is_missing(monkeypatch):
     assert not _library.native("nms", "cuda") and _library.why_reference("nms") in texts[0]
 
 
-def test_compiled_code_and_fake_tensors_know_nothing_of_it(triton_kernels):
+def test_compiled_code_knows_nothing_of_it(triton_kernels):
     def convolve(x):
         return torch.ops.doublehead.fused_conv(x, *(WEIGHT.to(x), *ARGUMENTS[2:]))
 
     compiled = torch.compile(convolve, backend="aot_eager", fullgraph=True)
     x = X.to(triton_kernels)
     torch.testing.assert_close(compiled(x), convolve(x))
+
+
+def fake_cuda(*shape):
+    """A tensor without data on a GPU that need not exist."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return torch.empty(*shape, device="cuda")
+
+
+def test_fake_tensors_on_a_gpu_ask_nothing(monkeypatch):
+    monkeypatch.setattr(_fallback, "refusal", lambda index=None: pytest.fail("asked"))
+    with fake_cuda(1).fake_mode:
+        x, weight = (torch.empty(tensor.shape, device="cuda") for tensor in (X, WEIGHT))
+        found, texts = served(torch.ops.doublehead.fused_conv, x, weight, *ARGUMENTS[2:])
+    assert found.shape == (4, 8) and found.device.type == "cuda" and texts == []
+
+
+def test_scores_are_fused_without_the_operator_and_it_is_said(monkeypatch):
+    monkeypatch.setattr(_fallback, "no_triton", lambda: _fallback.NO_TRITON)
+    with fake_cuda(1).fake_mode:
+        logits = torch.empty(4, 3, device="cuda")
+        for warned in (1, 0):
+            found, texts = served(doublehead.ops.fuse_scores, logits, logits)
+            assert found.shape == (4, 3) and len(texts) == warned
+            assert all(text.startswith("doublehead: fuse_scores on cuda") and "Triton" in text for text in texts)
