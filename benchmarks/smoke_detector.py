@@ -6,7 +6,7 @@ import contextlib
 import copy
 
 import torch
-from smoke_cases import FLOAT32, case, moved
+from smoke_cases import FLOAT32, case, differing, moved
 from torch import Tensor, nn
 
 from doublehead.config import BackboneConfig, DetectionConfig, HeadConfig, ImageConfig, ModelConfig, RoIConfig, RPNConfig
@@ -89,16 +89,22 @@ def image_of(found: Detections, index: int) -> tuple[Tensor, Tensor, Tensor]:
     return boxes.double(), scores.double(), labels
 
 
-@case("detector, inference", FLOAT32, launches="fused_conv non_local detections")
+@case("detector, inference", FLOAT32, launches="fused_conv non_local detections", apart=True, cuda=True)
 def inference(device, dtype):
     model = tiny_ext()
     with torch.no_grad(), exact_float32():
         expected = copy.deepcopy(model).double().detector(on("cpu", batch(), torch.float64))
         found = model.to(device).detector(on(device, batch()))
     yield "unlike detections", unlike(found, expected), UNLIKE
+    if device == "cuda":  # exact float32 leaves convolutions to the library: this launches our kernels
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            found = model.detector(on(device, batch()))
+        yield "images without detections in bfloat16", float((found.count == 0).sum()), 0
+        for index in range(len(found.count)):
+            image_of(found, index)
 
 
-@case("detector, training", FLOAT32, launches="batch_norm non_local", apart=True)
+@case("detector, training", FLOAT32, launches="batch_norm", apart=True, cuda=True)
 def training(device, dtype):
     model = tiny_ext().train()
     results = []
@@ -127,6 +133,15 @@ def graph(device, dtype):
         model.compile_graph(2, 64, 96)
         found, again = (model._graphs(model.detector, images) for _ in range(2))
     yield "unlike eager", unlike(found, expected), UNLIKE
-    yield "replays differ", sum(int((a != b).sum()) for a, b in zip(found[:4], again[:4], strict=True)), 0
+    yield "replays differ", differing_replays(found, again), 0
+    with torch.no_grad():
+        model.compile_graph(2, 64, 96, dtype=torch.bfloat16)
+        found, again = (model._graphs(model.detector, images) for _ in range(2))
+    yield "replays in bfloat16 differ", differing_replays(found, again), 0
+    yield "images without detections in bfloat16", float((found.count == 0).sum()), 0
+
+
+def differing_replays(one: Detections, other: Detections) -> int:
+    return sum(differing(a, b) for a, b in zip(one[:4], other[:4], strict=True))
 
 
