@@ -48,13 +48,6 @@ def unchanged(*_, **__):
     return lambda test: test
 
 
-def installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 def anything(name: str) -> Anything:
     """A module's attribute."""
     if name.startswith("__"):
@@ -72,7 +65,7 @@ def module(name: str) -> types.ModuleType:
 
 def install() -> set[str]:
     """Makes the packages that are missing importable; returns their names."""
-    missing = {package for package in ("hypothesis", "tyro") if not installed(package)}
+    missing = {package for package in ("hypothesis", "tyro") if importlib.util.find_spec(package) is None}
     if "hypothesis" in missing:
         hypothesis = module("hypothesis")
         hypothesis.strategies = module("hypothesis.strategies")
