@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-MISSING = ("tyro", "pycocotools", "simplejpeg", "hypothesis", "onnx", "onnxruntime", "onnxscript", "matplotlib", "xdist")
+MISSING = ("tyro", "pycocotools", "simplejpeg", "hypothesis", "onnx", "onnxruntime", "onnxscript", "xdist")
 
 
 class Without:
