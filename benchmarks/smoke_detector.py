@@ -9,7 +9,15 @@ import torch
 from smoke_cases import FLOAT32, case, differing, moved
 from torch import Tensor, nn
 
-from doublehead.config import BackboneConfig, DetectionConfig, HeadConfig, ImageConfig, ModelConfig, RoIConfig, RPNConfig
+from doublehead.config import (
+    BackboneConfig,
+    DetectionConfig,
+    HeadConfig,
+    ImageConfig,
+    ModelConfig,
+    RoIConfig,
+    RPNConfig,
+)
 from doublehead.models import ImageBatch, build_detector
 from doublehead.models.structures import Detections, pad_targets
 from doublehead.ops import box_iou
@@ -120,7 +128,8 @@ def training(device, dtype):
     missing = [name for name, grad in exact_grads.items() if (grad is None) != (grads[name] is None)]
     assert not missing, f"gradients of {missing}"
     known = [name for name, exact in exact_grads.items() if exact is not None]
-    errors, sizes = zip(*(((grads[n].double().cpu() - exact_grads[n]).norm(), exact_grads[n].norm()) for n in known))
+    errors = [(grads[name].double().cpu() - exact_grads[name]).norm() for name in known]
+    sizes = [exact_grads[name].norm() for name in known]
     yield "gradients (relative)", (torch.stack(errors).norm() / torch.stack(sizes).norm()).item(), 2e-2
 
 
@@ -143,5 +152,3 @@ def graph(device, dtype):
 
 def differing_replays(one: Detections, other: Detections) -> int:
     return sum(differing(a, b) for a, b in zip(one[:4], other[:4], strict=True))
-
-

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import sys
 
-MISSING = ("tyro", "pycocotools", "simplejpeg", "hypothesis", "onnx", "onnxruntime", "onnxscript", "matplotlib", "xdist")
+MISSING = ("tyro", "pycocotools", "simplejpeg", "hypothesis", "onnx", "onnxruntime", "onnxscript", "xdist")
 
 
-class Missing:
-    """A finder that finds none of `MISSING`."""
+class Without:
+    """A finder of modules that finds none of `MISSING`, as if they were not there."""
 
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] in MISSING:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return None
+    def __init__(self, finder) -> None:
+        self._finder = finder
+
+    def __getattr__(self, name: str):
+        return getattr(self._finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in MISSING else self._finder.find_spec(name, path, target)
 
 
-sys.meta_path.insert(0, Missing())
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]

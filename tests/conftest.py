@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import standins
 import torch
 from interpreter import kernels_on_cpu
 
@@ -20,8 +21,16 @@ if TRITON_DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+MISSING = standins.install()
+COMMAND_LINES = {"test_detect", "test_export"}
+"""Files whose tests run command lines, which need tyro."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where torch sees no CUDA device."""
+    """Tests marked `gpu` are skipped where torch sees no CUDA device, and those of command lines without tyro."""
+    for item in items:
+        if "tyro" in MISSING and item.path.stem in COMMAND_LINES:
+            item.add_marker(pytest.mark.skip(reason="needs tyro, which is not installed"))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -1,4 +1,4 @@
-"""Triton's kernels on CPU tensors: in Triton's interpreter, which TRITON_INTERPRET=1 chooses before they are imported."""
+"""Triton's kernels on CPU tensors: in its interpreter, which TRITON_INTERPRET=1 chooses before they are imported."""
 
 from __future__ import annotations
 
