@@ -7,8 +7,8 @@ import torch
 from cuda_emulation.build import ORDERS, open_emulated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nms_cases import INF, NAN, clustered_boxes, integer_boxes, is_greedy_result
-from test_nms_native import DTYPES, images, thresholds
+from nms_cases import DTYPES, INF, NAN, clustered_boxes, integer_boxes, is_greedy_result
+from test_nms_native import images, thresholds
 
 from doublehead.ops import box_iou
 from doublehead.ops.nms import reference
