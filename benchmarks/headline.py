@@ -37,7 +37,7 @@ MARK = "@row "
 
 
 class Plan(NamedTuple):
-    """A row's words, how many seconds it may need on one H100, preparation and compilation included, and its targets."""
+    """A row's words, how many seconds it may need on one H100, preparations included, and its targets."""
 
     title: str
     seconds: float

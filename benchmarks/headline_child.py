@@ -51,6 +51,8 @@ def measure(make: Callable[[bool], Any], small: bool, on_gpu: bool) -> dict[str,
     device = gpu_timing.Cuda() if on_gpu else Host()
     case = make(small)
     case.check(case.ours(), case.peer())
+    if case.alone is not None:
+        case.alone()  # here too, so that the small run tries it
     calls = {"ours": case.ours, "peer": case.peer}
     way = case.way or "both eager"
     if case.graphs and on_gpu:

@@ -41,7 +41,7 @@ class Case:
 
 
 def roi_align(small: bool, direction: str, layout: str, dtype: torch.dtype, boxes: int = 512, images: int = 1) -> Case:
-    from pyramid import NAMES, SCALES, Problem, backward, check, forward
+    from pyramid import SCALES, Problem, backward, check, forward
 
     problem = Problem(not small, layout, 7, boxes, dtype, 2 if small and images > 1 else images)
     ours = problem.module(MultiScaleRoIAlign)
@@ -49,8 +49,9 @@ def roi_align(small: bool, direction: str, layout: str, dtype: torch.dtype, boxe
     if direction == "backward":
         ours, peer = backward(ours, problem), backward(peer, problem)
         return Case(ours, peer, check, alone=ours, bytes_moved=problem.backward_bytes())
-    assert len(NAMES) == len(SCALES)
-    alone = forward(lambda: multiscale_roi_align(problem.features, problem.rois, 7, SCALES, sampling_ratio=2)[0])
+    alone = forward(
+        lambda: multiscale_roi_align(problem.features, problem.rois, 7, spatial_scales=SCALES, sampling_ratio=2)[0]
+    )
     return Case(forward(ours), forward(peer), check, alone=alone, bytes_moved=problem.forward_bytes())
 
 
@@ -64,12 +65,12 @@ def same_boxes(ours: Tensor, peer: Tensor) -> None:
 
 def plain_nms(small: bool, count: int, threshold: float) -> Case:
     boxes, scores = rpn_boxes(200 if small else count)
-    most = len(boxes)
+    most, groups = len(boxes), scores.new_zeros((1, len(boxes)), dtype=torch.int64)
     return Case(
         lambda: nms(boxes, scores, threshold),
         lambda: torchvision.ops.nms(boxes, scores, threshold),
         same_boxes,
-        alone=lambda: nms_padded(boxes[None], scores[None], None, threshold, most),
+        alone=lambda: nms_padded(boxes[None], scores[None], groups, threshold, most),
     )
 
 

@@ -139,7 +139,7 @@ def _check(boxes: Tensor, scores: Tensor, groups: Tensor | None, *, batched: boo
             raise ArgumentTypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
     if scores.device != boxes.device:
         raise ArgumentValueError(f"scores must be on the device of boxes, {boxes.device}, got {scores.device}")
-    if groups is not None:
+    if batched or groups is not None:
         _check_groups(boxes, groups, batched, lead)
 
 
