@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # what t
 import detection_cases  # noqa: E402
 from nms_cases import clustered_boxes  # noqa: E402
 from non_local_cases import qkv_and_grad  # noqa: E402
-from precision import error_and_bound  # noqa: E402
+from precision import convolution_eps, error_and_bound  # noqa: E402
 
 from doublehead import ops  # noqa: E402
 from doublehead.ops.batch_norm import batch_norm_act_apply  # noqa: E402
@@ -36,8 +36,6 @@ OPS = torch.ops.doublehead
 Comparison = tuple[str, float, float]
 """What was compared, its error, and what that may be."""
 FLOAT64, FLOAT32, HALF = (torch.float64,), (torch.float32,), (torch.float16, torch.bfloat16)
-TF32_EPS = 2.0**-10
-"""Of one rounding where float32 convolutions take the tensor cores, as is PyTorch's default."""
 
 
 class Case(NamedTuple):
@@ -93,12 +91,6 @@ def differing(actual: Tensor, expected: Tensor) -> int:
     if actual.shape != expected.shape:
         return max(actual.numel(), expected.numel(), 1)
     return int((actual.cpu() != expected.cpu()).sum())
-
-
-def convolution_eps(device: str, dtype: torch.dtype) -> dict[str, float]:
-    """`eps` of what replaces a convolution."""
-    tf32 = device == "cuda" and dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "ieee"
-    return {"eps": TF32_EPS} if tf32 else {}
 
 
 def maps(device: str) -> tuple[int, int]:
@@ -230,7 +222,7 @@ def fused_conv(device, dtype):
         plain, exact = (plain_fused_conv(*moved(given, *there)) for there in each(device, dtype))
         with torch.no_grad():
             actual = OPS.fused_conv(*moved(given, device))
-        yield from compare(actual, plain, exact, name, **convolution_eps(device, dtype))
+        yield from compare(actual, plain, exact, name, eps=convolution_eps(device, dtype))
 
 
 def plain_fused_conv(x, weight, bias, second, residual, count, size, relu, mean) -> Tensor:
@@ -263,7 +255,7 @@ def conv_head(device, dtype):
     plain, exact = (conv_head_reference.conv_head(*moved(given, *there), *attention) for there in each(device, dtype))
     with torch.no_grad():
         actual = ops.conv_head(*moved(given, device), groups=1, softmax=False, scale=1 / 49, relu=True)
-    yield from compare(actual, plain, exact, "forward", roundings=len(shapes), **convolution_eps(device, dtype))
+    yield from compare(actual, plain, exact, "forward", roundings=len(shapes), eps=convolution_eps(device, dtype))
 
 
 @case("batch_norm_act", FLOAT32 + HALF, "batch_norm_act batch_norm_act_apply batch_norm_act_backward", "batch_norm",

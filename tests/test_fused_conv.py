@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from precision import assert_as_exact
+from precision import assert_as_exact, convolution_eps
 from torch.library import opcheck
 from triton_bfloat16 import upcast_products  # noqa: F401  (a fixture)
 from triton_compile import ARCHS, Case, compile_cases
@@ -53,7 +53,7 @@ def check(device: str, given: dict, **options) -> None:
     exact = reference.fused_conv(*(wide[name] for name in order), *more)
     actual = fused_conv(**given, count=count, **options)
     assert actual.shape == plain.shape
-    assert_as_exact(actual, plain, exact.to(torch.float64), f"{dtype}")
+    assert_as_exact(actual, plain, exact.to(torch.float64), f"{dtype}", eps=convolution_eps(device, dtype))
 
 
 CASES = {
