@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent
 OLDEST_SETUPTOOLS = 77  # an older one stops at pyproject.toml's licence, with a page of text that does not say so
 OLDEST_TORCH = (2, 11)  # the stable-ABI target set in CMakeLists.txt
 DEFAULT_ARCHS = ("80", "86", "89", "90", "100", "120")
+OLDEST_ARCH = (8, 0)  # the kernels use instructions that came with it
 
 
 def check_setuptools(version):
@@ -81,8 +82,11 @@ def find_nvcc(environ):
     return shutil.which("nvcc", path=os.pathsep.join(places))
 
 
-def decide_cuda(torch, nvcc, wanted):
-    """Whether to build the CUDA part, and the reason in words. `wanted` is DOUBLEHEAD_CUDA: "0", "1" or ""."""
+def decide_cuda(torch, nvcc, wanted, arch_list="", gpus=()):
+    """Whether to build the CUDA part, and the reason in words.
+
+    `wanted` is DOUBLEHEAD_CUDA: "0", "1" or ""; arch_list and gpus are those of choose_archs.
+    """
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"DOUBLEHEAD_CUDA: got {wanted!r}; accepted are 0 (leave CUDA out), 1 (demand it) or nothing.")
     if wanted == "0":
@@ -92,6 +96,8 @@ def decide_cuda(torch, nvcc, wanted):
         missing.append(f"torch {torch.version} was built without CUDA")
     if not nvcc:
         missing.append("no nvcc was found (CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda)")
+    if nothing := nothing_to_compile_for(arch_list, gpus):
+        missing.append(nothing)
     if missing and wanted == "1":
         raise SystemExit(f"DOUBLEHEAD_CUDA=1 demands the CUDA part, but {' and '.join(missing)}.")
     return not missing, " and ".join(missing) or f"torch {torch.version} has CUDA and nvcc is {nvcc}"
@@ -100,17 +106,38 @@ def decide_cuda(torch, nvcc, wanted):
 def choose_archs(known, arch_list="", gpus=()):
     """CMAKE_CUDA_ARCHITECTURES out of what nvcc knows (["80", "90", ...]).
 
-    TORCH_CUDA_ARCH_LIST is taken as it is; else the visible GPUs; else the defaults nvcc knows. Unless the list says
-    otherwise the newest carries PTX, which newer GPUs can run.
+    TORCH_CUDA_ARCH_LIST is taken as it is; else the visible GPUs; else the defaults nvcc knows; of these, those that
+    the kernels can run on. Unless the list says otherwise the newest carries PTX, which newer GPUs can run.
     """
-    if arch_list.strip():
-        return ";".join(arch for item in re.split(r"[;,\s]+", arch_list.strip()) for arch in read_arch(item))
-    numbers = sorted(known, key=int)
-    wanted = {gpu.replace(".", "") for gpu in gpus} or set(DEFAULT_ARCHS)
+    if named := split_archs(arch_list):
+        return ";".join(arch for item in named if new_enough(item) for arch in read_arch(item))
+    numbers = sorted((number for number in known if new_enough(f"{number[:-1]}.{number[-1]}")), key=int)
+    wanted = {gpu.replace(".", "") for gpu in gpus if new_enough(gpu)} or set(DEFAULT_ARCHS)
     archs = [number for number in numbers if number in wanted]
     if not archs:  # a GPU newer than this nvcc: PTX of the newest one that nvcc knows
         return f"{numbers[-1]}-virtual"
     return ";".join([f"{arch}-real" for arch in archs[:-1]] + [archs[-1]])
+
+
+def nothing_to_compile_for(arch_list, gpus):
+    """Why no architecture is left to compile for, in words; "" if one is."""
+    named, where = split_archs(arch_list), "TORCH_CUDA_ARCH_LIST names"
+    if not named:
+        named, where = list(gpus), "the visible GPUs have"
+    if not named or any(map(new_enough, named)):
+        return ""
+    return f"the kernels need compute capability 8.0 or newer and {where} {', '.join(dict.fromkeys(named))} alone"
+
+
+def split_archs(arch_list):
+    """The entries of TORCH_CUDA_ARCH_LIST."""
+    return [item for item in re.split(r"[;,\s]+", arch_list) if item]
+
+
+def new_enough(item):
+    """Whether the kernels can run on "8.0", "9.0a+PTX", ...; an entry that cannot be read is left to read_arch."""
+    match = re.match(r"(\d+)\.(\d)", item)
+    return not match or (int(match[1]), int(match[2])) >= OLDEST_ARCH
 
 
 def read_arch(item):
@@ -151,8 +178,9 @@ class CMakeBuild(build_ext):
     def configure(self, torch):
         import pybind11
 
-        nvcc = find_nvcc(os.environ)
-        cuda, reason = decide_cuda(torch, nvcc, os.environ.get("DOUBLEHEAD_CUDA", ""))
+        nvcc, arch_list = find_nvcc(os.environ), os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        gpus = lines_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+        cuda, reason = decide_cuda(torch, nvcc, os.environ.get("DOUBLEHEAD_CUDA", ""), arch_list, gpus)
         settings = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
@@ -166,9 +194,10 @@ class CMakeBuild(build_ext):
         }
         if cuda:
             known = [line.removeprefix("compute_") for line in lines_of(nvcc, "--list-gpu-arch")]
-            gpus = lines_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
             settings["CMAKE_CUDA_COMPILER"] = nvcc
-            settings["CMAKE_CUDA_ARCHITECTURES"] = choose_archs(known, os.environ.get("TORCH_CUDA_ARCH_LIST", ""), gpus)
+            settings["CMAKE_CUDA_ARCHITECTURES"] = choose_archs(known, arch_list, gpus)
+            if left_out := [arch for arch in split_archs(arch_list) or gpus if not new_enough(arch)]:
+                print(f"doublehead: leaving out {', '.join(left_out)}, older than compute capability 8.0.", flush=True)
         self.build_folder = Path(self.build_temp).resolve() / f"cmake-{sys.implementation.cache_tag}"
         self.cmake("-S", ROOT, "-B", self.build_folder, "-G", "Ninja", *(f"-D{k}={v}" for k, v in settings.items()))
         if not cuda:  # an earlier build's would be loaded still

@@ -2,65 +2,108 @@
 # Everything that needs a GPU, on a machine with torch, triton, nvcc and pytest, and no network.
 #
 #   benchmarks/gpu.sh                 all stages, one after the other
-#   benchmarks/gpu.sh build test      these stages
+#   benchmarks/gpu.sh build smoke     these stages
+#   benchmarks/gpu.sh --help          this text
 #
-# build        the library in place, with the machine's own torch
-# test         the tests marked `gpu`
-# triton       the tests of the Triton kernels, which without a GPU run in the interpreter
-# sanitize     a few of them under compute-sanitizer: memcheck, racecheck, initcheck
-# nms, roi_align, roi_batches, non_local, conv_head, detections, detector
-#              the benchmarks; they write benchmarks/results/<gpu>/*.json
+# build        the library in place, with the machine's own torch and nvcc: about a minute for one architecture
+# smoke        each kernel once against its reference, a detector's steps, a graph: at most 90 s
+# headline     the numbers that matter beside their peers: at most 4 min; the table is printed again at the end
+# test         the tests marked `gpu`: 600, about 1.5 min on 5 processes (pytest-xdist), 5 without
+# triton       the tests of the Triton kernels, which without a GPU run in the interpreter: 570, 45 s or 4 min
+# sanitize_memcheck, sanitize_racecheck, sanitize_initcheck
+#              some 20 small tests of our CUDA kernels under compute-sanitizer, which makes them 10 to 50 times slower
+# nms, roi_align, roi_batches, non_local, conv_head, fused_conv, detections, detector
+#              the benchmarks, each case 3 to 10 s; they write benchmarks/results/<gpu>/*.json
 # plot         tables and plots from the records
 #
-# A stage is stopped after 8 minutes (STAGE_SECONDS). A stage that fails is named at the end, and the others still run.
+# A stage is stopped after 8 minutes (STAGE_SECONDS), and is named as stopped. The others run in any case; all failures
+# are named at the end, and the exit status is 1 then. PYTHON chooses the interpreter (python3).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 seconds=${STAGE_SECONDS:-480}
 python=${PYTHON:-python3}
+results=$(mktemp -d)
+trap 'rm -rf "$results"' EXIT
+all=(build smoke headline test triton sanitize_memcheck sanitize_racecheck sanitize_initcheck
+     nms roi_align roi_batches non_local conv_head fused_conv detections detector plot)
 
-measure() { "$python" -m pytest -q -p no:cacheprovider "$@" --benchmark-only; }
+has_module() { "$python" -c "import $1" 2>/dev/null; }
 
-stage_build() { "$python" -m pip install --quiet --no-build-isolation --no-deps -e . && "$python" -m doublehead.info; }
+# `parallel N`: arguments for so many processes, if pytest-xdist is installed. Each keeps to one thread.
+parallel() { has_module xdist && echo "-n $1" || echo "not in parallel: pytest-xdist is not installed" >&2; }
 
-# Only files with GPU tests: others may need packages that this machine does not have.
-gpu_tests() { grep -lE 'mark\.gpu' tests/test_*.py; }
+run_tests() { OMP_NUM_THREADS=1 PYTHONPATH=. "$python" -m pytest -q -ra -p no:cacheprovider "$@"; }
 
-stage_test() { "$python" -m pytest -q -m gpu $(gpu_tests); }
+# Files that have such tests, as others need not be collected.
+files_with() { grep -lE "$1" tests/test_*.py; }
 
-stage_triton() { "$python" -m pytest -q $(grep -lE 'triton_kernels' tests/test_*.py); }
-
-stage_sanitize() {
-  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed: nothing checked"; return 0; }
-  local failed=0 tool some="every_element or any_strides or strided_inputs or strange_boxes or early_stop"
-  for tool in memcheck racecheck initcheck; do
-    echo "-- $tool"
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout $((seconds / 3)) compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      --kernel-regex kns=doublehead "$python" -m pytest -q -m gpu -k "$some" $(gpu_tests) || failed=1
-  done
-  return $failed
+needs_gpu() {
+  "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && return 0
+  echo "no GPU: nothing checked"
+  return 1
 }
 
+measure() { needs_gpu || return 0; PYTHONPATH=. "$python" -m pytest -q -p no:cacheprovider "$@" --benchmark-only; }
+
+# Unfiltered by kernel: memory that another kernel writes or leaves unwritten counts too.
+sanitize() {
+  needs_gpu || return 0
+  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH: nothing checked" >&2; return 1; }
+  local some="every_element or any_strides or strided_inputs or early_stop"
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=. compute-sanitizer --tool "$1" --error-exitcode 9 \
+    "$python" -m pytest -q -ra -p no:cacheprovider -m gpu -k "$some" tests/test_nms_gpu.py tests/test_roi_align_gpu.py
+}
+
+stage_build() {
+  command -v nvcc >/dev/null || echo "nvcc is not on PATH: the part for CUDA may be left out" >&2
+  "$python" setup.py -q build_ext --inplace && PYTHONPATH=. "$python" -m doublehead.info
+}
+stage_smoke() { PYTHONPATH=. "$python" benchmarks/smoke.py; }
+stage_headline() {
+  needs_gpu || return 0
+  PYTHONPATH=. "$python" benchmarks/headline.py --seconds 240 2>&1 | tee -i "$results/headline"
+  return "${PIPESTATUS[0]}"
+}
+stage_test() { needs_gpu || return 0; run_tests -m gpu $(parallel 5) $(files_with 'mark\.gpu'); }
+stage_triton() { needs_gpu || return 0; run_tests -m "not gpu" $(parallel 11) $(files_with 'triton_kernels'); }
+stage_sanitize_memcheck() { sanitize memcheck; }
+stage_sanitize_racecheck() { sanitize racecheck; }
+stage_sanitize_initcheck() { sanitize initcheck; }
 stage_nms() { measure benchmarks/test_bench_nms.py; }
 stage_roi_align() { measure benchmarks/test_bench_roi_align.py -k "not batches"; }
 stage_roi_batches() { measure benchmarks/test_bench_roi_align.py -k "batches"; }
 stage_non_local() { measure benchmarks/test_bench_non_local.py; }
-stage_conv_head() { measure benchmarks/test_bench_{conv_head,fused_conv,batch_norm}.py; }
+stage_conv_head() { measure benchmarks/test_bench_conv_head.py; }
+stage_fused_conv() { measure benchmarks/test_bench_{fused_conv,batch_norm}.py; }
 stage_detections() { measure benchmarks/test_bench_detections.py benchmarks/test_bench_score_fusion.py; }
 stage_detector() { measure benchmarks/test_bench_{detector,image_batch}.py; }
-stage_plot() { "$python" benchmarks/plot.py; }
+stage_plot() { needs_gpu || return 0; PYTHONPATH=. "$python" benchmarks/plot.py; }
 
-all=(build test triton sanitize nms roi_align roi_batches non_local conv_head detections detector plot)
-[ $# -gt 0 ] && stages=("$@") || stages=("${all[@]}")
-for stage in "${stages[@]}"; do
+help() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' benchmarks/gpu.sh; }
+for stage in "$@"; do
+  case $stage in
+    -h | --help) help; exit 0 ;;
+  esac
   [[ " ${all[*]} " == *" $stage "* ]] || { echo "no stage '$stage'; there are: ${all[*]}" >&2; exit 2; }
 done
+[ $# -gt 0 ] && stages=("$@") || stages=("${all[@]}")
+
 failed=()
-export -f measure gpu_tests $(compgen -A function stage_)
-export seconds python
+export -f has_module parallel run_tests files_with needs_gpu measure sanitize $(compgen -A function stage_)
+export python results
 for stage in "${stages[@]}"; do
   echo "== $stage"
   started=$SECONDS
-  timeout "$seconds" bash -c "stage_$stage" || failed+=("$stage")
+  # SIGINT first: pytest then names the failures so far. What still runs 10 s later is killed.
+  timeout -s INT -k 10 "$seconds" bash -c "stage_$stage"
+  status=$?
+  case $status in
+    0) ;;
+    124 | 137) echo "== $stage: stopped after $seconds s"; failed+=("$stage (stopped after $seconds s)") ;;
+    *) failed+=("$stage (status $status)") ;;
+  esac
   echo "== $stage: $((SECONDS - started)) s"
 done
-[ ${#failed[@]} -eq 0 ] || { echo "failed or stopped: ${failed[*]}" >&2; exit 1; }
+[ ${#failed[@]} -eq 0 ] || { printf 'failed: %s\n' "${failed[@]}" >&2; }
+[ ! -s "$results/headline" ] || { echo "== headline, again"; cat "$results/headline"; }
+[ ${#failed[@]} -eq 0 ]

@@ -189,7 +189,7 @@ class Run:
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
         if self.options.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        begun = {"row": left[0], "limit": 100.0}
+        begun, text = {"row": left[0], "limit": 100.0}, ""
         child = Child([*self.command, "--child", str(self.deadline), "--rows", *left], environment)
         try:
             while left:

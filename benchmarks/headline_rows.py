@@ -63,12 +63,12 @@ def same_boxes(ours: Tensor, peer: Tensor) -> None:
 
 def plain_nms(small: bool, count: int, threshold: float) -> Case:
     boxes, scores = rpn_boxes(200 if small else count)
-    most = len(boxes)
+    most, groups = len(boxes), scores.new_zeros((1, len(boxes)), dtype=torch.int64)
     return Case(
         lambda: nms(boxes, scores, threshold),
         lambda: torchvision.ops.nms(boxes, scores, threshold),
         same_boxes,
-        alone=lambda: nms_padded(boxes[None], scores[None], None, threshold, most),
+        alone=lambda: nms_padded(boxes[None], scores[None], groups, threshold, most),
     )
 
 

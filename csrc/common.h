@@ -9,12 +9,12 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "message.h"
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 
 #if __has_include(<pthread.h>)
@@ -58,20 +58,11 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <typename... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
 // "[2, 256, 50, 68]", for messages.
 inline std::string shape(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
-  text << ']';
-  return text.str();
+  std::string text = "[";
+  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
+  return text + "]";
 }
 
 // `what` names operator and argument: "nms: boxes".

@@ -1,8 +1,8 @@
 #include "cuda_info.h"
 
-#include <cuda_runtime.h>
+#include "message.h"
 
-#include <stdexcept>
+#include <cuda_runtime.h>
 
 namespace doublehead {
 
@@ -15,7 +15,7 @@ std::string compiled_archs() {
 int runtime_version() {
   int version = 0;
   const cudaError_t status = cudaRuntimeGetVersion(&version);
-  if (status != cudaSuccess) throw std::runtime_error(std::string("doublehead._C_cuda: ") + cudaGetErrorString(status));
+  if (status != cudaSuccess) fail("doublehead._C_cuda: ", cudaGetErrorString(status));
   return version;
 }
 

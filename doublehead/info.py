@@ -16,7 +16,7 @@ import doublehead
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # a missing compiled part is what this report is about
     import doublehead.ops  # noqa: F401  (defines the operators)
-    from doublehead.ops import _library
+    from doublehead.ops import _fallback, _library
 
 DEVICES = ("cpu", "cuda")
 PACKAGES = ("torchvision", "triton", "numpy", "pycocotools")
@@ -29,7 +29,7 @@ def main() -> None:
 
 def report() -> str:
     """The whole report, as text."""
-    return "\n".join([*_versions(), "", *_parts(), "", *_operators()])
+    return "\n".join([*_versions(), *_precision(), "", *_parts(), "", *_operators(), *_refused_gpus()])
 
 
 def served_by(name: str, device: str) -> tuple[str, str]:
@@ -40,12 +40,11 @@ def served_by(name: str, device: str) -> tuple[str, str]:
     """
     if _library.native(name, device):
         return _library.language(name, device), ""
-    if name in _library.TRITON_KERNELS and device == "cuda":
-        return "reference", "Triton is not installed"
-    part = "_C" if device == "cpu" else "_C_cuda"
-    if part in _library.UNLOADED:
-        return "reference", f"{part} is not loaded"
-    return "reference", f"no {device.upper()} kernel in this version"
+    if device == "cuda":
+        return "reference", _library.why_reference(name)
+    if "_C" in _library.UNLOADED:
+        return "reference", "_C is not loaded"
+    return "reference", "no CPU kernel in this version"
 
 
 def compiled_part(name: str) -> ModuleType | None:
@@ -80,6 +79,32 @@ def _gpus() -> list[str]:
         major, minor = torch.cuda.get_device_capability(index)
         lines.append(f"GPU {index}        {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
     return lines
+
+
+def _precision() -> list[str]:
+    """PyTorch's switches that choose how float32 is multiplied on a GPU."""
+    switches = {
+        "torch.backends.cudnn.conv.fp32_precision": torch.backends.cudnn.conv,
+        "torch.backends.cuda.matmul.fp32_precision": torch.backends.cuda.matmul,
+    }
+    lines = [f"{name} = {_switch(owner)}" for name, owner in switches.items()]
+    return [f"float32      {lines[0]}", *(f"             {line}" for line in lines[1:])]
+
+
+def _switch(owner: object) -> str:
+    try:
+        return f'"{owner.fp32_precision}"'
+    except RuntimeError as error:  # the older switches and these were both set, and disagree
+        return f"unknown: {str(error).splitlines()[0]}"
+
+
+def _refused_gpus() -> list[str]:
+    """Which GPUs no Triton kernel serves, and why; of the whole machine the table has said it."""
+    if not torch.cuda.is_available() or _fallback.refusal() is not None:
+        return []
+    names = ", ".join(sorted(_library.TRITON_KERNELS))
+    found = {index: _fallback.refusal(index) for index in range(torch.cuda.device_count())}
+    return [f"reference on cuda:{index}: {why} ({names})" for index, why in found.items() if why is not None]
 
 
 def _parts() -> list[str]:

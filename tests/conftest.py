@@ -1,5 +1,6 @@
 """What all tests share: real pictures, the `gpu` marker, Triton on the CPU, the rounds of the fault suite."""
 
+import contextlib
 import os
 import random
 import zlib
@@ -7,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import standins
 import torch
+from interpreter import kernels_on_cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,8 +21,16 @@ if TRITON_DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+MISSING = standins.install()
+COMMAND_LINES = {"test_detect", "test_export"}
+"""Files whose tests run command lines, which need tyro."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where torch sees no CUDA device."""
+    """Tests marked `gpu` are skipped where torch sees no CUDA device, and those of command lines without tyro."""
+    for item in items:
+        if "tyro" in MISSING and item.path.stem in COMMAND_LINES:
+            item.add_marker(pytest.mark.skip(reason="needs tyro, which is not installed"))
     if torch.cuda.is_available():
         return
     for item in items:
@@ -31,15 +42,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def triton_kernels() -> Iterator[str]:
     """The device on which `torch.ops.doublehead` runs the Triton kernels: here, if need be, in the interpreter."""
     pytest.importorskip("triton")
-    from doublehead.ops._library import NAMESPACE, TRITON_KERNELS
-
-    if TRITON_DEVICE == "cuda":
-        yield "cuda"
-        return
-    with torch.library._scoped_library(NAMESPACE, "IMPL") as library:
-        for name, launch in TRITON_KERNELS.items():
-            library.impl(name, launch, "CPU", allow_override=True)
-        yield "cpu"
+    with contextlib.nullcontext() if TRITON_DEVICE == "cuda" else kernels_on_cpu():
+        yield TRITON_DEVICE
 
 
 @pytest.fixture(scope="session")

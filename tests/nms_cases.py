@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from doublehead.ops import box_iou
 
 NAN, INF = float("nan"), float("inf")
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+THRESHOLDS = [0.0, 0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 1.0, -0.1, 1 / 3, 1e-7, NAN]
+BAD = [NAN, INF, -INF, 0.0, -0.0, 3e38, -3e38, 1e-45, 1e300, 65504.0]
 
 
 def clustered_boxes(count: int, seed: int, *, objects: int = 20, spread: float = 0.15) -> tuple[Tensor, Tensor]:
@@ -28,6 +34,35 @@ def integer_boxes(count: int, seed: int, *, extent: int = 20) -> tuple[Tensor, T
     corners = torch.randint(extent, (count, 2), generator=generator)
     sides = torch.randint(extent // 2, (count, 2), generator=generator)
     return torch.cat((corners, corners + sides), 1).float(), torch.rand(count, generator=generator)
+
+
+def make_images(integer: Callable[[int, int], int], choice: Callable[[list], object]) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes, scores and groups of a small batch: clustered or on a grid, of any size, with bad values strewn in.
+
+    Args:
+        integer: draws an integer, both bounds among them.
+        choice: draws one of a list.
+    """
+    batch, count = integer(1, 3), integer(0, 150)
+    seed = integer(0, 2**16)
+    boxes, scores = choice([clustered_boxes, integer_boxes])(batch * count, seed)
+    generator = torch.Generator().manual_seed(seed)
+    boxes, scores = boxes.double() * choice([1.0, 1.0, 1e-3, 37.7, 1e15, 1e-20]), scores.double()
+    boxes = boxes + choice([0.0, 0.0, -400.0, 1e6])
+    for tensor in (boxes.view(-1), scores):
+        for _ in range(integer(0, 4) if tensor.numel() else 0):
+            tensor[torch.randint(tensor.numel(), (1,), generator=generator)] = choice(BAD)
+    if choice([False, True]) and count:  # inverted and degenerate boxes
+        boxes[torch.randint(len(boxes), (3,), generator=generator)] = boxes[0].flip(0)
+    groups = torch.randint(-1, choice([1, 2, 50]), (batch, count), generator=generator)
+    boxes, scores = boxes.to(choice(DTYPES)), scores.to(choice(DTYPES))
+    return boxes.view(batch, count, 4), scores.view(batch, count), groups
+
+
+def random_images(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`make_images` from a seed, where there is no Hypothesis."""
+    generator = random.Random(seed)
+    return make_images(generator.randint, generator.choice)
 
 
 def is_greedy_result(kept: Tensor, boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> bool:

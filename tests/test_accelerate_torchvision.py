@@ -401,22 +401,3 @@ def test_layers_of_others_see_the_memory_format_they_know():
 def test_the_package_needs_no_torchvision():
     code = "import doublehead, doublehead.ops, sys; assert 'torchvision' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_waits_for_the_device_twice(small, recwarn):
-    """Once for the number of proposals, once for that of detections: the lists torchvision hands on have lengths."""
-    model = doublehead.accelerate(copy.deepcopy(small)).cuda()
-    with torch.inference_mode():
-        model([image.cuda() for image in pictures()])
-        batch, _ = model.transform([image.cuda() for image in pictures()])
-        features = model.backbone(batch.tensors)
-        recwarn.clear()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            proposals, _ = model.rpn(batch, features)
-            model.roi_heads(features, proposals, batch.image_sizes)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert sum("synchronizing" in str(warning.message) for warning in recwarn) <= 2

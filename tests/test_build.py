@@ -126,6 +126,33 @@ def test_cuda_demanded_but_impossible(build, torch_cuda, nvcc, missing):
         build.decide_cuda(build.Torch(Path("t"), "2.15.0", torch_cuda), nvcc, "1")
 
 
+@pytest.mark.parametrize(
+    "arch_list, gpus, reason",
+    [
+        ("7.5", ["9.0"], "8.0 or newer and TORCH_CUDA_ARCH_LIST names 7.5 alone"),
+        ("6.1;7.5+PTX", [], "TORCH_CUDA_ARCH_LIST names 6.1, 7.5+PTX alone"),
+        ("", ["7.5", "7.5"], "the visible GPUs have 7.5 alone"),
+        ("7.5;8.0", [], ""),
+        ("", ["7.5", "9.0"], ""),
+        ("9.0", ["7.5"], ""),
+        ("", [], ""),
+        (" ; ", [], ""),
+        ("10.0", [], ""),
+    ],
+)
+def test_gpus_that_are_too_old(build, arch_list, gpus, reason):
+    torch_found = build.Torch(Path("t"), "2.15.0", True)
+    decision, why = build.decide_cuda(torch_found, "/c/nvcc", "", arch_list, gpus)
+    assert decision is (not reason)
+    assert reason in why
+    if not reason:
+        assert build.decide_cuda(torch_found, "/c/nvcc", "1", arch_list, gpus)[0]
+        return
+    with pytest.raises(SystemExit, match="DOUBLEHEAD_CUDA=1 demands the CUDA part, but the kernels need compute capab"):
+        build.decide_cuda(torch_found, "/c/nvcc", "1", arch_list, gpus)
+    assert build.decide_cuda(torch_found, "/c/nvcc", "0", arch_list, gpus) == (False, "DOUBLEHEAD_CUDA=0")
+
+
 def test_cuda_switch_is_checked(build):
     with pytest.raises(SystemExit, match="DOUBLEHEAD_CUDA: got 'yes'; accepted are 0"):
         build.decide_cuda(build.Torch(Path("t"), "2.15.0", True), "/c/nvcc", "yes")
@@ -159,6 +186,9 @@ KNOWN = ["75", "80", "86", "89", "90", "100", "103", "120"]
         (["80", "90"], "", ["10.0"], "90-virtual"),  # newer than nvcc: PTX
         (KNOWN, "8.0;9.0+PTX", ["12.0"], "80-real;90"),
         (KNOWN, "8.0 9.0a, 10.0f", [], "80-real;90a-real;100f-real"),
+        (KNOWN, "7.5;8.0;9.0+PTX;", [], "80-real;90"),  # what is too old is left out
+        (KNOWN, "", ["7.5", "8.6"], "86"),
+        (["75", "80"], "", ["12.0"], "80-virtual"),
     ],
 )
 def test_choose_archs(build, known, arch_list, gpus, archs):

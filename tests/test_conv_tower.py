@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
-from precision import assert_as_exact
+from precision import assert_as_exact, convolution_eps
 from torch import nn
+from triton_bfloat16 import upcast_products  # noqa: F401  (a fixture)
 
 from doublehead.config import HeadConfig, NonLocalConfig
 from doublehead.models.conv_tower import Bottleneck, ConvTower, WideningBlock
 from doublehead.models.heads import FCTower
+from doublehead.ops._fallback import fallbacks
 
 CONFIGS = {
     "K=1": HeadConfig(conv_dim=32, conv_blocks=1),
@@ -22,7 +25,7 @@ CONFIGS = {
         conv_blocks=3,
         non_local=NonLocalConfig(pairwise="embedded_gaussian", groups=1, scale=True, relu_after=False),
     ),
-    "K=3, another inner width": HeadConfig(conv_dim=32, conv_blocks=3, non_local=NonLocalConfig(inner_dim=24)),
+    "K=3, another inner width": HeadConfig(conv_dim=32, conv_blocks=3, non_local=NonLocalConfig(inner_dim=192)),
     "K=3, ReLU after the shortcut": HeadConfig(conv_dim=32, conv_blocks=3, shortcut_relu=True),
 }
 
@@ -83,19 +86,24 @@ def test_only_the_first_count_rois_are_computed(count):
     assert (actual[count:] == 0).all()
 
 
+@pytest.mark.usefixtures("upcast_products")
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_triton_inference(triton_kernels, poisoned, name, dtype):
-    exact = tower(CONFIGS[name]).eval()
-    model, x = copy.deepcopy(exact).to(dtype), maps(3, dtype)
-    with torch.no_grad():
-        wanted, eager = exact(x.double()), plain(model)(x)
+    if dtype == torch.bfloat16 and triton_kernels == "cpu" and name != "K=1":
+        pytest.skip("the interpreter rounds to bfloat16 by other rules, which shows after some layers: needs a GPU")
+    config = dataclasses.replace(CONFIGS[name], conv_dim=128)  # widths that the kernels serve: 32 inner, 16 a group
+    exact = tower(config).eval()
+    model, x = copy.deepcopy(exact).to(triton_kernels, dtype), maps(3, dtype).to(triton_kernels)
+    with torch.no_grad(), fallbacks() as heard:
+        wanted, eager = exact(x.double().cpu()), plain(model)(x)
         count = torch.tensor(2, device=triton_kernels)
-        model = model.to(triton_kernels)
-        actual = model(x.to(triton_kernels)).cpu()
-        counted = model(x.to(triton_kernels), count).cpu()
-    assert_as_exact(actual, eager, plain(exact)(x.double()).detach(), name)
-    torch.testing.assert_close(wanted, plain(exact)(x.double()))
+        actual, counted = model(x), model(x, count)
+    assert not heard
+    allowed = {"roundings": 2 * layers(model), "eps": convolution_eps(triton_kernels, dtype)}
+    allowed = allowed if allowed["eps"] else {}
+    assert_as_exact(actual, eager, plain(exact)(x.double().cpu()).detach(), name, **allowed)
+    torch.testing.assert_close(wanted, plain(exact)(x.double().cpu()))
     assert counted[:2].equal(actual[:2]) and (counted[2:] == 0).all()
 
 
@@ -206,19 +214,24 @@ def test_fused_training_equals_plain(name, recompute):
         torch.testing.assert_close(actual[key], value, rtol=1e-7, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
 
 
+def layers(model: nn.Module) -> int:
+    """How many convolutions round one after the other, at most."""
+    return sum(isinstance(layer, nn.Conv2d) for layer in model.modules())
+
+
 def check_training_in_float32(name: str, device: str) -> None:
     """Result, gradient of the input and of every weight, bias and norm, and running statistics, by the 2x rule."""
     exact = tower(CONFIGS[name])
-    model, x = copy.deepcopy(exact).float(), maps(2, torch.float32)
-    wanted, eager = step(plain(exact), x.double()), step(plain(model), x)
-    actual = step(model.to(device), x.to(device))
+    model, x = copy.deepcopy(exact).to(device, torch.float32), maps(2, torch.float32)
+    wanted, eager = step(plain(exact), x.double()), step(plain(model), x.to(device))
+    actual = step(model, x.to(device))
     scale = max(value.abs().max() for key, value in wanted.items() if key.startswith("gradient"))
-    convolutions = sum(isinstance(layer, nn.Conv2d) for layer in model.modules())
+    eps = convolution_eps(device, torch.float32)
     for key, value in wanted.items():
         if key.endswith("num_batches_tracked"):
             assert actual[key] == value
         elif value.abs().max() > 1e-9 * scale:
-            assert_as_exact(actual[key], eager[key], value, key, 2 * convolutions)  # roundings there and back
+            assert_as_exact(actual[key], eager[key], value, key, 2 * layers(model), eps)  # roundings there and back
         else:  # a bias before a batch norm: its gradient is 0, and computed as noise
             assert actual[key].abs().max() < 1e-4 * scale
 

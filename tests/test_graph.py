@@ -11,7 +11,9 @@ import pytest
 import torch
 from test_models_static import lively, tiny
 
+from doublehead.config import DetectionConfig
 from doublehead.models import Detections, ImageBatch, build_detector, graph
+from doublehead.ops._library import warn_fallback
 
 
 class Recorder:
@@ -68,6 +70,31 @@ def padded(model, images, batch, height, width):
     buffers = graph.empty_batch(batch, height, width, "cpu")
     graph.fill(buffers, small)
     return buffers
+
+
+def assert_same_but_borderline(found, expected, options, gap=1e-4):
+    """Each image's scores equal the expected ones; either may have more, which passed the threshold barely.
+
+    Scores are sorted, so that those at the threshold come last.
+    """
+    for image, scores in enumerate(found):
+        others = expected.scores[image, : expected.count[image]].cpu()
+        common = min(len(scores), len(others))
+        assert common > 0
+        torch.testing.assert_close(scores[:common], others[:common], rtol=0, atol=gap)
+        surplus = torch.cat([scores[common:], others[common:]])
+        assert surplus.le(options.score_threshold + gap).all(), surplus
+
+
+def test_only_borderline_detections_may_differ():
+    options = DetectionConfig(score_threshold=0.05)
+    scores = torch.tensor([[0.9, 0.5, 0.05001]])
+    expected = Detections(None, scores, None, torch.tensor([3]))
+    for same in ([0.9, 0.5, 0.05001], [0.9, 0.5], [0.9, 0.5, 0.05002, 0.05001]):
+        assert_same_but_borderline([torch.tensor(same)], expected, options)
+    for other in ([0.9, 0.05001], [0.9, 0.51, 0.05001], [0.9, 0.5, 0.06], []):
+        with pytest.raises(AssertionError):
+            assert_same_but_borderline([torch.tensor(other)], expected, options)
 
 
 @torch.no_grad()
@@ -278,3 +305,65 @@ def test_weights_without_versions_are_refused(recorder):
 def test_training_mode_is_refused(model, recorder):
     with pytest.raises(RuntimeError, match="model.eval"):
         model.train().compile_graph(1, 64, 64)
+
+
+class FakeCuda:
+    """The parts of `torch.cuda` that recording uses; what is run inside a graph raises, as reading a value would."""
+
+    def __init__(self, monkeypatch):
+        self.capturing = False
+        names = ("device", "stream", "Stream", "current_stream", "synchronize", "CUDAGraph", "graph")
+        for name in names:
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name, self._nothing))
+
+    def _nothing(self, *_, **__):
+        return self
+
+    wait_stream = __enter__ = _nothing
+
+    def __exit__(self, *_):
+        self.capturing = False
+
+    def graph(self, *_, **__):
+        self.capturing = True
+        return self
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    monkeypatch.setattr(graph, "why_reference", lambda name: None)
+    return FakeCuda(monkeypatch)
+
+
+def test_the_error_names_the_operators_that_cannot_be_recorded(cuda, recwarn):
+    warn_fallback("fuse_scores", "no C compiler")  # warned of before: named all the same
+
+    def run():
+        warn_fallback("fuse_scores", "no C compiler")
+        warn_fallback("detections", "GPU 0 is sm_75")
+        if cuda.capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="cannot record a graph") as caught:
+        graph.record(run, torch.device("cuda", 0))
+    assert str(caught.value).splitlines()[1:] == ["fuse_scores: no C compiler", "detections: GPU 0 is sm_75"]
+    assert "capturing" in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("something else"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_other_errors_while_recording_stay(cuda, error, recwarn):
+    def run():
+        if isinstance(error, torch.OutOfMemoryError):
+            warn_fallback("detections", "GPU 0 is sm_75")
+        if cuda.capturing:
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        graph.record(run, torch.device("cuda", 0))
+    assert caught.value is error
+
+
+def test_without_the_cuda_part_nothing_is_recorded(cuda, monkeypatch):
+    monkeypatch.setattr(graph, "why_reference", lambda name: "_C_cuda is not loaded: it is not built")
+    with pytest.raises(RuntimeError, match="multiscale_roi_align: _C_cuda is not loaded: it is not built"):
+        graph.record(lambda: pytest.fail("called"), torch.device("cuda", 0))

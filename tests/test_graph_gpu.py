@@ -4,12 +4,22 @@ import copy
 
 import pytest
 import torch
-from test_graph import padded, pictures
+from test_graph import assert_same_but_borderline, padded, pictures
 from test_models_static import batch, lively, tiny
 
 from doublehead.models import build_detector, graph
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions():
+    """Eager and recorded convolutions run the same algorithm, without TF32: only a fault of the graph makes a gap."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision
+    cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision = True, False, "ieee"
+    yield
+    cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision = before
 
 
 @pytest.fixture(params=["fc", "double_head", "double_head_ext"])
@@ -95,7 +105,7 @@ def test_buckets_share_memory_and_do_not_disturb_each_other(model):
         again = model(of_bucket)
         torch.testing.assert_close(again, found)
         expected = run_core(model, padded_on_device(model, of_bucket, shape))
-        assert [len(item["scores"]) for item in found] == expected.count[: len(found)].tolist()
+        assert_same_but_borderline([item["scores"].cpu() for item in found], expected, model.config.detection)
 
 
 def padded_on_device(model, images, shape):

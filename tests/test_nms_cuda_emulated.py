@@ -7,8 +7,8 @@ import torch
 from cuda_emulation.build import ORDERS, open_emulated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nms_cases import INF, NAN, clustered_boxes, integer_boxes, is_greedy_result
-from test_nms_native import DTYPES, images, thresholds
+from nms_cases import DTYPES, INF, NAN, clustered_boxes, integer_boxes, is_greedy_result
+from test_nms_native import images, thresholds
 
 from doublehead.ops import box_iou
 from doublehead.ops.nms import reference
@@ -17,20 +17,29 @@ every_order = pytest.mark.parametrize("order", ORDERS)
 emulated = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def run_padded(boxes, scores, groups, threshold, max_output, *, padding=True, chunk=0, largest_segment=-1, order=0):
-    """The kernels' result, into poisoned memory. chunk, largest_segment: other than those of make_plan (steps.h)."""
+def run_counted(boxes, scores, groups, threshold, max_output, *, padding=True, largest_group=0, chunk=0,
+                largest_segment=-1, order=0):  # fmt: skip
+    """The kernels' result, into poisoned memory, and the number of launches.
+
+    chunk, largest_segment: other than those of make_plan (steps.h).
+    """
     batch, count = scores.shape
     indices = torch.full((batch, max_output), -7)
     counts = torch.full((batch,), -7)
     if 0 in (batch, count, max_output):
-        return indices.fill_(-1), counts.fill_(0)  # cuda.cu launches nothing
+        return indices.fill_(-1), counts.fill_(0), 0  # cuda.cu launches nothing
     arguments = []
     for tensor in (boxes, scores):
         arguments += [tensor, strides(tensor), DTYPES.index(tensor.dtype)]
     arguments += [groups, strides(groups)] if groups is not None else [None, torch.zeros(3, dtype=torch.int64)]
-    sizes = (batch, count, float(threshold), max_output, chunk, largest_segment)
-    open_emulated("nms.cpp").call("nms", *arguments, int(padding), *sizes, indices, counts, order=order)
-    return indices, counts
+    sizes = (batch, count, float(threshold), max_output, largest_group, chunk, largest_segment)
+    launches = torch.full((1,), -7)
+    open_emulated("nms.cpp").call("nms", *arguments, int(padding), *sizes, indices, counts, launches, order=order)
+    return indices, counts, launches.item()
+
+
+def run_padded(*arguments, **how):
+    return run_counted(*arguments, **how)[:2]
 
 
 def run_nms(boxes, scores, groups, threshold, **how):
@@ -245,3 +254,82 @@ def test_every_row_of_a_tile_strikes():
     scores, groups = torch.arange(384, 0, -1).float(), torch.zeros(384, dtype=torch.int64)
     for how in (dict(), dict(chunk=128), dict(largest_segment=2048)):
         assert run_nms(boxes, scores, groups, 0.5, **how).tolist() == list(range(192))
+
+
+# ---------------------------------------------------------------------------------------------
+# What the plan makes of the sizes
+
+
+def make_groups(batch, classes, each, seed=8):
+    """`batch` images of `classes` groups of `each` boxes, mixed."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.arange(classes).repeat_interleave(each)
+    groups = torch.stack([groups[torch.randperm(len(groups), generator=generator)] for _ in range(batch)])
+    boxes, scores = clustered_boxes(batch * classes * each, seed=seed, objects=9)
+    return boxes.view(batch, -1, 4), scores.view(batch, -1), groups
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_small_groups_need_no_rounds(dtype):
+    boxes, scores, groups = make_groups(2, 5, 30)
+    boxes = boxes.to(dtype)
+    expected = reference.nms_padded(boxes, scores, groups, 0.5, 100)
+    launches = {}
+    for largest_group in (0, 30, 75, 76):
+        *actual, launches[largest_group] = run_counted(boxes, scores, groups, 0.5, 100, largest_group=largest_group)
+        assert all(map(torch.equal, actual, expected)), largest_group
+    # keys, numbers, boxes; finding and suppressing segments; the result. A round is three more.
+    assert launches == {0: 9, 30: 6, 75: 6, 76: 9}  # 76 of 150 boxes: such a group may be alone, and rounds are faster
+
+
+def test_many_rounds_are_saved():
+    boxes, scores, groups = make_groups(1, 400, 11)  # 4,400 boxes: two rounds
+    known = run_counted(boxes, scores, groups, 0.5, 50, largest_group=11)
+    unknown = run_counted(boxes, scores, groups, 0.5, 50)
+    assert torch.equal(known[0], unknown[0]) and torch.equal(known[1], unknown[1])
+    assert (known[2], unknown[2]) == (6, 13)
+
+
+@pytest.mark.parametrize("largest_group", [1, 5, 10**9, 2**62])
+def test_a_wrong_bound_reads_and_writes_nothing_out_of_place(largest_group):
+    boxes, scores, groups = make_groups(2, 3, 50)
+    groups[:, 20:100] = 0  # more than half of the boxes
+    indices, counts, _ = run_counted(boxes, scores, groups, 0.5, 60, largest_group=largest_group)
+    expected, _ = reference.nms_padded(boxes, scores, groups, 0.5, 150)
+    if largest_group <= 5:  # the group is left out, the others are as ever
+        alone = torch.where(groups == 0, -1, groups)
+        expected, _ = reference.nms_padded(boxes, scores, alone, 0.5, 60)
+    assert torch.equal(indices, expected[:, :60]) and torch.equal(counts, (indices >= 0).sum(1))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 63, 65, 100, 149])
+def test_chunks_that_end_inside_a_tile(chunk):
+    boxes, scores, groups = make_groups(2, 3, 50)
+    assert_equals_reference(boxes, scores, groups, 0.5, 150, chunk=chunk, largest_segment=0)
+
+
+IMAGES = [1, 2, 16, 300, 2_000, 10_000, 100_000, 1_000_000]
+BOXES = [1, 3, 64, 100, 1_000, 1_024, 4_097, 12_000, 80_000, 1_000_000]
+
+
+@pytest.mark.parametrize("is_double", [0, 1])
+@pytest.mark.parametrize("grouped", [0, 1])
+def test_memory_grows_with_the_boxes_alone(grouped, is_double):
+    """Masks and lists are bounded: 256 MiB, or as many bytes as the boxes themselves take."""
+    plan = torch.zeros(3, dtype=torch.int64)
+    for number in IMAGES:
+        for count in (count for count in BOXES if number * count < 1 << 30):
+            open_emulated("nms.cpp").call("nms_plan", number, count, grouped, is_double, 0, plan)
+            total, (workspace, masks, rounds) = number * count, plan.tolist()
+            assert masks <= max(256 << 20, 8 * total), (number, count)
+            assert workspace - masks <= (81 + 16 * is_double) * total + 24 * number + 4096, (number, count)
+            assert 1 <= rounds <= max(8, count / 64, 1_000_000 / 16_384), (number, count)
+            open_emulated("nms.cpp").call("nms_plan", number, count, grouped, is_double, 1, plan)
+            if grouped and count > 1:
+                assert plan[0] <= workspace - masks and not plan[1:].any()
+
+
+def test_memory_of_ten_thousand_images():
+    plan = torch.zeros(3, dtype=torch.int64)
+    open_emulated("nms.cpp").call("nms_plan", 10_000, 1_024, 1, 0, 0, plan)
+    assert plan[1] <= 256 << 20 and plan[0] < 1 << 30 and plan[2] == 4

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from nms_cases import INF, NAN, clustered_boxes, integer_boxes
-from test_nms_native import images, thresholds
+from nms_cases import DTYPES, INF, NAN, THRESHOLDS, clustered_boxes, integer_boxes, random_images
 
 from doublehead.ops import batched_nms, nms, nms_padded
 from doublehead.ops._library import native
@@ -19,8 +16,6 @@ pytestmark = [
         not native("nms_padded", "cuda"), reason="doublehead's CUDA part is not built, so there is nothing to compare"
     ),
 ]
-
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
 def to_device(tensors, device="cuda"):
@@ -48,21 +43,18 @@ def assert_as_on_cpu(boxes, scores, groups, threshold):
 # The CPU's result
 
 
-@settings(max_examples=300, deadline=None)
-@given(images(), thresholds, st.integers(0, 160))
-def test_padded_equals_reference(example_images, threshold, max_output):
-    actual = nms_padded(*to_device(example_images), threshold, max_output)
-    expected = reference.nms_padded(*example_images, threshold, max_output)
-    assert torch.equal(actual[0].cpu(), expected[0]) and torch.equal(actual[1].cpu(), expected[1])
-
-
-@settings(max_examples=200, deadline=None)
-@given(images(), thresholds, st.booleans())
-def test_nms_equals_reference(example_images, threshold, grouped):
-    boxes, scores, groups = (tensor[0] for tensor in example_images)
-    groups = groups if grouped else None
-    actual = op._nms(*to_device((boxes, scores, groups)), threshold)
-    assert torch.equal(actual.cpu(), reference.nms(boxes, scores, groups, threshold))
+@pytest.mark.parametrize("which", range(len(THRESHOLDS)))
+def test_equals_reference(which):
+    threshold = THRESHOLDS[which]
+    for seed in range(which * 25, which * 25 + 25):
+        boxes, scores, groups = random_images(seed)
+        most = (0, 1, 40, 160)[seed % 4]
+        actual = nms_padded(*to_device((boxes, scores, groups)), threshold, most)
+        expected = reference.nms_padded(boxes, scores, groups, threshold, most)
+        assert torch.equal(actual[0].cpu(), expected[0]) and torch.equal(actual[1].cpu(), expected[1]), seed
+        one = boxes[0], scores[0], groups[0] if seed % 2 else None
+        actual = op._nms(*to_device(one), threshold)
+        assert torch.equal(actual.cpu(), reference.nms(*one, threshold)), seed
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,6 +90,19 @@ def test_early_stop(groups, max_output):
     boxes, scores = clustered_boxes(2 * 12_000, seed=2, objects=500)
     labels = (torch.arange(24_000) % groups).view(2, 12_000)
     assert_padded_as_on_cpu(boxes.view(2, 12_000, 4), scores.view(2, 12_000), labels, 0.7, max_output)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_groups_without_rounds(dtype):
+    boxes, scores = clustered_boxes(2 * 8000, seed=5, objects=300)
+    boxes, scores = boxes.view(2, 8000, 4).to(dtype), scores.view(2, 8000)
+    groups = (torch.arange(16_000) % 80).view(2, 8000)  # 100 boxes each
+    expected = nms_padded(boxes, scores, groups, 0.5, 300)
+    for largest_group in (100, 0):
+        actual = nms_padded(*to_device((boxes, scores, groups)), 0.5, 300, largest_group)
+        assert torch.equal(actual[0].cpu(), expected[0]) and torch.equal(actual[1].cpu(), expected[1])
+    wrong = nms_padded(*to_device((boxes, scores, groups * 0)), 0.5, 300, 100)  # one group of 8,000: left out
+    assert not wrong[1].any() and (wrong[0] == -1).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])

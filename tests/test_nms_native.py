@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nms_cases import INF, NAN, clustered_boxes, integer_boxes, is_greedy_result
+from nms_cases import DTYPES, INF, NAN, THRESHOLDS, clustered_boxes, is_greedy_result, make_images
 
 from doublehead.ops import box_iou, nms_padded
 from doublehead.ops._library import native
@@ -16,33 +16,13 @@ pytestmark = pytest.mark.skipif(
     not native("nms_padded", "cpu"), reason="doublehead's compiled part is not built, so there is nothing to compare"
 )
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-BAD = [NAN, INF, -INF, 0.0, -0.0, 3e38, -3e38, 1e-45, 1e300, 65504.0]
-
 
 @st.composite
 def images(draw):
-    """Boxes, scores and groups of a small batch: clustered or on a grid, of any size, with bad values strewn in."""
-    batch, count = draw(st.integers(1, 3)), draw(st.integers(0, 150))
-    seed = draw(st.integers(0, 2**16))
-    make = draw(st.sampled_from([clustered_boxes, integer_boxes]))
-    boxes, scores = make(batch * count, seed)
-    generator = torch.Generator().manual_seed(seed)
-    boxes, scores = boxes.double() * draw(st.sampled_from([1.0, 1.0, 1e-3, 37.7, 1e15, 1e-20])), scores.double()
-    boxes = boxes + draw(st.sampled_from([0.0, 0.0, -400.0, 1e6]))
-    for tensor in (boxes.view(-1), scores):
-        for _ in range(draw(st.integers(0, 4)) if tensor.numel() else 0):
-            tensor[torch.randint(tensor.numel(), (1,), generator=generator)] = draw(st.sampled_from(BAD))
-    if draw(st.booleans()) and count:  # inverted and degenerate boxes
-        boxes[torch.randint(len(boxes), (3,), generator=generator)] = boxes[0].flip(0)
-    groups = torch.randint(-1, draw(st.sampled_from([1, 2, 50])), (batch, count), generator=generator)
-    boxes = boxes.to(draw(st.sampled_from(DTYPES)))
-    return boxes.view(batch, count, 4), scores.to(draw(st.sampled_from(DTYPES))).view(batch, count), groups
+    return make_images(lambda low, high: draw(st.integers(low, high)), lambda choices: draw(st.sampled_from(choices)))
 
 
-thresholds = st.one_of(
-    st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 1.0, -0.1, 1 / 3, 1e-7]), st.floats(0.0, 1.0), st.just(NAN)
-)
+thresholds = st.one_of(st.sampled_from(THRESHOLDS), st.floats(0.0, 1.0))
 
 
 @settings(max_examples=200, deadline=None)

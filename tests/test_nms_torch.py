@@ -63,6 +63,30 @@ def test_compiled_padded_with_dynamic_shapes():
         assert equal(compiled(*arguments), nms_padded(*arguments))
 
 
+@pytest.mark.parametrize("largest_group", [1, 60, 10**6])
+def test_largest_group_changes_nothing(largest_group):
+    """It is optional, also for programs of a time when there was none; the operator itself checks it too."""
+    arguments = *padded_arguments(2, 60), 0.5, 20
+    assert equal(nms_padded(*arguments, largest_group=largest_group), nms_padded(*arguments))
+    assert equal(OPERATORS.nms_padded(*arguments), OPERATORS.nms_padded(*arguments, largest_group))
+    assert equal(reference.nms_padded(*arguments, largest_group), nms_padded(*arguments))
+    with pytest.raises(RuntimeError, match="largest_group must be >= 0, got -1"):
+        OPERATORS.nms_padded(*arguments, -1)
+
+
+def test_largest_group_may_be_a_dynamic_size():
+    class Suppress(torch.nn.Module):
+        def forward(self, *tensors):
+            return nms_padded(*tensors, 0.5, 20, tensors[0].shape[1])
+
+    count = torch.export.Dim("count", min=2, max=1000)
+    arguments = padded_arguments(2, 60)
+    program = torch.export.export(Suppress(), arguments, dynamic_shapes=(({1: count},) * 3,))
+    assert equal(program.module()(*padded_arguments(2, 41)), nms_padded(*padded_arguments(2, 41), 0.5, 20))
+    moved = torch.vmap(lambda *t: nms_padded(*t, 0.5, 20, 60))(*(tensor[None] for tensor in arguments))
+    assert equal([result[0] for result in moved], nms_padded(*arguments, 0.5, 20))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_nms(dynamic):
     compiled = torch.compile(lambda *a: nms(*a) + 1, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -248,6 +272,7 @@ def test_errors_of_batched_nms(idxs, error, message):
         (dict(groups=torch.zeros(5)), ValueError, r"groups must have shape \[B, N\] = \[2, 5\] like boxes, got \[5\]"),
         (dict(groups=torch.zeros(2, 5)), TypeError, "groups must be int64, got torch.float32"),
         (dict(max_output=-1), ValueError, "max_output must be >= 0, got -1"),
+        (dict(largest_group=-2), ValueError, "largest_group must be >= 0, got -2"),
     ],
 )
 def test_errors_of_padded(change, error, message):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from doublehead.ops import NonLocalBlock
+from doublehead.ops import BatchNorm, NonLocalBlock, non_local
 
 
 def block(channels: int = 16, **options) -> NonLocalBlock:
@@ -96,6 +96,85 @@ def test_averaged_and_copied():
     averaged = AveragedModel(ours, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     averaged.update_parameters(ours)
     torch.testing.assert_close(averaged.eval()(maps()), ours.eval()(maps()))
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights prepared once
+
+
+def prepared_each_time(module: NonLocalBlock, x: torch.Tensor) -> torch.Tensor:
+    """The block at inference from its plain weights, as `non_local` takes them."""
+    qkv = module.theta, module.phi, module.g
+    norm = module.norm
+    return non_local(
+        x,
+        torch.cat([layer.weight.flatten(1) for layer in qkv]),
+        torch.cat([layer.bias for layer in qkv]),
+        module.out.weight.flatten(1),
+        module.out.bias,
+        norm=norm and BatchNorm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps),
+    )
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "amp"),
+    [(torch.float64, None), (torch.float64, torch.bfloat16), (torch.float32, None), (torch.float32, torch.bfloat16),
+     (torch.float16, None), (torch.bfloat16, None)],
+)  # fmt: skip
+@torch.no_grad()
+def test_prepared_weights_give_the_same_bits(dtype, amp, norm):
+    ours, x = block(norm=norm).eval().to(dtype), maps().to(dtype)
+    with torch.autocast("cpu", amp, enabled=amp is not None):
+        expected = prepared_each_time(ours, x)
+        for _ in range(2):
+            assert ours(x).equal(expected) and expected.dtype == dtype
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_weights_are_prepared_once(monkeypatch, context):
+    ours, prepared = block().eval(), []
+    qkv = NonLocalBlock._qkv
+    monkeypatch.setattr(NonLocalBlock, "_qkv", lambda self: prepared.append(True) or qkv(self))
+    with context():
+        for _ in range(3):
+            ours(maps())
+    assert len(prepared) == 1
+    ours(maps())  # with gradients: not from prepared weights
+    ours.train()(maps())
+    assert len(prepared) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.theta.weight.mul_(2),
+        lambda module: module.out.bias.add_(1),
+        lambda module: module.norm.running_var.mul_(2),
+        lambda module: setattr(module.norm, "eps", 1.0),
+        lambda module: module.load_state_dict({name: 2 * value for name, value in module.state_dict().items()}),
+        lambda module: (module.g.weight.data.mul_(2), module.train(), module.eval()),
+    ],
+    ids=["weight", "bias", "statistics", "eps", "load", "mode switched"],
+)
+@torch.no_grad()
+def test_changed_weights_are_prepared_anew(change):
+    ours = block().eval()
+    before = ours(maps())
+    change(ours)
+    assert not ours(maps()).allclose(before)
+    assert ours(maps()).equal(prepared_each_time(ours, maps()))
+
+
+@torch.no_grad()
+def test_pickles_without_prepared_weights():
+    ours = block().eval()
+    ours(maps())
+    state = ours.__dict__.copy()
+    del state["_folded"]  # as older versions wrote it
+    older = NonLocalBlock.__new__(NonLocalBlock)
+    older.__setstate__(state)
+    assert older(maps()).equal(ours(maps()))
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -10,7 +10,9 @@ from doublehead.ops import non_local
 
 pytest.importorskip("triton")
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+#: Triton's interpreter multiplies bfloat16 tiles as if they were integers: a GPU must do it.
+ALL = ["fp32", "fp16", pytest.param("bf16", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def run(device: str, qkv, grad, *attention):
     return out.detach(), torch.autograd.grad(out, qkv, grad.to(device))[0]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", ALL)
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize(
     ("number", "cells", "groups", "width"),
@@ -68,7 +70,7 @@ def test_kernel_is_as_exact_as_pytorch(triton_kernels, poisoned, number, cells, 
 
 
 @pytest.mark.parametrize("cells", [49, 70])
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", ALL)
 def test_large_logits(triton_kernels, poisoned, cells, dtype):
     # Pairwise products of some 10^5: beyond fp16, and their exponentials beyond float64. They are exact in any order of
     # additions: a rounding of 10^5 would be a factor of the weights, and orders differ from processor to processor.
@@ -106,9 +108,9 @@ def test_a_roi_with_nan_leaves_the_others_alone(triton_kernels, cells, softmax):
 
 def test_strided_inputs(triton_kernels):
     wide, _ = qkv_and_grad(2, 20, 64, torch.float32)
-    qkv = wide[..., :96]  # rows further apart than they are long
-    grad = torch.randn(2, 32, 20).transpose(1, 2)
-    inputs = qkv.to(triton_kernels), grad.to(triton_kernels)
+    # Rows further apart than they are long. Cut out on the device: a copy to it would close the gaps.
+    qkv, grad = wide[..., :96], torch.randn(2, 32, 20).transpose(1, 2)
+    inputs = wide.to(triton_kernels)[..., :96], grad.to(triton_kernels)
     assert not any(tensor.is_contiguous() for tensor in inputs)
     out = OPERATORS.non_local_attention(inputs[0], 1, True, 0.2)
     grad_qkv = OPERATORS.non_local_attention_backward(inputs[1], inputs[0], 1, True, 0.2)
@@ -130,6 +132,28 @@ def test_what_the_kernel_does_not_serve_goes_to_the_reference(triton_kernels, mo
     assert results[0].shape == (number, cells, width) and results[1].shape == qkv.shape
     for actual, plain in zip(results, rounded(qkv, grad, 1, True, 0.1), strict=True):
         torch.testing.assert_close(actual.cpu(), plain)
+
+
+@pytest.mark.parametrize(
+    ("cells", "width", "offset", "reason"),
+    [
+        (9, 24, 0, "multiple of 16 up to 512 wide, and is 24"),
+        (9, 528, 0, "up to 512 wide, and is 528"),
+        (257, 16, 0, "more than 256 cells are not served, and this one has 257"),
+        (9, 16, 1, "address that is no multiple of 16 bytes"),
+    ],
+)
+def test_the_reference_says_why_it_serves(triton_kernels, monkeypatch, cells, width, offset, reason):
+    from doublehead.ops.non_local import kernel
+
+    said = []
+    monkeypatch.setattr(kernel, "warn_fallback", lambda name, why, device: said.append((name, why)))
+    monkeypatch.setattr(kernel, "_launch", None)
+    qkv, _ = qkv_and_grad(1, cells, width, torch.float32)
+    shifted = torch.empty(qkv.numel() + offset, device=triton_kernels)[offset:].view(qkv.shape).copy_(qkv)
+    out = OPERATORS.non_local_attention(shifted, 1, True, 0.1)
+    torch.testing.assert_close(out.cpu(), rounded(qkv, qkv[..., :width], 1, True, 0.1)[0])
+    assert [name for name, _ in said] == ["non_local_attention"] and reason in said[0][1]
 
 
 def test_the_block_runs_on_the_kernels(triton_kernels, monkeypatch):

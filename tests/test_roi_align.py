@@ -7,14 +7,21 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from roi_align_cases import (
+    CHANNELS_LAST,
+    LAYOUTS,
+    assert_twice_as_good,
+    by_reference,
+    layouts,
+    make_features,
+    make_rois,
+    run,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from doublehead.ops import roi_align
 from doublehead.ops.roi_align import reference
 
-CHANNELS_LAST = torch.channels_last
-LAYOUTS = [torch.contiguous_format, CHANNELS_LAST]
-layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 sizes = pytest.mark.parametrize("output_size", [(7, 7), (14, 14), (3, 5), (20, 2)], ids=str)
 
 
@@ -24,41 +31,6 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def make_features(*shape: int, dtype=torch.float32, layout=torch.contiguous_format, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
-
-
-def make_rois(count: int, images: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """Boxes of all sizes, some partly and some wholly outside the map, the last one very small."""
-    generator = torch.Generator().manual_seed(seed)
-    extent = torch.tensor([width, height, width, height])
-    corners = (torch.rand(count, 4, generator=generator) * 1.5 - 0.25) * extent
-    boxes = torch.cat([torch.minimum(corners[:, :2], corners[:, 2:]), torch.maximum(corners[:, :2], corners[:, 2:])], 1)
-    boxes[-1, 2:] = boxes[-1, :2] + 0.3
-    image = torch.randint(images, (count, 1), generator=generator)
-    return torch.cat([image, boxes], 1)
-
-
-def run(function, features: Tensor, rois: Tensor, grad: Tensor, *options) -> tuple[Tensor, Tensor]:
-    """Output and gradient."""
-    leaf = features.detach().requires_grad_()
-    output = function(leaf, rois, *options)
-    return output.detach(), torch.autograd.grad(output, leaf, grad.to(output))[0]
-
-
-def by_reference(features, rois, output_size, spatial_scale, sampling_ratio, aligned):
-    pooling = [spatial_scale], [1.0], output_size, sampling_ratio, aligned, 224.0, 4, 0
-    return reference.multiscale_roi_align([features], rois, *pooling)[0]
-
-
-def assert_twice_as_good(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """The error is at most twice that of plain PyTorch in the same dtype (or one rounding of the largest value)."""
-    error, allowed = (actual.double() - exact).abs().max(), 2 * (plain.double() - exact).abs().max()
-    rounding = torch.finfo(actual.dtype).eps * exact.abs().max()
-    assert error <= torch.maximum(allowed, rounding), f"error {error:.3e}, allowed {allowed:.3e}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -135,6 +107,33 @@ def test_reference_gradient():
     for options in (((2, 3), 1.0, 2, False), ((3, 2), 0.9, 0, True)):
         assert torch.autograd.gradcheck(lambda x, options=options: by_reference(x, rois, *options), (features,))
         assert torch.autograd.gradcheck(lambda x, options=options: roi_align(x, rois, *options), (features,))
+
+
+class Divisors(TorchDispatchMode):
+    """Notes by what is divided."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if "div" in function.__name__ or "reciprocal" in function.__name__:
+            self.seen.append(arguments[1])
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("level_rule", range(4))
+def test_the_reference_divides_alike_on_every_device(level_rule):
+    """By a Python number, or a tensor of one element on the CPU, CUDA multiplies with the reciprocal instead: the last
+    bit is another, and with it at times a level, or whether a sample at the edge of the map counts."""
+    features = [make_features(1, 2, 8, 8), make_features(1, 2, 4, 4)]
+    rois = make_rois(5, 1, 16, 16)
+    with Divisors() as divisors:
+        for sampling_ratio in (2, 0):
+            pooling = [0.5, 0.25], [1.0, 1.3], (3, 5), sampling_ratio, False, 7.0, 2, level_rule
+            reference.multiscale_roi_align(features, rois, *pooling)
+    assert len(divisors.seen) >= 10
+    assert all(isinstance(divisor, torch.Tensor) for divisor in divisors.seen)
 
 
 @layouts

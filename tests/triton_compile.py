@@ -30,6 +30,8 @@ class Case(NamedTuple):
     num_stages: int
     multiples: tuple[str, ...] = ()
     """Integer arguments that are multiples of 16, which a launch tells the compiler of."""
+    maxnreg: int | None = None
+    """Registers a thread may use at most, where the launch says so."""
 
 
 class Compiled(NamedTuple):
@@ -73,7 +75,7 @@ def _compile(case: Case, arch: int) -> Compiled:
         constexprs=dict(case.constants),
         attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     used = _resources(compiled.asm["cubin"])
 

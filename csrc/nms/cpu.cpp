@@ -259,10 +259,11 @@ Tensor empty_indices(const Tensor& like, const std::vector<int64_t>& size) {
 }
 
 std::tuple<Tensor, Tensor> nms_padded_cpu(const Tensor& boxes, const Tensor& scores, const Tensor& groups,
-                                          double threshold, int64_t max_output) {
+                                          double threshold, int64_t max_output, int64_t largest_group) {
   check_arguments(boxes, scores, 3);
   check_groups(groups, scores);
   DOUBLEHEAD_CHECK(max_output >= 0, "nms: max_output must be >= 0, got ", max_output);
+  DOUBLEHEAD_CHECK(largest_group >= 0, "nms: largest_group must be >= 0, got ", largest_group);
   const int64_t batch = boxes.size(0);
   Tensor indices = empty_indices(boxes, {batch, max_output}), counts = empty_indices(boxes, {batch});
   int64_t* out = static_cast<int64_t*>(indices.data_ptr());

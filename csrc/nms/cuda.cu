@@ -80,8 +80,8 @@ Strided<T> strided(const Tensor& tensor, int64_t n) {
 
 // Fills indices [B, most] and counts [B]. groups: null if all boxes of an image are one group.
 void suppress_on(const OnDevice& on, const Tensor& boxes, const Tensor& scores, const Tensor* groups,
-                 bool negative_is_padding, double threshold, int64_t most, const Tensor& indices,
-                 const Tensor& counts) {
+                 bool negative_is_padding, double threshold, int64_t most, int64_t largest_group,
+                 const Tensor& indices, const Tensor& counts) {
   const int64_t n = scores.dim() - 1, images = n > 0 ? scores.size(0) : 1, count = scores.size(n);
   int64_t* index_data = static_cast<int64_t*>(indices.data_ptr());
   int64_t* count_data = static_cast<int64_t*>(counts.data_ptr());
@@ -92,11 +92,11 @@ void suppress_on(const OnDevice& on, const Tensor& boxes, const Tensor& scores, 
     if (most > 0) device.fill(index_data, 0xff, images * most * sizeof(int64_t));
     return;
   }
-  const Plan plan = make_plan(images, count, most, groups != nullptr, negative_is_padding);
-  device.sort_bytes = Cuda::sort_needs(plan.total);
+  device.sort_bytes = Cuda::sort_needs(static_cast<uint32_t>(images * count));
   dispatch_floating(boxes.scalar_type(), "nms: boxes", [&]<typename T>() {
     dispatch_floating(scores.scalar_type(), "nms: scores", [&]<typename S>() {
       using C = compute_t<T>;
+      const Plan plan = make_plan<C>(images, count, most, groups != nullptr, negative_is_padding, largest_group);
       const int64_t bytes = Workspace<C>(plan, device.sort_bytes, nullptr).bytes;
       const Tensor memory = empty_on(boxes, {bytes}, ScalarType::Byte);
       Workspace<C> space(plan, device.sort_bytes, static_cast<std::byte*>(memory.data_ptr()));
@@ -108,14 +108,15 @@ void suppress_on(const OnDevice& on, const Tensor& boxes, const Tensor& scores, 
 }
 
 std::tuple<Tensor, Tensor> nms_padded_cuda(const Tensor& boxes, const Tensor& scores, const Tensor& groups,
-                                           double threshold, int64_t max_output) {
+                                           double threshold, int64_t max_output, int64_t largest_group) {
   check_arguments(boxes, scores, 3);
   check_groups(groups, scores);
   DOUBLEHEAD_CHECK(max_output >= 0, "nms: max_output must be >= 0, got ", max_output);
+  DOUBLEHEAD_CHECK(largest_group >= 0, "nms: largest_group must be >= 0, got ", largest_group);
   const OnDevice on(boxes);
   Tensor indices = empty_on(boxes, {boxes.size(0), max_output}, ScalarType::Long);
   Tensor counts = empty_on(boxes, {boxes.size(0)}, ScalarType::Long);
-  suppress_on(on, boxes, scores, &groups, true, threshold, max_output, indices, counts);
+  suppress_on(on, boxes, scores, &groups, true, threshold, max_output, largest_group, indices, counts);
   return {indices, counts};
 }
 
@@ -125,7 +126,7 @@ Tensor nms_cuda(const Tensor& boxes, const Tensor& scores, const std::optional<T
   const OnDevice on(boxes);
   const int64_t most = boxes.size(0);
   Tensor indices = empty_on(boxes, {most}, ScalarType::Long), counts = empty_on(boxes, {1}, ScalarType::Long);
-  suppress_on(on, boxes, scores, groups ? &*groups : nullptr, false, threshold, most, indices, counts);
+  suppress_on(on, boxes, scores, groups ? &*groups : nullptr, false, threshold, most, 0, indices, counts);
   int64_t kept = 0;  // the only wait for the device: the result's size
   DOUBLEHEAD_CUDA_CHECK(cudaMemcpyAsync(&kept, counts.data_ptr(), sizeof kept, cudaMemcpyDeviceToHost, on.stream()));
   DOUBLEHEAD_CUDA_CHECK(cudaStreamSynchronize(on.stream()));

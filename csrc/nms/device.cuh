@@ -13,6 +13,8 @@ namespace doublehead::nms {
 constexpr int kTile = 64;  // boxes settled at a time, and the bits of a word of the mask
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+__host__ __device__ constexpr uint32_t tiles_of(uint32_t boxes) { return (boxes + kTile - 1) / kTile; }
+
 enum State : uint8_t { kUndecided, kStruck, kKept };
 
 template <typename T>

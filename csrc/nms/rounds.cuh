@@ -26,17 +26,18 @@ struct Rounds {
   const uint32_t* groups;     // by rank; null: all boxes of an image are one group
   uint8_t* state;             // by rank
   uint32_t images, count;     // B and N
-  uint32_t chunk;             // a multiple of kTile
+  uint32_t chunk;             // boxes of an image in a round
   int64_t most;
   Rule<T> rule;
   uint32_t* list;   // [B, chunk] ranks
   uint32_t* kept;   // [B, chunk] ranks, of those kept
-  uint64_t* mask;   // [B, chunk, chunk / 64]: word w of box i has the boxes of tile w that i suppresses, in i's own
+  uint64_t* mask;   // [B, chunk, words()]: word w of box i has the boxes of tile w that i suppresses, in i's own
                     // tile those that suppress i; only tiles w from i's own on are ever written or read, and in the
                     // last tile nobody asks for the bits behind the last box
   Progress* progress;
 
   __device__ __forceinline__ uint32_t group(int64_t r) const { return groups ? groups[r] : 0; }
+  __device__ __forceinline__ uint32_t words() const { return tiles_of(chunk); }
 };
 
 template <typename T>
@@ -63,8 +64,8 @@ __global__ __launch_bounds__(kMaskThreads) void fill_mask(Rounds<T> rounds) {
   __shared__ uint32_t column_groups[kTile];
   const uint32_t image = blockIdx.x, thread = threadIdx.x;
   if (rounds.progress[image].done) return;
-  const uint32_t listed = rounds.progress[image].listed, tiles = (listed + kTile - 1) / kTile;
-  const uint32_t words = rounds.chunk / kTile;
+  const uint32_t listed = rounds.progress[image].listed, tiles = tiles_of(listed);
+  const uint32_t words = rounds.words();
   const int64_t first = int64_t(image) * rounds.count;
   const uint32_t* list = rounds.list + int64_t(image) * rounds.chunk;
 
@@ -132,7 +133,7 @@ __global__ __launch_bounds__(kResolveThreads) void resolve(Rounds<T> rounds) {
   const uint32_t image = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Progress& progress = rounds.progress[image];
   if (progress.done) return;
-  const uint32_t listed = progress.listed, tiles = (listed + kTile - 1) / kTile, words = rounds.chunk / kTile;
+  const uint32_t listed = progress.listed, tiles = tiles_of(listed), words = rounds.words();
   const uint64_t* mask = rounds.mask + int64_t(image) * rounds.chunk * words;
   for (uint32_t i = threadIdx.x; i < 2 * kMaxTiles; i += kResolveThreads) removed[i] = 0;
   __syncthreads();

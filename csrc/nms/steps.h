@@ -1,7 +1,7 @@
 // Non-maximum suppression on a device, step by step: what memory it needs and what is launched in which order. It is the
 // same for CUDA (cuda.cu) and for the emulator of the tests, which bring their own way to launch and to sort.
 //
-// Nothing depends on the data but what the kernels do: the launches are as many as N and max_output say, the memory is
+// Nothing depends on the data but what the kernels do: the launches are as many as N and largest_group say, the memory is
 // known before the first, and nothing is read back.
 #pragma once
 
@@ -21,22 +21,31 @@ struct Plan {
   bool grouped, negative_is_padding;
   uint32_t capacity;         // of an image's table of groups
   uint32_t largest_segment;  // groups of so many boxes are decided by a block each
-  uint32_t chunk, rounds;    // the others in so many rounds of so many boxes
+  uint32_t chunk, rounds;    // the others in so many rounds of so many boxes; 0 if there are no others
 };
 
-inline uint32_t round_up(uint32_t number, uint32_t to) { return (number + to - 1) / to * to; }
+constexpr uint64_t kMostMaskBytes = 256 << 20;  // as long as that leaves an image one tile a round
 
-inline Plan make_plan(int64_t images, int64_t count, int64_t most, bool grouped, bool negative_is_padding) {
+// How many boxes of each image a round takes. Long chunks keep one block busy, many rounds are many launches.
+inline uint32_t choose_chunk(uint64_t images, uint32_t count) {
+  uint32_t chunk = std::clamp<uint32_t>(count / 8, 4096, kLargestChunk);
+  while (chunk > kTile && images * chunk * chunk / 8 > kMostMaskBytes) chunk /= 2;
+  return std::min(std::max<uint32_t>(chunk / kTile, 1) * kTile, count);
+}
+
+// C: float or double, what is computed in. largest_group: no group has more boxes; 0: unknown. Boxes of groups that have
+// more all the same stay undecided, which is not kept.
+template <typename C>
+Plan make_plan(int64_t images, int64_t count, int64_t most, bool grouped, bool negative_is_padding,
+               int64_t largest_group) {
   Plan plan{};
   plan.images = images, plan.count = count, plan.total = images * count;
   plan.most = most, plan.grouped = grouped, plan.negative_is_padding = negative_is_padding;
   plan.capacity = std::bit_ceil(2 * plan.count);
   // A block is enough for a small group where there are others beside it.
-  plan.largest_segment = grouped ? std::min(kLargestSegment<float>, plan.count / 2) : 0;
-  // Long chunks keep one block busy, many rounds are many launches. 256 MiB of masks are the most.
-  uint32_t chunk = std::clamp<uint32_t>(plan.count / 8, 4096, kLargestChunk);
-  while (chunk > 1024 && static_cast<uint64_t>(plan.images) * chunk * chunk / 8 > 256 << 20) chunk /= 2;
-  plan.chunk = round_up(std::min(chunk, plan.count), kTile);
+  plan.largest_segment = grouped ? std::min(kLargestSegment<C>, plan.count / 2) : 0;
+  if (largest_group > 0 && largest_group <= plan.largest_segment) return plan;  // no rounds
+  plan.chunk = choose_chunk(plan.images, plan.count);
   plan.rounds = (plan.count + plan.chunk - 1) / plan.chunk;
   return plan;
 }
@@ -77,8 +86,8 @@ struct Workspace {
     take(table, plan.grouped ? images * plan.capacity : 0);
     take(corners, total), take(state, total);
     take(list, images * plan.chunk), take(kept, images * plan.chunk);
-    take(mask, images * plan.chunk * (plan.chunk / kTile));
-    take(progress, images);
+    take(mask, images * plan.chunk * tiles_of(plan.chunk));
+    take(progress, plan.rounds ? images : 0);
     take(sort_space, sort_bytes);
   }
 
@@ -125,8 +134,8 @@ template <typename C, typename Device>
 void decide_segments(Device& device, const Plan& plan, const Rule<C>& rule, Workspace<C>& space) {
   const Segments segments{space.keys.data, space.members.data, space.starts, space.segment_count, plan.total};
   device.fill(space.segment_count, 0, sizeof(uint32_t));
-  const uint32_t largest = std::min(plan.largest_segment, kLargestSegment<C>);
-  device.launch(blocks_for(plan.total, kThreads), kThreads, find_segments, segments, space.state, largest);
+  device.launch(blocks_for(plan.total, kThreads), kThreads, find_segments, segments, space.state,
+                plan.largest_segment);
   device.launch(blocks_for(plan.total, 1, 1024), kSegmentThreads<C>, suppress_segments<C>, segments, space.corners, rule,
                 plan.most, space.state);
 }
@@ -135,7 +144,7 @@ template <typename C, typename Device>
 void decide_rounds(Device& device, const Plan& plan, const Rule<C>& rule, Workspace<C>& space) {
   const Rounds<C> rounds{space.corners, plan.grouped ? space.numbers : nullptr, space.state, plan.images,
                          plan.count,    plan.chunk, plan.most, rule, space.list, space.kept, space.mask, space.progress};
-  const uint32_t tiles = plan.chunk / kTile, row_blocks = blocks_for(plan.chunk, kStrikeRows);
+  const uint32_t tiles = tiles_of(plan.chunk), row_blocks = blocks_for(plan.chunk, kStrikeRows);
   device.fill(space.progress, 0, plan.images * sizeof(Progress));
   for (uint32_t round = 0; round < plan.rounds; ++round) {
     device.launch(plan.images, 1024, list_undecided<C>, rounds);
@@ -160,7 +169,7 @@ void suppress(Device& device, const Plan& plan, const Strided<T>& boxes, const S
                 plan.grouped ? space.numbers : nullptr, plan.capacity, plan.count, plan.total, space.corners,
                 space.state);
   if (plan.largest_segment > 0) decide_segments(device, plan, rule, space);
-  decide_rounds(device, plan, rule, space);
+  if (plan.rounds > 0) decide_rounds(device, plan, rule, space);
   device.launch(plan.images, 1024, write_result, space.state, space.order.data, plan.count, plan.most, indices, counts);
 }
 

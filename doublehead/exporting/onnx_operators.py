@@ -91,7 +91,7 @@ def decompositions(levels: int) -> dict[Any, Callable]:
     return {
         ours.multiscale_roi_align.default: multiscale_roi_align,
         ours.detections.default: detections,
-        ours.nms_padded.default: lambda *arguments: nms_padded(*arguments, levels),
+        ours.nms_padded.default: lambda *arguments: nms_padded(*arguments[:5], levels),
     }
 
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops._library import native
+from ..ops._fallback import fallbacks
+from ..ops._library import why_reference
 from .folding import FoldedWeights
 from .structures import Detections, ImageBatch
 
@@ -63,13 +64,12 @@ def record(run: Run, device: torch.device, pool: Any = None) -> Recording:
         pool: that of a living graph, to share its memory; None: a new one.
 
     Raises:
-        RuntimeError: the compiled operators for CUDA are missing; their stand-ins cannot be recorded.
+        RuntimeError: an operator runs in plain PyTorch that cannot be recorded; says which ones do, and why.
     """
-    if not native("multiscale_roi_align", "cuda"):
-        raise RuntimeError(
-            "compile_graph needs the compiled CUDA operators, which are not loaded; python -m doublehead.info says why"
-        )
-    with torch.cuda.device(device):
+    why = why_reference("multiscale_roi_align")
+    if why is not None:
+        raise RuntimeError(_unrecordable([("multiscale_roi_align", why)]))
+    with torch.cuda.device(device), fallbacks() as fallen:
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
@@ -78,10 +78,24 @@ def record(run: Run, device: torch.device, pool: Any = None) -> Recording:
         torch.cuda.current_stream(device).wait_stream(side)
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as a loader that pins memory, go on as they like.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            outputs = run()
+        try:
+            # Other threads, such as a loader that pins memory, go on as they like.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                outputs = run()
+        except RuntimeError as error:
+            if fallen and not isinstance(error, torch.OutOfMemoryError):
+                raise RuntimeError(_unrecordable(fallen)) from error
+            raise
     return Recording(outputs, graph.replay, graph.pool())
+
+
+def _unrecordable(fallen: list[tuple[str, str]]) -> str:
+    """The message about operators that run in plain PyTorch, and why."""
+    lines = "".join(f"\n{name}: {reason}" for name, reason in dict.fromkeys(fallen))
+    return (
+        "compile_graph cannot record a graph: operators run in plain PyTorch, which may wait for the device "
+        f"(python -m doublehead.info says more):{lines}"
+    )
 
 
 class Snapshot:

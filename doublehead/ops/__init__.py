@@ -5,6 +5,7 @@
 `detections` what follows the heads; `image_batch` is what comes before them all.
 """
 
+from . import _library
 from .batch_norm import batch_norm_act
 from .boxes import box_area, box_iou, clip_boxes, decode_boxes, encode_boxes
 from .conv_head import conv_head
@@ -15,6 +16,8 @@ from .nms import batched_nms, nms, nms_padded
 from .non_local import BatchNorm, NonLocalBlock, non_local
 from .roi_align import MultiScaleRoIAlign, multiscale_roi_align, roi_align
 from .score_fusion import fuse_scores
+
+_library.define_missing_kernels()
 
 __all__ = [
     "BatchNorm",

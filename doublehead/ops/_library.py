@@ -16,13 +16,21 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from . import _fallback
+from ._fallback import Fallback, warn_fallback
+
+__all__ = ["Fallback", "warn_fallback"]  # for the rooms, beside what is defined here
+
 NAMESPACE = "doublehead"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 #: name -> schema of every operator defined so far.
 SCHEMAS: dict[str, str] = {}
 
-#: operator -> the launcher of its Triton kernel.
+#: operator -> its definition in plain PyTorch.
+REFERENCES: dict[str, Callable] = {}
+
+#: operator -> the launcher of its Triton kernel, which takes the reference where the kernel cannot be used.
 TRITON_KERNELS: dict[str, Callable] = {}
 
 #: operators with a path of their own for the CPU in plain PyTorch.
@@ -44,7 +52,7 @@ def define(schema: str, *, reference: Callable, fake: Callable) -> torch._ops.Op
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    SCHEMAS[name] = schema
+    SCHEMAS[name], REFERENCES[name] = schema, reference
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -124,31 +132,83 @@ def one_thread_if_forked() -> contextlib.AbstractContextManager:
 
 
 def define_triton_kernel(name: str, module: str, function: str) -> None:
-    """Serves CUDA tensors by a Triton kernel, where there is Triton; else the reference goes on serving them.
+    """Serves CUDA tensors by a Triton kernel, and where it cannot be used by the reference, with a warning.
 
     Args:
         name: of the operator.
         module: that launches the kernel; it is imported at the first call, as it imports Triton.
-        function: of that module; takes the operator's arguments by position.
+        function: of that module; takes the operator's arguments by position.  It raises `Fallback` for a call that
+            its kernel does not serve.
     """
+    unbuilt: dict[tuple, str] = {}  # calls whose kernel does not build -> why; building takes seconds
 
     def launch(*arguments):
-        kernel = getattr(importlib.import_module(module), function)
-        with _device_of(arguments):
-            return kernel(*arguments)
+        device = _device_of(arguments)
+        cuda = device is not None and device.type == "cuda"
+        reason = _fallback.refusal(device.index) if cuda else None
+        if reason is None and unbuilt:
+            reason = unbuilt.get(_signature(arguments))
+        if reason is None:
+            try:
+                with torch.cuda.device(device) if cuda else _NOTHING:
+                    return getattr(importlib.import_module(module), function)(*arguments)
+            except Fallback as answer:
+                reason = answer.reason
+            except Exception as error:
+                reason = _fallback.reason_of(error) if cuda else None
+                if reason is None:
+                    raise
+                unbuilt[_signature(arguments)] = reason
+        warn_fallback(name, reason, "cuda" if device is None else device.type)
+        return REFERENCES[name](*arguments)
 
     TRITON_KERNELS[name] = launch
-    if importlib.util.find_spec("triton") is not None:
-        LIBRARY.impl(name, launch, "CUDA")
+    LIBRARY.impl(name, launch, "CUDA")
 
 
-def _device_of(arguments: Iterable) -> contextlib.AbstractContextManager:
-    """Makes the first tensor's GPU the current one: Triton launches there, wherever the tensors are."""
+def define_missing_kernels() -> None:
+    """Lets the reference serve, with a warning, what `_C_cuda` would if it were loaded.  Call it when all is defined.
+
+    Where torch has no CUDA there is nothing to warn of.
+    """
+    if "_C_cuda" not in UNLOADED or torch.version.cuda is None:
+        return
+    for name, reference in REFERENCES.items():
+        if name not in TRITON_KERNELS:
+            LIBRARY.impl(name, _with_warning(name, reference), "CUDA")
+
+
+def _with_warning(name: str, reference: Callable) -> Callable:
+    reason = no_cuda_part()
+
+    def serve(*arguments):
+        warn_fallback(name, reason)
+        return reference(*arguments)
+
+    return serve
+
+
+def no_cuda_part() -> str:
+    """Why `_C_cuda` serves nothing, as a reason to warn of."""
+    return f"_C_cuda is not loaded: {UNLOADED['_C_cuda']}; `python -m doublehead.info` says how it can be built"
+
+
+def _tensors(arguments: Iterable) -> Iterator[torch.Tensor]:
     for argument in arguments:
-        first = argument[0] if isinstance(argument, (list, tuple)) and argument else argument
-        if isinstance(first, torch.Tensor):
-            return torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
-    return contextlib.nullcontext()
+        for value in argument if isinstance(argument, (list, tuple)) else (argument,):
+            if isinstance(value, torch.Tensor):
+                yield value
+
+
+def _device_of(arguments: Iterable) -> torch.device | None:
+    """The first tensor's device; its GPU is made the current one, as Triton launches there, whatever the tensors'."""
+    first = next(_tensors(arguments), None)
+    return None if first is None else first.device
+
+
+def _signature(arguments: Iterable) -> tuple:
+    """What calls have in common that the same kernel serves: where, dtypes, and shapes but for the number of rows."""
+    return tuple((tensor.device, tensor.dtype, *tensor.shape[1:]) for tensor in _tensors(arguments))
 
 
 @contextlib.contextmanager
@@ -167,8 +227,26 @@ def enable_autograd():
 
 
 def native(name: str, device: str) -> bool:
-    """Whether operator `name` has a kernel of its own for the kind of device; else the reference serves it."""
+    """Whether operator `name` has a kernel of its own for the kind of device; else the reference serves it.
+
+    A single GPU can still be too old for it, or a single call: `why_reference` says so of a GPU.
+    """
+    if device == "cuda":
+        return why_reference(name) is None
     key = "Meta" if device == "meta" else device.upper()
+    return _registered(name, key)
+
+
+def why_reference(name: str, index: int | None = None) -> str | None:
+    """Why the reference serves CUDA tensors for operator `name`, on GPU `index` or everywhere; None: a kernel does."""
+    if name in TRITON_KERNELS:
+        return _fallback.refusal(index)
+    if "_C_cuda" in UNLOADED:
+        return no_cuda_part()
+    return None if _registered(name, "CUDA") else "no CUDA kernel in this version"
+
+
+def _registered(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
 
 

@@ -1,17 +1,60 @@
-"""What the Triton kernels share: how exact a matrix product is, and sizes of tiles. Imports torch alone."""
+"""What the launchers of Triton kernels share: how exact a product is, what a kernel may be given, and sizes of tiles.
+
+Imports torch alone.
+"""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+MULTIPLE = 16
+"""What Triton asks of an argument before it loads 16 bytes at once: bytes of a pointer, elements of a width."""
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """The `input_precision` of `tl.dot` for inputs of `dtype`: "tf32" only where the user allowed it for float32.
+def convolution_precision(dtype: torch.dtype) -> str:
+    """The `input_precision` of `tl.dot` where the product replaces a convolution of `dtype`: "tf32" or "ieee".
 
-    Follows `torch.backends.cuda.matmul.fp32_precision` (`allow_tf32`), as PyTorch's own matrix products do.
+    float32 follows `torch.backends.cudnn.conv.fp32_precision`, which is "tf32" unless the user changes it. PyTorch
+    itself resolves "none" (what encloses it decides) and the older `torch.backends.cudnn.allow_tf32`.
     """
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    return _precision(dtype, torch.backends.cudnn.conv.fp32_precision)
+
+
+def matmul_precision(dtype: torch.dtype) -> str:
+    """The `input_precision` of `tl.dot` where the product replaces a matrix product of `dtype`: "tf32" or "ieee".
+
+    float32 follows `torch.backends.cuda.matmul.fp32_precision`, which is exact unless the user changes it. PyTorch
+    itself resolves "none" (what encloses it decides) and the older `torch.backends.cuda.matmul.allow_tf32`.
+    """
+    return _precision(dtype, torch.backends.cuda.matmul.fp32_precision)
+
+
+dot_precision = matmul_precision
+
+
+def _precision(dtype: torch.dtype, switch: str) -> str:
+    return "tf32" if dtype == torch.float32 and switch == "tf32" else "ieee"
+
+
+UNALIGNED = (
+    "a number of channels is no multiple of 16, or a tensor begins at an address that is none; the kernel would load "
+    "element by element and be slower"
+)
+"""The reason of a `Fallback` where not `aligned`."""
+
+
+def aligned(*values: Tensor | int | None) -> bool:
+    """Whether widths (ints) are multiples of 16 and tensors begin at multiples of 16 bytes.  None is aligned.
+
+    Elsewhere Triton loads element by element: kernels with matrix products then need more registers than there are, and
+    are slower than what they replace.
+    """
+    return all(
+        (value.data_ptr() if isinstance(value, Tensor) else value) % MULTIPLE == 0
+        for value in values
+        if value is not None
+    )
 
 
 def next_power_of_2(n: int) -> int:

@@ -48,24 +48,38 @@ Strided<T> strided(const Tensor& tensor) {
 }
 
 struct Call {
-  Plan plan;
   Tensor boxes, scores, groups;
+  int64_t negative_is_padding, images, count, most, largest_group;
+  int64_t chunk, largest_segment;  // in place of the plan's own, unless 0 and -1
   double threshold;
-  int64_t *indices, *counts;
+  int64_t *indices, *counts, *launches;
 };
+
+template <typename C>
+Plan plan_of(const Call& call) {
+  const bool grouped = call.groups.data != nullptr;
+  Plan plan = make_plan<C>(call.images, call.count, call.most, grouped, call.negative_is_padding, call.largest_group);
+  if (call.chunk > 0) plan.chunk = call.chunk, plan.rounds = (call.count + call.chunk - 1) / call.chunk;
+  if (grouped && call.largest_segment >= 0) {
+    plan.largest_segment = std::min<int64_t>(call.largest_segment, kLargestSegment<C>);
+  }
+  return plan;
+}
 
 template <typename T, typename S>
 void run(const Call& call) {
   using C = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  const size_t bytes = Workspace<C>(call.plan, 0, nullptr).bytes;
+  const Plan plan = plan_of<C>(call);
+  const size_t bytes = Workspace<C>(plan, 0, nullptr).bytes;
   // What comes from an allocator is garbage. Memory that is not written before it is read shows, as does a write behind.
   std::vector<std::byte> memory(bytes + 4096 + 256, std::byte(0xCD));
   auto* base = reinterpret_cast<std::byte*>((reinterpret_cast<uintptr_t>(memory.data()) + 255) / 256 * 256);
   std::fill_n(base + bytes, 3840, std::byte(0xA5));
-  Workspace<C> space(call.plan, 0, base);
+  Workspace<C> space(plan, 0, base);
   Emulator emulator;
-  suppress(emulator, call.plan, strided<T>(call.boxes), strided<S>(call.scores), strided<int64_t>(call.groups),
+  suppress(emulator, plan, strided<T>(call.boxes), strided<S>(call.scores), strided<int64_t>(call.groups),
            call.threshold, space, call.indices, call.counts);
+  *call.launches = emulator.launches;
   for (size_t i = 0; i < 3840; ++i) {
     if (base[bytes + i] != std::byte(0xA5)) throw std::runtime_error("a write behind the workspace");
   }
@@ -87,14 +101,26 @@ void dispatch(int64_t dtype, const Use& use) {
 extern "C" __attribute__((visibility("default"))) const char* nms(
     const void* boxes, const int64_t* box_strides, int64_t box_dtype, const void* scores, const int64_t* score_strides,
     int64_t score_dtype, const void* groups, const int64_t* group_strides, int64_t negative_is_padding, int64_t images,
-    int64_t count, double threshold, int64_t most, int64_t chunk, int64_t largest_segment, int64_t* indices,
-    int64_t* counts) {
+    int64_t count, double threshold, int64_t most, int64_t largest_group, int64_t chunk, int64_t largest_segment,
+    int64_t* indices, int64_t* counts, int64_t* launches) {
   return report_errors([&] {
-    Plan plan = make_plan(images, count, most, groups != nullptr, negative_is_padding != 0);
-    if (chunk > 0) plan.chunk = chunk, plan.rounds = (count + chunk - 1) / chunk;
-    if (groups && largest_segment >= 0) plan.largest_segment = largest_segment;
-    const Call call{plan,      {boxes, box_strides}, {scores, score_strides}, {groups, group_strides},
-                    threshold, indices,              counts};
+    const Call call{{boxes, box_strides}, {scores, score_strides}, {groups, group_strides}, negative_is_padding,
+                    images,               count,                   most,                    largest_group,
+                    chunk,                largest_segment,         threshold,               indices,
+                    counts,               launches};
     dispatch(box_dtype, [&]<typename T>() { dispatch(score_dtype, [&]<typename S>() { run<T, S>(call); }); });
   });
+}
+
+// plan: bytes of the workspace without those for sorting, of its masks, and the rounds.
+extern "C" __attribute__((visibility("default"))) const char* nms_plan(int64_t images, int64_t count, int64_t grouped,
+                                                                       int64_t is_double, int64_t largest_group,
+                                                                       int64_t* plan) {
+  const auto write = [&]<typename C>() {
+    const Plan made = make_plan<C>(images, count, count, grouped != 0, true, largest_group);
+    plan[0] = Workspace<C>(made, 0, nullptr).bytes;
+    plan[1] = uint64_t(images) * made.chunk * tiles_of(made.chunk) * sizeof(uint64_t);
+    plan[2] = made.rounds;
+  };
+  return report_errors([&] { is_double ? write.template operator()<double>() : write.template operator()<float>(); });
 }

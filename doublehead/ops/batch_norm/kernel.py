@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import next_power_of_2
 from . import reference
 
 ROWS, CHANNELS = 32, 64  # a tile of the sums: 128-byte lines of 16-bit values
 APPLY_ROWS, APPLY_CHANNELS = 16, 128
 MOST_PARTS = 128
 WARPS = 4
+_ROWS = ("rows", "part_rows", "parts")  # numbers that change from batch to batch: no kernel is compiled for each
 
 
 @triton.jit
@@ -30,9 +30,9 @@ def join(count, mean, squares, other_count, other_mean, other_squares):
     return total, mean + step * share, squares + other_squares + step * step * count * share
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ROWS)
 def statistics_kernel(x, means, squares, rows, channels, part_rows, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Mean and squared deviations of one part of the rows, for a block of channels."""
+    """Mean, less the first row, and squared deviations of one part of the rows, for a block of channels."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     part = tl.program_id(1)
     begin = part * part_rows
@@ -40,22 +40,24 @@ def statistics_kernel(x, means, squares, rows, channels, part_rows, ROWS: tl.con
     count = 0.0
     mean = tl.zeros((CHANNELS,), tl.float32)
     square = tl.zeros((CHANNELS,), tl.float32)
+    # Sums of what is left of large values without the first row's are small, and so are their rounding errors.
+    pivot = tl.load(x + channel, mask=channel < channels, other=0.0).to(tl.float32)
     for first in range(begin, end, ROWS):
         row = first + tl.arange(0, ROWS)
         inside = (row < end)[:, None] & (channel < channels)[None, :]
         tile = tl.load(x + row.to(tl.int64)[:, None] * channels + channel[None, :], mask=inside, other=0.0)
-        tile = tile.to(tl.float32)
+        tile = tile.to(tl.float32) - pivot[None, :]
         here = tl.minimum(end - first, ROWS).to(tl.float32)
-        tile_mean = tl.sum(tile, 0) / here
+        tile_mean = tl.sum(tl.where(inside, tile, 0.0), 0) / here
         off = tl.where(inside, tile - tile_mean[None, :], 0.0)
         count, mean, square = join(count, mean, square, here, tile_mean, tl.sum(off * off, 0))
     tl.store(means + part * channels + channel, mean, mask=channel < channels)
     tl.store(squares + part * channels + channel, square, mask=channel < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ROWS)
 def join_statistics_kernel(
-    means, squares, mean_out, invstd_out, rows, channels, part_rows, parts, eps, CHANNELS: tl.constexpr
+    x, means, squares, mean_out, invstd_out, rows, channels, part_rows, parts, eps, CHANNELS: tl.constexpr
 ):
     """All parts of a block of channels, joined in order."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -68,11 +70,12 @@ def join_statistics_kernel(
         part_mean = tl.load(means + part * channels + channel, mask=inside, other=0.0)
         part_square = tl.load(squares + part * channels + channel, mask=inside, other=0.0)
         count, mean, square = join(count, mean, square, here, part_mean, part_square)
+    mean += tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)
     tl.store(mean_out + channel, mean, mask=inside)
     tl.store(invstd_out + channel, 1.0 / tl.sqrt_rn(square / rows + eps), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ROWS)
 def apply_kernel(
     x, residual, mean, invstd, weight, bias, y, rows, channels,
     RESIDUAL: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -93,7 +96,7 @@ def apply_kernel(
     tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ROWS)
 def gradient_sums_kernel(
     grad, x, y, mean, invstd, grad_weights, grad_biases, rows, channels, part_rows,
     RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -121,7 +124,7 @@ def gradient_sums_kernel(
     tl.store(grad_biases + part * channels + channel, grad_bias, mask=channel < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ROWS)
 def join_gradients_kernel(
     grad_weights, grad_biases, grad_weight, grad_bias, channels, parts, CHANNELS: tl.constexpr, PARTS: tl.constexpr
 ):
@@ -135,7 +138,7 @@ def join_gradients_kernel(
     tl.store(grad_bias + channel, of_bias, mask=channel < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ROWS)
 def gradient_kernel(
     grad, x, y, mean, invstd, weight, grad_weight, grad_bias, grad_x, grad_residual, rows, channels,
     RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -156,7 +159,8 @@ def gradient_kernel(
     value = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - centre[None, :]) * scale[None, :]
     of_x = (slope - (sum_bias[None, :] + value * sum_weight[None, :]) / rows) * factor[None, :]
     tl.store(grad_x + at, of_x.to(grad_x.dtype.element_ty), mask=inside)
-    tl.store(grad_residual + at, slope.to(grad_residual.dtype.element_ty), mask=inside)
+    if grad_residual is not None:
+        tl.store(grad_residual + at, slope.to(grad_residual.dtype.element_ty), mask=inside)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -189,7 +193,7 @@ def batch_norm_act(x, weight, bias, residual, relu, eps) -> tuple[Tensor, Tensor
         x, means, squares, rows, channels, part_rows, ROWS=ROWS, CHANNELS=CHANNELS, num_warps=WARPS
     )
     join_statistics_kernel[(triton.cdiv(channels, CHANNELS),)](
-        means, squares, mean, invstd, rows, channels, part_rows, parts, eps, CHANNELS=CHANNELS, num_warps=1
+        x, means, squares, mean, invstd, rows, channels, part_rows, parts, eps, CHANNELS=CHANNELS, num_warps=1
     )
     return batch_norm_act_apply(x, mean, invstd, weight, bias, residual, relu), mean, invstd
 
@@ -207,9 +211,11 @@ def batch_norm_act_apply(x, mean, invstd, weight, bias, residual, relu) -> Tenso
     return y
 
 
-def batch_norm_act_backward(grad, x, y, mean, invstd, weight, eps) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def batch_norm_act_backward(
+    grad, x, y, mean, invstd, weight, eps, residual=True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if x.dtype == torch.float64:
-        return reference.batch_norm_act_backward(grad, x, y, mean, invstd, weight)
+        return reference.batch_norm_act_backward(grad, x, y, mean, invstd, weight, residual)
     grad, x = grad.contiguous(), x.contiguous()
     rows, channels = x.shape
     parts, part_rows = parts_of(rows)
@@ -221,11 +227,11 @@ def batch_norm_act_backward(grad, x, y, mean, invstd, weight, eps) -> tuple[Tens
     )  # fmt: skip
     join_gradients_kernel[(triton.cdiv(channels, CHANNELS),)](
         grad_weights, grad_biases, grad_weight, grad_bias, channels, parts,
-        CHANNELS=CHANNELS, PARTS=next_power_of_2(parts), num_warps=2 * WARPS,
+        CHANNELS=CHANNELS, PARTS=MOST_PARTS, num_warps=2 * WARPS,
     )  # fmt: skip
-    grad_x, grad_residual = torch.empty_like(x), torch.empty_like(x)
+    grad_x, grad_residual = torch.empty_like(x), torch.empty_like(x) if residual else None
     gradient_kernel[_apply_grid(rows, channels)](
         grad, x, y, mean, invstd, weight, grad_weight, grad_bias, grad_x, grad_residual, rows, channels,
         RELU=y is not None, ROWS=APPLY_ROWS, CHANNELS=APPLY_CHANNELS, num_warps=WARPS,
     )  # fmt: skip
-    return grad_x, grad_weight, grad_bias, grad_residual
+    return grad_x, grad_weight, grad_bias, x.new_empty(0) if grad_residual is None else grad_residual

@@ -59,7 +59,15 @@ def batch_norm_act_apply(
 
 
 def batch_norm_act_backward(
-    grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, invstd: Tensor, weight: Tensor, eps: float
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradient of `batch_norm_act`, for code that keeps its own record of what was saved.
 
@@ -67,12 +75,13 @@ def batch_norm_act_backward(
         grad: `Tensor[M, C]`, of y.
         x, mean, invstd, weight, eps: as in the forward.
         y: the result, if it went through ReLU; else None.
+        residual: whether the residual's gradient is wanted: it costs a pass over memory.
 
     Returns:
         gradients of x `Tensor[M, C]`, weight and bias `Tensor[C]` (in the dtype of the statistics), and of the residual
-        `Tensor[M, C]`: grad where y > 0.
+        `Tensor[M, C]`: grad where y > 0; without `residual` an empty tensor.
     """
-    return _backward(grad, x, y, mean, invstd, weight, eps)
+    return _backward(grad, x, y, mean, invstd, weight, eps, residual)
 
 
 @torch.no_grad()
@@ -117,8 +126,13 @@ def _statistics_like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _reference_backward(grad, x, y, mean, invstd, weight, eps):
-    return reference.batch_norm_act_backward(grad, x, y, mean, invstd, weight)
+def _reference_backward(grad, x, y, mean, invstd, weight, eps, residual=True):
+    return reference.batch_norm_act_backward(grad, x, y, mean, invstd, weight, residual)
+
+
+def _fake_backward(grad, x, y, mean, invstd, weight, eps, residual=True):
+    grad_residual = x.new_empty(x.shape if residual else (0,))
+    return x.new_empty(x.shape), _statistics_like(x), _statistics_like(x), grad_residual
 
 
 _forward = define(
@@ -134,10 +148,10 @@ _apply = define(
     fake=lambda x, *_: x.new_empty(x.shape),
 )
 _backward = define(
-    "batch_norm_act_backward(Tensor grad, Tensor x, Tensor? y, Tensor mean, Tensor invstd, Tensor weight, float eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "batch_norm_act_backward(Tensor grad, Tensor x, Tensor? y, Tensor mean, Tensor invstd, Tensor weight, float eps, "
+    "bool residual=True) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_backward,
-    fake=lambda grad, x, *_: (x.new_empty(x.shape), _statistics_like(x), _statistics_like(x), x.new_empty(x.shape)),
+    fake=_fake_backward,
 )
 
 
@@ -154,7 +168,9 @@ def _gradient(ctx, grad, *_):
     if grad is None:
         return None, None, None, None, None, None
     x, y, mean, invstd, weight = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias, grad_residual = _backward(grad, x, y, mean, invstd, weight, ctx.eps)
+    grad_x, grad_weight, grad_bias, grad_residual = _backward(
+        grad, x, y, mean, invstd, weight, ctx.eps, ctx.has_residual
+    )
     grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
     return grad_x, grad_weight, grad_bias, grad_residual if ctx.has_residual else None, None, None
 
@@ -194,13 +210,16 @@ def _cpu_apply(x, mean, invstd, weight, bias, residual, relu):
     return _finish(y, residual, relu).to(x.dtype)
 
 
-def _cpu_backward(grad, x, y, mean, invstd, weight, eps):
+def _cpu_backward(grad, x, y, mean, invstd, weight, eps, residual=True):
     grad = grad.contiguous()
-    grad = torch.ops.aten.threshold_backward(grad, y, 0) if y is not None else grad.clone()
+    if y is not None:
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
         _as_map(grad), _as_map(x), weight.to(mean.dtype), None, None, mean, invstd, True, eps, [True, True, True]
     )
-    return _as_rows(grad_x), grad_weight, grad_bias, grad
+    if not residual:
+        return _as_rows(grad_x), grad_weight, grad_bias, x.new_empty(0)
+    return _as_rows(grad_x), grad_weight, grad_bias, grad.clone() if y is None else grad
 
 
 define_cpu_kernel("batch_norm_act", _cpu)

@@ -39,7 +39,13 @@ def batch_norm_act_apply(
 
 
 def batch_norm_act_backward(
-    grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, invstd: Tensor, weight: Tensor
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor,
+    residual: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and residual.
 
@@ -47,12 +53,13 @@ def batch_norm_act_backward(
         grad: `Tensor[M, C]`, of the result.
         x, mean, invstd, weight: as in the forward.
         y: the result, which is zero where ReLU was at work; None where there was no ReLU.
+        residual: whether its gradient is wanted; else an empty tensor takes its place.
     """
     normalised = (_wide(x) - mean) * invstd
     grad = _wide(grad) if y is None else torch.where(y > 0, _wide(grad), 0.0)
     grad_bias, grad_weight = grad.sum(0), (grad * normalised).sum(0)
     grad_x = (grad - (grad_bias + normalised * grad_weight) / x.shape[0]) * (invstd * weight)
-    return grad_x.to(x.dtype), grad_weight, grad_bias, grad.to(x.dtype)
+    return grad_x.to(x.dtype), grad_weight, grad_bias, grad.to(x.dtype) if residual else x.new_empty(0)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from ..fused_conv.kernel import fused_conv
+from .._library import Fallback
+from .._triton import UNALIGNED, aligned
+from ..fused_conv.kernel import fused_conv, serves
 from ..non_local.kernel import non_local_attention
 from . import reference
 from .blocks import Attention, Block, each_block
@@ -15,8 +16,10 @@ from .blocks import Attention, Block, each_block
 
 def conv_head(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int], count: Tensor | None, *attention) -> Tensor:
     """The operator's arguments, in order.  Only maps up to `count` are computed, and no other is read."""
-    if x.dtype == torch.float64:
+    if not serves(x.dtype):
         return reference.conv_head(x, tensors, blocks, count, *attention)
+    if not aligned(x.shape[1], *tensors, *map(len, tensors)):
+        raise Fallback(UNALIGNED)
     number, channels, *size = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(-1, channels)  # a view of channels-last maps
     last = len(blocks) - 1

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
 
 from ..batch_norm.op import batch_norm_act, batch_norm_act_apply, batch_norm_act_backward
+from ..fused_conv import reference
+from ..fused_conv.reference import as_maps, as_rows, is_matrix_product
 
 
 class ConvNorm(NamedTuple):
@@ -87,27 +88,18 @@ def widening(
 
 def convolve(rows: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
     """A 1x1 or 3x3 convolution, rows in and rows out."""
-    if weight.shape[2] == 1:
-        return rows @ weight.flatten(1).t()
-    return _rows(conv2d(_maps(rows, size), weight, padding=1))
+    return reference.convolve(rows, weight, None, size)
 
 
 def _convolve_backward(grad: Tensor, rows: Tensor, weight: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    if weight.shape[2] == 1:
+    padding = weight.shape[2] // 2
+    if not padding and is_matrix_product(rows):
         return grad @ weight.flatten(1), (grad.t() @ rows).view_as(weight)
     grad_maps, grad_weight, _ = torch.ops.aten.convolution_backward(
-        _maps(grad, size), _maps(rows, size), weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+        as_maps(grad, size), as_maps(rows, size), weight, None, [1, 1], [padding, padding], [1, 1], False, [0, 0], 1,
         [True, True, False],
     )  # fmt: skip
-    return _rows(grad_maps), grad_weight
-
-
-def _maps(rows: Tensor, size: Sequence[int]) -> Tensor:
-    return rows.view(-1, *size, rows.shape[1]).permute(0, 3, 1, 2)
-
-
-def _rows(maps: Tensor) -> Tensor:
-    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
+    return as_rows(grad_maps), grad_weight
 
 
 def _norm_relu_conv(
@@ -137,7 +129,9 @@ class _NormReLUConv(torch.autograd.Function):
         x, weight, bias, mean, invstd, conv = ctx.saved_tensors
         y = batch_norm_act_apply(x, mean, invstd, weight, bias, None, True)
         grad_y, grad_conv = _convolve_backward(grad, y, conv, ctx.size)
-        grad_x, grad_weight, grad_bias, _ = batch_norm_act_backward(grad_y, x, y, mean, invstd, weight, ctx.eps)
+        grad_x, grad_weight, grad_bias, _ = batch_norm_act_backward(
+            grad_y, x, y, mean, invstd, weight, ctx.eps, residual=False
+        )
         return grad_x, grad_weight, grad_bias, None, grad_conv, None
 
 
@@ -169,7 +163,7 @@ class _BottleneckEnd(torch.autograd.Function):
         )
         del outer
         grad, grad_conv = _convolve_backward(grad, inner, conv, ctx.size)
-        *grads, _ = batch_norm_act_backward(grad, x, inner, mean, invstd, weight, ctx.eps)
+        *grads, _ = batch_norm_act_backward(grad, x, inner, mean, invstd, weight, ctx.eps, residual=False)
         return *grads, None, grad_conv, *last_grads, None, grad_residual, None
 
 
@@ -204,9 +198,9 @@ class _WideningEnd(torch.autograd.Function):
             grad, convolve(inner, conv, ctx.size), y, *second, last_weight, ctx.last_eps
         )
         grad, grad_conv = _convolve_backward(grad, inner, conv, ctx.size)
-        *grads, _ = batch_norm_act_backward(grad, z, inner, *first, weight, ctx.eps)
+        *grads, _ = batch_norm_act_backward(grad, z, inner, *first, weight, ctx.eps, residual=False)
         grad, *short_grads, _ = batch_norm_act_backward(
-            grad_sum, convolve(x, short, ctx.size), None, *third, short_weight, ctx.short_eps
+            grad_sum, convolve(x, short, ctx.size), None, *third, short_weight, ctx.short_eps, residual=False
         )
         grad_x, grad_short = _convolve_backward(grad, x, short, ctx.size)
         return *grads, None, grad_conv, *last_grads, None, grad_x, grad_short, *short_grads, None, None

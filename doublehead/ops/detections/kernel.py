@@ -67,7 +67,8 @@ def _decode_axis(low, high, shift, log_ratio, shift_weight, ratio_weight):
     return centre - half, centre + half
 
 
-@triton.jit
+# Numbers of RoIs differ from batch to batch: kernels specialised to them would be compiled again and again.
+@triton.jit(do_not_specialize=["rois"])
 def _candidates(
     fc_logits, conv_logits, deltas, proposals, valid, sizes, boxes, scores, groups, rois, classes, slots,
     threshold, min_size, least_side, weight_x, weight_y, weight_w, weight_h,
@@ -117,7 +118,7 @@ def _candidates(
     tl.store(groups + row * slots + slot, -1, mask=unused)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["candidates"])
 def _gather(
     kept, boxes, scores, groups, kept_boxes, kept_scores, kept_labels, candidates, detections, BLOCK: tl.constexpr
 ):
@@ -161,7 +162,8 @@ def detections(
     boxes, scores, groups = candidates(
         logits, deltas, proposals, valid, sizes, fusion, score_threshold, min_size, least_side, box_weights
     )
-    kept, count = nms_padded(boxes, scores, groups, nms_iou, max_detections)
+    rois = logits[0].shape[1]  # a class has a box of each at most
+    kept, count = nms_padded(boxes, scores, groups, nms_iou, max_detections, rois)
     return *gather(kept, boxes, scores, groups), count
 
 

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import dot_precision
+from .._library import Fallback
+from .._triton import UNALIGNED, aligned, convolution_precision
 from . import reference
 
 MOST_CELLS_OF_MEAN = 64
@@ -31,11 +32,28 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_of(dtype: torch.dtype, mean: bool) -> Tile:
+def tile_of(dtype: torch.dtype, mean: bool, capability: tuple[int, int]) -> Tile:
     """A fixed table, so that results do not depend on a race between configurations."""
-    if dtype == torch.float32:
-        return Tile(64, 64, 32, 4, 3)
+    if dtype == torch.float32:  # on sm_100 the residual of the large tile would spill
+        return Tile(64, 64, 32, 4, 3) if mean or capability >= (10, 0) else Tile(128, 128, 32, 8, 3)
     return Tile(64, 128, 64, 4, 3) if mean else Tile(128, 128, 64, 8, 3)
+
+
+def most_registers(
+    dtype: torch.dtype, mean: bool, residual: bool, count: bool, capability: tuple[int, int]
+) -> int | None:
+    """How many registers a thread may use, if that is limited.
+
+    With 128, two blocks of 256 threads share a multiprocessor; left to itself the compiler takes some more, and
+    there is one. Only sm_90 keeps the sum in few enough registers: elsewhere, and for other variants, some spill.
+    """
+    fits = capability == (9, 0) and dtype != torch.float32 and not mean and (count or not residual)
+    return 128 if fits else None
+
+
+def serves(dtype: torch.dtype) -> bool:
+    """Whether the kernel is the best there is: exact float32 would leave the tensor cores, where cuBLAS is faster."""
+    return dtype != torch.float64 and (dtype != torch.float32 or convolution_precision(dtype) == "tf32")
 
 
 @triton.jit
@@ -73,7 +91,7 @@ def accumulate(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["count"])
 def fused_conv_kernel(
     x, second, weight, bias, residual, count, out, rows, channels, second_channels, out_channels, height, width,
     TAPS: tl.constexpr, RELU: tl.constexpr, MEAN: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
@@ -129,12 +147,17 @@ def fused_conv_kernel(
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=wanted[:, None] & of_column[None, :])
 
 
+def _capability(x: Tensor) -> tuple[int, int]:
+    """Of the GPU; in Triton's interpreter there is none."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda and torch.version.hip is None else (0, 0)
+
+
 def fused_conv(x, weight, bias, second, residual, count, size, relu, mean, fill=True) -> Tensor:
     """The operator's arguments, in order; without `fill`, maps from `count` on may be left unwritten."""
     height, width = size
     rows, channels = x.shape
     cells = height * width
-    if x.dtype == torch.float64 or rows >= 2**31:
+    if not serves(x.dtype) or rows >= 2**31:
         return reference.fused_conv(x, weight, bias, second, residual, count, size, relu, mean)
     if mean and cells > MOST_CELLS_OF_MEAN:
         maps = fused_conv(x, weight, bias, second, residual, count, size, relu, False)
@@ -142,14 +165,20 @@ def fused_conv(x, weight, bias, second, residual, count, size, relu, mean, fill=
     x, second, residual = (tensor if tensor is None else tensor.contiguous() for tensor in (x, second, residual))
     memory_format = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
     weight = weight.contiguous(memory_format=memory_format)
-    tile = tile_of(x.dtype, mean)
+    if not aligned(
+        x, second, residual, weight, bias, channels, None if second is None else second.shape[1], len(weight)
+    ):
+        raise Fallback(UNALIGNED)
+    capability, precision = _capability(x), convolution_precision(x.dtype)
+    tile = tile_of(x.dtype, mean, capability)
     out = x.new_empty((rows // cells if mean else rows, len(weight)))
     tiles = rows // cells if mean else triton.cdiv(rows, tile.m)
     if out.numel():
         fused_conv_kernel[(triton.cdiv(len(weight), tile.n) * tiles,)](
             x, second, weight, bias, residual, count, out, rows, channels,
             0 if second is None else second.shape[1], len(weight), height, width,
-            TAPS=9 if weight.dim() == 4 else 1, RELU=relu, MEAN=mean, FILL=fill, PRECISION=dot_precision(x.dtype),
+            TAPS=9 if weight.dim() == 4 else 1, RELU=relu, MEAN=mean, FILL=fill, PRECISION=precision,
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+            maxnreg=most_registers(x.dtype, mean, residual is not None, count is not None, capability),
         )  # fmt: skip
     return out

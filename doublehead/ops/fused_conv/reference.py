@@ -36,13 +36,38 @@ def fused_conv(
         `Tensor[N * H * W, out]`, with `mean` `Tensor[N, out]`.
     """
     height, width = size
-    if weight.dim() == 2:
-        y = linear(x if second is None else torch.cat((x, second), dim=1), weight, bias)
-    else:
-        maps = x.view(len(x) // (height * width), height, width, x.shape[1]).permute(0, 3, 1, 2)
-        y = conv2d(maps, weight, bias, padding=1).permute(0, 2, 3, 1).reshape(len(x), len(weight))
+    y = convolve(x if second is None else torch.cat((x, second), dim=1), weight, bias, size)
     y = y if residual is None else y + residual
     y = (y.relu() if relu else y).view(len(x) // (height * width), height * width, len(weight))
     if count is not None:
         y = torch.where(torch.arange(len(y), device=x.device)[:, None, None] < count, y, 0.0)
     return y.mean(1) if mean else y.flatten(0, 1)
+
+
+def convolve(rows: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]) -> Tensor:
+    """A convolution, rows in and rows out; weight `Tensor[out, in]`, `[out, in, 1, 1]` or `[out, in, 3, 3]`."""
+    kernel = weight.shape[2] if weight.dim() == 4 else 1
+    if kernel == 1 and is_matrix_product(rows):
+        return linear(rows, weight.flatten(1), bias)
+    return as_rows(
+        conv2d(as_maps(rows, size), weight.view(*weight.shape[:2], kernel, kernel), bias, padding=kernel // 2)
+    )
+
+
+def is_matrix_product(rows: Tensor) -> bool:
+    """Whether a 1x1 convolution of `rows` may be computed as a matrix product.
+
+    Not float32 on a GPU: PyTorch's switches allow TF32 to convolutions and to matrix products separately.
+    """
+    return rows.device.type != "cuda" or rows.dtype != torch.float32
+
+
+def as_maps(rows: Tensor, size: Sequence[int]) -> Tensor:
+    """`Tensor[N * H * W, C]` as `Tensor[N, C, H, W]` in channels-last memory, a view."""
+    cells = size[0] * size[1]
+    return rows.view(len(rows) // cells, *size, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def as_rows(maps: Tensor) -> Tensor:
+    """`Tensor[N, C, H, W]` as `Tensor[N * H * W, C]`, a view of channels-last memory."""
+    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])

@@ -11,7 +11,7 @@ from . import reference
 
 
 def nms_padded(
-    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_output: int
+    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_output: int, largest_group: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Batched greedy non-maximum suppression with a result of fixed size.
 
@@ -29,6 +29,9 @@ def nms_padded(
             and suppresses nothing.
         iou_threshold: float.
         max_output: int >= 0.
+        largest_group: int >= 0, the most boxes that a group of an image can have, where the caller knows; 0: unknown.
+            It changes no result, and saves launches on CUDA, where small groups are decided on in one.  If a group has
+            more boxes after all, some boxes or all of it may be missing from the result there.
 
     Returns:
         indices: `Tensor[B, max_output]` int64, into N, by descending score over all groups; -1 behind the last.
@@ -36,11 +39,12 @@ def nms_padded(
 
     Raises:
         TypeError: an argument's type or dtype is not accepted.
-        ValueError: shapes do not fit, devices differ, or `max_output` is negative.
+        ValueError: shapes do not fit, devices differ, or `max_output` or `largest_group` is negative.
     """
     _check(boxes, scores, groups, batched=True)
-    _check_max_output(max_output)
-    return _nms_padded(boxes, scores, groups, iou_threshold, max_output)
+    _check_not_negative("max_output", max_output)
+    _check_not_negative("largest_group", largest_group)
+    return _nms_padded(boxes, scores, groups, iou_threshold, max_output, largest_group)
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -135,7 +139,7 @@ def _check(boxes: Tensor, scores: Tensor, groups: Tensor | None, *, batched: boo
             raise ArgumentTypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
     if scores.device != boxes.device:
         raise ArgumentValueError(f"scores must be on the device of boxes, {boxes.device}, got {scores.device}")
-    if groups is not None:
+    if batched or groups is not None:
         _check_groups(boxes, groups, batched, lead)
 
 
@@ -154,9 +158,9 @@ def _check_groups(boxes: Tensor, groups: Tensor, batched: bool, lead: str) -> No
         raise ArgumentValueError(f"{name} must be on the device of boxes, {boxes.device}, got {groups.device}")
 
 
-def _check_max_output(max_output: int) -> None:
-    if max_output < 0:
-        raise ArgumentValueError(f"max_output must be >= 0, got {max_output}")
+def _check_not_negative(name: str, number: int) -> None:
+    if number < 0:
+        raise ArgumentValueError(f"{name} must be >= 0, got {number}")
 
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -166,7 +170,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Registration
 
 
-def _fake_nms_padded(boxes, scores, groups, iou_threshold, max_output):
+def _fake_nms_padded(boxes, scores, groups, iou_threshold, max_output, largest_group=0):
     indices = boxes.new_empty((boxes.shape[0], max_output), dtype=torch.int64)
     return indices, boxes.new_empty((boxes.shape[0],), dtype=torch.int64)
 
@@ -177,8 +181,8 @@ def _fake_nms(boxes, scores, groups, iou_threshold):
 
 
 _nms_padded = define(
-    "nms_padded(Tensor boxes, Tensor scores, Tensor groups, float iou_threshold, SymInt max_output)"
-    " -> (Tensor indices, Tensor count)",
+    "nms_padded(Tensor boxes, Tensor scores, Tensor groups, float iou_threshold, SymInt max_output,"
+    " SymInt largest_group=0) -> (Tensor indices, Tensor count)",
     reference=reference.nms_padded,
     fake=_fake_nms_padded,
 )
@@ -199,13 +203,13 @@ def _batch_first(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | 
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
-def _vmap_nms_padded(info, in_dims, boxes, scores, groups, iou_threshold, max_output):
+def _vmap_nms_padded(info, in_dims, boxes, scores, groups, iou_threshold, max_output, largest_group=0):
     size = info.batch_size
     folded = [
         _batch_first(tensor, dim, size).flatten(0, 1)
         for tensor, dim in zip((boxes, scores, groups), in_dims[:3], strict=True)
     ]
-    indices, count = _nms_padded(*folded, iou_threshold, max_output)
+    indices, count = _nms_padded(*folded, iou_threshold, max_output, largest_group)
     return (indices.unflatten(0, (size, -1)), count.unflatten(0, (size, -1))), (0, 0)
 
 

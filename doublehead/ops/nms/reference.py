@@ -19,7 +19,7 @@ from ..boxes import box_iou
 
 
 def nms_padded(
-    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_output: int
+    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_output: int, largest_group: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Greedy suppression by the letter: take the best box left, strike what it suppresses, and again.
 
@@ -33,6 +33,7 @@ def nms_padded(
             negative groups do not exist.
         iou_threshold: see above.
         max_output: length of the result.
+        largest_group: unused; kernels may save work by it.
     Returns:
         indices `Tensor[B, max_output]` int64 by descending score, -1 behind the last, and count `Tensor[B]` int64.
     """

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import dot_precision
+from .._library import warn_fallback
+from .._triton import aligned, matmul_precision
 from . import reference
 
 MAX_CELLS = 256
@@ -84,7 +85,7 @@ def _softmax(logits, columns, cells):
 # Kernels.  Grid: (RoIs * groups, blocks of rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["count"])
 def forward(qkv, out, count, cells, groups, scale, SOFTMAX: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
             CELLS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     feature, row = _place(cells, groups, WIDTH)
@@ -246,7 +247,7 @@ def non_local_attention(
 
     `count`: `Tensor[]` int64: the RoIs from this one on may be left unwritten.  None: none is.
     """
-    if not _served(qkv, groups):
+    if not _served("non_local_attention", groups, qkv):
         return reference.non_local_attention(qkv, groups, softmax, scale)
     qkv = qkv.contiguous()
     number, cells, inner = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
@@ -258,7 +259,7 @@ def non_local_attention(
 
 def non_local_attention_backward(grad: Tensor, qkv: Tensor, groups: int, softmax: bool, scale: float) -> Tensor:
     """See `reference.non_local_attention_backward`."""
-    if not _served(qkv, groups):
+    if not _served("non_local_attention_backward", groups, qkv, grad):
         return reference.non_local_attention_backward(grad, qkv, groups, softmax, scale)
     grad, qkv = grad.contiguous(), qkv.contiguous()
     number, cells, _ = qkv.shape
@@ -275,10 +276,24 @@ def non_local_attention_backward(grad: Tensor, qkv: Tensor, groups: int, softmax
     return grad_qkv
 
 
-def _served(qkv: Tensor, groups: int) -> bool:
-    width = qkv.shape[2] // 3 // groups
-    small = 0 < qkv.shape[1] <= MAX_CELLS and width % 16 == 0 and 0 < width <= MAX_WIDTH
-    return small and qkv.shape[0] > 0 and qkv.dtype in (torch.float16, torch.bfloat16, torch.float32)
+def _served(name: str, groups: int, qkv: Tensor, grad: Tensor | None = None) -> bool:
+    """Whether the kernels compute this.  Warns, once, where a user could change that."""
+    if not qkv.numel() or qkv.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return False
+    reason = _unserved(qkv.shape[1], qkv.shape[2] // 3 // groups, qkv, grad)
+    if reason is not None:
+        warn_fallback(name, reason, qkv.device.type)
+    return reason is None
+
+
+def _unserved(cells: int, width: int, qkv: Tensor, grad: Tensor | None) -> str | None:
+    if cells > MAX_CELLS:
+        return f"maps of more than {MAX_CELLS} cells are not served, and this one has {cells}"
+    if width % 16 or width > MAX_WIDTH:
+        return f"a group must be a multiple of 16 up to {MAX_WIDTH} wide, and is {width}"
+    # What is not contiguous is copied, and a copy is aligned.
+    given = [tensor for tensor in (qkv, grad) if tensor is not None and tensor.is_contiguous()]
+    return None if aligned(*given) else "a tensor begins at an address that is no multiple of 16 bytes"
 
 
 def _launch(kernel, chosen: Configuration, tensors: tuple[Tensor | None, ...], groups, softmax, scale) -> None:
@@ -291,7 +306,7 @@ def _launch(kernel, chosen: Configuration, tensors: tuple[Tensor | None, ...], g
         scale,
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-        **constants(chosen, qkv.shape[2] // 3 // groups, softmax, dot_precision(qkv.dtype)),
+        **constants(chosen, qkv.shape[2] // 3 // groups, softmax, matmul_precision(qkv.dtype)),
     )
 
 

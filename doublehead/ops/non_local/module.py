@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .op import PAIRWISE, BatchNorm, mix, non_local
+from .._folded import FoldedWeights, compute_dtype
+from .op import PAIRWISE, BatchNorm, fold_out, mix, non_local, project
 
 
 class NonLocalBlock(nn.Module):
@@ -67,15 +67,16 @@ class NonLocalBlock(nn.Module):
         self.norm = nn.BatchNorm2d(channels) if norm else None
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+        self._folded = FoldedWeights()
 
     def forward(self, x: Tensor) -> Tensor:
         """`Tensor[N, channels, H, W]` -> the same shape, channels-last."""
         if not self.fused:
             return self._by_modules(x)
-        qkv = self.theta, self.phi, self.g
-        weight = torch.cat([layer.weight.flatten(1) for layer in qkv])
-        bias = torch.cat([layer.bias for layer in qkv])
         attention = {"pairwise": self.pairwise, "groups": self.groups, "scale": self.scale}
+        if self._folds(x):
+            return non_local(x, *self._folded_weights(x), **attention, relu=self.relu_after)
+        weight, bias = self._qkv()
         if self.norm is not None and type(self.norm) is not nn.BatchNorm2d:
             return self._around_norm(x, weight, bias, attention)
         return non_local(
@@ -90,11 +91,48 @@ class NonLocalBlock(nn.Module):
             training=self.norm is not None and self.norm.training,
         )
 
+    def train(self, mode: bool = True) -> NonLocalBlock:
+        self._folded.forget()
+        return super().train(mode)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_folded", FoldedWeights())  # pickles of older versions have none
+
+    def _folds(self, x: Tensor) -> bool:
+        """Whether the weights may be prepared once: inference, without gradients."""
+        plain = self.norm is None or (
+            type(self.norm) is nn.BatchNorm2d and not self.norm.training and self.norm.running_mean is not None
+        )
+        if not plain or torch.compiler.is_compiling():
+            return False
+        return not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+
+    def _folded_weights(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What `non_local` takes: weight and bias of queries, keys and values, and of `out` with the norm in them."""
+        parts = [(layer.weight, layer.bias) for layer in (self.theta, self.phi, self.g, self.out)]
+        norm = () if self.norm is None else _batch_norm(self.norm)
+        tensors = [tensor for part in (*parts, norm[:4]) for tensor in part if tensor is not None]
+        cast = torch.is_autocast_enabled(x.device.type) and self.theta.weight.dtype != torch.float64
+        dtype = compute_dtype(x) if cast else self.theta.weight.dtype
+
+        def fold() -> tuple[Tensor, ...]:
+            out = self.out.weight.flatten(1), self.out.bias
+            if self.norm is not None:
+                out = fold_out(_batch_norm(self.norm), *out)
+            return tuple(tensor.to(dtype) for tensor in (*self._qkv(), *out))
+
+        return self._folded.get(tensors, (dtype, norm[4:5]), fold)
+
+    def _qkv(self) -> tuple[Tensor, Tensor]:
+        layers = self.theta, self.phi, self.g
+        return torch.cat([layer.weight.flatten(1) for layer in layers]), torch.cat([layer.bias for layer in layers])
+
     def _around_norm(self, x: Tensor, weight: Tensor, bias: Tensor, attention: dict) -> Tensor:
         """The block with `norm` called as a module."""
         cells = x.permute(0, 2, 3, 1)
         mixed = mix(cells.flatten(1, 2), weight, bias, **attention)
-        projected = F.linear(mixed, self.out.weight.flatten(1), self.out.bias).view(*cells.shape).permute(0, 3, 1, 2)
+        projected = project(mixed, self.out.weight.flatten(1), self.out.bias).view(*cells.shape).permute(0, 3, 1, 2)
         y = x + self.norm(projected)
         return y.relu() if self.relu_after else y
 

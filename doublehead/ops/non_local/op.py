@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._errors import check_tensor
+from .._folded import compute_dtype
 from .._library import define, define_autocast, define_autograd, define_triton_kernel
 from ..batch_norm.op import batch_norm_act, track_statistics
 from ..fused_conv.op import fused_conv
@@ -57,6 +58,10 @@ def non_local(
     plain PyTorch.  Its gradient is deterministic.  Under autocast the matrix products and the attention run in the
     autocast dtype.  `torch.compile` compiles `dot_product` anew for each map size, which is in the operator's scale.
 
+    In float32 on CUDA the projections follow PyTorch's switch for convolutions, `torch.backends.cudnn.conv
+    .fp32_precision` (TF32 unless changed), and the attention that for matrix products, `torch.backends.cuda.matmul
+    .fp32_precision` (exact unless changed): as the layers do that the block stands for.
+
     Args:
         x: `Tensor[N, C, H, W]`, floating point.  In channels-last memory format it is used as it is, else copied.
         qkv_weight: `Tensor[3 * D, C]`, of queries, then keys, then values; `qkv_bias`: `Tensor[3 * D]` or None.
@@ -82,24 +87,36 @@ def non_local(
     number, channels, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
     mixed = mix(rows.view(number, height * width, channels), qkv_weight, qkv_bias, pairwise, groups, scale)
-    mixed = mixed.flatten(0, 1)
     if norm is None or (not training and norm.running_mean is not None):
-        weight, bias = (out_weight, out_bias) if norm is None else _fold(norm, out_weight, out_bias)
+        weight, bias = (out_weight, out_bias) if norm is None else fold_out(norm, out_weight, out_bias)
         y = _project_and_add(rows, mixed, weight, bias, relu)
         return y.view(number, height, width, channels).permute(0, 3, 1, 2)
-    y = _normalize_and_add(rows, F.linear(mixed, out_weight, out_bias), norm, relu)
+    y = _normalize_and_add(rows, project(mixed, out_weight, out_bias).flatten(0, 1), norm, relu)
     return y.view(number, height, width, channels).permute(0, 3, 1, 2)
 
 
 def mix(cells: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, pairwise: str, groups: int, scale: bool) -> Tensor:
     """The attention of `non_local`, without what follows it: `Tensor[N, T, C]` -> `Tensor[N, T, D]`."""
-    qkv = F.linear(cells, qkv_weight, qkv_bias)
+    qkv = project(cells, qkv_weight, qkv_bias)
     if pairwise == "dot_product":
         return _op(qkv, groups, False, 1 / cells.shape[1])
     return _op(qkv, groups, True, (qkv_weight.shape[0] // 3 // groups) ** -0.5 if scale else 1.0)
 
 
-def _fold(norm: BatchNorm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def project(cells: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1x1 convolution over cells: `Tensor[N, T, C]` and `Tensor[D, C]` -> `Tensor[N, T, D]`.
+
+    A matrix product; but in float32 on CUDA it is left a convolution, as PyTorch lets the user choose the precision of
+    the two apart, and by default takes TF32 for convolutions alone.
+    """
+    if cells.device.type != "cuda" or compute_dtype(cells) != torch.float32:
+        return F.linear(cells, weight, bias)
+    number, length, channels = cells.shape
+    maps = cells.reshape(number, length, 1, channels).permute(0, 3, 1, 2)  # of T x 1 cells, channels-last
+    return F.conv2d(maps, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(number, length, len(weight))
+
+
+def fold_out(norm: BatchNorm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight and bias of the projection with the batch norm of inference in them, in float32 at least."""
     precise = torch.promote_types(weight.dtype, torch.float32)
     factor = (norm.running_var.to(precise) + norm.eps).rsqrt()
@@ -110,16 +127,19 @@ def _fold(norm: BatchNorm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor,
 
 
 def _project_and_add(residual: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    """`relu(residual + mixed W^T + bias)` over rows: `Tensor[M, C]` and `Tensor[M, D]` -> `Tensor[M, C]`."""
+    """`relu(residual + mixed W^T + bias)`: rows `Tensor[N * T, C]` and `Tensor[N, T, D]` -> `Tensor[N * T, C]`."""
     weight, bias = weight.to(mixed.dtype), None if bias is None else bias.to(mixed.dtype)
     tensors = (residual, mixed, weight) if bias is None else (residual, mixed, weight, bias)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if residual.dtype != mixed.dtype:  # autocast of a float32 x: the residual keeps its precision
-        y = residual + F.linear(mixed, weight, bias)
-    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        y = torch.addmm(residual, mixed, weight.t())
-        y = y if bias is None else y + bias
+        y = residual + project(mixed, weight, bias).flatten(0, 1)
+    elif not needs_grad:
+        return fused_conv(mixed.flatten(0, 1), weight, bias, size=(1, 1), residual=residual, relu=relu)
+    elif mixed.device.type == "cuda" and mixed.dtype == torch.float32:
+        y = residual + project(mixed, weight, bias).flatten(0, 1)
     else:
-        return fused_conv(mixed, weight, bias, size=(1, 1), residual=residual, relu=relu)
+        y = torch.addmm(residual, mixed.flatten(0, 1), weight.t())
+        y = y if bias is None else y + bias
     return y.relu() if relu else y
 
 

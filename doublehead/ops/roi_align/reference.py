@@ -125,14 +125,22 @@ def box_levels(
     lowest = round(-math.log2(spatial_scales[0]))
     size = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
     if LEVEL_RULES[level_rule] == "mmdet":
-        level = (size / (canonical_size * 2.0 ** (lowest - canonical_level)) + 1e-6).log2().floor()
+        level = (_divide(size, canonical_size * 2.0 ** (lowest - canonical_level)) + 1e-6).log2().floor()
     elif LEVEL_RULES[level_rule] in ("detectron2", "maskrcnn_benchmark"):
         epsilon = 1e-8 if LEVEL_RULES[level_rule] == "detectron2" else 1e-6
-        level = (canonical_level + (size / canonical_size + epsilon).log2()).floor() - lowest
+        level = (canonical_level + (_divide(size, canonical_size) + epsilon).log2()).floor() - lowest
     else:
-        level = (canonical_level + (size / canonical_size).log2() + 1e-6).floor() - lowest
+        level = (canonical_level + _divide(size, canonical_size).log2() + 1e-6).floor() - lowest
     level = level.clamp(0, len(spatial_scales) - 1)
     return level.where(~size.isnan(), -1).to(torch.int64)
+
+
+def _divide(numbers: Tensor, divisor: float) -> Tensor:
+    """`numbers / divisor`, rounded alike on every device: by a Python number CUDA multiplies with the reciprocal.
+
+    The last bit decides on which side of a level's or a map's edge something lies.
+    """
+    return numbers / numbers.new_full((), divisor)
 
 
 def is_channels_last(feature: Tensor) -> bool:
@@ -207,7 +215,7 @@ def _axis_taps(low, high, maps: _Maps, extent, bins, sampling_ratio, aligned) ->
     usable = maps.exists & start.isfinite() & end.isfinite() & length.isfinite() & (extent > 0)
     if not aligned:
         length = length.clamp(min=1)
-    bin_size = length / bins
+    bin_size = _divide(length, bins)
     start, bin_size = start.where(usable, 0)[:, None, None], bin_size.where(usable, 0)[:, None, None]
     usable, extent = usable[:, None, None], extent[:, None, None]
     bin_start = start + torch.arange(bins, dtype=low.dtype, device=low.device)[:, None] * bin_size

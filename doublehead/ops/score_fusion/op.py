@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from .._errors import check_tensor
-from .._library import define, define_autocast, define_autograd, define_triton_kernel, native, one_thread_if_forked
+from .._library import (
+    define,
+    define_autocast,
+    define_autograd,
+    define_triton_kernel,
+    native,
+    one_thread_if_forked,
+    warn_fallback,
+    why_reference,
+)
 from . import reference
 from .reference import FUSIONS, compute_dtype
 
@@ -51,7 +60,10 @@ def fuse_scores(fc_logits: Tensor, conv_logits: Tensor, method: str = "complemen
     if conv_logits.device != fc_logits.device:
         raise ValueError(f"conv_logits must be on the same device, {fc_logits.device}, got {conv_logits.device}")
     check_fusion("method", method)
-    if method != "none" and not torch.compiler.is_compiling() and not native("fuse_scores", fc_logits.device.type):
+    device = fc_logits.device.type
+    if method != "none" and not torch.compiler.is_compiling() and not native("fuse_scores", device):
+        if device == "cuda":
+            warn_fallback("fuse_scores", why_reference("fuse_scores"))
         with one_thread_if_forked():
             return _without_kernel(fc_logits, conv_logits, method)
     return _fuse_scores(fc_logits, conv_logits, method)
