@@ -37,7 +37,7 @@ MARK = "@row "
 
 
 class Plan(NamedTuple):
-    """A row's words, how many seconds it may need on one H100, preparations included, and its targets."""
+    """A row's words, the seconds it may need on one H100, preparation and compilation included, and its targets."""
 
     title: str
     seconds: float
@@ -88,7 +88,9 @@ Row = dict[str, Any]
 
 
 def verdict(row: Row) -> str:
-    """met, missed, or - where there is no target or no number to hold against it."""
+    """met, missed, or - where there is no target, no number to hold against it, or the sizes are tiny."""
+    if row.get("tiny"):
+        return "-"
     plan = PLAN[row["row"]]
     device = row.get("device_us") or row.get("ours_us")
     pairs = [
@@ -168,18 +170,19 @@ class Run:
     def measure(self) -> bool:
         """False if there is nothing to measure on."""
         left = list(self.options.rows)
-        try:
-            while left:
-                outcome = self._one_process(left)
-                if outcome is not None:
-                    print(outcome, flush=True)
-                    return False
-        finally:
-            done = {row["row"] for row in self.rows}
-            for key in self.options.rows:
-                if key not in done:
-                    self._add({"row": key, "status": "skipped", "why": "stopped before its turn"})
+        while left:
+            nothing = self._one_process(left)
+            if nothing is not None:
+                print(nothing, flush=True)
+                return False
         return True
+
+    def complete(self) -> None:
+        """Name the rows that had no turn."""
+        done = {row["row"] for row in self.rows}
+        for key in self.options.rows:
+            if key not in done:
+                self._add({"row": key, "status": "skipped", "why": "stopped before its turn"})
 
     def _one_process(self, left: list[str]) -> str | None:
         """Take measured rows off `left`, at least one; the reason if there is no device."""
@@ -227,7 +230,7 @@ class Run:
 
     def save(self) -> None:
         if self.options.out:
-            rows = [row | PLAN[row["row"]]._asdict() | {"verdict": verdict(row)} for row in self.rows]
+            rows = [row | {"verdict": verdict(row), "plan": PLAN[row["row"]]._asdict()} for row in self.rows]
             self.options.out.write_text(json.dumps(self.about | {"rows": rows}, indent=2) + "\n")
 
 
@@ -264,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
     except KeyboardInterrupt:
         print("stopped", flush=True)
-    run.save()
+        run.complete()
     print(f"\n{json.dumps(run.about)}\n\n{page(run.rows)}", flush=True)
     return 1 if any(row["status"] == "failed" for row in run.rows) else 0
 

@@ -16,7 +16,7 @@ import torch
 
 Call = Callable[[], Any]
 
-SECONDS = 0.5
+SECONDS, TINY_SECONDS = 0.5, 0.02
 """Of sampling, for both sides together."""
 
 
@@ -51,8 +51,6 @@ def measure(make: Callable[[bool], Any], small: bool, on_gpu: bool) -> dict[str,
     device = gpu_timing.Cuda() if on_gpu else Host()
     case = make(small)
     case.check(case.ours(), case.peer())
-    if case.alone is not None:
-        case.alone()  # here too, so that the small run tries it
     calls = {"ours": case.ours, "peer": case.peer}
     way = case.way or "both eager"
     if case.graphs and on_gpu:
@@ -62,21 +60,26 @@ def measure(make: Callable[[bool], Any], small: bool, on_gpu: bool) -> dict[str,
             case.check(calls["ours"](), calls["peer"]())
     for call in calls.values():
         call()
-    times = medians(calls, gpu_timing.sampler("graphs" if way == "both as graphs" else "eager", device), SECONDS)
+    times = medians(
+        calls,
+        gpu_timing.sampler("graphs" if way == "both as graphs" else "eager", device),
+        TINY_SECONDS if small else SECONDS,
+    )
     row = {
         "ours_us": times["ours"] * 1e6,
         "peer_us": times["peer"] * 1e6,
         "ratio": times["peer"] / times["ours"],
         "way": way,
+        "tiny": small,
     }
-    if on_gpu and case.alone is not None:
-        spent = gpu_timing.device_seconds(case.alone, device)
+    if case.bytes_moved:
+        row["bytes_moved"] = case.bytes_moved
+    if case.alone is not None:
+        spent = gpu_timing.device_seconds(case.alone, device, 3 if small else 20)
         row["device_us"] = spent * 1e6
-        if case.bytes_moved:
-            row["bytes_moved"] = case.bytes_moved
-            row["share_of_floor"] = gpu_timing.share_of_floor(
-                case.bytes_moved, spent, gpu_timing.copy_bytes_per_second()
-            )
+        if case.bytes_moved and on_gpu:
+            bandwidth = gpu_timing.copy_bytes_per_second()
+            row["share_of_floor"] = gpu_timing.share_of_floor(case.bytes_moved, spent, bandwidth)
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
 
 
