@@ -43,7 +43,7 @@ needs_gpu() {
   return 1
 }
 
-measure() { needs_gpu || return 0; PYTHONPATH=. "$python" -m pytest -q -p no:cacheprovider "$@" --benchmark-only; }
+measure() { needs_gpu || return 0; PYTHONPATH=. "$python" -m pytest -q -p no:cacheprovider "$@" --benchmark-only --full --record; }
 
 # Unfiltered by kernel: memory that another kernel writes or leaves unwritten counts too.
 sanitize() {

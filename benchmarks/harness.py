@@ -3,14 +3,12 @@
 Providers are timed in turns (a, b, c, a, b, c, ...), so that a busy machine slows all of them
 alike, and each is told by its median and two quantiles, never by its best run.
 
-On a GPU, the time of a call is that from the call to the end of its work, waiting included; the
-kernels' own time is beside it.
+On a GPU, `gpu_timing` takes the samples; the kernels' own time is beside them.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import gc
 import json
 import platform
@@ -45,12 +43,17 @@ def _seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def time_side_by_side(
-    providers: dict[str, Callable[[], Any]], *, budget: float = 10.0, min_rounds: int = 5, max_rounds: int = 200
+    providers: dict[str, Callable[[], Any]],
+    *,
+    budget: float = 10.0,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+    sample: Callable[[Callable[[], Any]], float] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Median, 0.2 and 0.8 quantile and least in milliseconds of one call of each provider.
 
-    Rounds go on until `budget` seconds are spent (but at least `min_rounds`); a sample of a fast
-    provider is the mean of as many calls as fill two milliseconds.
+    Rounds go on until `budget` seconds are spent (but at least `min_rounds`).  `sample`: the seconds of one call, as
+    `gpu_timing` takes them; None: on the CPU, a sample is the mean of as many calls as fill two milliseconds.
     """
     repeats = {}
     for name, call in providers.items():
@@ -64,7 +67,7 @@ def time_side_by_side(
         if round_index >= min_rounds and time.perf_counter() - started > budget:
             break
         for name, call in providers.items():
-            samples[name].append(_seconds(call, repeats[name]) * 1e3)
+            samples[name].append((sample(call) if sample else _seconds(call, repeats[name])) * 1e3)
     return {name: _summary(values) for name, values in samples.items()}
 
 
@@ -79,36 +82,6 @@ def _summary(values: list[float]) -> dict[str, float]:
         "least_ms": round(min(values), 5),
         "samples": len(values),
     }
-
-
-def kernel_milliseconds(call: Callable[[], Any], repeats: int = 5) -> float | None:
-    """How long the GPU itself works for one call: its kernels, copies and fills, by PyTorch's profiler.
-
-    None where the profiler sees nothing (no permission to profile).
-    """
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(repeats):
-            call()
-        torch.cuda.synchronize()
-    microseconds = sum(event.self_device_time_total for event in profile.key_averages())
-    return round(microseconds / 1e3 / repeats, 5) if microseconds else None
-
-
-@functools.cache
-def copy_bytes_per_second() -> float:
-    """What the GPU's memory reaches: a copy of 1 GiB, read and written, median of 20."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(25):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return 2 * 2**30 / statistics.median(times[5:])
 
 
 def peak_memory_mib(call: Callable[[], Any], device: str = "cpu") -> float | None:

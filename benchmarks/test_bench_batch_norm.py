@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inputs import DEVICE
+from inputs import DEVICE, generator
 from torch.nn.functional import batch_norm
 
 from doublehead.ops import batch_norm_act
@@ -15,10 +15,10 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 @pytest.mark.parametrize("channels", [256, 1024])
 def test_forward_and_backward(compare, channels):
-    generator = torch.Generator().manual_seed(0)
+    options = {"generator": generator(0), "device": DEVICE}
     rows = ROIS * 49
-    x, residual, grad = (torch.randn(rows, channels, generator=generator).to(DEVICE, DTYPE) for _ in range(3))
-    weight, bias = (torch.rand(channels, generator=generator).to(DEVICE).requires_grad_() for _ in range(2))
+    x, residual, grad = (torch.randn(rows, channels, **options).to(DTYPE) for _ in range(3))
+    weight, bias = (torch.rand(channels, **options).requires_grad_() for _ in range(2))
     leaves = (x.requires_grad_(), weight, bias, residual.requires_grad_())
 
     def torch_modules():

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 pytest.importorskip("torchvision")
 
 from detectors import GRAPH, RECIPE, as_graphs, models, pictures, torchvisions  # noqa: E402
+from post_processing import agreement  # noqa: E402
 
 import doublehead  # noqa: E402
 from doublehead.config import ImageConfig  # noqa: E402
@@ -67,11 +68,8 @@ def checker(mode: str) -> Callable[[Any, Any], None]:
         assert sum(len(image["boxes"]) for image in found) > 0, f"{family}: no detections, which measures nothing"
         if family != expected[0]:
             return  # another detector
-        shares = []
-        for f, e in zip(found, expected[1], strict=True):
-            same = (box_iou(e["boxes"], f["boxes"]) > 0.9) & (e["labels"][:, None] == f["labels"])
-            shares.append(same.any(1).float().mean())
-        assert torch.stack(shares).mean() > AGREE[mode]
+        shares = [agreement(f, e) for f, e in zip(found, expected[1], strict=True)]
+        assert sum(shares) / len(shares) > AGREE[mode]
 
     return check
 
@@ -140,7 +138,7 @@ def shares(model: nn.Module, call: Callable[[], Any]) -> dict[str, float]:
 
 @pytest.mark.parametrize("batch", [1] if DEVICE == "cpu" else [1, 16])
 @pytest.mark.parametrize("mode", MODES)
-def test_detector(compare, request, mode, batch):
+def test_detector(compare, mode, batch):
     side = 800 if compare.measures else 128
     images = pictures(batch, side)
     found = models(images, side, proposals=1000 if compare.measures else 30)
@@ -175,7 +173,7 @@ def test_detector(compare, request, mode, batch):
     if record is not None:
         for result in record["providers"].values():
             result["images_per_second"] = round(1e3 * batch / result["median_ms"], 3)
-        if request.config.getoption("benchmark_only"):
+        if compare.records:
             harness.write_record("detector", record, DEVICE)
 
 

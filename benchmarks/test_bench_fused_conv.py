@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inputs import DEVICE
+from inputs import DEVICE, generator
 
 from doublehead.ops import fused_conv
 from doublehead.ops.fused_conv import reference
@@ -22,10 +22,10 @@ SHAPES = {
 @pytest.mark.parametrize("case", SHAPES)
 def test_fused_conv(compare, case):
     outputs, inputs, side, has_residual = SHAPES[case]
-    generator = torch.Generator().manual_seed(0)
+    random = generator(0)
 
     def normal(*shape, spread=1.0):
-        return (torch.randn(*shape, generator=generator) * spread).to(DEVICE, DTYPE)
+        return (torch.randn(*shape, generator=random, device=DEVICE) * spread).to(DTYPE)
 
     weight = normal(outputs, inputs, *([3, 3] if side == 3 else []), spread=(inputs * side**2) ** -0.5)
     weight = weight.contiguous(memory_format=torch.channels_last) if side == 3 else weight
@@ -36,6 +36,7 @@ def test_fused_conv(compare, case):
         case=f"fused_conv {case}",
         details={"rois": ROIS, "dtype": str(DTYPE), "gflop": 2 * ROIS * 49 * weight.numel() / 1e9},
         check=lambda actual, expected: torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.05),
+        graphs=True,
         providers={
             "reference": lambda: reference.fused_conv(x, weight, bias, None, residual, None, [7, 7], True, False),
             "doublehead": lambda: fused_conv(x, weight, bias, size=(7, 7), residual=residual, relu=True),

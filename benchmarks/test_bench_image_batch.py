@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inputs import DEVICE
+from inputs import DEVICE, generator
 
 from doublehead.config import ImageConfig
 from doublehead.models.images import ImageTransform
@@ -20,9 +20,8 @@ CASES = {
 
 def pictures(sizes: list[tuple[int, int]], layout: str) -> list[torch.Tensor]:
     """uint8, in memory as decoders give them or plane by plane."""
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=generator) for size in sizes]
-    images = [image.to(DEVICE).permute(2, 0, 1) for image in images]
+    options = {"generator": generator(0), "device": DEVICE, "dtype": torch.uint8}
+    images = [torch.randint(0, 256, (*size, 3), **options).permute(2, 0, 1) for size in sizes]
     return images if layout == "decoded" else [image.contiguous() for image in images]
 
 
@@ -39,7 +38,7 @@ def test_image_batch(compare, case, layout):
         details={"images": len(images), "batch": list(out.shape), "layout": layout},
         providers={"torchvision": torchvisions(images, config), "doublehead": lambda: ours(images)[0].pixels},
         check=close,
-        bytes_moved=sum(image.numel() for image in images) + out.numel() * out.element_size(),
+        bytes_moved=read_bytes(images, ours) + out.numel() * out.element_size(),
         budget=6.0 if DEVICE == "cpu" else 1.0,
     )
 

@@ -37,6 +37,7 @@ def test_forward(compare, classes, dtype):
             "torch.compile": (lambda: compiled(*logits)) if callable(compiled) else compiled,
             "doublehead": lambda: fuse_scores(*logits),
         },
+        graphs=True,
         bytes_moved=rows * classes * (2 * logits[0].element_size() + 4),
     )
 
