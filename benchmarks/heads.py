@@ -144,8 +144,8 @@ def block_step(block: nn.Module, x: Tensor, grad: Tensor):
 def near(actual: Tensor | list[Tensor], expected: Tensor | list[Tensor]) -> None:
     """Relative to the whole: single entries next to the ReLU's kink may differ, whose gradient is then another.
 
-    Gradients of both sides are 0.16 % apart in float32, 1e-15 in float64, and 5.5 % in bfloat16 on an H200; the tests hold
-    both against float64.
+    Gradients of both sides are 0.16 % apart in float32, 1e-15 in float64, and 5.5 % in bfloat16 on an H200; the
+    tests hold both against float64.
     """
     both = [(actual, expected)] if isinstance(actual, Tensor) else zip(actual, expected, strict=True)
     for a, e in both:
