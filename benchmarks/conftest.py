@@ -43,10 +43,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("benchmark_only", False) or config.getoption("full"):
         return
     here = [item for item in items if "compare" in getattr(item, "fixturenames", ())]
-    left_out = {item for item in here if not headline_only(item.originalname, item.callspec.params, DEVICE)}
+    left_out = {item for item in here if not headline_only(item.originalname, parameters_of(item), DEVICE)}
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
+
+
+def parameters_of(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,3 +46,13 @@ def test_rows_without_time_are_named():
 def test_an_unknown_row_is_refused():
     done = run("--rows", "nms_5000")
     assert done.returncode == 2 and "nms_5000" in done.stderr
+
+
+def test_the_headline_cases_are_timed_by_default():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "--benchmark-only"]
+    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    root = SCRIPT.parents[1]
+    done = subprocess.run([*command, "benchmarks"], capture_output=True, text=True, env=environment, cwd=root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"(\d+)/(\d+) tests collected \((\d+) deselected\)", done.stdout)
+    assert found and 10 <= int(found[1]) < int(found[2]) / 2, done.stdout
