@@ -53,6 +53,7 @@ def parameters_of(item: pytest.Item) -> dict[str, Any]:
     return item.callspec.params if hasattr(item, "callspec") else {}
 
 
+@pytest.hookimpl(trylast=True)  # behind pytest-benchmark's own table
 def pytest_terminal_summary(terminalreporter) -> None:
     rows = terminalreporter.config.stash.get(ROWS, [])
     if not rows:
@@ -179,15 +180,18 @@ def _show(request: pytest.FixtureRequest, record: dict[str, Any], op: str, secon
     reporter = request.config.pluginmanager.getplugin("terminalreporter")
     if reporter is None:
         return
-    reporter.write_line(f"\n{row}   ({seconds:.0f} s)")
-    if request.config.getoption("verbose") < 1:
-        return
-    for name, result in record["providers"].items():
-        if "missing" in result:
-            reporter.write_line(f"  {name:20s} missing: {result['missing']}")
-            continue
-        reporter.write_line(
-            f"  {name:20s} {result['median_ms']:10.3f} ms  [{result['q20_ms']:.3f} .. {result['q80_ms']:.3f}]"
-            f"  peak {result['peak_mib']} MiB"
-            + (f"  kernels {result['kernel_ms']} ms" if "kernel_ms" in result else "")
-        )
+    lines = [f"\n{row}   ({seconds:.0f} s)"]
+    if request.config.getoption("verbose") >= 1:
+        lines += [_provider_line(name, result) for name, result in record["providers"].items()]
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():  # now, without -s
+        for line in lines:
+            reporter.write_line(line)
+
+
+def _provider_line(name: str, result: dict[str, Any]) -> str:
+    if "missing" in result:
+        return f"  {name:20s} missing: {result['missing']}"
+    return (
+        f"  {name:20s} {result['median_ms']:10.3f} ms  [{result['q20_ms']:.3f} .. {result['q80_ms']:.3f}]"
+        f"  peak {result['peak_mib']} MiB" + (f"  kernels {result['kernel_ms']} ms" if "kernel_ms" in result else "")
+    )
