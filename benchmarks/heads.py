@@ -144,12 +144,12 @@ def block_step(block: nn.Module, x: Tensor, grad: Tensor):
 def near(actual: Tensor | list[Tensor], expected: Tensor | list[Tensor]) -> None:
     """Relative to the whole: single entries next to the ReLU's kink may differ, whose gradient is then another.
 
-    In bfloat16 both sides round in their own places, and gradients were 5.5 % apart on an H200; the tests hold both
-    against float64.
+    Gradients of both sides are 0.16 % apart in float32, 1e-15 in float64, and 5.5 % in bfloat16 on an H200; the
+    tests hold both against float64.
     """
     both = [(actual, expected)] if isinstance(actual, Tensor) else zip(actual, expected, strict=True)
     for a, e in both:
-        allowed = (0.1 if ON_GPU else 1e-3) * e.double().norm()
+        allowed = (0.1 if ON_GPU else 5e-3) * e.double().norm()
         error = (a.double() - e.double()).norm()
         assert error <= allowed, f"off by {error:.3g}, {allowed:.3g} allowed"
 

@@ -41,6 +41,19 @@ inline void check_same_device(const Tensor& tensor, const Tensor& other, const c
                    other.get_device_index(), " as the others are, got cuda:", tensor.get_device_index());
 }
 
+// While a stream is captured, CUDA refuses its thread what may wait for the device, which includes loading a kernel at
+// its first launch. Loading is harmless to a capture, so launches allow it, as torch's allocator does for memory.
+class AllowLoading {
+ public:
+  AllowLoading() { check_cuda(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode"); }
+  ~AllowLoading() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  AllowLoading(const AllowLoading&) = delete;
+  AllowLoading& operator=(const AllowLoading&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // the thread's own, while this lives
+};
+
 // Makes the tensor's device the current one for its lifetime, and knows torch's current stream there:
 //   const OnDevice on(boxes);  kernel<<<grid, block, 0, on.stream()>>>(...);  on.check_launch("nms");
 class OnDevice {
@@ -59,6 +72,7 @@ class OnDevice {
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
+  AllowLoading allow_loading_;
   cudaStream_t stream_ = nullptr;
 };
 

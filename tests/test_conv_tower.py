@@ -90,8 +90,8 @@ def test_only_the_first_count_rois_are_computed(count):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_triton_inference(triton_kernels, poisoned, name, dtype):
-    if dtype == torch.bfloat16 and triton_kernels == "cpu" and name != "K=1":
-        pytest.skip("the interpreter rounds to bfloat16 by other rules, which shows after some layers: needs a GPU")
+    if dtype == torch.bfloat16 and triton_kernels == "cpu" and name == "K=5":
+        pytest.skip("Triton's interpreter cuts bfloat16 off where a GPU rounds, which shows after five blocks")
     config = dataclasses.replace(CONFIGS[name], conv_dim=128)  # widths that the kernels serve: 32 inner, 16 a group
     exact = tower(config).eval()
     model, x = copy.deepcopy(exact).to(triton_kernels, dtype), maps(3, dtype).to(triton_kernels)

@@ -92,6 +92,14 @@ def test_registers_and_shared_memory_stay_in_bounds(kernels):
     assert [kernel for kernel in kernels if kernel.shared > MOST_SHARED] == []
 
 
+def test_four_blocks_that_pool_seven_rows_fit_on_a_multiprocessor(kernels):
+    pooling = [kernel for kernel in kernels if "pool_channels_last" in kernel.name and "Id" not in kernel.name]
+    assert pooling
+    for kernel in pooling:
+        registers = (kernel.registers + 7) // 8 * 8  # as they are given out
+        assert 4 * 7 * 32 * registers <= 64 * 1024, kernel
+
+
 def test_the_report_is_read_right():
     text = """
 Fatbin elf code:

@@ -194,6 +194,7 @@ def test_ctrl_c_stops_and_keeps_what_is_done(saved, tmp_path, capsys, monkeypatc
         return find(self, image)
 
     monkeypatch.setattr(TinyDetector, "_detect", interrupted)
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # no thread of tqdm's own, whichever test comes first
     before = threading.active_count()
     assert detect(saved, folder, "--out", tmp_path / "out", "--threads", 1) == 130
     assert len(seen) == 6 and threading.active_count() == before

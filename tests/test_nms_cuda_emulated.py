@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_emulation.build import ORDERS, open_emulated
+from cuda_emulation.build import IN_ORDER, ORDERS, every_order, open_emulated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nms_cases import DTYPES, INF, NAN, clustered_boxes, integer_boxes, is_greedy_result
@@ -13,12 +13,11 @@ from test_nms_native import images, thresholds
 from doublehead.ops import box_iou
 from doublehead.ops.nms import reference
 
-every_order = pytest.mark.parametrize("order", ORDERS)
 emulated = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def run_counted(boxes, scores, groups, threshold, max_output, *, padding=True, largest_group=0, chunk=0,
-                largest_segment=-1, order=0):  # fmt: skip
+                largest_segment=-1, order=IN_ORDER):  # fmt: skip
     """The kernels' result, into poisoned memory, and the number of launches.
 
     chunk, largest_segment: other than those of make_plan (steps.h).

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_emulation.build import ORDERS, open_emulated
+from cuda_emulation.build import IN_ORDER, every_order, open_emulated
 from torch import Tensor
 
 from doublehead.ops.roi_align import reference
@@ -16,10 +16,9 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
-every_order = pytest.mark.parametrize("order", ORDERS)
 
 
-def call(name, maps, pooled, rois, pooling, channels_last, order=0, vectors=None, **options):
+def call(name, maps, pooled, rois, pooling, channels_last, order=IN_ORDER, vectors=None, **options):
     """Runs the kernels: `maps` -> `pooled` (forward) or `pooled` -> `maps` (backward)."""
     spatial_scales, box_scales, output_size, sampling_ratio, aligned, canonical_size, canonical_level, rule = pooling
     first = maps[0]
@@ -43,7 +42,7 @@ def poison(*shape, like: Tensor, layout) -> Tensor:
     return torch.full(shape, torch.nan, dtype=like.dtype).contiguous(memory_format=layout)
 
 
-def forward(features, rois, *pooling, order=0, no_room=False) -> list[Tensor]:
+def forward(features, rois, *pooling, order=IN_ORDER, no_room=False) -> list[Tensor]:
     last = reference.is_channels_last(features[0])
     layout = LAYOUTS[last]
     shape = rois.shape[0], features[0].shape[1], *pooling[2]
@@ -52,7 +51,7 @@ def forward(features, rois, *pooling, order=0, no_room=False) -> list[Tensor]:
     return outputs
 
 
-def backward(grads, rois, feature_sizes, channels_last, *pooling, order=0) -> list[Tensor]:
+def backward(grads, rois, feature_sizes, channels_last, *pooling, order=IN_ORDER) -> list[Tensor]:
     layout = LAYOUTS[channels_last]
     images, channels, *sides = feature_sizes
     results = [
@@ -95,7 +94,7 @@ def assert_close(actual: Tensor, plain: Tensor, exactly: Tensor, what="") -> Non
     assert error <= torch.maximum(allowed, rounding), f"{what}: error {error:.3e}, allowed {allowed:.3e}"
 
 
-def check_output(features, rois, *pooling, order=0, no_room=False) -> list[Tensor]:
+def check_output(features, rois, *pooling, order=IN_ORDER, no_room=False) -> list[Tensor]:
     outputs = forward(features, rois, *pooling, order=order, no_room=no_room)
     plain = reference.multiscale_roi_align(features, rois, *pooling)
     for s, expected in enumerate(exact(reference.multiscale_roi_align, features, rois, *pooling)):
@@ -103,7 +102,7 @@ def check_output(features, rois, *pooling, order=0, no_room=False) -> list[Tenso
     return outputs
 
 
-def check(features, rois, *pooling, order=0, no_room=False) -> tuple[list[Tensor], list[Tensor]]:
+def check(features, rois, *pooling, order=IN_ORDER, no_room=False) -> tuple[list[Tensor], list[Tensor]]:
     """Forward and backward against the reference; returns both results."""
     outputs = check_output(features, rois, *pooling, order=order, no_room=no_room)
     grads = make_features([o.shape for o in outputs], features[0].dtype, seed=1)
@@ -145,7 +144,7 @@ def test_pyramid_with_two_box_scales_in_any_order_of_threads(order, layout):
     features, rois = make_features(shapes, layout=layout), make_rois(30, 2, 160, 124)
     rois[3, 0], rois[4, 0], rois[5, 1], rois[6, 1:] = 2, -1, torch.nan, torch.tensor([50.0, 20, 40, 90])
     pooling = [1 / 4, 1 / 8, 1 / 16, 1 / 32], [1.0, 1.3], (7, 7), 2, False, 56.0, 3, 0
-    first = check(features, rois, *pooling, order=0)
+    first = check(features, rois, *pooling, order=IN_ORDER)
     for ours, expected in zip(check(features, rois, *pooling, order=order), first, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
     for output in first[0]:

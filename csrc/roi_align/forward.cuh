@@ -120,11 +120,19 @@ __device__ __forceinline__ void pool_row(const T* pixels, const Tap<W>* rows, in
   }
 }
 
+// What the compiler may take. A box of 7 or 14 rows has blocks of 7 warps: with 72 registers a thread four of them fit on
+// a multiprocessor, with 80 three.
+#if defined(__CUDACC_VER_MAJOR__) && 100 * __CUDACC_VER_MAJOR__ + __CUDACC_VER_MINOR__ >= 1204
+#define DOUBLEHEAD_POOL_BOUNDS __maxnreg__(sizeof(W) == 8 ? 192 : 72)
+#else
+#define DOUBLEHEAD_POOL_BOUNDS __launch_bounds__(32 * kWarps, sizeof(W) == 8 ? 1 : 3)
+#endif
+
 // Channels-last. Grid: boxes * scales * chunks of 32 V channels; block: 32 lanes, a warp for each of some rows of bins.
 // The warps of a block read neighbouring rows of pixels at about the same time: what two of them read comes from memory
 // once, the second time from the L1 cache.
 template <typename T, typename W, int V>
-__global__ void __launch_bounds__(32 * kWarps, sizeof(W) == 8 ? 1 : 3)
+__global__ void DOUBLEHEAD_POOL_BOUNDS
     pool_channels_last(const __grid_constant__ Problem<W> problem, const Room room) {
   DOUBLEHEAD_DYNAMIC_SHARED(Tap<W>, shared);
   const int64_t chunks = (problem.channels + 32 * V - 1) / (32 * V);

@@ -11,7 +11,13 @@ __all__ = ["FoldedWeights", "compute_dtype", "fold_norm"]
 
 
 def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that does what `conv` and then `norm` do at inference."""
-    scale = torch.rsqrt(norm.running_var + norm.eps) * norm.weight
-    mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
-    return conv.weight * scale.view(-1, 1, 1, 1), norm.bias - mean * scale
+    """Weight and bias of the convolution that does what `conv` and then `norm` do at inference.
+
+    In their dtype; 16-bit ones are rounded once, at the end.
+    """
+    dtype = conv.weight.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps) * norm.weight.to(wide)
+    mean = norm.running_mean.to(wide) if conv.bias is None else norm.running_mean.to(wide) - conv.bias.to(wide)
+    weight, bias = conv.weight.to(wide) * scale.view(-1, 1, 1, 1), norm.bias.to(wide) - mean * scale
+    return weight.to(dtype), bias.to(dtype)

@@ -9,12 +9,29 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-ORDERS = (0, 1, 7)  # of the threads: ascending, descending, shuffled
+
+
+class Order(NamedTuple):
+    """In which order the emulator runs threads and blocks; 0: ascending, 1: descending, else a seed to shuffle by."""
+
+    threads: int = 0
+    blocks: int = 0
+    resident: int = 1  # blocks that take turns; with 1, each ends before the next begins
+
+    def __str__(self) -> str:
+        ways = [("forwards", "backwards")[way] if way < 2 else "shuffled" for way in (self.threads, self.blocks)]
+        return f"{ways[0]} {ways[1]}" + (" interleaved" if self.resident > 1 else "")
+
+
+IN_ORDER = Order()
+ORDERS = (IN_ORDER, Order(1, 1), Order(7, 3), Order(3, 7, resident=3))
+every_order = pytest.mark.parametrize("order", ORDERS, ids=str)
 
 
 @functools.cache
@@ -47,8 +64,8 @@ class Emulated:
     def __init__(self, library: ctypes.CDLL):
         self._library = library
 
-    def call(self, name: str, *arguments, order: int = 0) -> None:
-        """Runs function `name` with the threads in the given order (emulation.h).
+    def call(self, name: str, *arguments, order: Order = IN_ORDER) -> None:
+        """Runs function `name` with threads and blocks in the given order (emulation.h).
 
         Tensors become pointers, ints int64_t, floats double.
 
@@ -57,7 +74,7 @@ class Emulated:
         """
         function = getattr(self._library, name)
         function.restype = ctypes.c_char_p
-        self._library.emulation_set_order(order)
+        self._library.emulation_set_order(*order)
         message = function(*map(_as_c, arguments))
         if message is not None:
             raise RuntimeError(message.decode())

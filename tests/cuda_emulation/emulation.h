@@ -4,12 +4,14 @@
 //   #include "nms/kernels.cuh"
 //   emulate(grid, block, shared_bytes, kernel<float>, arguments...);
 //
-// Blocks run one after the other, and a block's threads take turns: a thread runs until it reaches a barrier or a warp
-// collective, and is resumed once all that take part have reached it. So a run is deterministic, and threads that never
-// meet are an error, as are lanes that meet at different places. The order of blocks and threads can be changed
-// (emulation_set_order): a result that changes with it shows a missing barrier. Shared memory holds garbage when a block
-// starts, and writes just outside of the dynamic part are an error. What this cannot show: races of single
-// instructions, wrong memory fences, and anything of time.
+// A block's threads take turns: a thread runs until it reaches a barrier or a warp collective, and is resumed once all
+// that take part have reached it. Blocks run one after the other, or some of them take turns, each with a few threads at
+// a time and with a pause before every atomic operation. So a run is deterministic, and threads that never meet are an
+// error, as are lanes that meet at different places. The orders of threads and of blocks can be changed
+// (emulation_set_order): a result that changes with them shows a missing barrier, or blocks that rely on each other.
+// Shared memory holds garbage when a block starts, and writes just outside of the dynamic part are an error. What this
+// cannot show: races between single instructions, since a thread loses its turn only at barriers, collectives and
+// atomics; the memory model, since every write is seen at once by all; how warps are scheduled; and anything of time.
 #pragma once
 
 #include <link.h>
@@ -39,9 +41,17 @@
 
 namespace doublehead::emulation {
 
-// Fills the module's thread-local segment, which is its static shared memory.
-inline void fill_static_shared() {
-  dl_iterate_phdr([](dl_phdr_info* info, size_t, void*) {
+constexpr size_t kTurn = 32;  // threads that run before another block does
+
+// The module's thread-local segment, which is its static shared memory.
+struct Segment {
+  void* data = nullptr;
+  size_t bytes = 0;
+};
+
+inline Segment static_shared() {
+  Segment found;
+  dl_iterate_phdr([](dl_phdr_info* info, size_t, void* result) {
     const auto address = reinterpret_cast<uintptr_t>(&run_fiber);
     bool mine = false;
     size_t bytes = 0;
@@ -51,50 +61,124 @@ inline void fill_static_shared() {
       mine |= part.p_type == PT_LOAD && address >= start && address < start + part.p_memsz;
       if (part.p_type == PT_TLS) bytes = part.p_memsz;
     }
-    if (mine && bytes && info->dlpi_tls_data) std::memset(info->dlpi_tls_data, kGarbage, bytes);
+    if (mine && bytes && info->dlpi_tls_data) *static_cast<Segment*>(result) = {info->dlpi_tls_data, bytes};
     return 0;
-  }, nullptr);
+  }, &found);
+  return found;
 }
 
-inline std::vector<size_t> in_order(size_t count) {
+inline std::vector<size_t> in_order(size_t count, Order by) {
   std::vector<size_t> order(count);
   std::iota(order.begin(), order.end(), 0);
-  if (machine.order == 1) std::reverse(order.begin(), order.end());
-  if (machine.order > 1) std::shuffle(order.begin(), order.end(), std::mt19937(machine.order));
+  if (by == 1) std::reverse(order.begin(), order.end());
+  if (by > 1) std::shuffle(order.begin(), order.end(), std::mt19937(by));
   return order;
 }
 
-inline void check_guards() {
-  const std::byte* end = machine.shared.get() + kGuardBytes + machine.shared_bytes;
+inline void check_guards(const Block& block) {
+  const std::byte* start = block.shared.get();
+  const std::byte* end = start + kGuardBytes + machine.shared_bytes;
   for (size_t i = 0; i < kGuardBytes; ++i) {
-    if (machine.shared[i] != std::byte(kGuard)) fail("a write before the dynamic shared memory");
+    if (start[i] != std::byte(kGuard)) fail("a write before the dynamic shared memory");
     if (end[i] != std::byte(kGuard)) fail("a write ", i, " bytes behind the end of the dynamic shared memory");
   }
 }
 
-inline void run_block(const std::vector<size_t>& order) {
-  std::memset(machine.shared.get(), kGuard, machine.shared_bytes + 2 * kGuardBytes);
+// Room for `count` blocks of `threads` threads.
+inline void prepare(size_t count, size_t threads) {
+  if (machine.blocks.size() < count) machine.blocks.resize(count);
+  for (size_t i = 0; i < count; ++i) {
+    Block& block = machine.blocks[i];
+    if (block.stack_count < threads) {
+      block.fibers.clear();
+      block.stacks.reset(new std::byte[threads * kStackBytes]);
+      block.stack_count = threads;
+    }
+    block.fibers.resize(threads);
+    block.shared.reset(new std::byte[machine.shared_bytes + 2 * kGuardBytes]);
+    block.running = false;
+  }
+}
+
+// Gives the turn to a block; its static shared memory lies where that of the one before lay.
+inline void switch_to(Block& block, const Segment& segment) {
+  if (machine.block == &block) return;
+  const auto* data = static_cast<const std::byte*>(segment.data);
+  if (machine.block && machine.block->running) machine.block->static_shared.assign(data, data + segment.bytes);
+  machine.block = &block;
+  blockIdx = block.index;
+  if (block.running && segment.bytes) std::memcpy(segment.data, block.static_shared.data(), segment.bytes);
+}
+
+inline void start(Block& block, uint3 index, const Segment& segment) {
+  switch_to(block, segment);
+  block.index = blockIdx = index;
+  block.running = true;
+  std::memset(block.shared.get(), kGuard, machine.shared_bytes + 2 * kGuardBytes);
   std::memset(dynamic_shared(), kGarbage, machine.shared_bytes);
-  fill_static_shared();
-  for (size_t i = 0; i < machine.fibers.size(); ++i) {
+  if (segment.bytes) std::memset(segment.data, kGarbage, segment.bytes);
+  for (size_t i = 0; i < block.fibers.size(); ++i) {
     const unsigned t = static_cast<unsigned>(i);
-    machine.fibers[i].thread = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
-    machine.fibers[i].state = Fiber::kReady;
+    block.fibers[i].thread = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
+    block.fibers[i].state = Fiber::kReady;
   }
-  while (true) {
-    for (size_t i : order) {
-      if (machine.fibers[i].state == Fiber::kReady) resume(machine.fibers[i]);
-      if (machine.error) std::rethrow_exception(std::exchange(machine.error, nullptr));
-    }
-    bool any = false, done = true;
-    for (size_t w = 0; w < machine.fibers.size(); w += 32) {
-      any |= release_warp(&machine.fibers[w], std::min<size_t>(32, machine.fibers.size() - w));
-    }
-    for (const Fiber& fiber : machine.fibers) done &= fiber.state == Fiber::kDone;
-    if (done) break;
-    if (!any) release_block();
+}
+
+// Lets those meet who can, once all threads have had a turn. Returns whether the block goes on.
+inline bool meet_or_end(Block& block) {
+  bool any = false, done = true;
+  for (size_t w = 0; w < block.fibers.size(); w += 32) {
+    any |= release_warp(&block.fibers[w], std::min<size_t>(32, block.fibers.size() - w));
   }
-  check_guards();
+  for (const Fiber& fiber : block.fibers) {
+    done &= fiber.state == Fiber::kDone;
+    any |= fiber.state == Fiber::kReady;
+  }
+  if (!done && !any) release_block();
+  if (done) check_guards(block);
+  return !done;
+}
+
+// Runs the threads at order[from] and some behind it.
+inline void run_threads(Block& block, const std::vector<size_t>& order, size_t from, size_t count) {
+  for (size_t i = from; i < std::min(from + count, order.size()); ++i) {
+    Fiber& fiber = block.fibers[order[i]];
+    if (fiber.state == Fiber::kReady) resume(fiber);
+    if (machine.error) std::rethrow_exception(std::exchange(machine.error, nullptr));
+  }
+}
+
+inline uint3 block_index(size_t b) {
+  const auto at = [&](size_t divisor, unsigned extent) { return static_cast<unsigned>(b / divisor % extent); };
+  return {at(1, gridDim.x), at(gridDim.x, gridDim.y), at(size_t(gridDim.x) * gridDim.y, gridDim.z)};
+}
+
+// Runs all blocks of the grid, `resident` at a time.
+inline void run_blocks(const std::vector<size_t>& blocks, const std::vector<size_t>& threads, size_t resident) {
+  const Segment segment = static_shared();
+  const size_t turn = resident > 1 ? kTurn : threads.size();
+  size_t next = 0, running = 0;
+  do {
+    for (size_t i = 0; i < resident; ++i) {
+      Block& block = machine.blocks[i];
+      if (block.running || next == blocks.size()) continue;
+      start(block, block_index(blocks[next++]), segment);
+      ++running;
+    }
+    for (size_t from = 0; from < threads.size(); from += turn) {
+      for (size_t i = 0; i < resident; ++i) {
+        if (!machine.blocks[i].running) continue;
+        switch_to(machine.blocks[i], segment);
+        run_threads(machine.blocks[i], threads, from, turn);
+      }
+    }
+    for (size_t i = 0; i < resident; ++i) {
+      if (!machine.blocks[i].running) continue;
+      switch_to(machine.blocks[i], segment);
+      machine.blocks[i].running = meet_or_end(machine.blocks[i]);
+      running -= !machine.blocks[i].running;
+    }
+  } while (running > 0 || next < blocks.size());
 }
 
 }  // namespace doublehead::emulation
@@ -108,25 +192,16 @@ void emulate(dim3 grid, dim3 block, size_t shared_bytes, Kernel kernel, const Ar
   if (shared_bytes > kMaxShared) fail("a block cannot have ", shared_bytes, " bytes of shared memory");
   blockDim = block;
   gridDim = grid;
-  if (machine.stack_count < threads) {
-    machine.fibers.clear();
-    machine.stacks.reset(new std::byte[threads * kStackBytes]);
-    machine.stack_count = threads;
-  }
-  machine.fibers.resize(threads);
-  machine.shared.reset(new std::byte[shared_bytes + 2 * kGuardBytes]);
+  const size_t resident = std::min(machine.resident, blocks);
   machine.shared_bytes = shared_bytes;
+  machine.block = nullptr;
   machine.body = [&] { kernel(arguments...); };
-  const std::vector<size_t> thread_order = in_order(threads);
-  for (size_t b : in_order(blocks)) {
-    const auto at = [&](size_t divisor, unsigned extent) { return static_cast<unsigned>(b / divisor % extent); };
-    blockIdx = {at(1, grid.x), at(grid.x, grid.y), at(size_t(grid.x) * grid.y, grid.z)};
-    try {
-      run_block(thread_order);
-    } catch (...) {
-      machine.fibers.clear();  // their threads stand in the middle of a kernel
-      throw;
-    }
+  prepare(resident, threads);
+  try {
+    run_blocks(in_order(blocks, machine.block_order), in_order(threads, machine.thread_order), resident);
+  } catch (...) {
+    machine.blocks.clear();  // their threads stand in the middle of a kernel
+    throw;
   }
 }
 
@@ -143,8 +218,10 @@ const char* report_errors(const Body& body) {
   return nullptr;
 }
 
-extern "C" __attribute__((visibility("default"))) void emulation_set_order(int order) {
-  doublehead::emulation::machine.order = order;
+// The orders of threads and blocks (Order), and how many blocks take turns.
+extern "C" __attribute__((visibility("default"))) void emulation_set_order(int threads, int blocks, int resident) {
+  auto& machine = doublehead::emulation::machine;
+  machine.thread_order = threads, machine.block_order = blocks, machine.resident = resident;
 }
 
 #include "intrinsics.h"

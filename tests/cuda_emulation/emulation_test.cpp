@@ -47,6 +47,37 @@ __global__ void fill_shared(int* to, int count) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) values[i] = i;
 }
 
+// Wrong: every block relies on the one before it having ended.
+__global__ void chain(int* to) {
+  if (threadIdx.x == 0) to[blockIdx.x] = blockIdx.x == 0 ? 1 : to[blockIdx.x - 1] + 1;
+}
+
+// Adds one for each thread; wrong unless it is one atomic operation.
+template <bool kAtomic>
+__global__ void count_threads(int* to) {
+  if (kAtomic) {
+    atomicAdd(to, 1);
+  } else {
+    const int old = atomicAdd(to, 0);
+    atomicExch(to, old + 1);
+  }
+}
+
+// How many blocks are between their first barrier and their last: more than one wherever blocks overlap.
+__global__ void count_blocks_inside(int* inside, int* most) {
+  if (threadIdx.x == 0) atomicMax(most, atomicAdd(inside, 1) + 1);
+  __syncthreads();
+  if (threadIdx.x == 0) atomicSub(inside, 1);
+}
+
+// A block fills its dynamic shared memory, and after a barrier another thread reads it.
+__global__ void rotate_dynamic(int* to) {
+  DOUBLEHEAD_DYNAMIC_SHARED(int, values);
+  values[threadIdx.x] = blockIdx.x * blockDim.x + threadIdx.x;
+  __syncthreads();
+  to[blockIdx.x * blockDim.x + threadIdx.x] = values[(threadIdx.x + 1) % blockDim.x];
+}
+
 #define EXPORT extern "C" __attribute__((visibility("default"))) const char*
 
 EXPORT run_rotate(const int* from, int* to, int64_t barrier) {
@@ -66,4 +97,16 @@ EXPORT run_count_positive(const int* from, int* to) {
 }
 EXPORT run_fill_shared(int* to, int64_t count, int64_t bytes) {
   return report_errors([&] { emulate(2, 64, bytes, fill_shared, to, static_cast<int>(count)); });
+}
+EXPORT run_chain(int* to) {
+  return report_errors([&] { emulate(8, 32, 0, chain, to); });
+}
+EXPORT run_count_threads(int* to, int64_t atomic) {
+  return report_errors([&] { emulate(8, 32, 0, atomic ? count_threads<true> : count_threads<false>, to); });
+}
+EXPORT run_count_blocks_inside(int* inside, int* most) {
+  return report_errors([&] { emulate(8, 64, 0, count_blocks_inside, inside, most); });
+}
+EXPORT run_rotate_dynamic(int* to) {
+  return report_errors([&] { emulate(3, 96, 96 * sizeof(int), rotate_dynamic, to); });
 }

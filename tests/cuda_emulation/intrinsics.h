@@ -83,6 +83,7 @@ EMULATION_REDUCE(__reduce_and_sync, reduce_and)
 #define EMULATION_ATOMIC(function, expression)                        \
   template <typename T>                                               \
   T function(T* address, std::type_identity_t<T> value) {             \
+    doublehead::emulation::pause();                                   \
     const T old = *address;                                           \
     *address = expression;                                            \
     return old;                                                       \
@@ -97,6 +98,7 @@ EMULATION_ATOMIC(atomicMax, old > value ? old : value)
 EMULATION_ATOMIC(atomicMin, old < value ? old : value)
 template <typename T>
 T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
+  doublehead::emulation::pause();
   const T old = *address;
   if (old == expected) *address = value;
   return old;

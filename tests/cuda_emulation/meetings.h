@@ -75,11 +75,12 @@ inline bool release_warp(Fiber* warp, size_t size) {
 
 // The thread on account of which `fiber` waits in vain.
 inline std::string missing(const Fiber& fiber) {
-  const size_t index = &fiber - machine.fibers.data();
+  const std::vector<Fiber>& fibers = machine.block->fibers;
+  const size_t index = &fiber - fibers.data();
   const bool everyone = of_block(fiber.wait.meeting);
-  for (size_t i = everyone ? 0 : index & ~size_t(31); i < (everyone ? machine.fibers.size() : (index | 31) + 1); ++i) {
-    if (i >= machine.fibers.size()) return "the block has no thread " + std::to_string(i);
-    const Fiber& other = machine.fibers[i];
+  for (size_t i = everyone ? 0 : index & ~size_t(31); i < (everyone ? fibers.size() : (index | 31) + 1); ++i) {
+    if (i >= fibers.size()) return "the block has no thread " + std::to_string(i);
+    const Fiber& other = fibers[i];
     if (everyone ? other.state == Fiber::kDone : !(fiber.wait.mask >> (i & 31) & 1)) continue;
     if (other.state == Fiber::kDone || !other.wait.meets(fiber.wait)) return describe(other);
   }
@@ -89,7 +90,7 @@ inline std::string missing(const Fiber& fiber) {
 // No thread can run and no warp has met: all threads that have not returned must be at one barrier of the block.
 inline void release_block() {
   std::vector<Fiber*> waiting;
-  for (Fiber& fiber : machine.fibers) {
+  for (Fiber& fiber : machine.block->fibers) {
     if (fiber.state != Fiber::kDone) waiting.push_back(&fiber);
   }
   const Wait wait = waiting[0]->wait;

@@ -77,20 +77,34 @@ struct Fiber {
   uint64_t result;
 };
 
-// What runs at the moment; one kernel at a time.
-struct Machine {
+// A block under way. What serves it serves block after block.
+struct Block {
   std::vector<Fiber> fibers;
   std::unique_ptr<std::byte[]> stacks, shared;
-  size_t stack_count = 0, shared_bytes = 0;
+  std::vector<std::byte> static_shared;  // while another block runs
+  size_t stack_count = 0;
+  uint3 index{};
+  bool running = false;
+};
+
+// The order of threads or blocks. 0: ascending, 1: descending, else a shuffle with this seed.
+using Order = int;
+
+// What runs at the moment; one kernel at a time.
+struct Machine {
+  std::vector<Block> blocks;  // as many as may be under way
+  Block* block = nullptr;     // whose turn it is
+  size_t shared_bytes = 0;
   jmp_buf scheduler;
   Fiber* current = nullptr;
   std::function<void()> body;
   std::exception_ptr error;
-  int order = 0;  // 0: ascending, 1: descending, else a shuffle with this seed
+  Order thread_order = 0, block_order = 0;
+  size_t resident = 1;  // blocks that take turns
 };
 inline Machine machine;
 
-inline std::byte* dynamic_shared() { return machine.shared.get() + kGuardBytes; }
+inline std::byte* dynamic_shared() { return machine.block->shared.get() + kGuardBytes; }
 
 inline std::string describe(const Fiber& fiber) {
   std::ostringstream text;
@@ -114,12 +128,17 @@ __attribute__((noinline)) inline void yield(Fiber& fiber) {
 // Called in a thread: it waits, the others run, and the result is what the meeting gives this thread.
 inline uint64_t meet(const Wait& wait) {
   Fiber* self = machine.current;
-  const size_t lane = (self - machine.fibers.data()) % warpSize;
+  const size_t lane = (self - machine.block->fibers.data()) % warpSize;
   self->wait = wait;
   self->state = Fiber::kWaiting;
   if (!of_block(wait.meeting) && !(wait.mask >> lane & 1)) fail(describe(*self), " and is not in the mask");
   yield(*self);
   return self->result;
+}
+
+// Called in a thread before an atomic operation: where blocks take turns, others may come in between.
+inline void pause() {
+  if (machine.resident > 1) yield(*machine.current);
 }
 
 inline void run_fiber() {
@@ -143,7 +162,8 @@ __attribute__((noinline)) inline void resume(Fiber& fiber) {
   fiber.started = true;
   ucontext_t context;
   getcontext(&context);
-  context.uc_stack = {machine.stacks.get() + (&fiber - machine.fibers.data()) * kStackBytes, 0, kStackBytes};
+  context.uc_stack = {machine.block->stacks.get() + (&fiber - machine.block->fibers.data()) * kStackBytes, 0,
+                      kStackBytes};
   context.uc_link = nullptr;
   makecontext(&context, run_fiber, 0);
   setcontext(&context);
