@@ -7,6 +7,7 @@ from math import prod
 
 import torch
 import torchvision
+from floors import touched
 from inputs import DEVICE, generator, rpn_boxes
 from torch import Tensor
 
@@ -119,25 +120,6 @@ class Problem:
             "layout": self.layout,
             "dtype": str(self.dtype).removeprefix("torch."),
         } | more
-
-
-def touched(low: Tensor, high: Tensor, bins: int, size: int) -> Tensor:
-    """`bool[K, size]`: the pixels along one axis that have a weight, for sides from `low` to `high` on the level.
-
-    Two samples a bin; each lies between two pixels, beyond the outermost one on it, and further out than a pixel
-    nowhere. Where samples are more than two pixels apart, those in between are not touched.
-    """
-    bin_side = (high - low).clamp(min=1)[:, None] / bins
-    samples = low[:, None] + (torch.arange(2 * bins, dtype=low.dtype) + 0.5) / 2 * bin_side
-    inside = (samples >= -1) & (samples <= size)
-    samples = samples.clamp(0, size - 1)
-    first = samples.floor().long()
-    second = torch.where(samples > first, first + 1, first)  # on a pixel, its neighbour weighs nothing
-    marked = torch.zeros(len(low), size, dtype=torch.bool)
-    boxes = torch.arange(len(low))[:, None].expand_as(first)
-    for pixels in (first, second):
-        marked[boxes[inside], pixels[inside]] = True
-    return marked
 
 
 def forward(call: Callable[[], Tensor] | str) -> Callable[[], Tensor] | str:

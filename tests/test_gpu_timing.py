@@ -1,4 +1,4 @@
-"""How the benchmarks time a GPU, tried without one; and the bytes that floors are counted from, by brute force."""
+"""How the benchmarks time a GPU, tried without one. The bytes that floors come from: test_benchmark_floors.py."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 pytest.importorskip("torchvision")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import gpu_timing  # noqa: E402
-import pyramid  # noqa: E402
 from headline_child import medians  # noqa: E402
 
 
@@ -114,28 +112,3 @@ def test_the_state_of_the_device_is_read_and_never_set():
 def test_share_of_the_floor():
     assert gpu_timing.share_of_floor(4_000_000, 1e-6, 4e12) == 1.0
     assert gpu_timing.share_of_floor(4_000_000, 4e-6, 4e12) == 0.25
-
-
-@pytest.mark.parametrize("images", [1, 2])
-@pytest.mark.parametrize("output_size", [7, 14])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bytes_of_the_forward_are_the_pixels_that_have_a_gradient(images, output_size, dtype):
-    """A pixel is read if, and only if, some output depends on it: weights are positive, so gradients do not cancel.
-
-    Of a sample that lies on a pixel, rounding may give the next one a weight of 1e-16: that is not counted.
-    """
-    problem = pyramid.Problem(False, "nchw", output_size, dtype=dtype, images=images)
-    rois, size = problem.rois.to(dtype), (output_size, output_size)
-    pooled = pyramid.reference.multiscale_roi_align(
-        problem.features, rois, pyramid.SCALES, (1.0,), size, 2, False, 224.0, 4, 0
-    )[0]
-    gradients = torch.autograd.grad(pooled.sum(), problem.features)
-    pixels = sum(int((gradient > 1e-6).sum()) for gradient in gradients)
-    assert 0 < pixels < sum(gradient.numel() for gradient in gradients)
-    assert problem.forward_bytes() == (pixels + pooled.numel()) * dtype.itemsize
-
-
-def test_bytes_of_the_backward_are_all_gradients_once():
-    problem = pyramid.Problem(False, "nchw")
-    numbers = problem.grad.numel() + sum(feature.numel() for feature in problem.features)
-    assert problem.backward_bytes() == 4 * numbers
