@@ -40,7 +40,7 @@ def pool(pyramid, features, rois, size):
 def test_roi_align_forward_counts_the_pixels_with_a_weight(bench, options):
     _, pyramid = bench
     it = problem(pyramid, **options)
-    # One channel stands for all; weights are never negative, so what has one gets a gradient; a rounding of float64 is none.
+    # One channel stands for all; weights are never negative, so what has one gets a gradient; a rounding is none.
     features = [f.detach()[:, :1].double().cpu().requires_grad_() for f in it.features]
     out = pool(pyramid, features, it.rois.double().cpu(), it.output_size)
     pixels = sum(int((g > 1e-9).sum()) for g in torch.autograd.grad(out.sum(), features))
