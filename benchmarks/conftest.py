@@ -78,7 +78,7 @@ def compare(benchmark, request) -> Callable[..., dict[str, Any] | None]:
         details: dict[str, Any] | None = None,
         bytes_moved: int | None = None,
         budget: float | None = None,
-        min_rounds: int = 5,
+        min_rounds: int | None = None,
         graphs: bool = False,
     ) -> dict[str, Any] | None:
         """Check and measure `providers`: name -> call, or name -> the reason why it is missing.
@@ -86,7 +86,7 @@ def compare(benchmark, request) -> Callable[..., dict[str, Any] | None]:
         Every provider's result is checked against the first one's with `check(actual, expected)`.
         `details` (sizes, thresholds, ...) is recorded as given.  `bytes_moved`: what the operator
         must read and write at least, from which a GPU's share of its copy bandwidth follows.
-        `budget`: seconds of sampling.  `graphs`: on a GPU, all providers as CUDA graphs if each can be
+        `budget`: seconds of sampling, in `min_rounds` at least.  `graphs`: on a GPU, all as CUDA graphs if each can be
         captured; not for calls that run autograd's backward, which a graph made outside of the capture refuses.
         Returns the record, or None where benchmarks are disabled.
         """
@@ -101,8 +101,10 @@ def compare(benchmark, request) -> Callable[..., dict[str, Any] | None]:
             return None
         if budget is None:
             budget = 1.0 if DEVICE == "cuda" else 10.0 if full else 3.0
+        if min_rounds is None:
+            min_rounds = 5 if full else 3
         times, way = measured(calls, check, expected, graphs, budget, min_rounds, bytes_moved)
-        benchmark.pedantic(ours, rounds=5)  # pytest-benchmark's own table; the record is ours
+        benchmark.pedantic(ours, rounds=5 if full else 1)  # pytest-benchmark's own table; the record is ours
         results = {name: times.get(name, {"missing": reason}) for name, reason in providers.items()}
         record = {
             "case": case,
@@ -185,7 +187,7 @@ def _show(request: pytest.FixtureRequest, record: dict[str, Any], op: str, secon
         lines += [_provider_line(name, result) for name, result in record["providers"].items()]
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():  # now, without -s
         for line in lines:
-            reporter.write_line(line)
+            reporter.write_line(line, flush=True)
 
 
 def _provider_line(name: str, result: dict[str, Any]) -> str:

@@ -192,12 +192,11 @@ class Run:
         begun, text = {"row": left[0], "limit": 100.0}, ""
         child = Child([*self.command, "--child", str(self.deadline), "--rows", *left], environment)
         try:
-            while left:
-                text = child.next(min(self.deadline - time.time(), begun["limit"]))
-                if text is None:
-                    break
-                if not text.startswith(MARK):
-                    print(text, flush=True)
+            while text is not None:
+                # After the last row it only says how the device is.
+                text = child.next(min(self.deadline - time.time(), begun["limit"] if left else 15))
+                if text is None or not text.startswith(MARK):
+                    print(text or "", end="\n" if text else "", flush=True)
                     continue
                 message = json.loads(text.removeprefix(MARK))
                 if "nothing" in message:
@@ -209,7 +208,6 @@ class Run:
                 else:
                     left.remove(message["row"])
                     self._add(message)
-            child.next(3)  # what it says of the device at the end
         except TimeoutError:
             late = time.time() >= self.deadline
             if left:

@@ -2,7 +2,7 @@
 
 Seconds a case counted on two CPU cores: preparation, checks and warm-up, two more calls of each provider, then 3 s of
 sampling or five rounds, whichever is more, then memory. On a GPU a case takes 3 to 10 s, most of it Triton's and the
-profiler's first use. --full on one H100, for each stage of gpu.sh: nms 9 cases, roi_align 11, roi_batches 12 at about
+profiler's first use. --full on one H100, for each stage of gpu.sh: nms 9 cases, roi_align 11, roi_batches 15 at about
 6 s; non_local 4, conv_head 4 at 40 to 80 s (torch.compile with max-autotune); fused_conv 5, detections 9, detector 13.
 """
 

@@ -28,7 +28,7 @@ def compare_all(compare, problem: Problem, case: str, way: Callable, bytes_moved
         eager = way(problem.reference(compiled=False))
     else:
         eager = "takes much memory: only measured with one image"
-    compiles = compare.measures and compiled
+    compiles = compare.measures and compare.full and compiled
     compare(
         op="roi_align",
         case=case,
@@ -36,7 +36,9 @@ def compare_all(compare, problem: Problem, case: str, way: Callable, bytes_moved
             "torchvision": way(problem.module(torchvision.ops.MultiScaleRoIAlign)),
             "reference": eager,
             "reference compiled": (
-                way(problem.reference(compiled=True)) if compiles else "takes long to compile: only measured at 7x7"
+                way(problem.reference(compiled=True))
+                if compiles
+                else "takes long to compile: only measured at 7x7, with --full"
             ),
             "mmcv": way(problem.mmcv()),
             "doublehead": way(problem.module(MultiScaleRoIAlign)),
