@@ -59,16 +59,20 @@ class Cuda:
         return begin.elapsed_time(end) / 1e3
 
 
-def eager_sample(call: Call, device: Any) -> float:
-    """Seconds from the call, on an idle device with a cold L2, to the end of its work."""
-    device.flush()
-    device.wait()
+def _between_marks(call: Call, device: Any) -> float:
     begin = device.mark()
     result = call()
     end = device.mark()
     seconds = device.seconds(begin, end)
-    del result
+    del result  # not before: to free memory takes time too
     return seconds
+
+
+def eager_sample(call: Call, device: Any) -> float:
+    """Seconds from the call, on an idle device with a cold L2, to the end of its work."""
+    device.flush()
+    device.wait()
+    return _between_marks(call, device)
 
 
 def queued_sample(call: Call, device: Any, flushes: int = 1) -> float:
@@ -76,12 +80,7 @@ def queued_sample(call: Call, device: Any, flushes: int = 1) -> float:
     device.wait()
     for _ in range(flushes):
         device.flush()
-    begin = device.mark()
-    result = call()
-    end = device.mark()
-    seconds = device.seconds(begin, end)
-    del result
-    return seconds
+    return _between_marks(call, device)
 
 
 def device_seconds(call: Call, device: Any, samples: int = 20) -> float:

@@ -13,6 +13,7 @@ from triton_bfloat16 import upcast_products  # noqa: F401  (a fixture)
 
 from doublehead.config import HeadConfig, NonLocalConfig
 from doublehead.models.conv_tower import Bottleneck, ConvTower, WideningBlock
+from doublehead.models.folding import fold_norm
 from doublehead.models.heads import FCTower
 from doublehead.ops._fallback import fallbacks
 
@@ -311,3 +312,15 @@ def test_other_norms_go_through_the_modules():
 def test_blocks_alone_are_modules():
     assert Bottleneck(16)(torch.randn(2, 16, 7, 7)).shape == (2, 16, 7, 7)
     assert WideningBlock(8, 16)(torch.randn(2, 8, 7, 7)).shape == (2, 16, 7, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_16_bit_fold_is_rounded_once(dtype):
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(8, 16, 1, bias=False).to(dtype), nn.BatchNorm2d(16).to(dtype).eval()
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.normal_(norm.running_mean)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    wide = fold_norm(copy.deepcopy(conv).float(), copy.deepcopy(norm).float())
+    for found, exact in zip(fold_norm(conv, norm), wide, strict=True):
+        assert found.dtype == dtype and found.equal(exact.to(dtype))

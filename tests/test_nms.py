@@ -369,3 +369,8 @@ def test_padded_is_captured_in_a_cuda_graph():
     indices.zero_(), count.zero_()
     graph.replay()
     assert torch.equal(indices, expected[0]) and torch.equal(count, expected[1])
+
+
+def test_padded_without_groups_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"groups must be a Tensor\[B, N\], got NoneType"):
+        nms_padded(torch.rand(1, 3, 4), torch.rand(1, 3), None, 0.5, 3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_emulation.build import IN_ORDER, every_order, open_emulated
+from roi_align_cases import make_rois as boxes_of_all_sizes
 from torch import Tensor
 
 from doublehead.ops.roi_align import reference
@@ -73,16 +74,11 @@ def make_features(shapes, dtype=torch.float32, layout=torch.contiguous_format, s
     return [torch.randn(s, generator=generator).to(dtype).contiguous(memory_format=layout) for s in shapes]
 
 
-def make_rois(count, images, height, width, dtype=torch.float32, seed=0) -> Tensor:
-    """Boxes of all sizes, some partly and some wholly outside of the image, the last one very small."""
-    generator = torch.Generator().manual_seed(seed)
-    extent = torch.tensor([width, height, width, height])
-    corners = (torch.rand(count, 4, generator=generator) * 1.5 - 0.25) * extent
-    boxes = torch.cat([torch.minimum(corners[:, :2], corners[:, 2:]), torch.maximum(corners[:, :2], corners[:, 2:])], 1)
-    boxes[-1, 2:] = boxes[-1, :2] + 0.3
-    image = torch.randint(images, (count, 1), generator=generator)
-    # Corners on a grid of 1/64 pixel: float32 and float64 then read the same pixels.
-    return torch.cat([image, (boxes * 64).round() / 64], 1).to(dtype)
+def make_rois(count, images, height, width, dtype=torch.float32) -> Tensor:
+    """Boxes of all sizes with corners on a grid of 1/64 pixel: float32 and float64 then read the same pixels."""
+    rois = boxes_of_all_sizes(count, images, height, width)
+    rois[:, 1:] = (rois[:, 1:] * 64).round() / 64
+    return rois.to(dtype)
 
 
 def assert_close(actual: Tensor, plain: Tensor, exactly: Tensor, what="") -> None:

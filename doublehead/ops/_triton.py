@@ -30,9 +30,6 @@ def matmul_precision(dtype: torch.dtype) -> str:
     return _precision(dtype, torch.backends.cuda.matmul.fp32_precision)
 
 
-dot_precision = matmul_precision
-
-
 def _precision(dtype: torch.dtype, switch: str) -> str:
     return "tf32" if dtype == torch.float32 and switch == "tf32" else "ieee"
 
