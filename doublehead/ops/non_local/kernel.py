@@ -287,10 +287,11 @@ def _served(name: str, groups: int, qkv: Tensor, grad: Tensor | None = None) -> 
 
 
 def _unserved(cells: int, width: int, qkv: Tensor, grad: Tensor | None) -> str | None:
+    """One of a few constant texts: each is warned of once."""
     if cells > MAX_CELLS:
-        return f"maps of more than {MAX_CELLS} cells are not served, and this one has {cells}"
+        return f"maps of more than {MAX_CELLS} cells are not served"
     if width % 16 or width > MAX_WIDTH:
-        return f"a group must be a multiple of 16 up to {MAX_WIDTH} wide, and is {width}"
+        return f"a group of inner channels must be a multiple of 16 up to {MAX_WIDTH} wide"
     # What is not contiguous is copied, and a copy is aligned.
     given = [tensor for tensor in (qkv, grad) if tensor is not None and tensor.is_contiguous()]
     return None if aligned(*given) else "a tensor begins at an address that is no multiple of 16 bytes"
