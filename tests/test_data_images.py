@@ -125,8 +125,6 @@ def test_missing_file_folder_and_text(tmp_path):
             assert caught.value.reason == reason and str(tmp_path / name) in str(caught.value)
 
 
-
-
 def test_it_is_said_where_decoding_is_tolerant(tmp_path, monkeypatch):
     config = CocoFolder(tmp_path).config()
     with warnings.catch_warnings():

@@ -73,8 +73,14 @@ def test_forms_that_are_clear_are_read(voc, content):
     assert data[1][1]["boxes"].tolist() == [[10, 20, 30, 25]] and data.classes == ["frog", "newt"]
 
 
-@pytest.mark.parametrize("content", ["<annotation/>", f"<annotation>{SIZE}</annotation>",
-                                     "<annotation><filename>x.jpg</filename><note>empty</note></annotation>"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "<annotation/>",
+        f"<annotation>{SIZE}</annotation>",
+        "<annotation><filename>x.jpg</filename><note>empty</note></annotation>",
+    ],
+)
 def test_pictures_without_objects_are_still_pictures(voc, content):
     assert read(voc, content)[1][1]["boxes"].shape == (0, 4)
 

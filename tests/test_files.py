@@ -42,9 +42,7 @@ def test_writers_at_the_same_time_do_not_tear_the_file(tmp_path):
             if (text := path.read_text()) not in texts:
                 torn.append(text[:10])
 
-    threads = [
-        threading.Thread(target=lambda text=text: [write_text(path, text) for _ in range(30)]) for text in texts
-    ]
+    threads = [threading.Thread(target=lambda text=text: [write_text(path, text) for _ in range(30)]) for text in texts]
     reader = threading.Thread(target=read)
     reader.start()
     for thread in threads:

@@ -35,6 +35,7 @@ def test_warnings_are_shown_once_and_counted(capsys):
     shown = capsys.readouterr().err
     assert shown.count("warning: UserWarning: this and that\n") == 1 and "3 times: UserWarning: this and" in shown
 
+
 # ---------------------------------------------------------------------- a log that is not whole
 
 FOREIGN = {

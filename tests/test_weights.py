@@ -129,7 +129,8 @@ def test_what_trainers_put_beside_weights_is_dropped_unread(tmp_path):
         "counts": collections.Counter("abc"),
         "default": collections.defaultdict(list, a=[1]),
         "queue": collections.deque([1], 3),
-        "numbers": {1, 2j}, "fixed": frozenset({1}),
+        "numbers": {1, 2j},
+        "fixed": frozenset({1}),
         "size": torch.Size([2]),
         "device": torch.device("cpu"),
     }

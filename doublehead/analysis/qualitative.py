@@ -153,9 +153,7 @@ def judge(output: dict[str, Tensor], boxes: Tensor, labels: Tensor, threshold: f
     return verdicts
 
 
-def belonging(
-    output: dict[str, Tensor], boxes: Tensor, labels: Tensor, threshold: float
-) -> tuple[Tensor, Tensor]:
+def belonging(output: dict[str, Tensor], boxes: Tensor, labels: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """IoUs of D detections with n objects of their class (else 0), and which of them are each object's: `Tensor[D, n]`.
 
     Arguments as of `judge`.

@@ -32,9 +32,7 @@ class Origin(NamedTuple):
     """Head -> `Tensor[4]`: where its regressor of the object's class moves the proposal."""
 
 
-def find_origins(
-    readers: dict[str, Reader], image: Tensor, target: Target, case: Case, boxes: Tensor
-) -> list[Origin]:
+def find_origins(readers: dict[str, Reader], image: Tensor, target: Target, case: Case, boxes: Tensor) -> list[Origin]:
     """The proposals from which the case's head made its detections `boxes`.
 
     Args:

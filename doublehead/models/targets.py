@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 
-def check_targets(
-    images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None, num_classes: int
-) -> None:
+def check_targets(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None, num_classes: int) -> None:
     """Names the target, and in it the box, from which nothing could be learnt.
 
     Boxes may reach over the image's border, or lie outside of it, as in torchvision.  Labels and boxes that are on a

@@ -112,9 +112,7 @@ class AcceleratedRPN(RegionProposalNetwork):
         slots = min(self.post_nms_top_n(), groups.shape[1])
         kept, counts = nms_padded(boxes, scores, groups, self.nms_thresh, slots)
         kept = [row[:count] for row, count in zip(kept, counts.tolist(), strict=True)]  # the only wait for the device
-        return tuple(
-            [of_image[row] for of_image, row in zip(values, kept, strict=True)] for values in (boxes, scores)
-        )
+        return tuple([of_image[row] for of_image, row in zip(values, kept, strict=True)] for values in (boxes, scores))
 
 
 class AcceleratedRoIHeads(RoIHeads):

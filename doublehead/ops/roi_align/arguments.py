@@ -105,9 +105,7 @@ def check_output_size(output_size: int | Sequence[int]) -> tuple[int, int]:
         raise ArgumentTypeError(f"output_size must be a whole number or (height, width) of such, got {output_size!r}")
     size = size * 2 if len(size) == 1 else size
     if len(size) != 2 or size[0] < 1 or size[1] < 1:
-        raise ArgumentValueError(
-            f"output_size must be a positive number or (height, width) of such, got {output_size}"
-        )
+        raise ArgumentValueError(f"output_size must be a positive number or (height, width) of such, got {output_size}")
     return size
 
 
