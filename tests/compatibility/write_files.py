@@ -282,10 +282,10 @@ def write_run(folder: Path) -> None:
         folder / "start.safetensors", start, Recipe(name="start", model=MODELS["ext"]), list("abcdef"), list(range(6))
     )
     options = (
-        "shapes-ext --data.train-images 8 --data.val-images 2 --data.image-size 64 --data.workers 0 --train.batch- "
-        "size 2 --train.steps 4 --train.milestones 3 --train.warmup-steps 1 --train.log-every 1 "
-        "--train.checkpoint-every 1 --train.no-channels-last --train.device cpu --train.optimizer sgd --train.lr "
-        "0.002 --model.backbone.weights start.safetensors --model.backbone.norm frozen_batch_norm "
+        "shapes-ext --data.train-images 8 --data.val-images 2 --data.image-size 64 --data.workers 0 "
+        "--train.batch-size 2 --train.steps 4 --train.milestones 3 --train.warmup-steps 1 --train.log-every 1 "
+        "--train.checkpoint-every 1 --train.no-channels-last --train.device cpu --train.optimizer sgd "
+        "--train.lr 0.002 --model.backbone.weights start.safetensors --model.backbone.norm frozen_batch_norm "
         "--model.backbone.frozen-stages 5 --model.backbone.fpn-channels 3 --model.backbone.no-fpn-norm "
         "--model.roi.samples 16 --model.head.fc-dim 8 --model.head.conv-dim 8 --model.head.non-local.groups 2"
     ).split()
