@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from doublehead.data import DataError, read_image
+from doublehead import data
 from doublehead.data.images import MAX_PIXELS
 from doublehead.data.names import one_line
+from doublehead.engine import pictures
 from doublehead.engine.errors import UserError
 from doublehead.engine.evaluator import inference
 from doublehead.engine.picture_files import HOW_TO_SPLIT, VIDEOS, Entry, output_names
-from doublehead.engine.pictures import draw_boxes, save_picture, to_picture
 from doublehead.engine.streaming import Clock, Uploader, batches, default_threads, in_order
 
 
@@ -103,8 +103,8 @@ def _read(file: Path, name: str, uploader: Uploader, clock: Clock, max_pixels: i
         return Picture(file, name, error=f"a video: {HOW_TO_SPLIT}")
     with clock.measure("reading"):
         try:
-            image = read_image(file, upright=True, max_pixels=max_pixels)
-        except DataError as error:  # the picture is reported, the others are done
+            image = data.read_image(file, upright=True, max_pixels=max_pixels)
+        except data.DataError as error:  # the picture is reported, the others are done
             return Picture(file, name, error=str(error).removeprefix(one_line(f"{file}: ")))
         return Picture(file, name, *uploader.send(image))
 
@@ -144,8 +144,9 @@ def _draw(picture: Picture, folder: Path, classes: Sequence[str], clock: Clock) 
         return {"file": str(picture.file), "error": picture.error}
     with clock.measure("drawing"):
         output = picture.output
-        drawn = draw_boxes(to_picture(picture.image), output["boxes"], output["labels"], classes, output["scores"])
-        save_picture(folder / picture.name, drawn)
+        image = pictures.to_picture(picture.image)
+        drawn = pictures.draw_boxes(image, output["boxes"], output["labels"], classes, output["scores"])
+        pictures.save_picture(folder / picture.name, drawn)
         return {
             "file": str(picture.file), "picture": picture.name, "width": drawn.width, "height": drawn.height,
             "detections": _as_json(output, classes),
