@@ -4,13 +4,17 @@ import errno
 import json
 import os
 import resource
+import subprocess
+import sys
 import threading
 
 import pytest
 
+from doublehead import errors
 from doublehead.data import DataError
-from doublehead.engine.errors import UserError, shown_to_user
+from doublehead.engine import errors as engine_errors
 from doublehead.engine.logs import RunLog, counted_warnings, read_log
+from doublehead.errors import UserError, shown_to_user
 
 RECORD = {"step": 1, "lr": 0.5, "loss": 2.0, "loss_cls": 2.0, "images_per_second": 3.0, "time": 4.0}
 
@@ -121,6 +125,19 @@ def test_a_command_line_shows_one_line(capsys, error, code, said):
     with pytest.raises(SystemExit) as stop, shown_to_user():
         raise error
     assert stop.value.code == code and capsys.readouterr().err == said
+
+
+def test_the_errors_import_nothing_of_the_library():
+    """So that every package may raise them; and the names that scripts import stay one class each."""
+    command = (
+        "import sys, doublehead.errors; "
+        "print(sorted(name for name in sys.modules if name.partition('.')[0] in ('doublehead', 'torch', 'tyro')))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout
+    assert loaded == "['doublehead', 'doublehead.errors']\n"
+    assert DataError is errors.DataError and issubclass(DataError, UserError) and DataError("x").exit_code == 2
+    for name in ("CheckpointError", "UserError", "config_errors", "shown_to_user"):
+        assert getattr(engine_errors, name) is getattr(errors, name)
 
 
 def test_a_bug_keeps_its_traceback():
