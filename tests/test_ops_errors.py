@@ -12,7 +12,7 @@ import torchvision.ops
 from torch import zeros
 
 from doublehead import ops
-from doublehead.ops import _errors
+from doublehead.ops import _checks
 
 # ---------------------------------------------------------------------------------------------
 # The operators that stand in for torchvision's
@@ -100,7 +100,7 @@ def test_wrong_arguments_are_torchvisions_kind_of_error_and_pythons(name):
 
 @pytest.mark.parametrize("name", ["ArgumentValueError", "ArgumentTypeError", "AssertedValueError", "AssertedTypeError"])
 def test_the_errors_travel_between_processes(name):
-    kind = getattr(_errors, name)
+    kind = getattr(_checks, name)
     again = pickle.loads(pickle.dumps(kind("boxes must be otherwise")))
     assert type(again) is kind
     assert str(again) == "boxes must be otherwise"
