@@ -15,12 +15,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from doublehead.engine.errors import UserError, shown_to_user
+from doublehead.config import MAX_PIXELS, MOST_PIXELS
 from doublehead.engine.logs import counted_warnings
 from doublehead.engine.picture_files import JSON_FILE, Entry, find_pictures, write_results
+from doublehead.errors import UserError, one_line, shown_to_user
 
 PROGRAM = "python -m doublehead.detect"
-MAX_PIXELS, MOST_PIXELS = 100_000_000, 178_956_970  # as of `data.images`, which --help need not wait for
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"stopped: {what}; the same command begins anew", file=sys.stderr)
             raise SystemExit(128 + (received[0] if received else signal.SIGINT)) from None
     if unreadable:
-        from doublehead.data.names import one_line
-
         print(f"{len(unreadable)} could not be read:", file=sys.stderr)
         for entry in unreadable:
             file = one_line(entry["file"]) or "''"

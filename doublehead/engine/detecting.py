@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from doublehead import data
-from doublehead.data.images import MAX_PIXELS
-from doublehead.data.names import one_line
+from doublehead.config import MAX_PIXELS
 from doublehead.engine import pictures
-from doublehead.engine.errors import UserError
 from doublehead.engine.evaluator import inference
 from doublehead.engine.picture_files import HOW_TO_SPLIT, VIDEOS, Entry, output_names
 from doublehead.engine.streaming import Clock, Uploader, batches, default_threads, in_order
+from doublehead.errors import DataError, UserError, one_line
 
 
 class Picture(NamedTuple):
@@ -104,7 +103,7 @@ def _read(file: Path, name: str, uploader: Uploader, clock: Clock, max_pixels: i
     with clock.measure("reading"):
         try:
             image = data.read_image(file, upright=True, max_pixels=max_pixels)
-        except data.DataError as error:  # the picture is reported, the others are done
+        except DataError as error:  # the picture is reported, the others are done
             return Picture(file, name, error=str(error).removeprefix(one_line(f"{file}: ")))
         return Picture(file, name, *uploader.send(image))
 

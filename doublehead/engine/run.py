@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from doublehead.config import ModelConfig, Recipe, to_dict
+from doublehead.config import ModelConfig, Recipe, check, to_dict
 from doublehead.data import build_dataset, build_loader
 from doublehead.engine import checkpoint, pictures
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import PeerFailed, PeerLostError, PeerStopped, UserError, config_errors
+from doublehead.engine.errors import PeerFailed, PeerLostError, PeerStopped
 from doublehead.engine.evaluator import evaluate, format_metrics, predict_images
 from doublehead.engine.files import RECIPE_FILE, check_new, read_recipe, write_json
 from doublehead.engine.lock import FolderLock
@@ -32,6 +32,7 @@ from doublehead.engine.resume import changes, check_folder, check_state, identit
 from doublehead.engine.schedule import notes, notes_of_more_steps
 from doublehead.engine.signals import Stopped, StopSignals
 from doublehead.engine.trainer import Hooks, Trainer, check_config, micro_batch_size
+from doublehead.errors import UserError, config_errors
 
 METRICS_FILE = "metrics.json"
 PICTURES = 8  # images in detections.png
@@ -117,7 +118,8 @@ class Run(Hooks):
         self.recipe, self.folder, self.world = recipe, folder, world
         self.saved_step: int | None = None  # the step of the state on disk
         with config_errors():
-            check_config(recipe.train, world)  # before the data is read: that may take minutes
+            check(recipe)  # before the data is read: that may take minutes
+            check_config(recipe.train, world)
             self.training = build_dataset(recipe.data, "train", recipe.train.horizontal_flip)
             self.validation = build_dataset(recipe.data, "val", classes=self.training.classes)
             self._batches(0)  # refuses what a loader does
