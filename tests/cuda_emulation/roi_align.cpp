@@ -1,4 +1,4 @@
-// RoIAlign's CUDA kernels on the emulator, launched as csrc/roi_align/cuda.cu launches them.
+// RoIAlign's CUDA kernels on the emulator, launched as csrc/roi_align/cuda/roi_align.cu launches them.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
