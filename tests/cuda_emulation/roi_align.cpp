@@ -4,9 +4,9 @@
 
 #include "emulation.h"
 
-#include "roi_align/backward.cuh"
-#include "roi_align/forward.cuh"
-#include "roi_align/launch.h"
+#include "roi_align/cuda/backward.cuh"
+#include "roi_align/cuda/forward.cuh"
+#include "roi_align/cuda/launch.h"
 
 using namespace doublehead::roi_align::device;
 using torch::headeronly::BFloat16;
