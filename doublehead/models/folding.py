@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops._folded import FoldedWeights, compute_dtype
+from ..ops._dtypes import layer_dtype
+from ..ops._folded import FoldedWeights
 
-__all__ = ["FoldedWeights", "compute_dtype", "fold_norm"]
+__all__ = ["FoldedWeights", "fold_norm", "layer_dtype"]
 
 
 def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from ..config import HeadConfig, HeadKind, RoIConfig
 from .conv_tower import ConvTower
-from .folding import FoldedWeights, compute_dtype
+from .folding import FoldedWeights, layer_dtype
 from .structures import at_least_float32
 
 
@@ -64,7 +64,7 @@ class FCTower(nn.Sequential):
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         if needs_grad or not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
-        dtype = compute_dtype(x)
+        dtype = layer_dtype(x)
         if torch.compiler.is_compiling():  # part of the graph; torch 2.11 does not trace the lambda below
             folded = self._fold(dtype, x.shape[1:])
         else:
