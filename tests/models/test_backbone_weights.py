@@ -14,7 +14,7 @@ from safetensors.torch import save, save_file
 from torchvision.ops import FrozenBatchNorm2d
 
 from doublehead.config import BackboneConfig
-from doublehead.engine import digest
+from doublehead.weights import digest
 from doublehead.models import backbone
 from doublehead.models.backbone import build_backbone
 from doublehead.weights import WeightsError, read_file, resnet_state
