@@ -1,4 +1,4 @@
-"""`python -m doublehead.convert SRC DST [options]`: another project's checkpoint becomes a model of this library."""
+"""`doublehead convert SRC DST [options]`: another project's checkpoint becomes a model of this library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tyro
 
 from doublehead.errors import UserError, shown_to_user
 
-PROGRAM = "python -m doublehead.convert"
+PROGRAM = "doublehead convert"
 DESCRIPTION = (
     "Convert a detector of torchvision, Detectron2, MMDetection, maskrcnn-benchmark or the authors' Double-Head R-CNN: "
     "its weights and its conventions, so that it finds what it found there. The format is found out; every tensor is "
@@ -88,7 +88,3 @@ def check_empty(folder: Path) -> None:
             raise UserError(f"DST {folder}: a file: give a new or an empty folder")
     except OSError as error:
         raise UserError(f"DST {folder}: cannot be looked into: {error.strerror}") from error
-
-
-if __name__ == "__main__":
-    main()

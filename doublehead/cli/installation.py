@@ -1,7 +1,4 @@
-"""What this installation is: versions, compiled parts, and what serves each operator on each device.
-
-python -m doublehead.info
-"""
+"""What this installation is: versions, compiled parts, and what serves each operator on each device."""
 
 import importlib
 import platform
@@ -20,11 +17,6 @@ with warnings.catch_warnings():
 
 DEVICES = ("cpu", "cuda")
 PACKAGES = ("torchvision", "triton", "numpy", "pycocotools")
-
-
-def main() -> None:
-    """Prints the report."""
-    print(report())
 
 
 def report() -> str:
@@ -144,7 +136,3 @@ def _operators() -> list[str]:
         which = "all" if len(names) == len(_library.SCHEMAS) else ", ".join(names)
         lines.append(f"reference on {device}: {why} ({which})")
     return lines
-
-
-if __name__ == "__main__":
-    main()

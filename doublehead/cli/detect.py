@@ -1,4 +1,4 @@
-"""`python -m doublehead.detect CHECKPOINT IMAGE... --out DIR`: draw what a detector finds in pictures."""
+"""`doublehead detect CHECKPOINT IMAGE... --out DIR`: draw what a detector finds in pictures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from doublehead.engine.streaming import Clock, Uploader
 
-PROGRAM = "python -m doublehead.detect"
+PROGRAM = "doublehead detect"
 MAX_PIXELS, MOST_PIXELS = 100_000_000, 178_956_970  # as of `data.images`, which --help need not wait for
 
 
@@ -293,7 +293,3 @@ def _made(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be made: {error.strerror}") from error
     return folder
-
-
-if __name__ == "__main__":
-    main()

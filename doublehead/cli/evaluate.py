@@ -1,4 +1,4 @@
-"""`python -m doublehead.evaluate CHECKPOINT [options]`: measure a trained detector on a data set."""
+"""`doublehead evaluate CHECKPOINT [options]`: measure a trained detector on a data set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from doublehead.config import DetectionConfig, Fusion, ModelConfig, ReadOut, to_
 from doublehead.engine.data_options import EvaluationData, check_output, data_config
 from doublehead.errors import UserError, config_errors, shown_to_user
 
-PROGRAM = "python -m doublehead.evaluate"
+PROGRAM = "doublehead evaluate"
 ALL_READOUTS: tuple[ReadOut, ...] = ("fused", "split", "fc", "conv")
 
 
@@ -38,7 +38,7 @@ class Options:
     out: str | None = None
     """Write the detections to this file, in COCO's submission format; of one read-out."""
     metrics: str | None = None
-    """Write the metrics to this file; RUN/metrics-NAME.json counts in `python -m doublehead.tables`, with all of its
+    """Write the metrics to this file; RUN/metrics-NAME.json counts in `doublehead tables`, with all of its
     read-outs."""
     device: str = "auto"
     """`auto`: CUDA where there is one, else CPU."""
@@ -187,7 +187,3 @@ def set_readout(model, options: Options, trained) -> None:
 def readout_used(used: DetectionConfig) -> dict[str, str | float]:
     """The part of a `DetectionConfig` that the command line may change."""
     return {"readout": used.readout, "fusion": used.fusion, "ext_gate": used.ext_gate}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""`python -m doublehead.analyze FIGURE ...`: the paper's Figures 2-4 and 6-10 for any detectors and data."""
+"""`doublehead analyze FIGURE ...`: the paper's Figures 2-4 and 6-10 for any detectors and data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tyro
 from doublehead.analysis import options
 from doublehead.errors import shown_to_user
 
-PROGRAM = "python -m doublehead.analyze"
+PROGRAM = "doublehead analyze"
 MODULES = {
     options.SlidingWindows: "sliding_windows",
     options.Pearson: "pearson",
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with shown_to_user():
         description = (
             "Analyse trained detectors as the paper does; each figure becomes PNG and CSV files.\n"
-            "On several processes: torchrun --nproc-per-node N -m doublehead.analyze ..."
+            "On several processes: torchrun --nproc-per-node N -m doublehead analyze ..."
         )
         run(tyro.cli(Figure, prog=PROGRAM, description=description, args=arguments))
 
@@ -48,7 +48,3 @@ def run(chosen: options.Output) -> None:
     module = importlib.import_module(f"doublehead.analysis.{MODULES[type(chosen)]}")
     with join_world(chosen.device) as world, counted_warnings(shown=world.is_main):
         module.run(chosen, world)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""`python -m doublehead.tables [N] [--runs DIR]`: the paper's tables beside what your runs gave."""
+"""`doublehead tables [N] [--runs DIR]`: the paper's tables beside what your runs gave."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tyro
 from doublehead.errors import UserError, shown_to_user
 from doublehead.paper import TABLES
 
-PROGRAM = "python -m doublehead.tables"
+PROGRAM = "doublehead tables"
 MINIATURE_NOTE = "Yours: small detectors on generated shapes. Compare the order of the rows, not the numbers."
 
 
@@ -118,7 +118,3 @@ def run_smoke(numbers: Sequence[int]) -> list[str]:
         tqdm.write(f"{name}: runs ({result.parameters / 1e6:.1f} M parameters, loss {losses}, {result.seconds:.1f} s)")
     print(f"{len(names) - len(failed)} of {len(names)} recipes run")
     return failed
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""`python -m doublehead.export CHECKPOINT OUT [options]`: a detector as a program that needs no model code."""
+"""`doublehead export CHECKPOINT OUT [options]`: a detector as a program that needs no model code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from doublehead.errors import UserError, config_errors, shown_to_user
 if TYPE_CHECKING:
     from doublehead.models import Detector
 
-PROGRAM = "python -m doublehead.export"
+PROGRAM = "doublehead export"
 SUFFIXES = {"aoti": ".pt2", "onnx": ".onnx"}
 
 
@@ -81,10 +81,10 @@ def run(options: Options) -> None:
 
     import torch  # these take seconds: --help need not wait for them
 
+    from doublehead.cli.evaluate import set_readout
     from doublehead.engine.checkpoint import load_model
     from doublehead.engine.files import replacing
     from doublehead.engine.logs import say
-    from doublehead.evaluate import set_readout
     from doublehead.exporting import onnx_file, package
     from doublehead.exporting.description import describe
     from doublehead.exporting.program import DetectorProgram, example_input
@@ -186,7 +186,3 @@ def _device(asked: str, kind: str, has_cuda: bool) -> str:
     if asked == "cuda" and not has_cuda:
         raise UserError("--device cuda: torch sees no CUDA device; a package is made on the kind of machine it is for")
     return asked if asked != "auto" else "cuda" if has_cuda else "cpu"
-
-
-if __name__ == "__main__":
-    main()

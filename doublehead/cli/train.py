@@ -1,4 +1,4 @@
-"""`python -m doublehead.train [RECIPE] [options]`: train a detector, evaluate it, draw what it finds."""
+"""`doublehead train [RECIPE] [options]`: train a detector, evaluate it, draw what it finds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from doublehead.errors import UserError, shown_to_user
 from doublehead.recipes import RECIPES
 
 DEFAULT_RECIPE = "shapes-ext"
-PROGRAM = "python -m doublehead.train"
+PROGRAM = "doublehead train"
 _SHORT = {"--on-bad-record": "--data.on-bad-record"}
 
 
@@ -139,9 +139,5 @@ def _description(recipe: Recipe) -> str:
         "Train a detector, evaluate it, and leave weights, log, curves and pictures in a folder.\n\n"
         f"RECIPE comes first; without it: {DEFAULT_RECIPE}. The recipes are\n{recipes}\n\n"
         f"The defaults below are those of {recipe.name}. --help-all lists the model's options too.\n"
-        "On several processes: torchrun --nproc-per-node N -m doublehead.train ..."
+        "On several processes: torchrun --nproc-per-node N -m doublehead train ..."
     )
-
-
-if __name__ == "__main__":
-    main()
