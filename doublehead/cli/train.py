@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str]) -> tuple[Recipe, Options]:
     """The recipe with the command line's changes, and the other options.
 
     Raises:
-        UserError: an unknown recipe, or options that exclude each other.
+        UserError: an unknown recipe, a value that a field does not accept, or options that exclude each other.
         SystemExit: after `--help`, or an option that is unknown or wrong.
     """
     named, arguments = _take_recipe(list(arguments))

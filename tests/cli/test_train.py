@@ -93,7 +93,8 @@ def test_steps_alone_scale_the_schedule():
     assert schedule("--train.steps", "48", "--train.milestones", "345", "440") == ((345, 440), 50)
     assert schedule("--train.steps", "480") == schedule() == ((345, 440), 50)
     assert schedule("--train.steps", "1") == ((1, 1), 0)
-    assert schedule("--train.steps", "-3") == ((345, 440), 50)  # refused later, without a note
+    with pytest.raises(UserError, match="train.steps is -3, a whole number of at least 1 is accepted"):
+        schedule("--train.steps", "-3")
 
 
 def test_parts_of_a_schedule_behind_the_end_are_told():
