@@ -11,7 +11,7 @@ from doublehead.models import build_detector
 from doublehead.models.conv_tower import ConvTower
 from doublehead.models.heads import BRANCHES
 from doublehead.models.selection import bring_to_front, may_be_detected, restore, select_boxes
-from tests.models.test_static import batch, lively, tiny
+from tests.support.tiny_detectors import batch, lively, tiny
 
 SELECTING = ["double_conv", "double_head"]  # classes from one head, boxes from another with a conv tower
 
