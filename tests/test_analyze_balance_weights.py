@@ -17,7 +17,7 @@ from doublehead.config import DataConfig, TrainConfig, to_dict
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import UserError
 from doublehead.engine.files import write_json
-from doublehead.models.detections import resolve_sources
+from doublehead.models.readout import resolve_sources
 from doublehead.recipes import RECIPES
 
 WORLD = World()

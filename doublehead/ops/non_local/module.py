@@ -91,6 +91,10 @@ class NonLocalBlock(nn.Module):
             training=self.norm is not None and self.norm.training,
         )
 
+    def held_tensors(self) -> list[Tensor]:
+        """The folded weights that the last call has read: what a recorded CUDA graph has to keep alive."""
+        return self._folded.tensors()
+
     def train(self, mode: bool = True) -> NonLocalBlock:
         self._folded.forget()
         return super().train(mode)

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..batch_norm.op import batch_norm_act, batch_norm_act_apply, batch_norm_act_backward
-from ..fused_conv import reference
-from ..fused_conv.reference import as_maps, as_rows, is_matrix_product
+from ..ops.batch_norm.op import batch_norm_act, batch_norm_act_apply, batch_norm_act_backward
+from ..ops.fused_conv import reference
+from ..ops.fused_conv.reference import as_maps, as_rows, is_matrix_product
 
 
 class ConvNorm(NamedTuple):
