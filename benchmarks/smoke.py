@@ -111,9 +111,9 @@ def rows_of(name: str, case, device: str, only_dtype: str | None = None) -> list
 
 def row_of(name: str, label: str, case, device: str, dtype) -> Row:
     import torch
-    from interpreter import kernels_on_cpu
 
     from doublehead.ops._fallback import fallbacks
+    from tests.support.interpreter import kernels_on_cpu
 
     inside = kernels_on_cpu() if device == "cpu" else torch.cuda.device(0)
     try:

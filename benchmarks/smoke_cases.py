@@ -13,12 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # what the tests share serves here too
-
-import detection_cases  # noqa: E402
-from nms_cases import clustered_boxes  # noqa: E402
-from non_local_cases import qkv_and_grad  # noqa: E402
-from precision import convolution_eps, error_and_bound  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what the tests share (tests/support) serves here too
 
 from doublehead import ops  # noqa: E402
 from doublehead.ops.batch_norm import batch_norm_act_apply  # noqa: E402
@@ -31,6 +26,10 @@ from doublehead.ops.nms import reference as nms_reference  # noqa: E402
 from doublehead.ops.non_local import reference as non_local_reference  # noqa: E402
 from doublehead.ops.roi_align import reference as roi_align_reference  # noqa: E402
 from doublehead.ops.score_fusion import reference as score_fusion_reference  # noqa: E402
+from tests.support import detection_cases  # noqa: E402
+from tests.support.nms_cases import clustered_boxes  # noqa: E402
+from tests.support.non_local_cases import qkv_and_grad  # noqa: E402
+from tests.support.precision import convolution_eps, error_and_bound  # noqa: E402
 
 OPS = torch.ops.doublehead
 Comparison = tuple[str, float, float]

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from doublehead.analysis import options
-from doublehead.engine.errors import shown_to_user
+from doublehead.errors import shown_to_user
 
 PROGRAM = "python -m doublehead.analyze"
 MODULES = {

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
-from doublehead.engine.errors import UserError, shown_to_user
 from doublehead.engine.logs import counted_warnings
 from doublehead.engine.picture_files import (
     HOW_TO_SPLIT,
@@ -26,6 +25,7 @@ from doublehead.engine.picture_files import (
     output_names,
     write_results,
 )
+from doublehead.errors import UserError, one_line, shown_to_user
 
 if TYPE_CHECKING:
     import torch
@@ -75,8 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"stopped: {what}; the same command begins anew", file=sys.stderr)
             raise SystemExit(128 + (received[0] if received else signal.SIGINT)) from None
     if unreadable:
-        from doublehead.data.names import one_line
-
         print(f"{len(unreadable)} could not be read:", file=sys.stderr)
         for entry in unreadable:
             file = one_line(entry["file"]) or "''"
@@ -208,7 +206,6 @@ def _detect_all(
 
 def _read(file: Path, name: str, uploader: Uploader, clock: Clock, max_pixels: int) -> Picture:
     from doublehead.data import DataError, read_image
-    from doublehead.data.names import one_line
 
     if file.suffix.lower() in VIDEOS:
         return Picture(file, name, error=f"a video: {HOW_TO_SPLIT}")

@@ -11,7 +11,7 @@ import tyro
 
 from doublehead.config import DetectionConfig, Fusion, ModelConfig, ReadOutName, to_dict
 from doublehead.engine.data_options import EvaluationData, check_output, data_config
-from doublehead.engine.errors import UserError, shown_to_user
+from doublehead.errors import UserError, config_errors, shown_to_user
 
 if TYPE_CHECKING:
     from doublehead.models.readout import ReadOut
@@ -62,7 +62,6 @@ def run(options: Options) -> None:
     from doublehead.data import build_dataset  # these bring PyTorch: --help need not wait for it
     from doublehead.engine.checkpoint import load_model
     from doublehead.engine.distributed import join_world
-    from doublehead.engine.errors import config_errors
     from doublehead.engine.logs import counted_warnings, say
 
     check_options(options)

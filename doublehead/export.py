@@ -15,7 +15,7 @@ import tyro
 
 from doublehead.config import Fusion, ImageConfig, ReadOutName
 from doublehead.engine.data_options import check_output
-from doublehead.engine.errors import UserError, shown_to_user
+from doublehead.errors import UserError, config_errors, shown_to_user
 
 if TYPE_CHECKING:
     from doublehead.models import Detector
@@ -82,7 +82,6 @@ def run(options: Options) -> None:
     import torch  # these take seconds: --help need not wait for them
 
     from doublehead.engine.checkpoint import load_model
-    from doublehead.engine.errors import config_errors
     from doublehead.engine.files import replacing
     from doublehead.engine.logs import say
     from doublehead.evaluate import set_readout

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from doublehead.engine.errors import UserError, shown_to_user
+from doublehead.errors import UserError, shown_to_user
 from doublehead.paper import TABLES
 
 PROGRAM = "python -m doublehead.tables"

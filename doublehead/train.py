@@ -13,9 +13,9 @@ from typing import Annotated
 import tyro
 
 from doublehead.config import DataConfig, ModelConfig, Recipe, TrainConfig
-from doublehead.engine.errors import UserError, shown_to_user
 from doublehead.engine.files import new_run_folder, read_recipe
 from doublehead.engine.schedule import describe, scaled
+from doublehead.errors import UserError, shown_to_user
 from doublehead.recipes import RECIPES
 
 DEFAULT_RECIPE = "shapes-ext"

@@ -26,11 +26,11 @@ from doublehead.config import ModelConfig, ReadOutName, Recipe, TrainConfig
 from doublehead.data import build_dataset
 from doublehead.engine.checkpoint import MODEL_FILE, load_model
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import UserError, config_errors
 from doublehead.engine.evaluator import evaluate_each
 from doublehead.engine.files import RECIPE_FILE, read_recipe, write_json
 from doublehead.engine.logs import say
 from doublehead.engine.run import METRICS_FILE, train
+from doublehead.errors import UserError, config_errors
 from doublehead.models.readout import EXT_SOURCES, resolve_sources
 from doublehead.recipes import RECIPES
 

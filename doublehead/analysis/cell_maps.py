@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from doublehead.analysis.readers import HeadSpec, parse_spec
-from doublehead.engine.errors import UserError
+from doublehead.errors import UserError
 
 PAIR = ("row", "column", "other_row", "other_column")
 """Columns of a table of pairs; rows and columns count from 1, from the upper left."""

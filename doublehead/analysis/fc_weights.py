@@ -27,8 +27,8 @@ from doublehead.analysis.options import FCWeights
 from doublehead.analysis.output import output_folder, save_figure, write_csv
 from doublehead.engine.checkpoint import load_model
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import UserError
 from doublehead.engine.logs import say
+from doublehead.errors import UserError
 from doublehead.models import DoubleHeadRCNN
 from doublehead.models.towers import FCTower
 

@@ -34,8 +34,8 @@ from doublehead.analysis.states import State
 from doublehead.data import Target, build_dataset
 from doublehead.engine.data_options import data_config
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import UserError, config_errors
 from doublehead.engine.logs import say
+from doublehead.errors import UserError, config_errors
 from doublehead.models.towers import FCTower, Tower
 
 UNIT = 2**30  # a cosine of 1 as an integer; int64 then holds the sum of 2**33 objects

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from doublehead.data.files import MIN_SIDE
-from doublehead.engine.errors import UserError
 from doublehead.engine.run import METRICS_FILE
+from doublehead.errors import UserError
 
 SIZES = ("small", "medium", "large")
 LIMITS = (32.0**2, 96.0**2)

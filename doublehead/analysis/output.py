@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import UserError
 from doublehead.engine.files import write_bytes, write_text
+from doublehead.errors import UserError
 
 
 def output_folder(path: str, world: World) -> Path:

@@ -23,8 +23,8 @@ from doublehead.data import DetectionDataset, Target, build_dataset
 from doublehead.engine.checkpoint import load_model
 from doublehead.engine.data_options import data_config
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import UserError, config_errors
 from doublehead.engine.logs import say
+from doublehead.errors import UserError, config_errors
 from doublehead.models.readout import resolve_readout
 from doublehead.ops.boxes import box_iou
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from doublehead.config import Recipe
 from doublehead.engine.checkpoint import LoadedModel, load_model
-from doublehead.engine.errors import UserError, config_errors
+from doublehead.errors import UserError, config_errors
 from doublehead.models import DoubleHeadRCNN, ImageBatch
 from doublehead.models.heads import HeadOutput
 from doublehead.models.images import BoxMap

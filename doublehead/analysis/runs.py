@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from doublehead.config import Recipe, to_dict
-from doublehead.engine.errors import UserError
 from doublehead.engine.files import RECIPE_FILE
+from doublehead.errors import UserError
 
 WITHOUT_EFFECT = (
     "data.root", "data.workers", "data.on_bad_record", "data.max_skipped", "data.outside_root",

@@ -27,10 +27,10 @@ from doublehead.analysis.states import State, merge_states
 from doublehead.config import to_dict
 from doublehead.data import DetectionDataset, Loader, Target
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import UserError
 from doublehead.engine.lock import FolderLock
 from doublehead.engine.logs import say
 from doublehead.engine.signals import Stopped, StopSignals
+from doublehead.errors import UserError
 
 SAVE_SECONDS = 30.0
 

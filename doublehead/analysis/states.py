@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from doublehead.engine.errors import UserError
 from doublehead.engine.files import write_json
+from doublehead.errors import UserError
 
 FORMAT = "doublehead.analysis/2"
 """Changes with the meaning of what is stored: 2, boxes of legacy models lie where training has them."""

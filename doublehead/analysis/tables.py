@@ -17,8 +17,8 @@ from typing import Any
 
 from doublehead.analysis.runs import differences, run_folders
 from doublehead.config import DataConfig, Recipe, from_dict, to_dict
-from doublehead.engine.errors import UserError
 from doublehead.engine.files import read_recipe
+from doublehead.errors import UserError
 from doublehead.paper import Row, Table
 from doublehead.recipes import RECIPES
 

@@ -14,8 +14,9 @@ from typing import Literal
 
 from doublehead.config import DataConfig
 
+from ..errors import DataError
 from .coco import read_coco
-from .dataset import DataError, DataWarning, DetectionDataset, Target
+from .dataset import DataWarning, DetectionDataset, Target
 from .files import FileDataset
 from .images import MOST_PIXELS, read_image
 from .jpeg import is_strict

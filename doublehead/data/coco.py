@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import DataError
 from .coco_json import as_flag, as_number, as_side, id_of, is_id, load_coco, shown
-from .dataset import DataError
 from .files import RawImage, RawObject
 from .names import clean_name, listed, not_a_class, shown_name, wrong_name
 from .paths import check_inside

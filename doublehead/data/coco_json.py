@@ -8,7 +8,7 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
-from .dataset import DataError
+from ..errors import DataError
 from .paths import check_regular
 
 LISTS = ("images", "annotations", "categories")

@@ -10,19 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .names import one_line
-
-
-class DataError(ValueError):
-    """The data cannot be used as they are: the message, one line, names the file, the record and what is accepted.
-
-    `reason` is the kind of trouble in few words, by which `DetectionDataset.skipped` counts.
-    """
-
-    def __init__(self, message: str, reason: str = "bad data"):
-        super().__init__(one_line(message))
-        self.reason = reason
-
 
 class DataWarning(UserWarning):
     """Records were left out, or boxes clipped; the message counts them and names the first of each kind."""

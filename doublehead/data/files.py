@@ -20,7 +20,8 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from .dataset import DataError, DetectionDataset, Target, make_target
+from ..errors import DataError
+from .dataset import DetectionDataset, Target, make_target
 from .images import MAX_PIXELS, check_image, read_image
 from .problems import Problems
 

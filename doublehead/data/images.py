@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .dataset import DataError
+from ..errors import DataError
 from .decoding import to_rgb
 from .paths import check_regular
 

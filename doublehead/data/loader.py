@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .dataset import DataError, DataWarning, DetectionDataset, Target
+from ..errors import DataError
+from .dataset import DataWarning, DetectionDataset, Target
 from .transforms import horizontal_flip
 
 Batch = tuple[list[Tensor], list[Target]]

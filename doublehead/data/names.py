@@ -5,12 +5,12 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+from ..errors import UNPRINTABLE
+
 SHOWN = 12
 """Names of classes that a message lists before it says how many more there are."""
 LONGEST = 80
 """Letters of one name that a message shows."""
-UNPRINTABLE = {"Cc": "a control character", "Cs": "half a surrogate pair", "Zl": "a line break", "Zp": "a line break"}
-"""By Unicode category: names go into pictures, tables, UTF-8 and lists read line by line, which these would break."""
 
 
 def clean_name(name: str) -> str:
@@ -30,11 +30,6 @@ def shown_name(name: str) -> str:
     """The name as a one-line message can have it."""
     name = name if len(name) <= LONGEST else name[:LONGEST] + "..."
     return name if wrong_name(name) is None else ascii(name)
-
-
-def one_line(text: str) -> str:
-    """The text with control characters as their escapes: file names may hold any, and terminals obey some."""
-    return "".join(ascii(letter)[1:-1] if unicodedata.category(letter) in UNPRINTABLE else letter for letter in text)
 
 
 def listed(names: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from .dataset import DataError
+from ..errors import DataError
 
 
 def check_inside(name: str, where: str, outside_root: bool) -> None:

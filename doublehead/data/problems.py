@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 
-from .dataset import DataError, DataWarning
+from ..errors import DataError
+from .dataset import DataWarning
 
 FEW = 3
 """So many images, and so many objects, may be left out of any set, however small: unless nothing remains, or the share

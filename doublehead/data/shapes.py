@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dataset import DataError, DetectionDataset, Target, make_target
+from ..errors import DataError
+from .dataset import DetectionDataset, Target, make_target
 
 CLASSES = ("disc", "square", "triangle", "ring", "cross", "star")
 MAX_OBJECTS = 8

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
+from ..errors import DataError
 from .coco_json import MAX_SIDE
-from .dataset import DataError
 from .files import MIN_SIDE, RawImage, RawObject
 from .names import clean_name, not_a_class, shown_name, wrong_name
 from .paths import check_inside

@@ -11,7 +11,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from .dataset import DataError
+from ..errors import DataError
 from .paths import check_regular
 
 MARKS = (

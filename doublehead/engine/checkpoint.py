@@ -23,10 +23,10 @@ import doublehead
 from doublehead.config import Recipe, from_dict, to_dict
 from doublehead.engine import digest
 from doublehead.engine import state as state_schema
-from doublehead.engine.errors import CheckpointError
 from doublehead.engine.file_kinds import other_kind
 from doublehead.engine.files import check_room, replacing
 from doublehead.engine.schema import Mismatch, is_finite, items, text, whole
+from doublehead.errors import CheckpointError
 from doublehead.weights import read_plain
 from doublehead.weights.wrappers import COUNTERS, without_wrappers
 

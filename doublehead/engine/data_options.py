@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from doublehead.config import DataConfig
-from doublehead.engine.errors import UserError
+from doublehead.errors import UserError
 
 
 @dataclass(frozen=True)

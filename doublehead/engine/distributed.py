@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from doublehead.engine.errors import PeerFailed, PeerLostError, PeerStopped, UserError
+from doublehead.engine.errors import PeerFailed, PeerLostError, PeerStopped
+from doublehead.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)  # the main process alone computes the metrics, the others wait
 GRACE = timedelta(seconds=3)  # for a failed process to say so, after a connection to it broke

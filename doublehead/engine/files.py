@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from doublehead.config import Recipe, from_dict
-from doublehead.engine.errors import UserError
 from doublehead.engine.lock import LOCK_FILE
+from doublehead.errors import UserError
 
 RECIPE_FILE = "recipe.json"
 _LONGEST = 200  # bytes of a file's name that its temporary file repeats

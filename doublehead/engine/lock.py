@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from doublehead.engine.errors import UserError
+from doublehead.errors import UserError
 
 try:
     import fcntl

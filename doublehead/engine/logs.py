@@ -16,9 +16,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from doublehead.engine.errors import UserError
 from doublehead.engine.events import EventFile
 from doublehead.engine.files import replacing, write_text
+from doublehead.errors import UserError
 
 LOG_FILE = "log.jsonl"
 BOARD_FOLDER = "tensorboard"

@@ -16,8 +16,8 @@ import safetensors
 
 from doublehead.config import Recipe, to_dict
 from doublehead.engine.checkpoint import MODEL_FILE, STATE_FILE
-from doublehead.engine.errors import UserError
 from doublehead.engine.files import RECIPE_FILE, read_recipe
+from doublehead.errors import UserError
 
 #: Fields that may differ from one part of a run to the next.  Of the others some have left their mark in the state
 #: (the model, the optimiser and its settings), some number the images (seed, batch size, data).

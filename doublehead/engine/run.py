@@ -22,7 +22,7 @@ from doublehead.config import ModelConfig, Recipe, to_dict
 from doublehead.data import build_dataset, build_loader
 from doublehead.engine import checkpoint, pictures
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import PeerFailed, PeerLostError, PeerStopped, UserError, config_errors
+from doublehead.engine.errors import PeerFailed, PeerLostError, PeerStopped
 from doublehead.engine.evaluator import evaluate, format_metrics, predict_images
 from doublehead.engine.files import RECIPE_FILE, check_new, read_recipe, write_json
 from doublehead.engine.lock import FolderLock
@@ -32,6 +32,7 @@ from doublehead.engine.resume import changes, check_folder, check_state, identit
 from doublehead.engine.schedule import notes, notes_of_more_steps
 from doublehead.engine.signals import Stopped, StopSignals
 from doublehead.engine.trainer import Hooks, Trainer, check_config, micro_batch_size
+from doublehead.errors import UserError, config_errors
 
 METRICS_FILE = "metrics.json"
 PICTURES = 8  # images in detections.png

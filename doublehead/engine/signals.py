@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from doublehead.errors import Abandoned
+
 
 class Stopped(SystemExit):
     """A stop was asked for; the process exits with 128 + the signal's number (143, or 130 for Ctrl-C).
@@ -17,10 +19,6 @@ class Stopped(SystemExit):
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(128 + (signal_number or signal.SIGTERM))  # 0: another process got the signal
-
-
-class Abandoned(KeyboardInterrupt):
-    """A second Ctrl-C: the process ends in the middle of a step, by the signal itself."""
 
 
 class StopSignals:

@@ -22,7 +22,7 @@ from torch import nn
 
 from doublehead.config import TrainConfig
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import NonFiniteLossError, UserError
+from doublehead.engine.errors import NonFiniteLossError
 from doublehead.engine.optim import (
     OPTIMIZERS,
     WeightAverage,
@@ -35,6 +35,7 @@ from doublehead.engine.schema import is_finite
 from doublehead.engine.signals import Stopped, StopSignals
 from doublehead.engine.state import of_trainer as state_of
 from doublehead.engine.tracker import LossTracker
+from doublehead.errors import UserError
 
 MOST_IMAGES = 65536  # of a step; a batch beyond any use is a slip of the hand, and would be read for hours
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.errors import UserError
+from ..errors import UserError
 from .calls import Call, PackageCall, SessionCall
 from .description import FORMAT, NAME, flaw_of, image_config, machine
 from .package import read_description

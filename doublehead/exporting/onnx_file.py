@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..engine.errors import UserError
+from ..errors import UserError
 from .description import INPUTS, NAME, OUTPUTS
 from .onnx_operators import decompositions, translations
 from .program import DetectorProgram

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..engine.errors import UserError
+from ..errors import UserError
 from .description import INPUTS, NAME
 
 INDUCTOR_OPTIONS: dict[str, Any] = {}

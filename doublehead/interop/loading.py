@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..engine.errors import CheckpointError
+from ..errors import CheckpointError
 from ..weights import WeightsError, is_caffe2, read_file, take_state
 from ..weights.entries import AVERAGED_KEYS
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..engine.errors import UserError
+from ..errors import UserError
 from .loading import Checkpoint
 
 COUNTER = "num_batches_tracked"

@@ -21,7 +21,7 @@ from ..ops import NonLocalBlock
 from ..ops.batch_norm.op import track_statistics
 from ..ops.conv_head import Block, conv_head
 from . import conv_training as training
-from .folding import FoldedWeights, compute_dtype, fold_norm, needs_grad
+from .folding import FoldedWeights, fold_norm, layer_dtype, needs_grad
 
 
 class ResidualBlock(nn.Module):
@@ -202,7 +202,7 @@ class ConvTower(nn.Sequential):
         return all(type(norm) is nn.BatchNorm2d and norm.track_running_stats and norm.affine for norm in self._norms())
 
     def _infer(self, x: Tensor, count: Tensor | None) -> Tensor:
-        dtype, size = compute_dtype(x), x.shape[2:]
+        dtype, size = layer_dtype(x), x.shape[2:]
         tensors = [*self.parameters(), *self.buffers()]
         if torch.compiler.is_compiling():  # part of the graph; torch 2.11 does not trace the lambda below
             kinds, folded = self._fold(dtype)
@@ -227,7 +227,7 @@ class ConvTower(nn.Sequential):
         return kinds, folded
 
     def _train(self, x: Tensor) -> Tensor:
-        dtype, (number, _, *size) = compute_dtype(x), x.shape
+        dtype, (number, _, *size) = layer_dtype(x), x.shape
         rows = x.to(dtype).permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # a view of channels-last maps
         for block in self.blocks:
             if isinstance(block, ResidualBlock):

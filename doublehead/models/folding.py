@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops._folded import FoldedWeights, compute_dtype
+from ..ops._dtypes import layer_dtype
+from ..ops._folded import FoldedWeights
 
-__all__ = ["FoldedWeights", "compute_dtype", "fold_norm", "needs_grad"]
+__all__ = ["FoldedWeights", "fold_norm", "layer_dtype", "needs_grad"]
 
 
 def needs_grad(module: nn.Module, x: Tensor) -> bool:

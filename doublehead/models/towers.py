@@ -1,4 +1,4 @@
-"""The towers of the heads: what every tower offers, the fc-head's, and the C4 baseline's (the conv-head's: conv_tower)."""
+"""What every tower offers, the fc-head's tower and the C4 baseline's; the conv-head's is in `conv_tower`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .folding import FoldedWeights, compute_dtype, needs_grad
+from .folding import FoldedWeights, layer_dtype, needs_grad
 
 
 @runtime_checkable
@@ -71,7 +71,7 @@ class FCTower(nn.Sequential):
         """As `Tower`; all RoIs are computed, whatever `count`."""
         if needs_grad(self, x) or not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
-        dtype = compute_dtype(x)
+        dtype = layer_dtype(x)
         if torch.compiler.is_compiling():  # part of the graph; torch 2.11 does not trace the lambda below
             folded = self._fold(dtype, x.shape[1:])
         else:

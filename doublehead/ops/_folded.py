@@ -9,14 +9,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ._library import is_functorch_tensor
+
 STREAMING_DEVICES = ("cuda",)
 """Types of device where what was called is not yet done, but queued on a stream."""
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """In which dtype a layer would run on `x`: autocast's where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class FoldedWeights:
@@ -136,8 +132,4 @@ def _untraceable(tensor: Tensor) -> bool:
     """Has the tensor no version counter (made in inference mode), no memory (inside torch.func's transforms) or no
     contents (fake)?
     """
-    return (
-        tensor.is_inference()
-        or isinstance(tensor, FakeTensor)
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
+    return tensor.is_inference() or isinstance(tensor, FakeTensor) or is_functorch_tensor(tensor)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._errors import check_tensor
+from .._checks import check_shape, check_tensor
+from .._dtypes import accumulation_dtype
 from .._library import define, define_autocast, define_autograd, define_cpu_kernel, define_triton_kernel
 from . import reference
 
@@ -108,8 +109,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> 
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     for name, tensor in (("weight", weight), ("bias", bias)):
         check_tensor(name, tensor, "a Tensor[C]")
-        if tensor.shape != x.shape[1:]:
-            raise ValueError(f"{name} must have shape [C] = {list(x.shape[1:])}, got {list(tensor.shape)}")
+        check_shape(name, tensor, x.shape[1:], "[C]")
     if residual is not None:
         check_tensor("residual", residual, "a Tensor[M, C] or None")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
@@ -123,7 +123,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> 
 
 
 def _statistics_like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape[1], dtype=accumulation_dtype(x.dtype))
 
 
 def _reference_backward(grad, x, y, mean, invstd, weight, eps, residual=True):

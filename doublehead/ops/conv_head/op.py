@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from .._errors import check_tensor
+from .._checks import check_count, check_same_dtype, check_tensor
 from .._library import define, define_autocast, define_autograd, define_cpu_kernel, define_triton_kernel
 from . import cpu, reference
 from .blocks import TENSORS, Block
@@ -63,10 +62,8 @@ def _check(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int], count: T
         raise ValueError(f"tensors must be {wanted} weights and biases for these blocks, got {len(tensors)}")
     for index, tensor in enumerate(tensors):
         check_tensor(f"tensors[{index}]", tensor, "a tensor")
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"tensors[{index}] must have the dtype of x, {x.dtype}, got {tensor.dtype}")
-    if count is not None and (count.dim() != 0 or count.dtype != torch.int64):
-        raise ValueError(f"count must be a Tensor[] of int64, got {list(count.shape)} {count.dtype}")
+        check_same_dtype(f"tensors[{index}]", tensor, "x", x)
+    check_count(count)
 
 
 _op = define(

@@ -7,10 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._errors import check_tensor, refuse
-from .._library import define, define_autocast, define_autograd, define_cpu_kernel, define_triton_kernel
-from ..score_fusion.op import check_floating, check_fusion
-from ..score_fusion.reference import compute_dtype
+from .._checks import (
+    check_choice,
+    check_float,
+    check_not_negative,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    refuse,
+)
+from .._dtypes import box_dtype, score_dtype
+from .._library import below_autograd, define, define_autocast, define_autograd, define_cpu_kernel, define_triton_kernel
+from ..score_fusion.reference import FUSIONS
 from . import cpu, reference
 
 
@@ -73,11 +81,10 @@ def detections(
         refuse("logits", logits, "a list of 1 or 2 Tensor[B, R, C]")
     logits = tuple(logits)
     _check_tensors(logits, deltas, proposals, valid, sizes)
-    check_fusion("fusion", fusion)
+    check_choice("fusion", fusion, FUSIONS)
     if score_threshold != score_threshold:  # torch.compile cannot trace math.isnan of a float it does not know
         raise ValueError("score_threshold must be a number, got nan")
-    if max_detections < 0:
-        raise ValueError(f"max_detections must be >= 0, got {max_detections}")
+    check_not_negative("max_detections", max_detections)
     if len(box_weights) != 4 or not all(box_weights):
         raise ValueError(f"box_weights must be 4 numbers other than 0 (dx, dy, dw, dh), got {tuple(box_weights)}")
     arguments = (
@@ -86,7 +93,7 @@ def detections(
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return _detections(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():  # there is no gradient to record, and it is the shorter way
+    with below_autograd():  # there is no gradient to record, and it is the shorter way
         return _detections(*arguments)
 
 
@@ -107,14 +114,10 @@ def _check_tensors(logits: Sequence[Tensor], deltas: Tensor, proposals: Tensor, 
     }
     for name, (tensor, letters, shape) in others.items():
         check_tensor(name, tensor, f"a Tensor{letters}")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must have shape {letters} = {list(shape)} like logits[0], got {list(tensor.shape)}"
-            )
-        if tensor.device != first.device:
-            raise ValueError(f"{name} must be on the device of logits[0], {first.device}, got {tensor.device}")
+        check_shape(name, tensor, shape, letters, "logits[0]")
+        check_same_device(name, tensor, "logits[0]", first)
         if name not in ("valid", "sizes"):
-            check_floating(name, tensor)
+            check_float(name, tensor)
     if valid.dtype != torch.bool:
         raise TypeError(f"valid must be bool, got {valid.dtype}")
     if sizes.dtype.is_complex or sizes.dtype == torch.bool:
@@ -131,8 +134,8 @@ def _fake(
 ):  # fmt: skip
     batch = deltas.shape[0]
     return (
-        deltas.new_empty((batch, max_detections, 4), dtype=compute_dtype(deltas, proposals)),
-        deltas.new_empty((batch, max_detections), dtype=compute_dtype(*logits)),
+        deltas.new_empty((batch, max_detections, 4), dtype=box_dtype(deltas, proposals)),
+        deltas.new_empty((batch, max_detections), dtype=score_dtype(*logits)),
         deltas.new_empty((batch, max_detections), dtype=torch.int64),
         deltas.new_empty((batch,), dtype=torch.int64),
     )

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._dtypes import score_dtype
 from ..boxes import clip_boxes, decode_boxes
 from ..nms import nms_padded
-from ..score_fusion.reference import FUSIONS, compute_dtype
+from ..score_fusion.reference import FUSIONS
 
 
 def detections(
@@ -53,7 +54,7 @@ def detections(
 
 def class_scores(logits: Sequence[Tensor], fusion: str) -> Tensor:
     """Of one classifier the probabilities, of two their fusion: `Tensor[B, R, C]`."""
-    dtype = compute_dtype(*logits)
+    dtype = score_dtype(*logits)
     probabilities = [torch.softmax(item, dim=-1, dtype=dtype) for item in logits]
     return FUSIONS[fusion](*probabilities) if len(probabilities) == 2 else probabilities[0]
 

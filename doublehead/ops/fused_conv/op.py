@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._errors import check_tensor
+from .._checks import check_count, check_same_dtype, check_shape, check_tensor
 from .._library import define, define_autograd, define_cpu_kernel, define_triton_kernel
 from . import reference
 
@@ -74,13 +74,12 @@ def _check(x, weight, bias, size, second, residual, count) -> None:
         "residual": (residual, (x.shape[0], out)),
     }
     for name, (tensor, shape) in shapes.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+        if tensor is not None:
+            check_shape(name, tensor, shape)
     for name, tensor in (("weight", weight), *((name, tensor) for name, (tensor, _) in shapes.items())):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
-    if count is not None and (count.dim() != 0 or count.dtype != torch.int64):
-        raise ValueError(f"count must be a Tensor[] of int64, got {list(count.shape)} {count.dtype}")
+        if tensor is not None:
+            check_same_dtype(name, tensor, "x", x)
+    check_count(count)
 
 
 def _fake(x, weight, bias, second, residual, count, size, relu, mean):

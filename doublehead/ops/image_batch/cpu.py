@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .reference import compute_dtype, memory_format, white_of
+from .._dtypes import resizing_dtype
+from .reference import memory_format, white_of
 
 
 def image_batch(
@@ -31,7 +32,7 @@ def image_batch(
         memory_format=memory_format(channels_last),
     )
     for image, slot, new_height, new_width in zip(images, batch, sizes[::2], sizes[1::2], strict=True):
-        values = interpolate(image.to(compute_dtype(dtype))[None], (new_height, new_width), mode="bilinear")[0]
+        values = interpolate(image.to(resizing_dtype(dtype))[None], (new_height, new_width), mode="bilinear")[0]
         if rounded:  # `values` is this function's own, unless nothing had to be computed
             values = values.mul(255 // white_of(image, False)).add_(0.5).floor_().clamp_(0, 255)
         white = white_of(image, rounded)

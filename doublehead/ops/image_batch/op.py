@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._errors import check_tensor
+from .._checks import check_same_device, check_tensor
+from .._dtypes import FLOATS
 from .._library import define, define_autocast, define_autograd, define_cpu_kernel, define_triton_kernel
 from . import cpu, reference
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def image_batch(
@@ -71,19 +70,16 @@ def _check(images, sizes, canvas, mean, std, dtype) -> None:
         check_tensor(f"images[{index}]", image, "a Tensor[3, h, w]")
         if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
             raise ValueError(f"images[{index}] must have shape [3, h, w], not empty, got {list(image.shape)}")
-        if image.dtype != torch.uint8 and image.dtype not in _DTYPES:
+        if image.dtype != torch.uint8 and image.dtype not in FLOATS:
             raise TypeError(f"images[{index}] must be uint8, float16, bfloat16, float32 or float64, got {image.dtype}")
-        if image.device != images[0].device:
-            raise ValueError(
-                f"images[{index}] must be on the device of images[0], {images[0].device}, got {image.device}"
-            )
+        check_same_device(f"images[{index}]", image, "images[0]", images[0])
         if len(size) != 2 or min(size) < 1 or size[0] > canvas[0] or size[1] > canvas[1]:
             raise ValueError(
                 f"sizes[{index}] must be (height, width) from 1 to canvas {tuple(canvas)}, got {tuple(size)}"
             )
     if len(mean) != 3 or len(std) != 3 or 0 in tuple(std):
         raise ValueError(f"mean and std must have 3 numbers, std none that is 0, got {tuple(mean)} and {tuple(std)}")
-    if dtype not in _DTYPES:
+    if dtype not in FLOATS:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from .._dtypes import resizing_dtype
+
 
 def image_batch(
     images: Sequence[Tensor],
@@ -22,7 +24,7 @@ def image_batch(
     channels_last: bool,
 ) -> Tensor:
     """`sizes` is (height, width) of the first image, of the second, ..."""
-    compute = compute_dtype(dtype)
+    compute = resizing_dtype(dtype)
     rows = []
     for image, new_height, new_width in zip(images, sizes[::2], sizes[1::2], strict=True):
         white = white_of(image, rounded)
@@ -52,11 +54,6 @@ class RoundLevels(torch.autograd.Function):
 def white_of(image: Tensor, rounded: bool) -> int:
     """The number that stands for white while an image is resized: levels have 255, floating images 1."""
     return 255 if rounded or image.dtype == torch.uint8 else 1
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, but float64 for a batch in float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:

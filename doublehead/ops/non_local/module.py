@@ -8,7 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .._folded import FoldedWeights, compute_dtype
+from .._checks import check_choice
+from .._dtypes import accumulation_dtype, layer_dtype
+from .._folded import FoldedWeights
 from .op import PAIRWISE, BatchNorm, fold_out, mix, non_local, project
 
 
@@ -56,8 +58,7 @@ class NonLocalBlock(nn.Module):
             inner = channels // 2
         if groups < 1 or inner % groups:
             raise ValueError(f"groups must be at least 1 and divide the inner width {inner}, got {groups}")
-        if pairwise not in PAIRWISE:
-            raise ValueError(f"pairwise must be one of {', '.join(PAIRWISE)}, got {pairwise!r}")
+        check_choice("pairwise", pairwise, PAIRWISE)
         self.pairwise, self.groups, self.scale, self.relu_after = pairwise, groups, scale, relu_after
         self.fused = True
         self.theta = nn.Conv2d(channels, inner, 1)
@@ -118,7 +119,7 @@ class NonLocalBlock(nn.Module):
         norm = () if self.norm is None else _batch_norm(self.norm)
         tensors = [tensor for part in (*parts, norm[:4]) for tensor in part if tensor is not None]
         cast = torch.is_autocast_enabled(x.device.type) and self.theta.weight.dtype != torch.float64
-        dtype = compute_dtype(x) if cast else self.theta.weight.dtype
+        dtype = layer_dtype(x) if cast else self.theta.weight.dtype
 
         def fold() -> tuple[Tensor, ...]:
             out = self.out.weight.flatten(1), self.out.bias
@@ -151,7 +152,7 @@ class NonLocalBlock(nn.Module):
             weights = query @ key.transpose(2, 3) / query.shape[2]
         else:
             query = query * query.shape[3] ** -0.5 if self.scale else query
-            precise = torch.promote_types(query.dtype, torch.float32)  # the logits can be large
+            precise = accumulation_dtype(query.dtype)  # the logits can be large
             weights = torch.softmax(query @ key.transpose(2, 3), dim=3, dtype=precise).to(query.dtype)
         mixed = (weights @ value).transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:])
         y = self.out(mixed)

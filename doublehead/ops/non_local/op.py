@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._errors import check_tensor
-from .._folded import compute_dtype
+from .._checks import check_choice, check_shape, check_tensor
+from .._dtypes import accumulation_dtype, layer_dtype
 from .._library import define, define_autocast, define_autograd, define_triton_kernel
 from ..batch_norm.op import batch_norm_act, track_statistics
 from ..fused_conv.op import fused_conv
@@ -109,7 +109,7 @@ def project(cells: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     A matrix product; but in float32 on CUDA it is left a convolution, as PyTorch lets the user choose the precision of
     the two apart, and by default takes TF32 for convolutions alone.
     """
-    if cells.device.type != "cuda" or compute_dtype(cells) != torch.float32:
+    if cells.device.type != "cuda" or layer_dtype(cells) != torch.float32:
         return F.linear(cells, weight, bias)
     number, length, channels = cells.shape
     maps = cells.reshape(number, length, 1, channels).permute(0, 3, 1, 2)  # of T x 1 cells, channels-last
@@ -118,7 +118,7 @@ def project(cells: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def fold_out(norm: BatchNorm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight and bias of the projection with the batch norm of inference in them, in float32 at least."""
-    precise = torch.promote_types(weight.dtype, torch.float32)
+    precise = accumulation_dtype(weight.dtype)
     factor = (norm.running_var.to(precise) + norm.eps).rsqrt()
     if norm.weight is not None:
         factor = factor * norm.weight
@@ -170,22 +170,16 @@ def _check(x, qkv_weight, qkv_bias, out_weight, out_bias, pairwise, groups) -> N
         raise ValueError(f"x must have shape [N, C, H, W], got {list(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
-    if pairwise not in PAIRWISE:
-        raise ValueError(f"pairwise must be one of {', '.join(PAIRWISE)}, got {pairwise!r}")
+    check_choice("pairwise", pairwise, PAIRWISE)
     channels, inner = x.shape[1], qkv_weight.shape[0] // 3
-    _check_shape("qkv_weight", qkv_weight, [3 * inner, channels], "[3 * D, C]")
-    _check_shape("out_weight", out_weight, [channels, inner], "[C, D]")
+    check_shape("qkv_weight", qkv_weight, (3 * inner, channels), "[3 * D, C]")
+    check_shape("out_weight", out_weight, (channels, inner), "[C, D]")
     if qkv_bias is not None:
-        _check_shape("qkv_bias", qkv_bias, [3 * inner], "[3 * D]")
+        check_shape("qkv_bias", qkv_bias, (3 * inner,), "[3 * D]")
     if out_bias is not None:
-        _check_shape("out_bias", out_bias, [channels], "[C]")
+        check_shape("out_bias", out_bias, (channels,), "[C]")
     if groups < 1 or inner % groups:
         raise ValueError(f"groups must be at least 1 and divide D = {inner}, got {groups}")
-
-
-def _check_shape(name: str, tensor: Tensor, shape: list[int], letters: str) -> None:
-    if list(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape {letters} = {shape}, got {list(tensor.shape)}")
 
 
 # ---------------------------------------------------------------------------------------------

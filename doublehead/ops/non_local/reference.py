@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._dtypes import accumulation_dtype
+
 
 def non_local_attention(qkv: Tensor, groups: int, softmax: bool, scale: float) -> Tensor:
     """O = P V with P = softmax(scale * Q K^T), or scale * Q K^T itself, for each RoI and group.
@@ -63,7 +65,7 @@ def _weights(query: Tensor, key: Tensor, softmax: bool, scale: float) -> Tensor:
 
 def _products(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """`scale * a b^T` of every RoI, `[N, T, T]`, in float32 at least."""
-    precise = torch.promote_types(a.dtype, torch.float32)
+    precise = accumulation_dtype(a.dtype)
     nothing = a.new_zeros((), dtype=precise)
     return torch.baddbmm(nothing, a.to(precise), b.to(precise).transpose(1, 2), beta=0, alpha=scale)
 

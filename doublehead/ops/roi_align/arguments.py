@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._errors import (
+from .._checks import (
     ArgumentTypeError,
     ArgumentValueError,
     AssertedTypeError,

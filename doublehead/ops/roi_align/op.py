@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._errors import ArgumentValueError, refuse
+from .._checks import ArgumentValueError, refuse
 from .._library import define, define_autocast, define_autograd, one_thread_if_forked
 from . import reference
 from .arguments import (

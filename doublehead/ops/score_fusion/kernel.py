@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._dtypes import score_dtype
 from .._triton import next_power_of_2
 from . import reference
 
@@ -90,9 +91,7 @@ def warps(block: int) -> int:
 def serves(*logits: Tensor) -> bool:
     """Whether the kernels compute these logits `Tensor[..., C]`: not empty, not float64, and a row fits."""
     first = logits[0]
-    return (
-        reference.compute_dtype(*logits) == torch.float32 and 0 < first.shape[-1] <= MAX_CLASSES and first.numel() > 0
-    )
+    return score_dtype(*logits) == torch.float32 and 0 < first.shape[-1] <= MAX_CLASSES and first.numel() > 0
 
 
 def fuse_scores(fc_logits: Tensor, conv_logits: Tensor, method: str) -> Tensor:
