@@ -19,15 +19,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-import doublehead
 from doublehead.config import Recipe, from_dict, to_dict
-from doublehead.engine import digest
 from doublehead.engine import state as state_schema
 from doublehead.engine.file_kinds import other_kind
 from doublehead.engine.files import check_room, replacing
 from doublehead.engine.schema import Mismatch, is_finite, items, text, whole
 from doublehead.errors import CheckpointError
-from doublehead.weights import read_plain
+from doublehead.version import __version__
+from doublehead.weights import digest, read_plain
 from doublehead.weights.wrappers import COUNTERS, without_wrappers
 
 MODEL_FILE = "model.safetensors"
@@ -72,7 +71,7 @@ def save_model(
         raise CheckpointError(f"{path}: not written: {error}") from error
     metadata = {
         "format": _MODEL_FORMAT,
-        "version": getattr(doublehead, "__version__", "unknown"),
+        "version": __version__,
         "step": str(step),
         "recipe": json.dumps(to_dict(recipe)),
         "classes": json.dumps(list(classes)),

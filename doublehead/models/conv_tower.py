@@ -270,10 +270,8 @@ def fold_non_local(block: NonLocalBlock) -> tuple[Block, list[Tensor]]:
 
 def attention_arguments(block: NonLocalBlock, size: Sequence[int]) -> dict[str, int | bool | float]:
     """How `conv_head` is told of the block's attention on maps of `size` (H, W)."""
-    softmax = block.pairwise == "embedded_gaussian"
-    width = block.theta.out_channels // block.groups
-    scale = (width**-0.5 if block.scale else 1.0) if softmax else 1 / (size[0] * size[1])
-    return {"groups": block.groups, "softmax": softmax, "scale": scale, "relu": block.relu_after}
+    groups, softmax, scale = block.attention(size[0] * size[1])
+    return {"groups": groups, "softmax": softmax, "scale": scale, "relu": block.relu_after}
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int) -> tuple[nn.Module, nn.Module]:

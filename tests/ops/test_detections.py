@@ -7,6 +7,7 @@ import torch
 
 from doublehead.ops import detections
 from doublehead.ops.detections import reference
+from doublehead.ops.detections.arguments import DetectionArguments
 from doublehead.ops.score_fusion import FUSIONS
 from tests.support.detection_cases import OPTIONS, candidate_scores, clear, naive, tensors
 
@@ -46,7 +47,7 @@ def run(inputs, options, device="cpu"):
 
 
 def defined(inputs, options):
-    return reference.detections(*inputs, *options.values())
+    return reference.detections(DetectionArguments(*inputs, **options))
 
 
 def check(inputs, device="cpu", exact=True, **changes):
@@ -241,11 +242,13 @@ def test_slots_hold_as_many_classes_as_can_survive(triton_kernels, poison, fusio
         logits[1][..., second : second + most] = 0
         threshold = 1 / most - 1e-6
         _, deltas, proposals, _, sizes = tensors(1, 1, 64)
-        *_, groups = candidates(
+        options = OPTIONS | {"fusion": fusion, "score_threshold": threshold, "min_size": 0.0, "least_side": 0.0}
+        arguments = DetectionArguments(
             [item.to(triton_kernels) for item in logits],
             *(x.to(triton_kernels) for x in (deltas, proposals, torch.tensor([[True]]), sizes)),
-            fusion, threshold, 0.0, 0.0, OPTIONS["box_weights"],
-        )  # fmt: skip
+            **options,
+        )
+        *_, groups = candidates(arguments)
         survivors = (2 if both else 1) * most
         assert groups[0, :survivors].tolist() == list(range(1, 1 + survivors))
         assert (groups[0, survivors:] == -1).all()

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from doublehead.models import conv_training
 from doublehead.ops.fused_conv import reference
+from doublehead.ops.fused_conv.arguments import FusedConvArguments
 from tests.support.paths import ROOT
 
 # What the user sets -> the precision of what replaces convolutions, and of what replaces matrix products.
@@ -73,7 +74,7 @@ def test_the_variant_that_is_launched(monkeypatch, dtype, allowed):
     monkeypatch.setattr(kernel.reference, "fused_conv", lambda *arguments: referred.append(arguments))
     monkeypatch.setattr(kernel, "convolution_precision", lambda dtype: allowed if dtype == torch.float32 else "ieee")
     x, weight = torch.zeros(49, 32, dtype=dtype), torch.zeros(64, 32, dtype=dtype)
-    kernel.fused_conv(x, weight, None, None, None, None, [7, 7], True, False)
+    kernel.fused_conv(FusedConvArguments(x, weight, None, None, None, None, [7, 7], True, False))
     exact = dtype == torch.float32 and allowed == "ieee"
     assert launched == ([] if exact else ["tf32" if dtype == torch.float32 else "ieee"])
     assert len(referred) == exact

@@ -26,7 +26,7 @@ def run_counted(boxes, scores, groups, threshold, max_output, *, padding=True, l
     indices = torch.full((batch, max_output), -7)
     counts = torch.full((batch,), -7)
     if 0 in (batch, count, max_output):
-        return indices.fill_(-1), counts.fill_(0), 0  # cuda.cu launches nothing
+        return indices.fill_(-1), counts.fill_(0), 0  # nms.cu launches nothing
     arguments = []
     for tensor in (boxes, scores):
         arguments += [tensor, strides(tensor), DTYPES.index(tensor.dtype)]
