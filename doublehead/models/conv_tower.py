@@ -202,16 +202,20 @@ class ConvTower(nn.Sequential):
         return all(type(norm) is nn.BatchNorm2d and norm.track_running_stats and norm.affine for norm in self._norms())
 
     def _infer(self, x: Tensor, count: Tensor | None) -> Tensor:
-        dtype, size = layer_dtype(x), x.shape[2:]
+        dtype = layer_dtype(x)
         tensors = [*self.parameters(), *self.buffers()]
         if torch.compiler.is_compiling():  # part of the graph; torch 2.11 does not trace the lambda below
             kinds, folded = self._fold(dtype)
         else:
             kinds, folded = self._folded.get(tensors, dtype, lambda: self._fold(dtype))
         x = x.to(dtype, memory_format=torch.channels_last)
-        non_local = [block for block in self.blocks if isinstance(block, NonLocalBlock)]
-        attention = attention_arguments(non_local[0], size) if non_local else {}
-        return conv_head(x, folded, kinds, count, **attention)
+        non_local = next((block for block in self.blocks if isinstance(block, NonLocalBlock)), None)
+        if non_local is None:
+            return conv_head(x, folded, kinds, count)
+        groups, softmax, scale = non_local.attention(x.shape[2] * x.shape[3])
+        return conv_head(
+            x, folded, kinds, count, groups=groups, softmax=softmax, scale=scale, relu=non_local.relu_after
+        )
 
     def _fold(self, dtype: torch.dtype) -> tuple[list[Block], list[Tensor]]:
         kinds, folded = [], []
@@ -266,12 +270,6 @@ def fold_non_local(block: NonLocalBlock) -> tuple[Block, list[Tensor]]:
     weight = torch.cat([layer.weight.flatten(1) for layer in layers])
     out, bias = fold_norm(block.out, block.norm)
     return Block.NON_LOCAL, [weight, torch.cat([layer.bias for layer in layers]), out.flatten(1), bias]
-
-
-def attention_arguments(block: NonLocalBlock, size: Sequence[int]) -> dict[str, int | bool | float]:
-    """How `conv_head` is told of the block's attention on maps of `size` (H, W)."""
-    groups, softmax, scale = block.attention(size[0] * size[1])
-    return {"groups": groups, "softmax": softmax, "scale": scale, "relu": block.relu_after}
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int) -> tuple[nn.Module, nn.Module]:
