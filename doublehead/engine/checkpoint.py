@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from doublehead.config import Recipe, check, from_dict, to_dict
-from doublehead.engine import digest
 from doublehead.engine import state as state_schema
 from doublehead.engine.file_kinds import other_kind
 from doublehead.engine.files import check_room, replacing
