@@ -19,6 +19,8 @@ from doublehead.exporting import onnx_file  # noqa: F401 (before `tiny`: it need
 from doublehead.models import build_detector
 from doublehead.models.heads import BRANCHES
 from tests.support.damaged_files import damaged
+from doublehead.models.readout import BRANCHES
+from tests.engine.test_damaged_states import damaged
 from tests.support.engine_standin import TinyDetector, one_thread, tiny_models  # noqa: F401 (a fixture)
 
 CLASSES, IDS = ["a", "b"], [2, 5]

@@ -5,7 +5,9 @@ device shows is in test_graph_gpu.py.
 """
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -179,10 +181,12 @@ def test_nothing_is_recorded_without_a_change(model, recorder):
 def test_folded_weights_live_as_long_as_the_graph(model, recorder):
     model.compile_graph(1, 64, 96)
     tower = model.detector.heads["conv"].tower
-    folded = tower._folded._made
-    tower._folded.forget()
-    (captured,) = model._graphs._buckets.values()
-    assert any(made is folded for made in captured._kept_alive)
+    folded = [weakref.ref(tensor) for tensor in tower.held_tensors()]
+    tower.train().eval()
+    assert tower.held_tensors() == [] and folded and all(tensor() is not None for tensor in folded)
+    model.release_graphs()
+    gc.collect()  # the stand-in's recording refers to itself
+    assert all(tensor() is None for tensor in folded)
 
 
 @torch.no_grad()
