@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import numbers
 import re
@@ -156,6 +157,7 @@ def _plain_list(text: str, item_hint: Any) -> Any:
     return [_plain(item, item_hint) for item in re.split(r"[,\s]+", text.strip(", \t")) if item]
 
 
+@functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
