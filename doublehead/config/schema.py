@@ -31,7 +31,7 @@ HeadKind = Literal[
 ]
 Norm = Literal["frozen_batch_norm", "batch_norm", "group_norm"]
 Fusion = Literal["complementary", "max", "average", "none"]
-ReadOut = Literal["fused", "split", "fc", "conv"]
+ReadOutName = Literal["fused", "split", "fc", "conv"]
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class LossConfig:
 class DetectionConfig:
     """From head outputs to detections."""
 
-    readout: ReadOut = "fused"
+    readout: ReadOutName = "fused"
     """Of Ext: `fused` classes + conv boxes, `split` fc classes + conv boxes, or `fc` / `conv` alone."""
     fusion: Fusion = "complementary"
     """How `fused` joins the two classifiers; `none` takes the fc-head's."""
