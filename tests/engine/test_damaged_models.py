@@ -17,10 +17,8 @@ from doublehead.engine.checkpoint import load_model, save_model
 from doublehead.engine.errors import CheckpointError
 from doublehead.exporting import onnx_file  # noqa: F401 (before `tiny`: it needs the real models)
 from doublehead.models import build_detector
-from doublehead.models.heads import BRANCHES
-from tests.support.damaged_files import damaged
 from doublehead.models.readout import BRANCHES
-from tests.engine.test_damaged_states import damaged
+from tests.support.damaged_files import damaged
 from tests.support.engine_standin import TinyDetector, one_thread, tiny_models  # noqa: F401 (a fixture)
 
 CLASSES, IDS = ["a", "b"], [2, 5]
