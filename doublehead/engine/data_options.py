@@ -58,10 +58,10 @@ def data_config(trained: DataConfig, given: EvaluationData) -> DataConfig:
 
 
 def check_output(path: str | None, option: str = "--out") -> None:
-    """Refuse an output file that cannot be written, before the work and not after it.
+    """Refuse an output file that cannot be written before work starts.
 
     Raises:
-        UserError: its folder does not exist or is closed, or it is a folder itself.
+        UserError: its folder does not exist or is not writable, or it is a folder itself.
     """
     if path is None:
         return
