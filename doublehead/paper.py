@@ -1,7 +1,7 @@
 """The paper's Tables 1 to 6: every row, its published numbers, and the recipes that reproduce it.
 
 Wu et al., "Rethinking Classification and Localization for Object Detection", CVPR 2020.  A leaf, like `config`: the
-recipes say in their descriptions which rows they are, `python -m doublehead.tables` prints paper beside runs.
+recipes say in their descriptions which rows they are, `doublehead tables` prints paper beside runs.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ TABLES: dict[int, Table] = {
                 ("complementary", "", "40.3/60.3/44.2", "complementary"),
             )
         ),
-        "One training, read out in four ways: python -m doublehead.evaluate RUN --fusions none max average "
+        "One training, read out in four ways: doublehead evaluate RUN --fusions none max average "
         "complementary --metrics RUN/metrics-fusions.json",
     ),
     4: Table(
@@ -126,7 +126,7 @@ TABLES: dict[int, Table] = {
         "COCO test-dev",
         SIX,
         (_row("Double-Head-Ext, R101", "double-head-ext-r101-fpn", "42.3/62.8/46.3/23.9/44.9/54.3"),),
-        "Scored by COCO's server: python -m doublehead.evaluate RUN --data.val-split test-dev2017 --out results.json. "
+        "Scored by COCO's server: doublehead evaluate RUN --data.val-split test-dev2017 --out results.json. "
         'Its numbers are shown from RUN/metrics-test-dev.json: {"data": {"val_split": "test-dev2017"}, "AP": 0.42, '
         '"AP50": ...}.',
         split="test-dev2017",
