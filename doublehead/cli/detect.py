@@ -11,29 +11,16 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import tyro
 
+from doublehead.config import MAX_PIXELS, MOST_PIXELS
 from doublehead.engine.logs import counted_warnings
-from doublehead.engine.picture_files import (
-    HOW_TO_SPLIT,
-    JSON_FILE,
-    VIDEOS,
-    Entry,
-    find_pictures,
-    output_names,
-    write_results,
-)
+from doublehead.engine.picture_files import JSON_FILE, Entry, find_pictures, write_results
 from doublehead.errors import UserError, one_line, shown_to_user
 
-if TYPE_CHECKING:
-    import torch
-
-    from doublehead.engine.streaming import Clock, Uploader
-
 PROGRAM = "doublehead detect"
-MAX_PIXELS, MOST_PIXELS = 100_000_000, 178_956_970  # as of `data.images`, which --help need not wait for
 
 
 @dataclass(frozen=True)
@@ -96,8 +83,11 @@ def run(options: Options) -> list[Entry]:
         UserError: no picture is named, or an option, the folder, the checkpoint or the device cannot be used, or the
             GPU's memory does not suffice.
     """
-    from doublehead.data.jpeg import is_strict  # these bring PyTorch: --help need not wait for it
+    import torch  # this and these are slow to import: --help need not wait for them
+
+    from doublehead.data.jpeg import is_strict
     from doublehead.engine.checkpoint import load_model
+    from doublehead.engine.detecting import detect_in_pictures
     from doublehead.engine.distributed import join_world
     from doublehead.engine.streaming import Clock
 
@@ -115,7 +105,19 @@ def run(options: Options) -> list[Entry]:
         folder = _made(Path(options.out))
         start = time.perf_counter()
         try:
-            _detect_all(model, files, folder, classes, options, clock, entries, unreadable)
+            detect_in_pictures(
+                model,
+                files,
+                folder,
+                classes,
+                on_entry=lambda entry: (unreadable if "error" in entry else entries).append(entry),
+                score_threshold=options.score_threshold,
+                batch_size=options.batch_size,
+                dtype={"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.amp],
+                threads=options.threads,
+                max_pixels=options.max_pixels,
+                clock=clock,
+            )
         except KeyboardInterrupt:
             if not entries:
                 raise
@@ -144,128 +146,6 @@ def _check(options: Options) -> None:
         raise UserError(f"{results}: is no file, and the results cannot take its place: give another --out")
     if options.threads < 0:
         raise UserError(f"--threads is {options.threads}, 0 (half of the processors) or more is accepted")
-
-
-class Picture(NamedTuple):
-    """A picture on its way, or why there is none."""
-
-    file: Path
-    name: str
-    """Of the annotated picture."""
-    image: torch.Tensor | None = None
-    """`Tensor[3, H, W]` uint8, on the host."""
-    copy: torch.Tensor | None = None
-    """On the model's device, as soon as `there`."""
-    there: torch.cuda.Event | None = None
-    error: str = ""
-    output: dict[str, torch.Tensor] | None = None
-    """What was found, on the host."""
-
-
-def _detect_all(
-    model: torch.nn.Module,
-    files: Sequence[Path],
-    folder: Path,
-    classes: list[str],
-    options: Options,
-    clock: Clock,
-    done: list[Entry],
-    unreadable: list[Entry],
-) -> None:
-    """Add each picture's entry to `done` or `unreadable`, in order.
-
-    Threads read, this one runs the model, other threads draw; only a few pictures are under way at a time.
-    """
-    from PIL import Image
-    from tqdm import tqdm
-
-    from doublehead.engine.evaluator import inference
-    from doublehead.engine.streaming import Uploader, batches, default_threads, in_order
-
-    Image.init()  # once, before many threads would do it at the same time
-    uploader = Uploader(next(model.parameters()).device)
-    threads = options.threads or default_threads()
-    names = zip(files, output_names(files, folder), strict=True)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(inference(model))
-        ahead = threads + 2 * options.batch_size
-        read = in_order(lambda item: _read(*item, uploader, clock, options.max_pixels), names, threads, ahead)
-        stack.enter_context(contextlib.closing(read))
-        found = (
-            picture
-            for batch in batches(read, options.batch_size)
-            for picture in _found(model, batch, uploader, options, clock)
-        )
-        drawn = in_order(
-            lambda item: _drawn(item, folder, classes, clock), found, threads, threads + options.batch_size
-        )
-        stack.enter_context(contextlib.closing(drawn))
-        for entry in tqdm(drawn, total=len(files), desc="detecting", unit="picture", disable=None):
-            (unreadable if "error" in entry else done).append(entry)
-
-
-def _read(file: Path, name: str, uploader: Uploader, clock: Clock, max_pixels: int) -> Picture:
-    from doublehead.data import DataError, read_image
-
-    if file.suffix.lower() in VIDEOS:
-        return Picture(file, name, error=f"a video: {HOW_TO_SPLIT}")
-    with clock.measure("reading"):
-        try:
-            image = read_image(file, upright=True, max_pixels=max_pixels)
-        except DataError as error:  # the picture is reported, the others are done
-            return Picture(file, name, error=str(error).removeprefix(one_line(f"{file}: ")))
-        return Picture(file, name, *uploader.send(image))
-
-
-def _found(
-    model: torch.nn.Module, batch: Sequence[Picture], uploader: Uploader, options: Options, clock: Clock
-) -> list[Picture]:
-    """The pictures with what the model finds in them; those that could not be read as they are."""
-    import torch
-
-    dtype = torch.float16 if options.amp == "fp16" else torch.bfloat16
-    readable = [picture for picture in batch if not picture.error]
-    with clock.measure("model"), torch.autocast(uploader.device.type, dtype, enabled=options.amp != "off"):
-        images = [uploader.receive(picture.copy, picture.there) for picture in readable]
-        try:
-            outputs = model(images) if images else []
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"the GPU's memory does not suffice for {len(images)} pictures at once, up to {readable[-1].file}: "
-                "give a smaller --batch-size, --amp bf16 or --device cpu"
-            ) from error
-        found = {}
-        for picture, output in zip(readable, outputs, strict=True):
-            output = {name: values.cpu() for name, values in output.items()}
-            keep = output["scores"] >= options.score_threshold
-            found[picture.file] = picture._replace(
-                copy=None, output={name: values[keep] for name, values in output.items()}
-            )
-    return [found.get(picture.file, picture) for picture in batch]
-
-
-def _drawn(picture: Picture, folder: Path, classes: list[str], clock: Clock) -> Entry:
-    """Draw and save a picture; its entry in the JSON."""
-    from doublehead.engine.pictures import draw_boxes, save_picture, to_picture
-
-    if picture.error:
-        return {"file": str(picture.file), "error": picture.error}
-    with clock.measure("drawing"):
-        output = picture.output
-        drawn = draw_boxes(to_picture(picture.image), output["boxes"], output["labels"], classes, output["scores"])
-        save_picture(folder / picture.name, drawn)
-        return {
-            "file": str(picture.file), "picture": picture.name, "width": drawn.width, "height": drawn.height,
-            "detections": _as_json(output, classes),
-        }  # fmt: skip
-
-
-def _as_json(output: dict[str, torch.Tensor], classes: list[str]) -> list[Entry]:
-    columns = (output[name].tolist() for name in ("labels", "scores", "boxes"))
-    return [
-        {"class": classes[label - 1], "label": label, "score": score, "box": box}
-        for label, score, box in zip(*columns, strict=True)
-    ]
 
 
 @contextlib.contextmanager

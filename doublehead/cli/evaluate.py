@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from doublehead.config import DetectionConfig, Fusion, ModelConfig, ReadOut, to_dict
+from doublehead.config import DetectionConfig, Fusion, ModelConfig, ReadOutName, to_dict
 from doublehead.engine.data_options import EvaluationData, check_output, data_config
 from doublehead.errors import UserError, config_errors, shown_to_user
 
+if TYPE_CHECKING:
+    from doublehead.models.readout import ReadOut
+
 PROGRAM = "doublehead evaluate"
-ALL_READOUTS: tuple[ReadOut, ...] = ("fused", "split", "fc", "conv")
+ALL_READOUTS: tuple[ReadOutName, ...] = ("fused", "split", "fc", "conv")
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Options:
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A model.safetensors, or the folder of a run."""
     data: EvaluationData = field(default_factory=EvaluationData)
-    readout: ReadOut | None = None
+    readout: ReadOutName | None = None
     """Of an Ext model: which head classifies and which gives the boxes."""
     fusion: Fusion | None = None
     """Of an Ext model: how `fused` joins the two classifiers."""
@@ -93,7 +96,7 @@ def measure(model, dataset, world, options: Options, data: dict, how: dict[str, 
     if options.out:
         world.on_main(lambda: write_json(options.out, results, indent=None))
     if options.metrics:
-        used = {"detection": readout_used(model.detector.detection), "data": data}
+        used = {"detection": readout_used(model.detector.readout.detection), "data": data}
         world.on_main(lambda: write_json(options.metrics, used | metrics))
     if world.is_main:
         say(format_metrics(metrics))
@@ -101,7 +104,9 @@ def measure(model, dataset, world, options: Options, data: dict, how: dict[str, 
             say(f"\n{len(results)} detections written to {options.out}")
 
 
-def measure_each(model, dataset, readouts: dict, world, options: Options, data: dict, how: dict[str, Any]) -> None:
+def measure_each(
+    model, dataset, readouts: dict[str, ReadOut], world, options: Options, data: dict, how: dict[str, Any]
+) -> None:
     """Evaluate several read-outs in one pass; write and say what was asked for."""
     from doublehead.engine.evaluator import evaluate_each, format_each
     from doublehead.engine.files import write_json
@@ -109,7 +114,9 @@ def measure_each(model, dataset, readouts: dict, world, options: Options, data: 
 
     metrics = evaluate_each(model, dataset, readouts, world, **how)
     if options.metrics:
-        each = {name: {"detection": readout_used(readouts[name][1])} | values for name, values in metrics.items()}
+        each = {
+            name: {"detection": readout_used(readouts[name].detection)} | values for name, values in metrics.items()
+        }
         world.on_main(lambda: write_json(options.metrics, {"data": data, "readouts": each}))
     if world.is_main:
         say(format_each(metrics))
@@ -142,7 +149,7 @@ def _same_file(first: str, second: str) -> bool:
     return same and (os.path.isfile(first) or not os.path.exists(first))
 
 
-def find_readouts(model, options: Options, trained: ModelConfig) -> dict[str, tuple[Any, Any]]:
+def find_readouts(model, options: Options, trained: ModelConfig) -> dict[str, ReadOut]:
     """Name -> `Detector.resolve_readout` of each read-out of --readouts and --fusions; empty without these.
 
     Raises:
@@ -172,9 +179,9 @@ def find_readouts(model, options: Options, trained: ModelConfig) -> dict[str, tu
     return found
 
 
-def untrained(readouts: dict[str, tuple[Any, Any]]) -> list[ReadOut]:
+def untrained(readouts: dict[str, ReadOut]) -> list[ReadOutName]:
     """Which read-outs `all` has left out."""
-    return [name for name in ALL_READOUTS if name not in {config.readout for _, config in readouts.values()}]
+    return [name for name in ALL_READOUTS if name not in {used.detection.readout for used in readouts.values()}]
 
 
 def set_readout(model, options: Options, trained) -> None:

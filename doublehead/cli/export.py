@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from doublehead.config import Fusion, ImageConfig, ReadOut
+from doublehead.config import Fusion, ImageConfig, ReadOutName
 from doublehead.engine.data_options import check_output
 from doublehead.errors import UserError, config_errors, shown_to_user
 
@@ -45,7 +45,7 @@ class Options:
     """As height.  Give both the longer side to serve portrait pictures too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Of a package: where it will run; `auto`: CUDA where there is one, else CPU."""
-    readout: ReadOut | None = None
+    readout: ReadOutName | None = None
     """Of an Ext model: which head classifies and which gives the boxes."""
     fusion: Fusion | None = None
     """Of an Ext model: how `fused` joins the two classifiers."""
@@ -94,7 +94,7 @@ def run(options: Options) -> None:
     model, recipe, classes, category_ids = load_model(options.checkpoint)
     with config_errors():
         set_readout(model, options, recipe.model.detection)
-    detection = model.detector.detection
+    detection = model.detector.readout.detection
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, detection=detection))
     height, width = input_size(recipe.model.image, options.height, options.width)
 

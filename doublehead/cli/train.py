@@ -12,10 +12,10 @@ from typing import Annotated
 
 import tyro
 
-from doublehead.config import DataConfig, ModelConfig, Recipe, TrainConfig
+from doublehead.config import DataConfig, ModelConfig, Recipe, TrainConfig, check
 from doublehead.engine.files import new_run_folder, read_recipe
 from doublehead.engine.schedule import describe, scaled
-from doublehead.errors import UserError, shown_to_user
+from doublehead.errors import UserError, config_errors, shown_to_user
 from doublehead.recipes import RECIPES
 
 DEFAULT_RECIPE = "shapes-ext"
@@ -73,13 +73,15 @@ def parse(arguments: Sequence[str]) -> tuple[Recipe, Options]:
         default=Options(recipe.data, recipe.train, recipe.model),
         args=arguments,
     )
+    with config_errors():
+        check(Recipe(data=options.data, train=options.train, model=options.model))
     if options.resume and options.out:
         raise UserError("--out and --resume exclude each other: a resumed run stays in its folder")
     if options.resume and options.model != recipe.model:
         raise UserError("--resume goes on with the model as it is: leave the --model options out")
     train = options.train
     alone = _gives("--train.steps", arguments) and not _gives("--train.milestones", arguments)
-    if alone and train.steps > 0 and not options.resume:
+    if alone and not options.resume:
         # Of a run that goes on, the schedule stays: its steps so far were made by it.
         train = scaled(train, recipe.train.steps, warmup=not _gives("--train.warmup-steps", arguments))
     return replace(recipe, data=options.data, train=train, model=options.model), options

@@ -19,15 +19,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-import doublehead
-from doublehead.config import Recipe, from_dict, to_dict
-from doublehead.engine import digest
+from doublehead.config import Recipe, check, from_dict, to_dict
 from doublehead.engine import state as state_schema
 from doublehead.engine.file_kinds import other_kind
 from doublehead.engine.files import check_room, replacing
 from doublehead.engine.schema import Mismatch, is_finite, items, text, whole
 from doublehead.errors import CheckpointError
-from doublehead.weights import read_plain
+from doublehead.version import __version__
+from doublehead.weights import digest, read_plain
 from doublehead.weights.wrappers import COUNTERS, without_wrappers
 
 MODEL_FILE = "model.safetensors"
@@ -62,17 +61,18 @@ def save_model(
             several devices.
 
     Raises:
-        CheckpointError: the classes cannot be those of a model, or the file cannot be written (disk full, no
-            permission); an older one stays.
+        CheckpointError: the recipe or the classes are none that `load_model` accepts, or the file cannot be written
+            (disk full, no permission); an older one stays.
     """
     try:
         tensors = _unwrapped({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
         _check_labels(list(classes), [int(i) for i in category_ids])
+        check(recipe)  # `load_model` does too
     except ValueError as error:
         raise CheckpointError(f"{path}: not written: {error}") from error
     metadata = {
         "format": _MODEL_FORMAT,
-        "version": getattr(doublehead, "__version__", "unknown"),
+        "version": __version__,
         "step": str(step),
         "recipe": json.dumps(to_dict(recipe)),
         "classes": json.dumps(list(classes)),

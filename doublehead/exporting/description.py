@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-import doublehead
-
 from ..config import ImageConfig, Recipe, to_dict
+from ..version import __version__
 
 FORMAT = "doublehead.exported/1"
 INPUTS = ("pixels", "sizes")
@@ -44,7 +43,7 @@ def describe(
     return {
         "format": FORMAT,
         "kind": kind,
-        "doublehead": doublehead.__version__,
+        "doublehead": __version__,
         "torch": torch.__version__,
         "device": device,
         "machine": machine(device),

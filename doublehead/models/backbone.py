@@ -194,7 +194,7 @@ def _load_checkpoint(backbone: nn.Module, path: Path) -> None:
     """
     import safetensors  # only here: models themselves need PyTorch and torchvision alone
 
-    from ..engine import digest
+    from ..weights import digest
 
     try:
         with safetensors.safe_open(path, framework="pt") as file:

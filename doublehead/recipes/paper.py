@@ -1,4 +1,4 @@
-"""A recipe for every row of the paper's Tables 1 to 6 (which row is which: `doublehead.paper`).
+"""A recipe for every row of the paper's Tables 1 to 6 (`doublehead.paper` says which is which).
 
 All follow PAPER section 5.1: COCO 2017 (train 118k, val 5k), 8 images a step, 180k steps.  Where text and the authors'
 release differ, heads and training follow the release, which gave the published numbers: the conv-head pools boxes

@@ -1,6 +1,7 @@
 """Detectron2 made faster, against a stand-in of its call signatures with plain maths."""
 
 import sys
+import warnings
 from types import ModuleType
 
 import pytest
@@ -85,7 +86,7 @@ def package(monkeypatch):
     monkeypatch.setitem(sys.modules, "not_detectron2", ModuleType("not_detectron2"))
     sys.modules["not_detectron2"].nms = nms
     yield sys.modules
-    detectron2.restore()
+    detectron2.unpatch()
 
 
 def features():
@@ -101,7 +102,7 @@ def test_pooler(package, kind, ratio, canonical):
     maps, boxes = features(), random_boxes(30)
     arguments = (maps, [Boxes(boxes[:12]), Boxes(boxes[12:])])
     expected = pooler(*arguments)
-    detectron2.accelerate()
+    detectron2.patch()
     found = pooler(*arguments)
     assert type(found.grad_fn) is not type(expected.grad_fn)  # it is ours
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -116,12 +117,12 @@ def test_the_level_of_a_box_on_the_border_is_detectron2s(package):
     pooler, maps = ROIPooler(3, [1 / 4, 1 / 8, 1 / 16], 2, "ROIAlignV2", 20, 2), features()
     boxes = [Boxes(torch.tensor([[0, 0, 39.99998, 39.99998]])), Boxes(torch.zeros(0, 4))]
     expected = pooler(maps, boxes)
-    detectron2.accelerate()
+    detectron2.patch()
     torch.testing.assert_close(pooler(maps, boxes), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_other_pooling_stays_theirs(package):
-    detectron2.accelerate()
+    detectron2.patch()
     pooler = ROIPooler(3, [1 / 4, 1 / 8, 1 / 16], 0, "ROIPool")
     assert (pooler(features(), [Boxes(random_boxes(2))] * 2) == 7).all()
 
@@ -130,7 +131,7 @@ def test_single_layer(package):
     layer, maps, boxes = ROIAlign((2, 3), 1 / 4, 0), features(), random_boxes(9)
     rois = torch.cat((torch.tensor([[0.0], [1], [1]] * 3), boxes), 1)
     expected = layer(maps[0], rois)
-    detectron2.accelerate()
+    detectron2.patch()
     torch.testing.assert_close(layer(maps[0], rois), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -138,8 +139,8 @@ def test_suppression_in_all_its_modules(package):
     boxes, scores = random_boxes(120), torch.rand(120)
     groups = torch.randint(0, 4, (120,))
     expected = nms(boxes, scores, 0.4), batched_nms(boxes, scores, groups, 0.4)
-    detectron2.accelerate()
-    detectron2.accelerate()
+    detectron2.patch()
+    detectron2.patch()
     layers, user = package["detectron2.layers"], package["detectron2.modeling.user"]
     assert layers.nms is not nms and user.nms is layers.nms and user.suppress is layers.batched_nms is not batched_nms
     assert package["not_detectron2"].nms is nms
@@ -147,20 +148,35 @@ def test_suppression_in_all_its_modules(package):
     assert user.suppress(boxes, scores, groups, 0.4).tolist() == expected[1].tolist()
 
 
-def test_restore(package):
+def test_unpatch(package):
     methods = ROIPooler.forward, ROIAlign.forward
-    detectron2.restore()  # nothing to undo
-    detectron2.accelerate()
+    detectron2.unpatch()  # nothing to undo
+    detectron2.patch()
     assert ROIPooler.forward is not methods[0] and ROIAlign.forward is not methods[1]
     package["detectron2.modeling.user"].later = package["detectron2.layers"].nms  # imported since
-    detectron2.restore()
+    detectron2.unpatch()
     assert (ROIPooler.forward, ROIAlign.forward) == methods
     user = package["detectron2.modeling.user"]
     assert (user.nms, user.suppress, user.later) == (nms, batched_nms, nms)
     assert (package["detectron2.layers"].nms, package["detectron2.layers"].batched_nms) == (nms, batched_nms)
 
 
+def test_former_names(package):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        detectron2.accelerate()
+        detectron2.accelerate()
+        assert package["detectron2.layers"].nms is not nms
+        detectron2.restore()
+        detectron2.restore()
+    assert package["detectron2.layers"].nms is nms
+    names = [(f"doublehead.interop.detectron2.{old}", f"doublehead.interop.detectron2.{new}")
+             for old, new in (("accelerate", "patch"), ("restore", "unpatch"))]  # fmt: skip
+    assert [str(warning.message) for warning in caught] == [f"{old} is now called {new}" for old, new in names]
+    assert all(warning.category is DeprecationWarning and warning.filename == __file__ for warning in caught)
+
+
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "detectron2", None)
     with pytest.raises(ImportError, match="detectron2.layers cannot be imported .*doublehead convert"):
-        detectron2.accelerate()
+        detectron2.patch()

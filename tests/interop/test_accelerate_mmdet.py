@@ -123,7 +123,7 @@ def package(monkeypatch):
         vars(module).update(attributes, __path__=[])
         monkeypatch.setitem(sys.modules, name, module)
     yield sys.modules
-    mmdet.restore()
+    mmdet.unpatch()
 
 
 def features(strides=(4, 8, 16)):
@@ -142,7 +142,7 @@ def rois_of(number):
 def test_extractor(package, layer, factor, strides):
     extractor, maps, rois = SingleRoIExtractor(strides, **layer), features(strides), rois_of(30)
     expected = extractor(maps, rois, factor)
-    mmdet.accelerate()
+    mmdet.patch()
     found = extractor(maps, rois, factor)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     grads = (torch.autograd.grad(y.square().sum(), maps, allow_unused=True) for y in (found, expected))
@@ -156,7 +156,7 @@ def test_the_level_of_a_box_on_the_border_is_mmdets(package):
     """torchvision's rule would take this box to the next level."""
     extractor, maps, rois = SingleRoIExtractor(), features(), torch.tensor([[0, 0, 0, 39.999977, 39.999977]])
     expected = extractor(maps, rois)
-    mmdet.accelerate()
+    mmdet.patch()
     torch.testing.assert_close(extractor(maps, rois), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -164,7 +164,7 @@ def test_the_level_of_a_box_on_the_border_is_mmdets(package):
 def test_an_extractor_with_a_rule_of_its_own_keeps_it(package):
     extractor, maps, rois = OtherRule(), features(), rois_of(10)
     expected = extractor(maps, rois)
-    mmdet.accelerate()
+    mmdet.patch()
     torch.testing.assert_close(extractor(maps, rois), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -172,7 +172,7 @@ def test_an_extractor_with_a_rule_of_its_own_keeps_it(package):
 def test_roi_align_function(package):
     (x,), rois = features((4,)), rois_of(6)
     expected = roi_align(x, rois, (2, 3), 0.25)
-    mmdet.accelerate()
+    mmdet.patch()
     fast = package["mmcv.ops"].roi_align
     assert fast is not roi_align
     torch.testing.assert_close(fast(x, rois, (2, 3), 0.25), expected, rtol=1e-4, atol=1e-5)
@@ -185,7 +185,7 @@ def test_roi_align_function(package):
 def test_nms(package, options):
     boxes, scores = random_boxes(90), torch.rand(90)
     expected = nms(boxes, scores, 0.4, **options)
-    mmdet.accelerate()
+    mmdet.patch()
     fast = package["mmcv.ops"].nms
     torch.testing.assert_close(fast(boxes, scores, 0.4, **options), expected)
     torch.testing.assert_close(fast(boxes, scores, iou_thr=0.4, **options), expected)
@@ -203,7 +203,7 @@ def test_batched_nms(package, options, more):
     config = {"type": "nms", "iou_threshold": 0.4, **options, **more}
     before = copy.deepcopy(config)
     expected = batched_nms(boxes, scores, groups, config)
-    mmdet.accelerate()
+    mmdet.patch()
     torch.testing.assert_close(package["mmdet.models.user"].suppress(boxes, scores, groups, config), expected)
     assert config == before
 
@@ -211,7 +211,7 @@ def test_batched_nms(package, options, more):
 @stand_ins
 def test_other_suppression_stays_mmcvs(package):
     boxes, scores, groups = random_boxes(9), torch.rand(9), torch.zeros(9)
-    mmdet.accelerate()
+    mmdet.patch()
     fast = package["mmcv.ops"].batched_nms
     torch.testing.assert_close(fast(boxes, scores, groups, None), batched_nms(boxes, scores, groups, None))
     assert fast(boxes, scores, groups, {"type": "soft_nms", "iou_threshold": 0.5}) == "mmcv's other types"
@@ -222,22 +222,38 @@ def test_other_suppression_stays_mmcvs(package):
 
 
 @stand_ins
-def test_restore(package):
+def test_unpatch(package):
     methods = RoIAlign.forward, SingleRoIExtractor.forward
-    mmdet.accelerate()
-    mmdet.accelerate()
+    mmdet.patch()
+    mmdet.patch()
     assert package["mmdet.models.user"].suppress is package["mmcv.ops"].batched_nms is not batched_nms
-    mmdet.restore()
+    mmdet.unpatch()
     assert (RoIAlign.forward, SingleRoIExtractor.forward) == methods
     operators = package["mmcv.ops"]
     assert (operators.nms, operators.batched_nms, operators.roi_align) == (nms, batched_nms, roi_align)
     assert package["mmdet.models.user"].suppress is batched_nms
 
 
+@stand_ins
+def test_former_names(package):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mmdet.accelerate()
+        mmdet.accelerate()
+        assert package["mmcv.ops"].nms is not nms
+        mmdet.restore()
+        mmdet.restore()
+    assert package["mmcv.ops"].nms is nms
+    names = [(f"doublehead.interop.mmdet.{old}", f"doublehead.interop.mmdet.{new}")
+             for old, new in (("accelerate", "patch"), ("restore", "unpatch"))]  # fmt: skip
+    assert [str(warning.message) for warning in caught] == [f"{old} is now called {new}" for old, new in names]
+    assert all(warning.category is DeprecationWarning and warning.filename == __file__ for warning in caught)
+
+
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "mmcv", None)
     with pytest.raises(ImportError, match="mmcv cannot be imported .*mmcv-lite"):
-        mmdet.accelerate()
+        mmdet.patch()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -249,7 +265,7 @@ def detector(monkeypatch):
     """Faster R-CNN of mmdet's own configuration, made small, with lively random weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about mmcv's version, among others
-        mmdet.accelerate()
+        mmdet.patch()
         from mmdet.registry import MODELS
         from mmdet.utils import register_all_modules
         from mmengine.config import Config
@@ -280,7 +296,7 @@ def detector(monkeypatch):
         with torch.no_grad():
             layer.weight.mul_(size / max(outputs))
     yield model.double()
-    mmdet.restore()
+    mmdet.unpatch()
 
 
 def predict(model):
@@ -322,7 +338,7 @@ def plain_compiled_operators(monkeypatch) -> None:
 def test_mmdets_faster_rcnn(detector, monkeypatch):
     """Without compiled operators it runs on ours; with plain ones in their place its own code says the same."""
     found = predict(detector)
-    mmdet.restore()
+    mmdet.unpatch()
     if getattr(compiled_part(), "__file__", None) is None:
         with pytest.raises(NotImplementedError, match="nms is compiled code"):
             predict(detector)
@@ -363,7 +379,7 @@ def test_mmdets_faster_rcnn_trains(detector):
 def test_mmcvs_own_code_agrees(detector, monkeypatch):
     """The functions, against mmcv's Python around plain operators."""
     ours = copy.copy(vars(sys.modules["mmcv.ops.nms"]))
-    mmdet.restore()
+    mmdet.unpatch()
     if getattr(compiled_part(), "__file__", None) is None:
         plain_compiled_operators(monkeypatch)
     theirs = vars(sys.modules["mmcv.ops.nms"])

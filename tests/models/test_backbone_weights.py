@@ -14,10 +14,9 @@ from safetensors.torch import save, save_file
 from torchvision.ops import FrozenBatchNorm2d
 
 from doublehead.config import BackboneConfig
-from doublehead.engine import digest
 from doublehead.models import backbone
 from doublehead.models.backbone import build_backbone
-from doublehead.weights import WeightsError, read_file, resnet_state
+from doublehead.weights import WeightsError, digest, read_file, resnet_state
 from doublehead.weights.resnets import caffe2_name
 
 CONFIG = BackboneConfig("resnet18", weights=None, fpn_channels=8)

@@ -159,7 +159,7 @@ def launch(
     before=None,
     draw=False,
 ):
-    """Start `python -m doublehead.<command> arguments` with `TinyDetector`; one process of `size`.
+    """Start `doublehead COMMAND arguments` with `TinyDetector`; one process of `size`.
 
     Its output goes to `output`.  `before` is called in the new process first.  Without `draw` the curves, which
     take as long as all the rest, are not drawn.  Returns the started process.

@@ -1,4 +1,4 @@
-"""Detectron2 on this library's operators: RoI pooling and NMS."""
+"""Patches Detectron2 to use our RoI pooling and NMS."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from ..patching import Patch, import_or_explain
 _patch: Patch | None = None
 
 
-def accelerate() -> None:
-    """Let Detectron2 pool RoIs and suppress boxes with this library's operators, until `restore`.
+def patch() -> None:
+    """Make Detectron2 use this library's RoI pooling and NMS in the whole process, until `unpatch`.
 
-    Everything in this process is faster afterwards, models that are built already too: the methods of
-    `detectron2.modeling.poolers.ROIPooler` and `detectron2.layers.ROIAlign` are replaced, and `nms` and `batched_nms`
-    of `detectron2.layers` in all modules of Detectron2.  Your own modules have the fast functions if they look them up
-    in `detectron2.layers` at the call, or import them from there afterwards.  A second call changes nothing.
+    This affects every model, including those already built: the `forward` methods of
+    `detectron2.modeling.poolers.ROIPooler` and `detectron2.layers.ROIAlign` are replaced, and so are `nms` and
+    `batched_nms` of `detectron2.layers` in all modules of Detectron2.  Your own modules get the fast functions if they
+    look them up in `detectron2.layers` at the call, or import them from there after `patch`.  A second call changes
+    nothing.
 
-    The results are those of Detectron2: its level rule, `ROIAlign` (aligned=False) and `ROIAlignV2` (aligned=True),
-    adaptive sampling, lists of `Boxes`.  16-bit boxes are not rounded to the features' dtype first.  `ROIPool` and
-    `ROIAlignRotated` stay Detectron2's.  Call `restore` before tracing, scripting or export.
+    The results are Detectron2's: its level rule, `ROIAlign` (aligned=False) and `ROIAlignV2` (aligned=True), adaptive
+    sampling, lists of `Boxes`.  Boxes are not rounded to the features' 16-bit dtype first.  `ROIPool` and
+    `ROIAlignRotated` stay Detectron2's.  Call `unpatch` before tracing, scripting or export.
 
     Raises:
         ImportError: Detectron2 cannot be imported.
@@ -32,8 +33,8 @@ def accelerate() -> None:
     _patch.apply()
 
 
-def restore() -> None:
-    """Undo `accelerate`; without it, nothing happens."""
+def unpatch() -> None:
+    """Undo `patch`, if it was called."""
     global _patch
     if _patch is not None:
         _patch.undo()
@@ -41,7 +42,7 @@ def restore() -> None:
 
 
 def _make() -> Patch:
-    caller = "doublehead.interop.detectron2.accelerate"
+    caller = "doublehead.interop.detectron2.patch"
     advice = ("install Detectron2 for this Python and torch (https://github.com/facebookresearch/detectron2); "
               "where it does not install, `doublehead convert` brings its weights here")  # fmt: skip
     layers = import_or_explain("detectron2.layers", caller, advice)
@@ -88,7 +89,7 @@ def _align(self, input: Tensor, rois: Tensor) -> Tensor:
     ).contiguous()
 
 
-# Functions of their own: `restore` finds them by identity, and must not find what others hold.
+# Not `ops.nms` itself: `unpatch` finds functions by identity, and others may hold `ops.nms` on purpose.
 
 
 def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:

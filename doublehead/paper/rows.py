@@ -1,50 +1,15 @@
-"""The paper's Tables 1 to 6: every row, its published numbers, and the recipes that reproduce it.
-
-Wu et al., "Rethinking Classification and Localization for Object Detection", CVPR 2020.  A leaf, like `config`: the
-recipes say in their descriptions which rows they are, `doublehead tables` prints paper beside runs.
-"""
+"""The rows of the paper's Tables 1 to 6, copied from it, and the recipe of each."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from doublehead.paper_extras import TABLE_2_PARAMETERS, TABLE_5_OTHERS, OtherMethod
+from .others import TABLE_5_OTHERS
+from .schema import Row, Table
 
 SIX = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 THREE = SIX[:3]
 
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a table."""
-
-    label: str
-    """As in the paper."""
-    recipe: str
-    """Its recipe; several rows may share a training."""
-    published: tuple[float, ...]
-    """Percent, in the order of the table's columns."""
-    miniature: str | None = None
-    """The recipe of the same row in miniature (`doublehead.recipes.miniature`)."""
-    fusion: str | None = None
-    """Read the trained model out with this fusion (Table 3)."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table of the paper."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    note: str = ""
-    """What one has to know to compare."""
-    split: str | None = None
-    """Measured on this split, not on the one the recipe validates on."""
-    parameters: tuple[float | None, ...] = ()
-    """Of the rows' conv-heads, in M = 2^20; empty: the table has no such column."""
-    others: tuple[OtherMethod, ...] = ()
-    """Rows of other methods, which have no recipe here."""
+TABLE_2_PARAMETERS = (None, 1.06, 2.13, 3.19, 4.25, 5.31, 6.38, 7.44, 4.13, 7.19, 10.25)
+"""The conv-head's parameters in each row, in M = 2^20; None: the FPN baseline, which has no conv-head."""
 
 
 def _row(label: str, recipe: str, published: str, miniature: str | None = None, fusion: str | None = None) -> Row:
@@ -147,5 +112,5 @@ TABLES: dict[int, Table] = {
 
 
 def rows_of(recipe: str) -> list[tuple[int, Row]]:
-    """The rows, with their tables' numbers, that `recipe` is for."""
+    """The rows that `recipe` reproduces, each with the number of its table."""
     return [(number, row) for number, table in TABLES.items() for row in table.rows if row.recipe == recipe]

@@ -1,4 +1,4 @@
-"""MMDetection on this library's operators: RoI pooling and NMS, also where mmcv has no compiled operators."""
+"""Patches MMDetection to use our RoI pooling and NMS, also where mmcv has no compiled operators."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from ..patching import Patch, import_or_explain
 from . import mmcv_ops
 
 _patch: Patch | None = None
-CALLER = "doublehead.interop.mmdet.accelerate"
+CALLER = "doublehead.interop.mmdet.patch"
 
 
-def accelerate() -> None:
-    """Let MMDetection pool RoIs and suppress boxes with this library's operators, until `restore`.
+def patch() -> None:
+    """Make MMDetection use this library's RoI pooling and NMS in the whole process, until `unpatch`.
 
-    Everything in this process is faster afterwards, models that are built already too: `RoIAlign` and
-    `SingleRoIExtractor` have other `forward` methods, and `nms`, `batched_nms` and `roi_align` of `mmcv.ops` are
-    replaced in all modules of mmcv and mmdet.  Your own modules have the fast functions if they look them up in
-    `mmcv.ops` at the call, or import them from there afterwards.  A second call changes nothing.
+    This affects every model, including those already built: the `forward` methods of `RoIAlign` and
+    `SingleRoIExtractor` are replaced, and so are `nms`, `batched_nms` and `roi_align` of `mmcv.ops` in all modules of
+    mmcv and mmdet.  Your own modules get the fast functions if they look them up in `mmcv.ops` at the call, or import
+    them from there after `patch`.  A second call changes nothing.
 
     The results are mmcv's: its level rule, `aligned`, adaptive sampling, `(dets, keep)`, `nms_cfg` with
-    `class_agnostic`, `max_num`, `score_threshold` and `split_thr`.  What is not served goes to mmcv as before:
+    `class_agnostic`, `max_num`, `score_threshold` and `split_thr`.  Calls that are not supported still go to mmcv:
     `pool_mode="max"`, `offset=1`, soft-NMS and other types, rotated boxes.
 
-    mmcv without compiled operators (`mmcv-lite`, the one that installs with current torch) is enough: call this before
-    `mmdet` is imported.  What is replaced here then works, all else in `mmcv.ops` raises `NotImplementedError` by name
-    when called.  mmdet 3.3 refuses to be imported with mmcv 2.2, by number alone; here it is imported all the same,
-    with a warning.
+    mmcv without compiled operators is enough (`mmcv-lite`, which installs with current torch): call `patch` before
+    `mmdet` is imported.  The functions above then work; every other operator in `mmcv.ops` raises a
+    `NotImplementedError` with its name when called.  mmdet 3.3 refuses to be imported with mmcv 2.2 because of its
+    version number alone; `patch` imports it anyway, with a warning.
 
     Raises:
         ImportError: mmcv or mmdet cannot be imported.
@@ -43,8 +43,8 @@ def accelerate() -> None:
     _patch.apply()
 
 
-def restore() -> None:
-    """Undo `accelerate`; without it, nothing happens.  Without compiled operators, mmcv's then raise when called."""
+def unpatch() -> None:
+    """Undo `patch`, if it was called.  Where mmcv has no compiled operators, its own then raise when called."""
     global _patch
     if _patch is not None:
         _patch.undo()
@@ -93,9 +93,9 @@ def _import_mmdet(mmcv: ModuleType) -> None:
 
 @contextlib.contextmanager
 def _stand_in_for_compiled_operators() -> Iterator[None]:
-    """Where mmcv has no compiled part, `mmcv.ops` can be imported inside; its operators raise when called.
+    """Within this context `mmcv.ops` can be imported even without its compiled module; operators raise when called.
 
-    Afterwards the stand-in is gone again: mmengine looks for the part, to find out what kind of mmcv this is.
+    The stand-in is removed afterwards, because mmengine looks for the module to tell mmcv from mmcv-lite.
     """
     try:
         importlib.import_module("mmcv._ext")
