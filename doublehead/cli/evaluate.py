@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from doublehead.cli.outputs import check_output
 from doublehead.config import DetectionConfig, Fusion, ModelConfig, ReadOutName, to_dict
-from doublehead.engine.data_options import EvaluationData, check_output, data_config
+from doublehead.engine.data_options import EvaluationData, data_config
 from doublehead.errors import UserError, config_errors, shown_to_user
 
 if TYPE_CHECKING:

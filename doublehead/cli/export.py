@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from doublehead.cli.outputs import check_output
 from doublehead.config import Fusion, ImageConfig, ReadOutName
-from doublehead.engine.data_options import check_output
 from doublehead.errors import UserError, config_errors, shown_to_user
 
 if TYPE_CHECKING:

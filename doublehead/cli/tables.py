@@ -72,7 +72,7 @@ def print_tables(options: Options, numbers: Sequence[int]) -> None:
         UserError: `--runs` is no folder, or `--out` cannot be written.
     """
     from doublehead.analysis.tables import Found, as_csv, as_text, collect, compare
-    from doublehead.engine.data_options import check_output
+    from doublehead.cli.outputs import check_output
     from doublehead.engine.files import write_text
 
     check_output(options.out)
