@@ -157,8 +157,9 @@ def test_the_warning_names_the_line_that_imports(tmp_path, monkeypatch):
     assert [(warning.filename, warning.lineno) for warning in caught] == [(str(script), 1), (str(script), 3)]
 
 
-def test_worker_processes_do_not_repeat_it(capsys):
+def test_worker_processes_do_not_repeat_it(monkeypatch, capsys):
     """A process that Python starts afresh imports the former module as `__mp_main__`."""
+    monkeypatch.delitem(sys.modules, "doublehead.tables", raising=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)
         runpy.run_module("doublehead.tables", run_name="__mp_main__", alter_sys=True)
