@@ -11,7 +11,7 @@ import torch
 from doublehead.config import DetectionConfig, LossConfig
 from doublehead.models import build_detector
 from doublehead.models.readout import EXT_SOURCES, ReadOut, Sources, resolve_readout
-from tests.models.test_static import batch, lively, tiny
+from tests.support.tiny_detectors import batch, lively, tiny
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import torch
 
 from doublehead.ops import detections
 from doublehead.ops.detections import reference
+from doublehead.ops.detections.arguments import DetectionArguments
 from doublehead.ops.score_fusion import FUSIONS
 from tests.support.detection_cases import OPTIONS, clear
 
@@ -20,7 +21,7 @@ def run(inputs, options, device="cpu"):
 
 
 def defined(inputs, options):
-    return reference.detections(*inputs, *options.values())
+    return reference.detections(DetectionArguments(*inputs, **options))
 
 
 def check(inputs, device="cpu", exact=True, **changes):
