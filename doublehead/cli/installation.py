@@ -1,4 +1,4 @@
-"""What this installation is: versions, compiled parts, and what serves each operator on each device."""
+"""A report of the installation: versions, compiled parts, and what runs each operator on each device."""
 
 import importlib
 import platform
@@ -90,7 +90,7 @@ def _switch(owner: object) -> str:
 
 
 def _refused_gpus() -> list[str]:
-    """Which GPUs no Triton kernel serves, and why; of the whole machine the table has said it."""
+    """The GPUs on which no Triton kernel runs, and why; empty where the table says so for the whole machine."""
     if not torch.cuda.is_available() or _fallback.refusal() is not None:
         return []
     names = ", ".join(sorted(_library.TRITON_KERNELS))
@@ -121,7 +121,7 @@ def _parts() -> list[str]:
 
 
 def _operators() -> list[str]:
-    """A line for each operator: what serves it on each device."""
+    """A line for each operator: what runs it on each device."""
     width = max(len(name) for name in _library.SCHEMAS)
     lines = [f"{'operator':{width}}  " + "  ".join(f"{device:9}" for device in DEVICES).rstrip()]
     reasons = {}
