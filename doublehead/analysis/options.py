@@ -1,4 +1,4 @@
-"""What each sub-command of `python -m doublehead.analyze` takes."""
+"""What each sub-command of `doublehead analyze` takes."""
 
 from __future__ import annotations
 
