@@ -20,9 +20,13 @@ from doublehead.ops.batch_norm import batch_norm_act_apply  # noqa: E402
 from doublehead.ops.batch_norm import reference as batch_norm_reference  # noqa: E402
 from doublehead.ops.conv_head import Block  # noqa: E402
 from doublehead.ops.conv_head import reference as conv_head_reference  # noqa: E402
+from doublehead.ops.conv_head.arguments import pack  # noqa: E402
 from doublehead.ops.detections import reference as detections_reference  # noqa: E402
+from doublehead.ops.detections.arguments import DetectionArguments  # noqa: E402
 from doublehead.ops.image_batch import reference as image_batch_reference  # noqa: E402
+from doublehead.ops.image_batch.arguments import ImageBatchArguments  # noqa: E402
 from doublehead.ops.nms import reference as nms_reference  # noqa: E402
+from doublehead.ops.non_local import Attention  # noqa: E402
 from doublehead.ops.non_local import reference as non_local_reference  # noqa: E402
 from doublehead.ops.roi_align import reference as roi_align_reference  # noqa: E402
 from doublehead.ops.score_fusion import reference as score_fusion_reference  # noqa: E402
@@ -163,7 +167,7 @@ def detections(device, dtype):
         if detection_cases.clear(given, options):
             break
     expected, exact = (
-        detections_reference.detections(*moved(given, dtype=wide), *options.values())
+        detections_reference.detections(DetectionArguments(*moved(given, dtype=wide), **options))
         for wide in (torch.float32, torch.float64)
     )
     actual = ops.detections(*moved(given, device), **options)
@@ -190,7 +194,7 @@ def non_local_attention(device, dtype):
             ("backward", backward, non_local_reference.non_local_attention_backward, (grad, qkv)),
         ):
             plain, exact = (
-                function(*moved(given, where, wide), *attention) for where, wide in each(device, dtype)
+                function(*moved(given, where, wide), Attention(*attention)) for where, wide in each(device, dtype)
             )  # fmt: skip
             yield from compare(actual, plain, exact, f"{name}, {cells} cells, softmax {softmax}")
 
@@ -251,7 +255,9 @@ def conv_head(device, dtype):
     x = normal(number, channels, 7, 7).contiguous(memory_format=torch.channels_last)
     given = moved((x, tensors, blocks, torch.tensor(number - 1)), dtype=dtype)
     attention = 1, False, 1 / 49, True
-    plain, exact = (conv_head_reference.conv_head(*moved(given, *there), *attention) for there in each(device, dtype))
+    plain, exact = (
+        conv_head_reference.conv_head(*pack(*moved(given, *there), *attention)) for there in each(device, dtype)
+    )
     with torch.no_grad():
         actual = ops.conv_head(*moved(given, device), groups=1, softmax=False, scale=1 / 49, relu=True)
     yield from compare(actual, plain, exact, "forward", roundings=len(shapes), eps=convolution_eps(device, dtype))
@@ -325,6 +331,7 @@ def image_batch(device, dtype):
     rest = 20 * factor, 24 * factor, [0.4, 0.5, 0.6], [0.2, 0.25, 0.3], True, False
     for channels_last in (False, True):
         actual = OPS.image_batch(moved(images, device), sizes, *rest, dtype, channels_last)
-        plain = image_batch_reference.image_batch(moved(images, device), sizes, *rest, dtype, channels_last)
-        exact = image_batch_reference.image_batch(images, sizes, *rest, torch.float64, channels_last)
+        arguments = ImageBatchArguments(moved(images, device), sizes, *rest, dtype, channels_last)
+        plain = image_batch_reference.image_batch(arguments)
+        exact = image_batch_reference.image_batch(arguments._replace(images=images, dtype=torch.float64))
         yield from compare(actual, plain, exact, "NHWC" if channels_last else "NCHW")

@@ -1,7 +1,7 @@
 // The operators' arguments, as they stand in their schema after the tensors, and what must hold for them.
 #pragma once
 
-#include "../common.h"
+#include "common.h"
 #include "roi_align.h"
 
 #include <utility>

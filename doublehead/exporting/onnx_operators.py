@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..ops.boxes import clip_boxes, decode_boxes
+from ..ops.detections.arguments import DetectionArguments
 from ..ops.detections.reference import class_scores, large
 from ..ops.roi_align import reference as roi_align
 
@@ -125,22 +126,20 @@ def nms_padded(boxes, scores, groups, iou_threshold, max_output, number_of_group
     return torch.where(found, indices, -1), found.sum(1)
 
 
-def detections(
-    logits, deltas, proposals, valid, sizes, fusion, score_threshold, nms_iou, max_detections, min_size, least_side,
-    box_weights,
-):  # fmt: skip
+def detections(*arguments):
     """`doublehead.ops.detections`: every class of an image is suppressed as an image of its own."""
-    scores = class_scores(logits, fusion)[..., 1:]
+    args = DetectionArguments(*arguments)
+    scores = class_scores(args.logits, args.fusion)[..., 1:]
     batch, rois, classes = scores.shape
-    decoded = decode_boxes(deltas[:, :, 1:], proposals[:, :, None], box_weights).flatten(1, 2)
-    boxes = clip_boxes(decoded, sizes, least_side)
-    sound = large(boxes, min_size) & (decoded.abs() < float("inf")).all(-1)
-    candidate = (scores > score_threshold) & valid[..., None] & sound.view(batch, rois, classes)
+    decoded = decode_boxes(args.deltas[:, :, 1:], args.proposals[:, :, None], args.box_weights).flatten(1, 2)
+    boxes = clip_boxes(decoded, args.sizes, args.least_side)
+    usable = large(boxes, args.min_size) & (decoded.abs() < float("inf")).all(-1)
+    candidate = (scores > args.score_threshold) & args.valid[..., None] & usable.view(batch, rois, classes)
     of_class = boxes.view(batch, rois, classes, 4).transpose(1, 2).flatten(0, 1)
     by_class = torch.where(candidate, scores, LOWEST).transpose(1, 2).reshape(batch * classes, 1, rois)
-    mask = torch.ops.doublehead_onnx.nms_mask(of_class, by_class, nms_iou, max_detections)
+    mask = torch.ops.doublehead_onnx.nms_mask(of_class, by_class, args.nms_iou, args.max_detections)
     kept = mask.view(batch, classes, rois).transpose(1, 2).flatten(1) > 0  # ties: by RoI, then by class
-    best, indices = _best(torch.where(kept, scores.flatten(1), LOWEST), max_detections)
+    best, indices = _best(torch.where(kept, scores.flatten(1), LOWEST), args.max_detections)
     found = best > LOWEST / 2
     labels = torch.arange(1, classes + 1, device=boxes.device).repeat(rois)[indices]
     found_boxes = boxes.gather(1, indices[..., None].expand(-1, -1, 4))

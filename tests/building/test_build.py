@@ -212,7 +212,7 @@ def test_max_jobs(build):
 
 
 def test_every_kernel_folder_has_its_python_folder():
-    kernels = {path.parent.name for path in (ROOT / "csrc").glob("*/c*.c*")}
+    kernels = {path.parent.parent.name for path in (ROOT / "csrc").glob("*/c*/*.c*")}
     assert kernels
     assert kernels <= {path.parent.name for path in (ROOT / "doublehead" / "ops").glob("*/op.py")}
 
@@ -242,7 +242,7 @@ def test_every_operator_has_reference_and_fake():
 
 @pytest.mark.skipif("_C" in _library.UNLOADED, reason=f"the CPU part is not loaded: {_library.UNLOADED.get('_C')}")
 def test_every_operator_with_a_cpu_kernel_uses_it():
-    sources = "".join(path.read_text() for path in (ROOT / "csrc").glob("*/cpu.cpp"))
+    sources = "".join(path.read_text() for path in (ROOT / "csrc").glob("*/cpu/*.cpp"))
     implemented = set(re.findall(r'\bimpl\("(\w+)"', sources))
     assert implemented == {name for name in _library.SCHEMAS if _library.native(name, "cpu")} - _library.CPU_KERNELS
     assert implemented, "no CPU kernel at all"

@@ -75,7 +75,7 @@ def kernels() -> list[Kernel]:
 
 
 def rooms() -> list[str]:
-    return sorted(path.parent.name for path in (ROOT / "csrc").glob("*/cuda.cu"))
+    return sorted(path.parent.parent.name for path in (ROOT / "csrc").glob("*/cuda/*.cu"))
 
 
 @pytest.mark.parametrize("arch", ARCHS)

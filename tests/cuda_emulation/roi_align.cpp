@@ -1,12 +1,12 @@
-// RoIAlign's CUDA kernels on the emulator, launched as csrc/roi_align/cuda.cu launches them.
+// RoIAlign's CUDA kernels on the emulator, launched as csrc/roi_align/cuda/roi_align.cu launches them.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include "emulation.h"
 
-#include "roi_align/backward.cuh"
-#include "roi_align/forward.cuh"
-#include "roi_align/launch.h"
+#include "roi_align/cuda/backward.cuh"
+#include "roi_align/cuda/forward.cuh"
+#include "roi_align/cuda/launch.h"
 
 using namespace doublehead::roi_align::device;
 using torch::headeronly::BFloat16;

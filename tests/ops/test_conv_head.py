@@ -9,6 +9,7 @@ from torch.library import opcheck
 from doublehead.ops import conv_head
 from doublehead.ops.conv_head import Block
 from doublehead.ops.conv_head import reference as definition
+from doublehead.ops.conv_head.arguments import pack
 
 ATTENTION = {"groups": 2, "softmax": True, "scale": 0.5, "relu": True}
 SHAPES = {
@@ -39,7 +40,7 @@ def test_cpu_equals_the_definition(blocks, size, count):
     x, tensors = head(blocks, size=size)
     before = x.clone()
     count = None if count is None else torch.tensor(count)
-    expected = definition.conv_head(x, tensors, blocks, count, *ATTENTION.values())
+    expected = definition.conv_head(*pack(x, tensors, blocks, count, *ATTENTION.values()))
     torch.testing.assert_close(conv_head(x, tensors, blocks, count, **ATTENTION), expected)
     assert x.equal(before)
 

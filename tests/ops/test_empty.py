@@ -11,7 +11,9 @@ from torch import Tensor, zeros
 
 from doublehead import ops
 from doublehead.ops.detections import reference as detections_reference
+from doublehead.ops.detections.arguments import DetectionArguments
 from doublehead.ops.fused_conv import reference as fused_conv_reference
+from doublehead.ops.fused_conv.arguments import FusedConvArguments
 from doublehead.ops.nms import reference as nms_reference
 from doublehead.ops.roi_align import op as roi_align
 from doublehead.ops.score_fusion import reference as fusion_reference
@@ -83,7 +85,9 @@ def test_suppression_and_detections_of_nothing():
                 [logits, logits], zeros(batch, number, classes, 4), boxes, valid, torch.full((batch, 2), 9.0),
                 "complementary", 0.01, 0.5, most, 0.01, 0.0, [1.0] * 4,
             )  # fmt: skip
-            assert_same(OPERATORS.detections(*arguments), detections_reference.detections(*arguments))
+            assert_same(
+                OPERATORS.detections(*arguments), detections_reference.detections(DetectionArguments(*arguments))
+            )
 
 
 def test_heads_of_nothing():
@@ -95,7 +99,9 @@ def test_heads_of_nothing():
         residual = torch.rand(number * 4, out)
         for mean, sum_with in itertools.product((False, True), (None, residual)):
             arguments = rows, weight, None, None, sum_with, None, [2, 2], True, mean
-            assert_same(OPERATORS.fused_conv(*arguments), fused_conv_reference.fused_conv(*arguments))
+            assert_same(
+                OPERATORS.fused_conv(*arguments), fused_conv_reference.fused_conv(FusedConvArguments(*arguments))
+            )
 
 
 def test_maps_without_cells_or_channels_have_no_statistics_and_no_average():

@@ -10,6 +10,7 @@ from doublehead.ops import fused_conv
 from doublehead.ops._fallback import fallbacks
 from doublehead.ops._triton import UNALIGNED
 from doublehead.ops.fused_conv import reference
+from doublehead.ops.fused_conv.arguments import FusedConvArguments
 from tests.support.precision import assert_as_exact, convolution_eps
 from tests.support.triton_bfloat16 import upcast_products  # noqa: F401  (a fixture)
 from tests.support.triton_compile import ARCHS, Case, compile_cases
@@ -48,9 +49,9 @@ def check(device: str, given: dict, **options) -> None:
     count = None if count is None else torch.tensor(count, device=device)
     more = (count, given["size"], options.get("relu", False), options.get("mean", False))
     given = moved(given, device=device)
-    plain = reference.fused_conv(*(given[name] for name in order), *more)
+    plain = reference.fused_conv(FusedConvArguments(*(given[name] for name in order), *more))
     wide = moved(given, dtype=torch.float64)
-    exact = reference.fused_conv(*(wide[name] for name in order), *more)
+    exact = reference.fused_conv(FusedConvArguments(*(wide[name] for name in order), *more))
     actual = fused_conv(**given, count=count, **options)
     assert actual.shape == plain.shape
     assert_as_exact(actual, plain, exact.to(torch.float64), f"{dtype}", eps=convolution_eps(device, dtype))

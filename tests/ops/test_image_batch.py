@@ -8,6 +8,7 @@ from torch.nn.functional import interpolate
 
 from doublehead.ops import image_batch
 from doublehead.ops.image_batch import reference
+from doublehead.ops.image_batch.arguments import ImageBatchArguments
 from tests.support.triton_compile import Case, compile_cases
 
 OPERATOR = torch.ops.doublehead.image_batch.default
@@ -33,7 +34,7 @@ def arguments(images, **changes):
         images=images, sizes=[side for _, after in RESIZES for side in after], height=CANVAS[0], width=CANVAS[1],
         mean=list(MEAN), std=list(STD), swap=False, rounded=False, dtype=torch.float32, channels_last=False,
     )  # fmt: skip
-    return tuple((values | changes).values())
+    return ImageBatchArguments(**values | changes)
 
 
 def as_decoded(image):
@@ -136,8 +137,8 @@ def error(found, exact):
 def test_error_is_at_most_twice_that_of_plain_pytorch(device, poisoned, given, dtype, swap, channels_last):
     images = pictures(given)
     options = dict(swap=swap, channels_last=channels_last)
-    exact = reference.image_batch(*arguments(images, dtype=torch.float64, **options))
-    naive = reference.image_batch(*arguments(images, dtype=dtype, **options))
+    exact = reference.image_batch(arguments(images, dtype=torch.float64, **options))
+    naive = reference.image_batch(arguments(images, dtype=dtype, **options))
     found = OPERATOR(*arguments([image.to(device) for image in images], dtype=dtype, **options))
     assert found.dtype == dtype and found.stride() == naive.stride()
     assert error(found, exact) <= 2 * error(naive, exact) + torch.finfo(dtype).eps * exact.abs().max()
@@ -149,7 +150,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(device, poisoned, given, d
 def test_rounded_levels_are_the_definitions(device, poisoned, given):
     images = pictures(given)
     unit = dict(mean=[0.0] * 3, std=[1 / 255] * 3, rounded=True)
-    expected = reference.image_batch(*arguments(images, dtype=torch.float64, **unit))
+    expected = reference.image_batch(arguments(images, dtype=torch.float64, **unit))
     found = OPERATOR(*arguments([image.to(device) for image in images], **unit)).double().cpu()
     assert (found - found.round()).abs().max() < 1e-4  # whole levels
     difference = (found - expected).abs().round()
@@ -177,7 +178,7 @@ def test_any_strides_are_read(device, poisoned, layout, given):
         images = [image.transpose(1, 2).contiguous().transpose(1, 2) for image in images]
     else:
         images = [image[:1].expand(3, -1, -1) for image in images]
-    expected = reference.image_batch(*arguments([image.contiguous() for image in images]))
+    expected = reference.image_batch(arguments([image.contiguous() for image in images]))
     found = OPERATOR(*arguments([image.to(device) for image in images]))
     torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=1e-5)
 
@@ -188,14 +189,14 @@ def test_an_unfitting_canvas_and_mixed_dtypes(device, poisoned):
     dtypes = [torch.uint8, torch.float32, torch.float16, torch.float64]
     images = [pictures(dtype, [size])[0] for dtype, size in zip(dtypes, sizes, strict=True)]
     changes = dict(sizes=[13, 17, 19, 3, 5, 5, 1, 67], height=19, width=67)
-    expected = reference.image_batch(*arguments(images, **changes))
+    expected = reference.image_batch(arguments(images, **changes))
     found = OPERATOR(*arguments([image.to(device) for image in images], **changes))
     torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_batch_in_float64_is_computed_in_float64(device):
     images = pictures(torch.float64)
-    expected = reference.image_batch(*arguments(images, dtype=torch.float64))
+    expected = reference.image_batch(arguments(images, dtype=torch.float64))
     found = OPERATOR(*arguments([image.to(device) for image in images], dtype=torch.float64)).cpu()
     torch.testing.assert_close(found, expected, atol=1e-14, rtol=1e-14)
 
@@ -225,7 +226,7 @@ def test_64_bit_offsets_give_the_same(triton_kernels, monkeypatch):
 @pytest.mark.parametrize("dtype, channels_last", [(torch.float32, True), (torch.bfloat16, False)])
 def test_opcheck(dtype, channels_last):
     for images in (pictures(), [as_decoded(image) for image in pictures(torch.float32)]):
-        torch.library.opcheck(OPERATOR, arguments(images, dtype=dtype, channels_last=channels_last))
+        torch.library.opcheck(OPERATOR, tuple(arguments(images, dtype=dtype, channels_last=channels_last)))
 
 
 def test_compiled_with_dynamic_shapes():

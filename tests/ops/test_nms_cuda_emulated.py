@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from doublehead.ops import box_iou
 from doublehead.ops.nms import reference
 from tests.cuda_emulation.build import IN_ORDER, ORDERS, every_order, open_emulated
-from tests.ops.test_nms_native import images, thresholds
 from tests.support.nms_cases import DTYPES, INF, NAN, clustered_boxes, integer_boxes, is_greedy_result
+from tests.support.nms_strategies import images, thresholds
 
 emulated = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -26,7 +26,7 @@ def run_counted(boxes, scores, groups, threshold, max_output, *, padding=True, l
     indices = torch.full((batch, max_output), -7)
     counts = torch.full((batch,), -7)
     if 0 in (batch, count, max_output):
-        return indices.fill_(-1), counts.fill_(0), 0  # cuda.cu launches nothing
+        return indices.fill_(-1), counts.fill_(0), 0  # nms.cu launches nothing
     arguments = []
     for tensor in (boxes, scores):
         arguments += [tensor, strides(tensor), DTYPES.index(tensor.dtype)]

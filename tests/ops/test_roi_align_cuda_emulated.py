@@ -24,7 +24,7 @@ def call(name, maps, pooled, rois, pooling, channels_last, order=IN_ORDER, vecto
     spatial_scales, box_scales, output_size, sampling_ratio, aligned, canonical_size, canonical_level, rule = pooling
     first = maps[0]
     width = 16 // first.element_size() if name == "run_forward" else 2 if first.dtype == torch.float64 else 4
-    if vectors is None:  # as csrc/roi_align/cuda.cu decides it
+    if vectors is None:  # as csrc/roi_align/cuda/roi_align.cu decides it
         strides = [m.stride(d) for m in maps for d in (0, 2, 3)] + [first.shape[1]]
         vectors = all(s % width == 0 for s in strides)
         vectors &= all(t.data_ptr() % (width * t.element_size()) == 0 for t in (*maps, *pooled))

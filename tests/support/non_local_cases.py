@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from doublehead.ops.non_local import reference
+from doublehead.ops.non_local import Attention, reference
 
 OPERATORS = torch.ops.doublehead
 
@@ -37,8 +37,8 @@ def exact(qkv: Tensor, grad: Tensor, *attention) -> tuple[Tensor, Tensor]:
 def rounded(qkv: Tensor, grad: Tensor, *attention) -> tuple[Tensor, Tensor]:
     """The reference's result and gradient in the dtype of `qkv`."""
     return (
-        reference.non_local_attention(qkv, *attention),
-        reference.non_local_attention_backward(grad, qkv, *attention),
+        reference.non_local_attention(qkv, Attention(*attention)),
+        reference.non_local_attention_backward(grad, qkv, Attention(*attention)),
     )
 
 

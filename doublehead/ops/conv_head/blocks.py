@@ -1,10 +1,9 @@
-"""The blocks of a conv-head, as the operator is told of them."""
+"""The blocks of a conv-head, as the operator takes them."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -29,15 +28,6 @@ class Block(enum.IntEnum):
 
 TENSORS = {Block.WIDENING: 4, Block.WIDENING_SHORTCUT_RELU: 6, Block.BOTTLENECK: 6, Block.NON_LOCAL: 4}
 """How many weights and biases a block takes."""
-
-
-class Attention(NamedTuple):
-    """How all non-local blocks of the head pair their cells; see `non_local_attention`."""
-
-    groups: int
-    softmax: bool
-    scale: float
-    relu: bool
 
 
 def each_block(blocks: Sequence[int], tensors: Sequence[Tensor]) -> Iterator[tuple[Block, Sequence[Tensor]]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from .._checks import check_count, check_same_dtype, check_tensor
 from .._library import define, define_autocast, define_autograd, define_cpu_kernel, define_triton_kernel
 from . import cpu, reference
+from .arguments import pack
 from .blocks import TENSORS, Block
 
 
@@ -70,7 +71,8 @@ _op = define(
     "conv_head(Tensor x, Tensor[] tensors, int[] blocks, Tensor? count, int groups, bool softmax, float scale, "
     "bool relu) -> Tensor",
     reference=reference.conv_head,
-    fake=lambda x, tensors, *_: x.new_empty((x.shape[0], tensors[-1].shape[0])),
+    fake=lambda head: head.x.new_empty((head.x.shape[0], head.tensors[-1].shape[0])),
+    pack=pack,
 )
 
 

@@ -6,7 +6,6 @@ Between the two works `nms_padded`.  Nothing waits for the device, and sizes dep
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -17,6 +16,7 @@ from .._triton import next_power_of_2
 from ..nms import nms_padded
 from ..score_fusion.kernel import fuse, serves, softmax_row, warps
 from . import reference
+from .arguments import DetectionArguments
 
 #: Detections written by one program of the second kernel.
 BLOCK_DETECTIONS = 128
@@ -137,60 +137,32 @@ def _gather(
     tl.store(kept_boxes + target[:, None] * 4 + corner, box, mask=inside[:, None])
 
 
-def detections(
-    logits: Sequence[Tensor],
-    deltas: Tensor,
-    proposals: Tensor,
-    valid: Tensor,
-    sizes: Tensor,
-    fusion: str,
-    score_threshold: float,
-    nms_iou: float,
-    max_detections: int,
-    min_size: float,
-    least_side: float,
-    box_weights: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launches the kernels; arguments and results as in `reference.detections`."""
-    in_float32 = serves(*logits) and torch.float64 not in (deltas.dtype, proposals.dtype)
-    if not in_float32 or logits[0].shape[-1] == 1 or max_detections == 0:
-        return reference.detections(
-            logits, deltas, proposals, valid, sizes, fusion, score_threshold, nms_iou, max_detections, min_size,
-            least_side, box_weights,
-        )  # fmt: skip
-    fusion = fusion if len(logits) == 2 else "none"
-    boxes, scores, groups = candidates(
-        logits, deltas, proposals, valid, sizes, fusion, score_threshold, min_size, least_side, box_weights
-    )
-    rois = logits[0].shape[1]  # a class has a box of each at most
-    kept, count = nms_padded(boxes, scores, groups, nms_iou, max_detections, rois)
+def detections(args: DetectionArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launches the kernels; results as in `reference.detections`."""
+    in_float32 = serves(*args.logits) and torch.float64 not in (args.deltas.dtype, args.proposals.dtype)
+    if not in_float32 or args.logits[0].shape[-1] == 1 or args.max_detections == 0:
+        return reference.detections(args)
+    boxes, scores, groups = candidates(args)
+    rois = args.logits[0].shape[1]  # a class has a box of each at most
+    kept, count = nms_padded(boxes, scores, groups, args.nms_iou, args.max_detections, rois)
     return *gather(kept, boxes, scores, groups), count
 
 
-def candidates(
-    logits: Sequence[Tensor],
-    deltas: Tensor,
-    proposals: Tensor,
-    valid: Tensor,
-    sizes: Tensor,
-    fusion: str,
-    score_threshold: float,
-    min_size: float,
-    least_side: float,
-    box_weights: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:
+def candidates(args: DetectionArguments) -> tuple[Tensor, Tensor, Tensor]:
     """What of all RoIs and classes takes part: boxes `[B, R * S, 4]`, scores and groups (class, or -1) `[B, R * S]`."""
+    logits, device = args.logits, args.deltas.device
+    fusion = args.fusion if len(logits) == 2 else "none"
     batch, rois, classes = logits[0].shape
-    slots = candidate_slots(classes, fusion, score_threshold)
-    shape, device = (batch, rois * slots), deltas.device
+    slots = candidate_slots(classes, fusion, args.score_threshold)
+    shape = (batch, rois * slots)
     boxes = torch.empty((*shape, 4), dtype=torch.float32, device=device)
     scores = torch.empty(shape, dtype=torch.float32, device=device)
     groups = torch.empty(shape, dtype=torch.int64, device=device)
     block = next_power_of_2(classes)
     _candidates[(batch * rois,)](
-        logits[0].contiguous(), logits[-1].contiguous(), deltas.contiguous(), proposals.contiguous(),
-        valid.contiguous().view(torch.uint8), sizes.contiguous(), boxes, scores, groups, rois, classes, slots,
-        score_threshold, min_size, least_side, *box_weights,
+        logits[0].contiguous(), logits[-1].contiguous(), args.deltas.contiguous(), args.proposals.contiguous(),
+        args.valid.contiguous().view(torch.uint8), args.sizes.contiguous(), boxes, scores, groups, rois, classes,
+        slots, args.score_threshold, args.min_size, args.least_side, *args.box_weights,
         FUSION=fusion, BLOCK_CLASSES=block, BLOCK_SLOTS=next_power_of_2(slots), num_warps=warps(block),
         enable_fp_fusion=False,  # boxes as PyTorch computes them: no product and sum in one rounding
     )  # fmt: skip

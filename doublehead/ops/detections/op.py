@@ -20,6 +20,7 @@ from .._dtypes import box_dtype, score_dtype
 from .._library import below_autograd, define, define_autocast, define_autograd, define_cpu_kernel, define_triton_kernel
 from ..score_fusion.reference import FUSIONS
 from . import cpu, reference
+from .arguments import DetectionArguments
 
 
 def detections(
@@ -87,14 +88,14 @@ def detections(
     check_not_negative("max_detections", max_detections)
     if len(box_weights) != 4 or not all(box_weights):
         raise ValueError(f"box_weights must be 4 numbers other than 0 (dx, dy, dw, dh), got {tuple(box_weights)}")
-    arguments = (
+    args = DetectionArguments(
         logits, deltas, proposals, valid, sizes, fusion, score_threshold, nms_iou, max_detections, min_size,
         least_side, tuple(box_weights),
     )  # fmt: skip
     if torch.compiler.is_compiling():
-        return _detections(*arguments)
+        return _detections(*args)
     with below_autograd():  # there is no gradient to record, and it is the shorter way
-        return _detections(*arguments)
+        return _detections(*args)
 
 
 def _check_tensors(logits: Sequence[Tensor], deltas: Tensor, proposals: Tensor, valid: Tensor, sizes: Tensor) -> None:
@@ -128,15 +129,13 @@ def _check_tensors(logits: Sequence[Tensor], deltas: Tensor, proposals: Tensor, 
 # Registration
 
 
-def _fake(
-    logits, deltas, proposals, valid, sizes, fusion, score_threshold, nms_iou, max_detections, min_size, least_side,
-    box_weights,
-):  # fmt: skip
+def _fake(args: DetectionArguments):
+    deltas, number = args.deltas, args.max_detections
     batch = deltas.shape[0]
     return (
-        deltas.new_empty((batch, max_detections, 4), dtype=box_dtype(deltas, proposals)),
-        deltas.new_empty((batch, max_detections), dtype=score_dtype(*logits)),
-        deltas.new_empty((batch, max_detections), dtype=torch.int64),
+        deltas.new_empty((batch, number, 4), dtype=box_dtype(deltas, args.proposals)),
+        deltas.new_empty((batch, number), dtype=score_dtype(*args.logits)),
+        deltas.new_empty((batch, number), dtype=torch.int64),
         deltas.new_empty((batch,), dtype=torch.int64),
     )
 
@@ -148,6 +147,7 @@ _detections = define(
     " -> (Tensor boxes, Tensor scores, Tensor labels, Tensor count)",
     reference=reference.detections,
     fake=_fake,
+    pack=lambda *arguments: (DetectionArguments(*arguments),),
 )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .._checks import check_count, check_same_dtype, check_shape, check_tensor
 from .._library import define, define_autograd, define_cpu_kernel, define_triton_kernel
 from . import reference
+from .arguments import FusedConvArguments
 
 
 def fused_conv(
@@ -82,8 +83,9 @@ def _check(x, weight, bias, size, second, residual, count) -> None:
     check_count(count)
 
 
-def _fake(x, weight, bias, second, residual, count, size, relu, mean):
-    return x.new_empty((x.shape[0] // (size[0] * size[1]) if mean else x.shape[0], weight.shape[0]))
+def _fake(conv: FusedConvArguments):
+    number, outputs = conv.x.shape[0], conv.weight.shape[0]
+    return conv.x.new_empty((number // (conv.size[0] * conv.size[1]) if conv.mean else number, outputs))
 
 
 _op = define(
@@ -91,6 +93,7 @@ _op = define(
     "bool relu, bool mean) -> Tensor",
     reference=reference.fused_conv,
     fake=_fake,
+    pack=lambda *arguments: (FusedConvArguments(*arguments),),
 )
 
 
@@ -98,13 +101,14 @@ def _no_gradient(ctx, grad):
     raise RuntimeError("fused_conv has no gradient: it is for inference, with batch norms folded into its weights")
 
 
-def _cpu(x, weight, bias, second, residual, count, size, relu, mean):
-    if weight.dim() == 4 or second is not None or residual is None or count is not None:
-        return reference.fused_conv(x, weight, bias, second, residual, count, size, relu, mean)
-    y = torch.addmm(residual, x, weight.t())  # the sum costs no pass of its own
-    y = y if bias is None else y.add_(bias)
-    y = y.relu_() if relu else y
-    return y.view(len(x) // (size[0] * size[1]), size[0] * size[1], len(weight)).mean(1) if mean else y
+def _cpu(conv: FusedConvArguments) -> Tensor:
+    if conv.weight.dim() == 4 or conv.second is not None or conv.residual is None or conv.count is not None:
+        return reference.fused_conv(conv)
+    y = torch.addmm(conv.residual, conv.x, conv.weight.t())  # the sum costs no pass of its own
+    y = y if conv.bias is None else y.add_(conv.bias)
+    y = y.relu_() if conv.relu else y
+    cells = conv.size[0] * conv.size[1]
+    return y.view(len(y) // cells, cells, y.shape[1]).mean(1) if conv.mean else y
 
 
 define_cpu_kernel("fused_conv", _cpu)

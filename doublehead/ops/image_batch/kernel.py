@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .arguments import ImageBatchArguments, each_image, empty_batch
 
 #: Pixels of a program's tile, of which each thread has two.
 BLOCK_Y, BLOCK_X, WARPS = 4, 64, 4
@@ -69,29 +68,14 @@ def _resize(
         tl.store(slot + offset, value, mask=canvas)  # rounds to the batch's dtype
 
 
-def image_batch(
-    images: Sequence[Tensor],
-    sizes: Sequence[int],
-    height: int,
-    width: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    swap: bool,
-    rounded: bool,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:
-    """Launches the kernel; arguments as in `reference.image_batch`."""
+def image_batch(args: ImageBatchArguments) -> Tensor:
+    """Launches the kernel for each image."""
+    _, _, height, width, mean, std, swap, rounded, dtype, channels_last = args
     if dtype == torch.float64:
-        return reference.image_batch(
-            images, sizes, height, width, mean, std, swap, rounded, dtype, channels_last
-        )  # fmt: skip
-    batch = torch.empty(
-        (len(images), 3, height, width), dtype=dtype, device=images[0].device,
-        memory_format=reference.memory_format(channels_last),
-    )  # fmt: skip
+        return reference.image_batch(args)
+    batch = empty_batch(args)
     grid = (triton.cdiv(width, BLOCK_X), triton.cdiv(height, BLOCK_Y))
-    for image, slot, new_height, new_width in zip(images, batch, sizes[::2], sizes[1::2], strict=True):
+    for slot, (image, new_height, new_width) in zip(batch, each_image(args), strict=True):
         white = reference.white_of(image, rounded)
         _resize[grid](
             image, slot, *image.shape[1:], new_height, new_width, height, width, *image.stride(),

@@ -11,6 +11,7 @@ from .._checks import check_same_device, check_tensor
 from .._dtypes import FLOATS
 from .._library import define, define_autocast, define_autograd, define_cpu_kernel, define_triton_kernel
 from . import cpu, reference
+from .arguments import ImageBatchArguments, empty_batch
 
 
 def image_batch(
@@ -55,9 +56,11 @@ def image_batch(
     images = list(images)
     _check(images, sizes, canvas, mean, std, dtype)
     flat = [side for size in sizes for side in size]
-    arguments = (images, flat, *canvas, list(mean), list(std), swap, rounded, dtype, channels_last)
+    arguments = ImageBatchArguments(
+        images, flat, *canvas, list(mean), list(std), swap, rounded, dtype, channels_last
+    )  # fmt: skip
     if torch.is_grad_enabled() and any(image.requires_grad for image in images):
-        return reference.image_batch(*arguments)
+        return reference.image_batch(arguments)
     return _image_batch(*arguments)
 
 
@@ -87,18 +90,12 @@ def _check(images, sizes, canvas, mean, std, dtype) -> None:
 # Registration
 
 
-def _fake(images, sizes, height, width, mean, std, swap, rounded, dtype, channels_last):
-    return torch.empty(
-        (len(images), 3, height, width), dtype=dtype, device=images[0].device,
-        memory_format=reference.memory_format(channels_last),
-    )  # fmt: skip
-
-
 _image_batch = define(
     "image_batch(Tensor[] images, SymInt[] sizes, SymInt height, SymInt width, float[] mean, float[] std, bool swap, "
     "bool rounded, ScalarType dtype, bool channels_last) -> Tensor",
     reference=reference.image_batch,
-    fake=_fake,
+    fake=empty_batch,
+    pack=lambda *arguments: (ImageBatchArguments(*arguments),),
 )
 
 

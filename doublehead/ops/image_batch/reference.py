@@ -1,32 +1,21 @@
-"""An image batch, defined in plain PyTorch; arguments as `image_batch`'s, sizes flat, all positional."""
+"""The image batch in plain PyTorch: the definition, for any device."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from .._dtypes import resizing_dtype
+from .arguments import ImageBatchArguments, each_image, memory_format
 
 
-def image_batch(
-    images: Sequence[Tensor],
-    sizes: Sequence[int],
-    height: int,
-    width: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    swap: bool,
-    rounded: bool,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:
-    """`sizes` is (height, width) of the first image, of the second, ..."""
+def image_batch(args: ImageBatchArguments) -> Tensor:
+    """The batch, `Tensor[B, 3, height, width]`."""
+    _, _, height, width, mean, std, swap, rounded, dtype, channels_last = args
     compute = resizing_dtype(dtype)
     rows = []
-    for image, new_height, new_width in zip(images, sizes[::2], sizes[1::2], strict=True):
+    for image, new_height, new_width in each_image(args):
         white = white_of(image, rounded)
         values = image.to(compute) * (white / white_of(image, False))
         values = interpolate(values[None], (new_height, new_width), mode="bilinear", align_corners=False)[0]
@@ -54,8 +43,3 @@ class RoundLevels(torch.autograd.Function):
 def white_of(image: Tensor, rounded: bool) -> int:
     """The number that stands for white while an image is resized: levels have 255, floating images 1."""
     return 255 if rounded or image.dtype == torch.uint8 else 1
-
-
-def memory_format(channels_last: bool) -> torch.memory_format:
-    """Of the batch."""
-    return torch.channels_last if channels_last else torch.contiguous_format

@@ -20,6 +20,7 @@ from torch import Tensor
 from .._library import warn_fallback
 from .._triton import aligned, matmul_precision
 from . import reference
+from .attention import Attention
 
 MAX_CELLS = 256
 MAX_WIDTH = 512
@@ -240,39 +241,37 @@ def configuration(kernel: str, cells: int, dtype: torch.dtype) -> Configuration 
     return next(fitting, None)
 
 
-def non_local_attention(
-    qkv: Tensor, groups: int, softmax: bool, scale: float, count: Tensor | None = None
-) -> Tensor:  # fmt: skip
+def non_local_attention(qkv: Tensor, attention: Attention, count: Tensor | None = None) -> Tensor:
     """See `reference.non_local_attention`, which serves what the kernel does not.
 
     `count`: `Tensor[]` int64: the RoIs from this one on may be left unwritten.  None: none is.
     """
-    if not _served("non_local_attention", groups, qkv):
-        return reference.non_local_attention(qkv, groups, softmax, scale)
+    if not _served("non_local_attention", attention.groups, qkv):
+        return reference.non_local_attention(qkv, attention)
     qkv = qkv.contiguous()
     number, cells, inner = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     out = torch.empty((number, cells, inner), dtype=qkv.dtype, device=qkv.device)
     chosen = configuration("forward", cells, qkv.dtype)
-    _launch(forward, chosen, (qkv, out, count), groups, softmax, scale)
+    _launch(forward, chosen, (qkv, out, count), attention)
     return out
 
 
-def non_local_attention_backward(grad: Tensor, qkv: Tensor, groups: int, softmax: bool, scale: float) -> Tensor:
+def non_local_attention_backward(grad: Tensor, qkv: Tensor, attention: Attention) -> Tensor:
     """See `reference.non_local_attention_backward`."""
-    if not _served("non_local_attention_backward", groups, qkv, grad):
-        return reference.non_local_attention_backward(grad, qkv, groups, softmax, scale)
+    if not _served("non_local_attention_backward", attention.groups, qkv, grad):
+        return reference.non_local_attention_backward(grad, qkv, attention)
     grad, qkv = grad.contiguous(), qkv.contiguous()
     number, cells, _ = qkv.shape
     grad_qkv = torch.empty_like(qkv)
     whole = configuration("backward_whole", cells, qkv.dtype)
     if whole:
-        _launch(backward_whole, whole, (qkv, grad, grad_qkv), groups, softmax, scale)
+        _launch(backward_whole, whole, (qkv, grad, grad_qkv), attention)
         return grad_qkv
     chosen = configuration("backward_blocks", cells, qkv.dtype)
-    size = (number, groups, 3, cells) if softmax else (0,)
+    size = (number, attention.groups, 3, cells) if attention.softmax else (0,)
     statistics = torch.empty(size, dtype=torch.float32, device=qkv.device)
     for kernel in (backward_queries, backward_keys):
-        _launch(kernel, chosen, (qkv, grad, grad_qkv, statistics), groups, softmax, scale)
+        _launch(kernel, chosen, (qkv, grad, grad_qkv, statistics), attention)
     return grad_qkv
 
 
@@ -297,17 +296,17 @@ def _unserved(cells: int, width: int, qkv: Tensor, grad: Tensor | None) -> str |
     return None if aligned(*given) else "a tensor begins at an address that is no multiple of 16 bytes"
 
 
-def _launch(kernel, chosen: Configuration, tensors: tuple[Tensor | None, ...], groups, softmax, scale) -> None:
+def _launch(kernel, chosen: Configuration, tensors: tuple[Tensor | None, ...], attention: Attention) -> None:
     qkv = tensors[0]
     number, cells, _ = qkv.shape
-    kernel[number * groups, triton.cdiv(cells, chosen.rows)](
+    kernel[number * attention.groups, triton.cdiv(cells, chosen.rows)](
         *tensors,
         cells,
-        groups,
-        scale,
+        attention.groups,
+        attention.scale,
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-        **constants(chosen, qkv.shape[2] // 3 // groups, softmax, matmul_precision(qkv.dtype)),
+        **constants(chosen, qkv.shape[2] // 3 // attention.groups, attention.softmax, matmul_precision(qkv.dtype)),
     )
 
 

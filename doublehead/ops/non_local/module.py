@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._checks import check_choice
 from .._dtypes import accumulation_dtype, layer_dtype
 from .._folded import FoldedWeights
+from .attention import Attention, attention_of
 from .op import PAIRWISE, BatchNorm, fold_out, mix, non_local, project
 
 
@@ -79,7 +80,7 @@ class NonLocalBlock(nn.Module):
             return non_local(x, *self._folded_weights(x), **attention, relu=self.relu_after)
         weight, bias = self._qkv()
         if self.norm is not None and type(self.norm) is not nn.BatchNorm2d:
-            return self._around_norm(x, weight, bias, attention)
+            return self._around_norm(x, weight, bias)
         return non_local(
             x,
             weight,
@@ -91,6 +92,14 @@ class NonLocalBlock(nn.Module):
             norm=_batch_norm(self.norm) if self.norm is not None else None,
             training=self.norm is not None and self.norm.training,
         )
+
+    def attention(self, cells: int) -> Attention:
+        """How the block pairs the cells of a map that has so many."""
+        return attention_of(self.pairwise, self.groups, self.scale, cells=cells, inner=self.theta.out_channels)
+
+    def held_tensors(self) -> list[Tensor]:
+        """The folded weights that the last call has read: what a recorded CUDA graph has to keep alive."""
+        return self._folded.tensors()
 
     def train(self, mode: bool = True) -> NonLocalBlock:
         self._folded.forget()
@@ -129,10 +138,10 @@ class NonLocalBlock(nn.Module):
         layers = self.theta, self.phi, self.g
         return torch.cat([layer.weight.flatten(1) for layer in layers]), torch.cat([layer.bias for layer in layers])
 
-    def _around_norm(self, x: Tensor, weight: Tensor, bias: Tensor, attention: dict) -> Tensor:
+    def _around_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The block with `norm` called as a module."""
         cells = x.permute(0, 2, 3, 1)
-        mixed = mix(cells.flatten(1, 2), weight, bias, **attention)
+        mixed = mix(cells.flatten(1, 2), weight, bias, self.attention(x.shape[2] * x.shape[3]))
         projected = project(mixed, self.out.weight.flatten(1), self.out.bias).view(*cells.shape).permute(0, 3, 1, 2)
         y = x + self.norm(projected)
         return y.relu() if self.relu_after else y

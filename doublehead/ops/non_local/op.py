@@ -14,6 +14,7 @@ from .._library import define, define_autocast, define_autograd, define_triton_k
 from ..batch_norm.op import batch_norm_act, track_statistics
 from ..fused_conv.op import fused_conv
 from . import reference
+from .attention import Attention, attention_of
 
 PAIRWISE = ("dot_product", "embedded_gaussian")
 
@@ -86,7 +87,8 @@ def non_local(
     _check(x, qkv_weight, qkv_bias, out_weight, out_bias, pairwise, groups)
     number, channels, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
-    mixed = mix(rows.view(number, height * width, channels), qkv_weight, qkv_bias, pairwise, groups, scale)
+    attention = attention_of(pairwise, groups, scale, cells=height * width, inner=out_weight.shape[1])
+    mixed = mix(rows.view(number, height * width, channels), qkv_weight, qkv_bias, attention)
     if norm is None or (not training and norm.running_mean is not None):
         weight, bias = (out_weight, out_bias) if norm is None else fold_out(norm, out_weight, out_bias)
         y = _project_and_add(rows, mixed, weight, bias, relu)
@@ -95,12 +97,9 @@ def non_local(
     return y.view(number, height, width, channels).permute(0, 3, 1, 2)
 
 
-def mix(cells: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, pairwise: str, groups: int, scale: bool) -> Tensor:
+def mix(cells: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, attention: Attention) -> Tensor:
     """The attention of `non_local`, without what follows it: `Tensor[N, T, C]` -> `Tensor[N, T, D]`."""
-    qkv = project(cells, qkv_weight, qkv_bias)
-    if pairwise == "dot_product":
-        return _op(qkv, groups, False, 1 / cells.shape[1])
-    return _op(qkv, groups, True, (qkv_weight.shape[0] // 3 // groups) ** -0.5 if scale else 1.0)
+    return _op(project(cells, qkv_weight, qkv_bias), *attention)
 
 
 def project(cells: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -186,22 +185,26 @@ def _check(x, qkv_weight, qkv_bias, out_weight, out_bias, pairwise, groups) -> N
 # Registration
 
 
-def _fake(qkv, groups, softmax, scale):
+def _fake(qkv, attention):
     return qkv.new_empty((qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3))
 
 
-def _fake_backward(grad, qkv, groups, softmax, scale):
+def _fake_backward(grad, qkv, attention):
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
 _ATTENTION = "int groups, bool softmax, float scale"
 _op = define(
-    f"non_local_attention(Tensor qkv, {_ATTENTION}) -> Tensor", reference=reference.non_local_attention, fake=_fake
+    f"non_local_attention(Tensor qkv, {_ATTENTION}) -> Tensor",
+    reference=reference.non_local_attention,
+    fake=_fake,
+    pack=lambda qkv, *attention: (qkv, Attention(*attention)),
 )
 _op_backward = define(
     f"non_local_attention_backward(Tensor grad, Tensor qkv, {_ATTENTION}) -> Tensor",
     reference=reference.non_local_attention_backward,
     fake=_fake_backward,
+    pack=lambda grad, qkv, *attention: (grad, qkv, Attention(*attention)),
 )
 
 

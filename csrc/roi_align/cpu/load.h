@@ -1,8 +1,8 @@
 // Features of any type as lanes: loading widens, storing rounds.
 #pragma once
 
-#include "../common.h"
-#include "../lanes.h"
+#include "common.h"
+#include "lanes.h"
 
 #include <cstring>
 

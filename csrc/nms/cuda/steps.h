@@ -1,5 +1,5 @@
 // Non-maximum suppression on a device, step by step: what memory it needs and what is launched in which order. It is the
-// same for CUDA (cuda.cu) and for the emulator of the tests, which bring their own way to launch and to sort.
+// same for CUDA (nms.cu) and for the emulator of the tests, which bring their own way to launch and to sort.
 //
 // Nothing depends on the data but what the kernels do: the launches are as many as N and largest_group say, the memory is
 // known before the first, and nothing is read back.

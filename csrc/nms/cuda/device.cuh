@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "nms.h"
+#include "../nms.h"
 
 namespace doublehead::nms {
 

@@ -5,7 +5,7 @@
 // striking does.
 #include "candidates.h"
 #include "common.h"
-#include "nms.h"
+#include "../nms.h"
 #include "radix_sort.h"
 
 namespace {

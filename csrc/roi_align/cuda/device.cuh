@@ -4,7 +4,7 @@
 // contract (-fmad=false, see roi_align.h); sums, on which no index depends, are written with std::fma.
 #pragma once
 
-#include "roi_align.h"
+#include "../roi_align.h"
 
 namespace doublehead::roi_align::device {
 

@@ -2,11 +2,11 @@
 //
 // A box whose batch index is out of range pools zeros here, as no error can be raised without waiting for the device;
 // it is never read from.
-#include "../cuda_common.h"
+#include "cuda_common.h"
 #include "backward.cuh"
 #include "forward.cuh"
 #include "launch.h"
-#include "pooling.h"
+#include "../pooling.h"
 
 #include <cmath>
 

@@ -1,7 +1,7 @@
 // What to pool from where: every (box, box scale) with its level and image, grouped and ordered for the cache.
 #pragma once
 
-#include "pooling.h"
+#include "../pooling.h"
 #include "weights.h"
 
 namespace doublehead::roi_align {

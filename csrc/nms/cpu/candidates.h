@@ -15,7 +15,7 @@
 
 #include "common.h"
 #include "lanes.h"
-#include "nms.h"
+#include "../nms.h"
 
 namespace doublehead::nms {
 

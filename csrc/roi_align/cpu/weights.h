@@ -2,7 +2,7 @@
 // samples that do not count, and the division by the number of samples.
 #pragma once
 
-#include "roi_align.h"
+#include "../roi_align.h"
 
 #include <algorithm>
 #include <vector>
