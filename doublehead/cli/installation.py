@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-import doublehead
+from doublehead.version import __version__
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # a missing compiled part is what this report is about
@@ -47,7 +47,7 @@ def compiled_part(name: str) -> ModuleType | None:
 def _versions() -> list[str]:
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     facts = {
-        "doublehead": doublehead.__version__,
+        "doublehead": __version__,
         "Python": f"{platform.python_version()} ({platform.machine()})",
         "torch": f"{torch.__version__}, {cuda}",
         **{package: _version(package) for package in PACKAGES},
