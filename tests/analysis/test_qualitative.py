@@ -43,7 +43,7 @@ def output(*rows):
 def judged(detections, *objects, threshold=0.5):
     table = torch.tensor(objects, dtype=torch.float32)
     verdicts = judge(output(*detections), table[:, :4], table[:, 4].long(), threshold)
-    return [(v.word, *(None if x is None else round(x, 4) for x in v[1:])) for v in verdicts]
+    return [(v.outcome, *(None if x is None else round(x, 4) for x in v[1:])) for v in verdicts]
 
 
 OBJECT = (0, 0, 100, 100, 1)
@@ -96,7 +96,7 @@ def test_which_objects_are_cases():
 
 
 def case(kind, image, mine, other, duplicate=None, number=0):
-    verdicts = {kind.head: Verdict(kind.word, mine, duplicate), kind.other: Verdict(kind.other_word, other)}
+    verdicts = {kind.head: Verdict(kind.outcome, mine, duplicate), kind.other: Verdict(kind.other_outcome, other)}
     return Case(kind, image, number, 1, (0, 0, 1, 1), verdicts | {"Ext": Verdict("found", 0.9)}, {})
 
 
