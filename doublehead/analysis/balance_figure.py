@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from doublehead.config import ReadOut
+from doublehead.config import ReadOutName
 
-TITLES: dict[ReadOut, str] = {
+TITLES: dict[ReadOutName, str] = {
     "conv": "(a) conv-head alone",
     "fc": "(b) fc-head alone",
     "split": "(c) fc classes + conv boxes",
@@ -20,7 +20,7 @@ Weights = tuple[float, float]
 
 
 def draw_grid(
-    aps: dict[ReadOut, dict[Weights, float | None]], untrained: dict[ReadOut, set[Weights]], name: str
+    aps: dict[ReadOutName, dict[Weights, float | None]], untrained: dict[ReadOutName, set[Weights]], name: str
 ) -> Any:
     """Four heat maps on one scale of grey, the best cell of each framed.
 

@@ -22,7 +22,7 @@ from doublehead.analysis.balance_figure import draw_grid
 from doublehead.analysis.options import BalanceWeights
 from doublehead.analysis.output import output_folder, save_figure, write_csv
 from doublehead.analysis.runs import differences, run_folders
-from doublehead.config import ModelConfig, ReadOut, Recipe, TrainConfig
+from doublehead.config import ModelConfig, ReadOutName, Recipe, TrainConfig
 from doublehead.data import build_dataset
 from doublehead.engine.checkpoint import MODEL_FILE, load_model
 from doublehead.engine.distributed import World
@@ -31,7 +31,7 @@ from doublehead.engine.files import RECIPE_FILE, read_recipe, write_json
 from doublehead.engine.logs import say
 from doublehead.engine.run import METRICS_FILE, train
 from doublehead.errors import UserError, config_errors
-from doublehead.models.detections import EXT_SOURCES, resolve_sources
+from doublehead.models.readout import EXT_SOURCES, resolve_sources
 from doublehead.recipes import RECIPES
 
 READOUTS_FILE = "readouts.json"
@@ -137,7 +137,7 @@ def cell_recipe(recipe: Recipe, l_fc: float, l_conv: float, options: BalanceWeig
     return replace(recipe, name=name, model=replace(model, detection=replace(model.detection, readout=readout)))
 
 
-def trained_readouts(model: ModelConfig) -> list[ReadOut]:
+def trained_readouts(model: ModelConfig) -> list[ReadOutName]:
     """The read-outs of an Ext whose classifiers and regressor its loss weights train."""
     found = []
     for readout in EXT_SOURCES:
@@ -229,7 +229,7 @@ def _train(cell: Cell, world: World) -> None:
         raise
 
 
-def _evaluate(cell: Cell, readouts: list[ReadOut], world: World) -> dict[ReadOut, dict[str, Any]]:
+def _evaluate(cell: Cell, readouts: list[ReadOutName], world: World) -> dict[ReadOutName, dict[str, Any]]:
     """Read-out -> metrics, in one pass over the images."""
     model, recipe, classes, _ = load_model(cell.folder)
     with config_errors():
@@ -257,8 +257,8 @@ def read_results(folder: Path) -> dict[str, dict[str, float | None]]:
 def write_results(cells: list[Cell], out: Path, name: str) -> None:
     """Write the table and the figure, and say the best cell of each read-out."""
     rows: list[list[Any]] = []
-    aps: dict[ReadOut, dict] = {readout: {} for readout in EXT_SOURCES}
-    untrained: dict[ReadOut, set] = {readout: set() for readout in EXT_SOURCES}
+    aps: dict[ReadOutName, dict] = {readout: {} for readout in EXT_SOURCES}
+    untrained: dict[ReadOutName, set] = {readout: set() for readout in EXT_SOURCES}
     for cell in cells:
         results = read_results(cell.folder)
         valid = trained_readouts(cell.recipe.model)

@@ -30,7 +30,7 @@ from doublehead.engine.distributed import World
 from doublehead.engine.logs import say
 from doublehead.errors import UserError
 from doublehead.models import DoubleHeadRCNN
-from doublehead.models.heads import FCTower
+from doublehead.models.towers import FCTower
 
 COLUMNS = 3  # panels side by side
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from doublehead.analysis.cell_maps import (
     PAIR,
@@ -36,8 +36,7 @@ from doublehead.engine.data_options import data_config
 from doublehead.engine.distributed import World
 from doublehead.engine.logs import say
 from doublehead.errors import UserError, config_errors
-from doublehead.models.conv_tower import ConvTower
-from doublehead.models.heads import FCTower
+from doublehead.models.towers import FCTower, Tower
 
 UNIT = 2**30  # a cosine of 1 as an integer; int64 then holds the sum of 2**33 objects
 MAPS = ("input", "output")
@@ -178,12 +177,11 @@ def head_maps(reader: Reader, image: Tensor, boxes: Tensor) -> dict[Key, Tensor]
     return found
 
 
-def output_map(tower: nn.Module, x: Tensor) -> Tensor:
+def output_map(tower: Tower, x: Tensor) -> Tensor:
     """The map that a tower makes of `x` `Tensor[K, C, S, S]`: `Tensor[K, dim, S, S]` (see the module's text)."""
     if isinstance(tower, FCTower):
         return torch.einsum("kcyx,dcyx->kdyx", x, tower[1].weight.unflatten(1, x.shape[1:]))
-    blocks = tower.blocks if isinstance(tower, ConvTower) else tower[:1]  # the C4 baseline's last stage is one module
-    for block in blocks:
+    for block in tower.blocks:
         x = block(x)
     return x
 

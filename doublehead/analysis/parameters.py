@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from doublehead.config import ModelConfig
-from doublehead.models.conv_tower import ConvTower
 from doublehead.models.heads import Head, Heads
+from doublehead.models.readout import BRANCHES
 
 M = 2**20
 """The paper's "M"."""
@@ -26,8 +26,9 @@ def tower_weights(config: ModelConfig) -> dict[str, int]:
 
 def conv_head_weights(config: ModelConfig) -> int | None:
     """Those of the (first) conv-head's tower; None: there is no conv-head."""
-    found = [count_weights(head.tower) for head in _heads(config).values() if isinstance(head.tower, ConvTower)]
-    return found[0] if found else None
+    branches = BRANCHES[config.head.kind]
+    found = (count for name, count in tower_weights(config).items() if branches[name].tower == "conv")
+    return next(found, None)
 
 
 def count_weights(module: nn.Module) -> int:

@@ -25,7 +25,7 @@ from doublehead.engine.data_options import data_config
 from doublehead.engine.distributed import World
 from doublehead.engine.logs import say
 from doublehead.errors import UserError, config_errors
-from doublehead.models.detections import resolve_sources
+from doublehead.models.readout import resolve_readout
 from doublehead.ops.boxes import box_iou
 
 FOUND_IOU = 0.5
@@ -91,8 +91,8 @@ def open_ext(options: Qualitative, device: torch.device) -> dict[str, Reader]:
     readers = {}
     for name, readout in READOUTS.items():
         with config_errors():
-            sources = resolve_sources(config.head.kind, readout, config.detection.fusion, config.loss)
-        readers[name] = Reader(name, model.to(device), recipe, classes, sources)
+            resolved = resolve_readout(config, readout)
+        readers[name] = Reader(name, model.to(device), recipe, classes, resolved)
     return readers
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from doublehead.config import ReadOut
+from doublehead.config import ReadOutName
 
-READOUTS: dict[str, ReadOut] = {"conv": "conv", "fc": "fc", "Ext": "fused"}
+READOUTS: dict[str, ReadOutName] = {"conv": "conv", "fc": "fc", "Ext": "fused"}
 """Column of the figure -> read-out."""
 
 

@@ -14,9 +14,9 @@ from doublehead.config import Recipe
 from doublehead.engine.checkpoint import LoadedModel, load_model
 from doublehead.errors import UserError, config_errors
 from doublehead.models import DoubleHeadRCNN, ImageBatch
-from doublehead.models.detections import EXT_SOURCES, Sources, resolve_sources
 from doublehead.models.heads import HeadOutput
 from doublehead.models.images import BoxMap
+from doublehead.models.readout import EXT_SOURCES, ReadOut, resolve_readout
 from doublehead.ops import fuse_scores
 from doublehead.ops.boxes import clip_boxes, decode_boxes
 
@@ -63,7 +63,7 @@ class Reader:
     model: DoubleHeadRCNN
     recipe: Recipe
     classes: list[str]
-    sources: Sources
+    readout: ReadOut
 
     @torch.inference_mode()
     def features(self, image: Tensor, boxes: Tensor) -> ImageFeatures:
@@ -86,10 +86,10 @@ class Reader:
     @torch.inference_mode()
     def read(self, features: ImageFeatures, boxes: Tensor, labels: Tensor) -> Reading:
         """Run the heads on `boxes` `Tensor[K, 4]` (the batch's pixels), each as a box of its class in `labels` [K]."""
-        detector = self.model.detector
-        outputs = self._run_heads(features, boxes, {*self.sources.classes, self.sources.boxes})
+        detector, sources = self.model.detector, self.readout.sources
+        outputs = self._run_heads(features, boxes, {*sources.classes, sources.boxes})
         own = labels[:, None]
-        deltas = outputs[self.sources.boxes].deltas.gather(1, own[..., None].expand(-1, 1, 4)).squeeze(1)
+        deltas = outputs[sources.boxes].deltas.gather(1, own[..., None].expand(-1, 1, 4)).squeeze(1)
         moved = decode_boxes(deltas, boxes, self.recipe.model.roi.box_weights)
         moved = clip_boxes(moved[None], features.size, detector.least_side)[0]
         return Reading(self._scores(outputs).gather(1, own).squeeze(1), moved)
@@ -104,7 +104,8 @@ class Reader:
         Raises:
             UserError: a score is not finite.
         """
-        parts = [self._scores(self._run_heads(features, part, self.sources.classes)) for part in boxes.split(chunk)]
+        classifiers = self.readout.sources.classes
+        parts = [self._scores(self._run_heads(features, part, classifiers)) for part in boxes.split(chunk)]
         scores, places = torch.cat(parts)[:, 1:].max(dim=1)
         self._check_finite(scores)
         return scores, places + 1
@@ -117,9 +118,9 @@ class Reader:
 
     def _scores(self, outputs: dict[str, HeadOutput]) -> Tensor:
         """`Tensor[K, C]`: of every class, background first, as the read-out joins the classifiers."""
-        logits = [outputs[name].logits for name in self.sources.classes]
+        logits = [outputs[name].logits for name in self.readout.sources.classes]
         if len(logits) == 2:
-            return fuse_scores(*logits, self.model.detector.detection.fusion)
+            return fuse_scores(*logits, self.readout.detection.fusion)
         return logits[0].softmax(-1)
 
     def _check_finite(self, *values: Tensor) -> None:
@@ -140,7 +141,7 @@ class Reader:
     @torch.inference_mode()
     def detect(self, image: Tensor) -> dict[str, Tensor]:
         """Final detections of `image` with this read-out, in its pixels (see `DoubleHeadRCNN`)."""
-        self.model.detector.sources = self.sources
+        self.model.detector.readout = self.readout
         return self.model([image])[0]
 
     @torch.inference_mode()
@@ -196,11 +197,9 @@ def open_readers(texts: Sequence[str], device: torch.device) -> list[Reader]:
         if spec.checkpoint not in loaded:
             loaded[spec.checkpoint] = load_model(spec.checkpoint)
         model, recipe, classes, _ = loaded[spec.checkpoint]
-        config = recipe.model
-        readout = spec.readout or config.detection.readout
         with config_errors():
-            sources = resolve_sources(config.head.kind, readout, config.detection.fusion, config.loss)
-        readers.append(Reader(spec.name, model.to(device), recipe, classes, sources))
+            readout = resolve_readout(recipe.model, spec.readout)
+        readers.append(Reader(spec.name, model.to(device), recipe, classes, readout))
     for reader in readers[1:]:
         if reader.classes != readers[0].classes:
             raise UserError(f"{reader.name} and {readers[0].name} know different classes: they cannot be compared")

@@ -43,7 +43,7 @@ def fingerprint(
 ) -> dict[str, Any]:
     """What a measurement depends on, as plain values: the heads, the data with its annotations, and `more`."""
     models = {id(reader.model): _hash_of_model(reader) for reader in readers}
-    heads = [[reader.name, models[id(reader.model)], list(reader.sources.classes), reader.sources.boxes]
+    heads = [[reader.name, models[id(reader.model)], list(reader.readout.sources.classes), reader.readout.sources.boxes]
              for reader in readers]  # fmt: skip
     data = [dataset.name, dataset.image_ids, dataset.image_sizes, annotations]
     return {"heads": heads, "data": hashlib.sha256(json.dumps(data).encode()).hexdigest(), **more}

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from doublehead.config import DataConfig
+from doublehead.config import DataConfig, check
 
 from ..errors import DataError
 from .coco import read_coco
 from .dataset import DataWarning, DetectionDataset, Target
 from .files import FileDataset
-from .images import MOST_PIXELS, read_image
+from .images import read_image
 from .jpeg import is_strict
 from .loader import Loader, build_loader
 from .problems import Problems
@@ -58,24 +58,11 @@ def build_dataset(
     """
     if split not in SHAPES_IMAGES:
         raise ValueError(f"split is {split!r}, 'train' or 'val' is accepted")
+    check(config, "data")
     train = split == "train"
     name, limit = (config.train_split, config.train_images) if train else (config.val_split, config.val_images)
-    if limit is not None and limit < 1:
-        raise ValueError(f"{split}_images is {limit}, at least 1 or None is accepted")
-    if config.on_bad_record not in ("error", "skip"):
-        raise ValueError(f"on_bad_record is {config.on_bad_record!r}, 'error' or 'skip' is accepted")
-    if config.background not in ("drop", "keep"):
-        raise ValueError(f"background is {config.background!r}, 'drop' or 'keep' is accepted")
-    if not 1 <= config.max_pixels <= MOST_PIXELS:
-        raise ValueError(f"max_pixels is {config.max_pixels}, 1 .. {MOST_PIXELS} is accepted")
-    if not 0 <= config.max_skipped <= 1:
-        raise ValueError(f"max_skipped is {config.max_skipped}, a share from 0 to 1 is accepted")
-    if config.workers < 0:
-        raise ValueError(f"workers is {config.workers}, at least 0 is accepted")
     if config.format == "shapes":
         return _shapes(name, limit or SHAPES_IMAGES[split], config.image_size, horizontal_flip, classes)
-    if config.format not in READERS:
-        raise ValueError(f"format is {config.format!r}, 'shapes', 'coco' or 'voc' is accepted")
     if config.root is None:
         raise DataError(f"data.root is missing: the folder of the {config.format} data set (--data.root)")
     root = Path(config.root).expanduser()

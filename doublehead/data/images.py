@@ -21,14 +21,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..config import MAX_PIXELS, MOST_PIXELS
 from ..errors import DataError
 from .decoding import to_rgb
 from .paths import check_regular
 
-MAX_PIXELS = 100_000_000
-"""Larger images are refused unless asked for; a photo of 100 megapixels decodes to 300 MB."""
-MOST_PIXELS = 178_956_970
-"""Where Pillow refuses in any case (twice its MAX_IMAGE_PIXELS)."""
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 """The last bytes of a complete file."""
 EXIF_ORIENTATION = 0x0112

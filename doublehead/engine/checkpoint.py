@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from doublehead.config import Recipe, from_dict, to_dict
+from doublehead.config import Recipe, check, from_dict, to_dict
 from doublehead.engine import state as state_schema
 from doublehead.engine.file_kinds import other_kind
 from doublehead.engine.files import check_room, replacing
@@ -61,12 +61,13 @@ def save_model(
             several devices.
 
     Raises:
-        CheckpointError: the classes cannot be those of a model, or the file cannot be written (disk full, no
-            permission); an older one stays.
+        CheckpointError: the recipe or the classes are none that `load_model` accepts, or the file cannot be written
+            (disk full, no permission); an older one stays.
     """
     try:
         tensors = _unwrapped({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
         _check_labels(list(classes), [int(i) for i in category_ids])
+        check(recipe)  # `load_model` does too
     except ValueError as error:
         raise CheckpointError(f"{path}: not written: {error}") from error
     metadata = {

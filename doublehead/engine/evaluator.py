@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from tqdm import tqdm
 
 from doublehead.engine.distributed import World
 from doublehead.engine.voc_ap import voc_ap50
+
+if TYPE_CHECKING:
+    from doublehead.models.readout import ReadOut
 
 COCO_NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 CocoResults = list[dict[str, Any]]
@@ -69,7 +72,7 @@ def evaluate(
 def evaluate_each(
     model: nn.Module,
     dataset: Any,
-    readouts: dict[str, tuple[Any, Any]],
+    readouts: dict[str, ReadOut],
     world: World | None = None,
     *,
     voc: bool = False,

@@ -12,9 +12,7 @@ from torch import nn
 from doublehead.config import TrainConfig
 from doublehead.engine.schedule import learning_rate
 
-__all__ = ["OPTIMIZERS", "WeightAverage", "build_optimizer", "learning_rate", "seed_step", "set_learning_rate"]
-
-OPTIMIZERS = ("sgd", "adamw")
+__all__ = ["WeightAverage", "build_optimizer", "learning_rate", "seed_step", "set_learning_rate"]
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

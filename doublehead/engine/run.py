@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from doublehead.config import ModelConfig, Recipe, to_dict
+from doublehead.config import ModelConfig, Recipe, check, to_dict
 from doublehead.data import build_dataset, build_loader
 from doublehead.engine import checkpoint, pictures
 from doublehead.engine.distributed import World
@@ -118,7 +118,8 @@ class Run(Hooks):
         self.recipe, self.folder, self.world = recipe, folder, world
         self.saved_step: int | None = None  # the step of the state on disk
         with config_errors():
-            check_config(recipe.train, world)  # before the data is read: that may take minutes
+            check(recipe)  # before the data is read: that may take minutes
+            check_config(recipe.train, world)
             self.training = build_dataset(recipe.data, "train", recipe.train.horizontal_flip)
             self.validation = build_dataset(recipe.data, "val", classes=self.training.classes)
             self._batches(0)  # refuses what a loader does

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,11 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from doublehead.config import TrainConfig
+from doublehead.config import TrainConfig, check
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import NonFiniteLossError
 from doublehead.engine.optim import (
-    OPTIMIZERS,
     WeightAverage,
     build_optimizer,
     learning_rate,
@@ -37,7 +35,6 @@ from doublehead.engine.state import of_trainer as state_of
 from doublehead.engine.tracker import LossTracker
 from doublehead.errors import UserError
 
-MOST_IMAGES = 65536  # of a step; a batch beyond any use is a slip of the hand, and would be read for hours
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -268,42 +265,10 @@ def check_config(config: TrainConfig, world: World) -> None:
     Raises:
         ValueError: names the field, its value and what is accepted.
     """
-    least = {
-        "steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "eval_every": 0, "checkpoint_every": 0,
-        "warmup_steps": 0, "seed": 0, "lr": 0, "momentum": 0, "weight_decay": 0, "bias_lr_factor": 0, "gamma": 0,
-        "warmup_factor": 0,
-    }  # fmt: skip
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if not _is_number(value, whole=isinstance(getattr(TrainConfig, name), int)) or not value >= bound:
-            raise ValueError(f"train.{name} is {value!r}, at least {bound} is accepted")
-    if config.batch_size > MOST_IMAGES:
-        raise ValueError(f"train.batch_size is {config.batch_size}, at most {MOST_IMAGES} is accepted")
-    if config.optimizer not in OPTIMIZERS:
-        raise ValueError(f"train.optimizer is {config.optimizer!r}, one of {', '.join(OPTIMIZERS)} is accepted")
-    if not config.momentum < 1:
-        raise ValueError(f"train.momentum is {config.momentum}, less than 1 is accepted")
-    milestones = config.milestones if isinstance(config.milestones, (tuple, list)) else [None]
-    if not all(_is_number(milestone, whole=True) and milestone >= 0 for milestone in milestones):
-        raise ValueError(f"train.milestones are {config.milestones}, numbers of steps, at least 0, are accepted")
-    if not (_is_number(config.horizontal_flip) and 0 <= config.horizontal_flip <= 1):
-        raise ValueError(f"train.horizontal_flip is {config.horizontal_flip!r}, a probability from 0 to 1 is accepted")
-    if config.amp not in AMP_TYPES:
-        raise ValueError(f"train.amp is {config.amp!r}, one of {', '.join(AMP_TYPES)} is accepted")
-    if config.ema_decay is not None and not (_is_number(config.ema_decay) and 0 <= config.ema_decay < 1):
-        raise ValueError(f"train.ema_decay is {config.ema_decay!r}: it must lie in [0, 1)")
-    if config.clip_grad_norm is not None and not (_is_number(config.clip_grad_norm) and config.clip_grad_norm > 0):
-        raise ValueError(f"train.clip_grad_norm is {config.clip_grad_norm!r}, a positive number or None is accepted")
+    check(config, "train")
     if config.sync_batch_norm and world.size > 1 and world.device.type != "cuda":
         raise ValueError("train.sync_batch_norm needs CUDA: PyTorch has no synchronised batch norm for the CPU")
     micro_batch_size(config, world)
-
-
-def _is_number(value: Any, whole: bool = False) -> bool:
-    """A finite number, as options and JSON give them."""
-    if isinstance(value, int):
-        return not isinstance(value, bool)
-    return isinstance(value, float) and not whole and math.isfinite(value)
 
 
 def micro_batch_size(config: TrainConfig, world: World) -> int:

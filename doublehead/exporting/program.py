@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..models import Detector, ImageBatch
-from ..models.conv_tower import ConvTower
 from .description import OUTPUTS
 
 
@@ -28,10 +26,9 @@ class DetectorProgram(nn.Module):
         super().__init__()
         self.detector = copy.deepcopy(detector).to(device).eval().requires_grad_(False)
         if plain:
-            self.detector.detection = dataclasses.replace(self.detector.detection, skip=False)
-            for module in self.detector.modules():
-                if isinstance(module, ConvTower):
-                    module.fused = False
+            self.detector.readout = self.detector.readout.replace(skip=False)
+            for head in self.detector.heads.values():
+                head.tower.plain()
 
     def forward(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..ops._fallback import fallbacks
 from ..ops._library import why_reference
-from .folding import FoldedWeights
 from .structures import Detections, ImageBatch
 
 CAPTURING_DEVICES = ("cuda",)
@@ -124,13 +123,13 @@ class Snapshot:
                             f"the model outside of torch.inference_mode()"
                         )
                     self._tensors.append((owner, name, tensor, tensor._version, tensor.data_ptr()))
-        self._options = _options(detector)
+        self._readout = detector.readout
 
     def unchanged(self, detector: nn.Module) -> bool:
         """Whether the detector would compute the same."""
         return (
             self._modules[0] is detector
-            and self._options == _options(detector)
+            and self._readout == detector.readout
             and all(owner.get(name) is child for owner, name, child in self._children)
             and all(
                 owner.get(name) is tensor and tensor._version == version and tensor.data_ptr() == address
@@ -165,9 +164,7 @@ class CapturedBucket:
         self.snapshot = Snapshot(detector)
         self.recording = record(run, device, pool)
         # The next call in another dtype, or `train()`, replaces the folded weights, which the graph goes on reading.
-        self._kept_alive = [
-            value._made for m in detector.modules() for value in vars(m).values() if isinstance(value, FoldedWeights)
-        ]
+        self._kept_alive = [tensor for head in detector.heads.values() for tensor in head.tower.held_tensors()]
 
     def __call__(self, images: ImageBatch) -> Detections:
         """As `detector(images)` with `images` padded to this bucket; the results are the caller's."""
@@ -288,7 +285,3 @@ def fill(buffers: ImageBatch, images: ImageBatch) -> None:
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
     # Without the cache: an autocast around this call must not find casts there that only a replay fills.
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
-
-
-def _options(detector: nn.Module) -> tuple:
-    return detector.sources, detector.detection

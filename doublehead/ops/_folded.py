@@ -59,10 +59,10 @@ class FoldedWeights:
         self._fold = _Fold(seen, kind, made, _Written(device, made) if on_streams else None)
         return made
 
-    @property
-    def _made(self) -> Any:
-        """What is remembered, or None."""
-        return None if self._fold is None else self._fold.made
+    def tensors(self) -> list[Tensor]:
+        """The tensors in what is remembered, to keep them alive beyond the next `get` or `forget`."""
+        fold = self._fold
+        return [] if fold is None else list(_tensors_in(fold.made))
 
     def __deepcopy__(self, memo: dict) -> FoldedWeights:
         return FoldedWeights()

@@ -16,7 +16,7 @@ from doublehead.config import DataConfig, TrainConfig, to_dict
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import UserError
 from doublehead.engine.files import write_json
-from doublehead.models.detections import resolve_sources
+from doublehead.models.readout import resolve_sources
 from doublehead.recipes import RECIPES
 from tests.support.engine_standin import one_thread  # noqa: F401 (a fixture)
 

@@ -1,7 +1,6 @@
 """`python -m doublehead.analyze fc-weights`: the correlations are numpy's, cell by cell."""
 
 import csv
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,40 +10,14 @@ from PIL import Image
 from doublehead.analysis.cell_maps import by_distance, mean_of_pairs, pair_limits, pair_rows, tiled
 from doublehead.analysis.fc_weights import fc_heads, weight_correlation
 from doublehead.analyze import main
-from doublehead.config import DetectionConfig
 from doublehead.engine import checkpoint
-from doublehead.models import build_detector
-from doublehead.recipes import RECIPES
+from tests.support.analysis_commands import CLASSES, failure, saved
 from tests.support.engine_standin import one_thread  # noqa: F401 (a fixture)
-
-CLASSES = ["cat", "dog"]
-
-
-def saved(folder, kind="double_head_ext", size=3):
-    """A small untrained detector's checkpoint."""
-    recipe = RECIPES["shapes-ext"]
-    head = replace(recipe.model.head, kind=kind, fc_dim=8, conv_dim=16)
-    model = replace(
-        recipe.model, head=head, detection=DetectionConfig(), roi=replace(recipe.model.roi, output_size=size)
-    )
-    torch.manual_seed(0)
-    detector = build_detector(model, 3)
-    folder.mkdir()
-    recipe = replace(recipe, model=model)
-    checkpoint.save_model(folder / "model.safetensors", detector, recipe, CLASSES, [1, 2])
-    return detector
 
 
 def table(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-def failure(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 def test_correlation_is_numpys():

@@ -19,7 +19,7 @@ from doublehead.analysis.feature_correlation import (
 )
 from doublehead.analysis.readers import open_readers
 from doublehead.analyze import main
-from tests.analysis.test_fc_weights import failure, saved
+from tests.support.analysis_commands import failure, saved
 from tests.support.analysis_detector import stop_after
 from tests.support.engine_standin import MemoryDataset, one_thread  # noqa: F401 (a fixture)
 

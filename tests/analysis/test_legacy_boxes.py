@@ -11,7 +11,6 @@ from doublehead.analysis.windows import object_windows
 from doublehead.config import ImageConfig
 from doublehead.data.shapes import CLASSES
 from doublehead.models import build_detector
-from doublehead.models.detections import EXT_SOURCES
 from tests.support.analysis_detector import recipe, windows_225  # noqa: F401 (a fixture)
 from tests.support.engine_standin import one_thread  # noqa: F401 (a fixture)
 
@@ -36,7 +35,7 @@ def readers():
     model = build_detector(config, len(CLASSES) + 1).eval()
     legacy = dataclasses.replace(plain, model=config)
     return {
-        name: Reader(name, model, legacy, list(CLASSES), EXT_SOURCES[readout])
+        name: Reader(name, model, legacy, list(CLASSES), model.detector.resolve_readout(readout))
         for name, readout in (("conv", "conv"), ("fc", "fc"), ("Ext", "fused"))
     }
 

@@ -26,7 +26,7 @@ from doublehead.analysis.qualitative_proposals import Origin, find_origins
 from doublehead.analyze import main
 from doublehead.engine.checkpoint import load_model, save_model
 from doublehead.engine.evaluator import inference
-from tests.analysis.test_fc_weights import failure, saved
+from tests.support.analysis_commands import failure, saved
 from tests.support.analysis_detector import stop_after
 from tests.support.engine_standin import MemoryDataset, one_thread  # noqa: F401 (a fixture)
 

@@ -164,7 +164,7 @@ def test_the_share_is_checked(coco, value):
 
 
 def test_the_number_of_workers_is_checked_before_the_work(coco):
-    with pytest.raises(ValueError, match="workers is -1, at least 0 is accepted"):
+    with pytest.raises(ValueError, match="data.workers is -1, a whole number of at least 0 is accepted"):
         build_dataset(coco.config(workers=-1), "val")
 
 

@@ -17,8 +17,8 @@ from doublehead.engine.checkpoint import load_model, save_model
 from doublehead.engine.errors import CheckpointError
 from doublehead.exporting import onnx_file  # noqa: F401 (before `tiny`: it needs the real models)
 from doublehead.models import build_detector
-from doublehead.models.heads import BRANCHES
-from tests.engine.test_damaged_states import damaged
+from doublehead.models.readout import BRANCHES
+from tests.support.damaged_files import damaged
 from tests.support.engine_standin import TinyDetector, one_thread, tiny_models  # noqa: F401 (a fixture)
 
 CLASSES, IDS = ["a", "b"], [2, 5]
@@ -223,19 +223,19 @@ def test_labels_that_are_none(write, kind):
 
 WRONG_RECIPES = {
     "no dictionary": ("model.backbone", 3, "model.backbone is 3, a dictionary of BackboneConfig fields is accepted"),
-    "text": ("model.head.fc_dim", "8", "model.head.fc_dim is '8', a whole number is accepted"),
-    "truth": ("model.head.fc_dim", True, "model.head.fc_dim is True, a whole number is accepted"),
-    "a fraction": ("model.head.fc_dim", 8.5, "model.head.fc_dim is 8.5, a whole number is accepted"),
+    "text": ("model.head.fc_dim", "8", "model.head.fc_dim is '8', a whole number of at least 0 is accepted"),
+    "truth": ("model.head.fc_dim", True, "model.head.fc_dim is True, a whole number of at least 0 is accepted"),
+    "a fraction": ("model.head.fc_dim", 8.5, "model.head.fc_dim is 8.5, a whole number of at least 0 is accepted"),
     "number for truth": ("model.head.fused", 1, "model.head.fused is 1, true or false is accepted"),
     "NaN": ("model.rpn.nms_iou", math.nan, "model.rpn.nms_iou is nan, a finite number is accepted"),
     "not named so": ("model.head.kind", "triple", "model.head.kind is 'triple', one of fc, conv,"),
-    "no list": ("model.image.min_size", 800, "model.image.min_size is 800, a list is accepted"),
+    "no list": ("model.image.min_size", 800, "model.image.min_size is 800, a list of at least 1 is accepted"),
     "text in a list": ("model.rpn.anchor_sizes", [8, "x"], "model.rpn.anchor_sizes[1] is 'x', a finite number"),
     "short list": ("model.roi.box_weights", [1, 2], "model.roi.box_weights is [1, 2], a list of 4 is accepted"),
-    "negative": ("model.backbone.fpn_channels", -8, "its recipe makes no model"),
+    "negative": ("model.backbone.fpn_channels", -8, "model.backbone.fpn_channels is -8, a whole number of at least 0"),
     "terabytes": ("model.backbone.fpn_channels", 2**20, "its weights do not fit its recipe: missing"),
     "overflow": ("model.backbone.fpn_channels", 2**40, "its recipe makes no model (Storage size calculation"),
-    "beyond numbers": ("model.backbone.fpn_channels", 10**400, "fpn_channels is a huge number, a whole number is"),
+    "beyond numbers": ("model.backbone.fpn_channels", 10**400, "fpn_channels is a huge number, a whole number of"),
     "too deep": ("model.head.conv_blocks", 10**9 + 1, "conv_blocks is 1000000001, with"),
     "one deeper": ("model.head.conv_blocks", 3, "its weights do not fit its recipe: missing"),
 }

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-import random
 import shutil
 import sys
 import zipfile
@@ -17,8 +16,9 @@ from doublehead.engine.checkpoint import load_state, save_state
 from doublehead.engine.errors import NonFiniteLossError, UserError
 from doublehead.engine.state import STATE
 from doublehead.engine.trainer import Trainer
-from tests.engine.test_trainer import CONFIG, batches
+from tests.support.damaged_files import damaged
 from tests.support.engine_standin import TINY, TinyDetector, one_thread, tiny_models  # noqa: F401 (a fixture)
+from tests.support.training_cases import CONFIG, batches
 
 MACHINE = {"processes": 1, "threads": 1, "device": "cpu"}
 OPTIMIZERS = {"sgd": {}, "adamw": {"optimizer": "adamw", "lr": 1e-3}, "fp16": {"amp": "fp16"}}
@@ -175,23 +175,6 @@ def test_states_changed_at_random_are_refused_when_read(going, tmp_path, rounds,
         else:
             raise AssertionError(f"{place}, {kind}: taken")
         assert path.read_bytes() == written and [p.name for p in tmp_path.iterdir()] == ["state.pt"]
-
-
-def damaged(data, seed):
-    """`data` cut short, with a bit turned over, or with some bytes as nulls."""
-    draw = random.Random(seed)
-    place = draw.randrange(len(data) - 1)
-    if seed % 3 == 0:
-        return data[:place]
-    new = bytearray(data)
-    if seed % 3 == 1:
-        new[place] ^= 1 << draw.randrange(8)
-    else:
-        count = min(draw.randrange(1, 600), len(data) - place)
-        new[place : place + count] = bytes(count)
-        if new == data:
-            new[place] ^= 1
-    return bytes(new)
 
 
 def test_no_damage_to_a_file_goes_unseen(tmp_path, rounds, seeded):

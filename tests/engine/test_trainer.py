@@ -14,22 +14,7 @@ from doublehead.engine.optim import WeightAverage, build_optimizer, learning_rat
 from doublehead.engine.tracker import LossTracker
 from doublehead.engine.trainer import Hooks, Trainer, _parallel, check_config, micro_batch_size
 from tests.support.engine_standin import TinyDetector, one_thread  # noqa: F401 (a fixture)
-
-CONFIG = TrainConfig(steps=6, batch_size=4, lr=0.05, milestones=(4,), warmup_steps=2, log_every=2, device="cpu")
-
-
-def batches(start=0, size=4):
-    """Micro-batch k holds images k * size ...; every image is a function of its number."""
-    number = start * size
-    while True:
-        images, targets = [], []
-        for i in range(number, number + size):
-            generator = torch.Generator().manual_seed(i)
-            images.append(torch.randint(0, 256, (3, 40, 40), generator=generator, dtype=torch.uint8))
-            box = torch.tensor([[4.0, 5.0, 20.0 + i % 7, 30.0]])
-            targets.append({"boxes": box, "labels": torch.tensor([1 + i % 2]), "image_id": i})
-        number += size
-        yield images, targets
+from tests.support.training_cases import CONFIG, batches
 
 
 def new_trainer(config=CONFIG, model=None, hooks=None, size=4):
@@ -339,25 +324,27 @@ def test_nothing_is_saved_after_a_bad_loss_nobody_has_looked_at():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"steps": 0}, "train.steps is 0, at least 1"),
+        ({"steps": 0}, "train.steps is 0, a whole number of at least 1 is accepted"),
         ({"lr": math.nan}, "train.lr is nan"),
         ({"batch_size": 6, "accumulate": 4}, "batch_size 6 images cannot be shared by 1 processes x 4"),
-        ({"clip_grad_norm": 0.0}, "train.clip_grad_norm is 0.0"),
+        ({"clip_grad_norm": 0.0}, "train.clip_grad_norm is 0.0, a finite number above 0 or none is accepted"),
         ({"amp": "fp8"}, "train.amp is 'fp8'"),
         ({"optimizer": "lion"}, "train.optimizer is 'lion', one of sgd, adamw"),
-        ({"momentum": 1.0}, "train.momentum is 1.0, less than 1"),
+        ({"momentum": 1.0}, "train.momentum is 1.0, a finite number of at least 0 and below 1"),
         ({"ema_decay": 1.0}, "train.ema_decay is 1.0"),
         ({"ema_decay": math.nan}, "train.ema_decay is nan"),
-        ({"lr": math.inf}, "train.lr is inf, at least 0"),
-        ({"gamma": -0.1}, "train.gamma is -0.1, at least 0"),
+        ({"lr": math.inf}, "train.lr is inf, a finite number of at least 0"),
+        ({"gamma": -0.1}, "train.gamma is -0.1, a finite number of at least 0"),
         ({"warmup_factor": math.nan}, "train.warmup_factor is nan"),
         ({"bias_lr_factor": -1.0}, "train.bias_lr_factor is -1.0"),
-        ({"horizontal_flip": 2.0}, "train.horizontal_flip is 2.0, a probability"),
-        ({"milestones": (3, -1)}, r"train.milestones are \(3, -1\), numbers of steps"),
-        ({"milestones": None}, "train.milestones are None"),
-        ({"batch_size": 10**6}, "train.batch_size is 1000000, at most 65536"),
-        ({"steps": "many"}, "train.steps is 'many', at least 1"),
-        ({"seed": 0.5}, "train.seed is 0.5, at least 0"),
+        ({"horizontal_flip": 2.0}, "train.horizontal_flip is 2.0, a finite number from 0 to 1"),
+        ({"milestones": (3, -1)}, r"train.milestones\[1\] is -1, a whole number of at least 0"),
+        ({"milestones": None}, "train.milestones is None, a list is accepted"),
+        ({"batch_size": 10**6}, "train.batch_size is 1000000, a whole number from 1 to 65536"),
+        ({"steps": "many"}, "train.steps is 'many', a whole number of at least 1"),
+        ({"seed": 0.5}, "train.seed is 0.5, a whole number of at least 0"),
+        ({"accumulate": True}, "train.accumulate is True, a whole number of at least 1"),
+        ({"log_every": 20.0}, "train.log_every is 20.0, a whole number of at least 1"),
     ],
 )
 def test_bad_values_are_named(change, message):

@@ -15,7 +15,7 @@ from doublehead.engine.errors import UserError
 from doublehead.exporting import ExportedDetections, ExportedDetector, load, loading, onnx_file, package
 from doublehead.exporting.program import DetectorProgram, differences, example_input
 from doublehead.models import ImageBatch, build_detector
-from tests.models.test_static import lively, tiny
+from tests.support.tiny_detectors import lively, tiny
 
 CLASSES = ["cat", "dog", "bird"]
 QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.simdlen": 1}  # quick to compile, slow to run

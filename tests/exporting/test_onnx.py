@@ -13,8 +13,8 @@ from doublehead.exporting.description import describe
 from doublehead.exporting.program import DetectorProgram, differences, example_input
 from doublehead.models import ImageBatch, build_detector
 from doublehead.ops import detections, multiscale_roi_align, nms_padded
-from tests.models.test_static import lively, tiny
 from tests.support.detection_cases import OPTIONS, clear, tensors
+from tests.support.tiny_detectors import lively, tiny
 
 pytest.importorskip("onnxscript", reason="pip install 'doublehead[onnx]'")
 onnx = pytest.importorskip("onnx", reason="pip install 'doublehead[onnx]'")

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from doublehead.engine.checkpoint import load_state
-from tests.cli.test_train import OPTIONS, assert_same, contents, train
 from tests.support.engine_standin import finish, launch, one_thread  # noqa: F401 (a fixture)
+from tests.support.training_runs import OPTIONS, assert_same, contents, train
 
 PAGE = 4096
 ROOM = 1 << 24

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from tests.cli.test_train import assert_same, contents, train
 from tests.support.engine_standin import finish, one_thread  # noqa: F401 (a fixture)
+from tests.support.training_runs import assert_same, contents, train
 
 VARIANTS = {
     "average-accumulate-evaluate": "--train.ema-decay 0.9 --train.accumulate 2 --train.eval-every 5",

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import doublehead
-from tests.interop.test_accelerate_torchvision import build, pictures
+from tests.support.torchvision_models import build, pictures
 
 WAITING_METHODS = {"tolist", "cpu", "numpy", "__array__"}
 """Of a tensor: they copy values back."""

@@ -22,35 +22,13 @@ from doublehead.interop.formats import convert
 from doublehead.interop.loading import Checkpoint, read_checkpoint
 from doublehead.interop.mapping import ConversionError
 from doublehead.interop.mmdet.configuration import class_names
-from doublehead.interop.torchvision import faster_rcnn_config
-from doublehead.models import build_detector
+from tests.support.torchvision_states import torchvision_state, write
 
 
 @pytest.fixture(scope="module")
 def small():
     """A torchvision state_dict: ResNet-18, a narrow pyramid, 3 classes."""
     return torchvision_state(3)
-
-
-def torchvision_state(classes):
-    """This library's model under torchvision's names; that these are right, test_convert_parity shows."""
-    torch.manual_seed(0)
-    model = build_detector(faster_rcnn_config("frozen_batch_norm", 0.0, "resnet18", 16, 8, 7), classes + 1)
-    theirs = {"detector.rpn.conv": "rpn.head.conv.0.0", "detector.rpn.objectness": "rpn.head.cls_logits",
-              "detector.rpn.deltas": "rpn.head.bbox_pred", "detector.heads.fc.tower.1": "roi_heads.box_head.fc6",
-              "detector.heads.fc.tower.3": "roi_heads.box_head.fc7",
-              "detector.heads.fc.classifier": "roi_heads.box_predictor.cls_score",
-              "detector.heads.fc.regressor": "roi_heads.box_predictor.bbox_pred"}  # fmt: skip
-    state = OrderedDict()
-    for name, tensor in model.state_dict().items():
-        layer, _, part = name.rpartition(".")
-        state[f"{theirs.get(layer, layer.removeprefix('detector.'))}.{part}"] = tensor
-    return state
-
-
-def write(tmp_path, content, name="model.pth", **options):
-    torch.save(content, tmp_path / name, **options)
-    return tmp_path / name
 
 
 def fails(capsys, *arguments):

@@ -9,7 +9,7 @@ from doublehead.convert import main
 from doublehead.engine.checkpoint import load_model
 from doublehead.engine.errors import CheckpointError
 from doublehead.interop.loading import read_checkpoint
-from tests.interop.test_convert import torchvision_state, write
+from tests.support.torchvision_states import torchvision_state, write
 
 
 def prefixed(prefix, state):
@@ -103,7 +103,7 @@ class Mine:
 @pytest.mark.parametrize("beside", ["config", "model"])
 def test_other_classes_are_refused_by_name(tmp_path, beside):
     content = {"state_dict": STATE, beside: Mine()}
-    with pytest.raises(CheckpointError, match=r"names test_convert_wrappers.Mine, which .* Save the weights alone"):
+    with pytest.raises(CheckpointError, match=rf"names {__name__}.Mine, which .* Save the weights alone"):
         read_checkpoint(write(tmp_path, content))
 
 

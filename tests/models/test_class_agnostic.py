@@ -21,7 +21,8 @@ from doublehead.config import (
 )
 from doublehead.engine.checkpoint import load_model, save_model
 from doublehead.models import DoubleHeadRCNN, ImageBatch, build_detector
-from doublehead.models.detections import Sources, detect
+from doublehead.models.detections import detect
+from doublehead.models.readout import ReadOut, Sources
 from doublehead.models.structures import Detections, Proposals, pad_targets
 
 CLASSES = 5
@@ -114,8 +115,8 @@ class HeadToDetections(torch.nn.Module):
     def forward(self, pooled: torch.Tensor, boxes: torch.Tensor) -> Detections:
         proposals = Proposals(boxes, torch.ones_like(boxes[..., 0], dtype=torch.bool))
         sizes = boxes.new_tensor([[64.0, 64.0]]).expand(len(boxes), 2)
-        sources, weights = Sources(("fc",), "fc"), self.config.roi.box_weights
-        return detect({"fc": self.head(pooled)}, sources, proposals, sizes, self.config.detection, weights)
+        readout = ReadOut(Sources(("fc",), "fc"), self.config.detection)
+        return detect({"fc": self.head(pooled)}, readout, proposals, sizes, self.config.roi.box_weights)
 
 
 def test_compiles_and_exports(ext):
@@ -133,7 +134,7 @@ def test_readers_of_the_analysis(ext):
     labels = torch.tensor([1, 3])
     readings = []
     for model in ext:
-        reader = Reader("one", model, Recipe(model=model.config), list("abcd"), model.detector.sources)
+        reader = Reader("one", model, Recipe(model=model.config), list("abcd"), model.detector.readout)
         features = reader.features(picture, BOXES[1])
         readings.append(reader.read(features, features.boxes, labels))
     torch.testing.assert_close(*readings)

@@ -12,7 +12,7 @@ from torch import nn
 from doublehead.config import HeadConfig, NonLocalConfig
 from doublehead.models.conv_tower import Bottleneck, ConvTower, WideningBlock
 from doublehead.models.folding import fold_norm
-from doublehead.models.heads import FCTower
+from doublehead.models.towers import FCTower
 from doublehead.ops._fallback import fallbacks
 from tests.support.precision import assert_as_exact, convolution_eps
 from tests.support.triton_bfloat16 import upcast_products  # noqa: F401  (a fixture)
@@ -71,7 +71,7 @@ def maps(number: int, dtype: torch.dtype = torch.float64, size: int = 7, channel
 def test_folded_equals_plain(name, number):
     model, x = tower(CONFIGS[name]).eval(), maps(number)
     with torch.no_grad():
-        assert model.folds(x)
+        assert model.can_skip(x)
         torch.testing.assert_close(model(x), plain(model)(x), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(model(x.contiguous()), plain(model)(x), rtol=1e-9, atol=1e-9)  # NCHW
 
@@ -172,7 +172,7 @@ def test_weights_made_in_inference_mode_are_folded_each_time():
 
 def test_gradients_in_eval_mode_go_through_the_modules():
     model, x = tower(CONFIGS["K=3, no non-local"]).eval(), maps(2).requires_grad_()
-    assert not model.folds(x)
+    assert not model.can_skip(x)
     assert torch.autograd.grad(model(x).sum(), x)[0].abs().sum() > 0
 
 
@@ -302,7 +302,7 @@ def test_fused_training_remembers_less():
 
 def test_other_norms_go_through_the_modules():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(tower(CONFIGS["K=3, no non-local"], torch.float32))
-    assert not model.eval().folds(maps(2, torch.float32)) and not model.train()._trains_fused()
+    assert not model.eval().can_skip(maps(2, torch.float32)) and not model.train()._trains_fused()
     frozen = tower(CONFIGS["K=3, no non-local"]).train()
     frozen[0].residual[1].eval()
     assert not frozen._trains_fused()

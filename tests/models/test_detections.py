@@ -8,8 +8,9 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import clip_boxes_to_image, nms
 
 from doublehead.config import DetectionConfig, LossConfig
-from doublehead.models.detections import detect, resolve_sources
-from doublehead.models.heads import BRANCHES, HeadOutput
+from doublehead.models.detections import detect
+from doublehead.models.heads import HeadOutput
+from doublehead.models.readout import BRANCHES, ReadOut, resolve_sources
 from doublehead.models.structures import Proposals
 from doublehead.ops import fuse_scores
 
@@ -100,7 +101,8 @@ def test_detect_equals_the_loop_over_classes():
     config = DetectionConfig(max_detections=25)
     for fusion in ("complementary", "max", "average"):
         sources = resolve_sources("double_head_ext", "fused", fusion, LossConfig())
-        result = detect(outputs, sources, proposals, sizes, dataclasses.replace(config, fusion=fusion), WEIGHTS)
+        readout = ReadOut(sources, dataclasses.replace(config, fusion=fusion))
+        result = detect(outputs, readout, proposals, sizes, WEIGHTS)
         scores = fuse_scores(outputs["fc"].logits, outputs["conv"].logits, fusion).unflatten(0, (batch, slots))
         deltas = outputs["conv"].deltas.unflatten(0, (batch, slots))
         for row in range(batch):

@@ -5,7 +5,9 @@ device shows is in test_graph_gpu.py.
 """
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ import torch
 from doublehead.config import DetectionConfig
 from doublehead.models import Detections, ImageBatch, build_detector, graph
 from doublehead.ops._library import warn_fallback
-from tests.models.test_static import lively, tiny
+from tests.support.graph_cases import assert_same_but_borderline, padded, pictures
+from tests.support.tiny_detectors import lively, tiny
 
 
 class Recorder:
@@ -57,33 +60,6 @@ def original():
 @pytest.fixture
 def model(original):
     return copy.deepcopy(original)
-
-
-def pictures(*sizes):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.rand(3, *size, generator=generator) for size in sizes]
-
-
-def padded(model, images, batch, height, width):
-    """The batch as the bucket sees it."""
-    small, _ = model.transform(images)
-    buffers = graph.empty_batch(batch, height, width, "cpu")
-    graph.fill(buffers, small)
-    return buffers
-
-
-def assert_same_but_borderline(found, expected, options, gap=1e-4):
-    """Each image's scores equal the expected ones; either may have more, which passed the threshold barely.
-
-    Scores are sorted, so that those at the threshold come last.
-    """
-    for image, scores in enumerate(found):
-        others = expected.scores[image, : expected.count[image]].cpu()
-        common = min(len(scores), len(others))
-        assert common > 0
-        torch.testing.assert_close(scores[:common], others[:common], rtol=0, atol=gap)
-        surplus = torch.cat([scores[common:], others[common:]])
-        assert surplus.le(options.score_threshold + gap).all(), surplus
 
 
 def test_only_borderline_detections_may_differ():
@@ -205,10 +181,12 @@ def test_nothing_is_recorded_without_a_change(model, recorder):
 def test_folded_weights_live_as_long_as_the_graph(model, recorder):
     model.compile_graph(1, 64, 96)
     tower = model.detector.heads["conv"].tower
-    folded = tower._folded._made
-    tower._folded.forget()
-    (captured,) = model._graphs._buckets.values()
-    assert any(made is folded for made in captured._kept_alive)
+    folded = [weakref.ref(tensor) for tensor in tower.held_tensors()]
+    tower.train().eval()
+    assert tower.held_tensors() == [] and folded and all(tensor() is not None for tensor in folded)
+    model.release_graphs()
+    gc.collect()  # the stand-in's recording refers to itself
+    assert all(tensor() is None for tensor in folded)
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from doublehead.models import build_detector, graph
-from tests.models.test_graph import assert_same_but_borderline, padded, pictures
-from tests.models.test_static import batch, lively, tiny
+from tests.support.graph_cases import assert_same_but_borderline, padded, pictures
+from tests.support.tiny_detectors import batch, lively, tiny
 
 pytestmark = pytest.mark.gpu
 

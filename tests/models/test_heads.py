@@ -8,7 +8,9 @@ from torch import nn
 
 from doublehead.config import HeadConfig, NonLocalConfig, RoIConfig
 from doublehead.models.conv_tower import Bottleneck, ConvTower, WideningBlock, non_local_block
-from doublehead.models.heads import BRANCHES, FCTower, Heads
+from doublehead.models.heads import Heads
+from doublehead.models.readout import BRANCHES
+from doublehead.models.towers import FCTower
 from doublehead.ops import NonLocalBlock
 
 M = 2**20

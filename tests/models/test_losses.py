@@ -8,8 +8,9 @@ from torchvision.ops import box_iou
 
 from doublehead.config import LossConfig, ModelConfig, RoIConfig
 from doublehead.models.heads import HeadOutput
-from doublehead.models.losses import box_loss, classification_loss, head_losses, sample_rois, task_weights
+from doublehead.models.losses import box_loss, classification_loss, head_losses, sample_rois
 from doublehead.models.matching import match, sample
+from doublehead.models.readout import task_weights
 from doublehead.models.structures import Proposals, RoISamples, Targets, pad_targets
 
 

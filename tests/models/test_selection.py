@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
 from doublehead.models import build_detector
 from doublehead.models.conv_tower import ConvTower
-from doublehead.models.heads import BRANCHES
+from doublehead.models.readout import BRANCHES
 from doublehead.models.selection import bring_to_front, may_be_detected, restore, select_boxes
-from tests.models.test_static import batch, lively, tiny
+from tests.support.tiny_detectors import batch, lively, tiny
 
 SELECTING = ["double_conv", "double_head"]  # classes from one head, boxes from another with a conv tower
 
@@ -26,7 +24,7 @@ def detector(kind: str, **detection):
             head.classifier.bias.data[0] = 2.0
     made = made.double()
     best = detect(made, False, score_threshold=0.0).scores[:, 0].min().item()
-    made.detection = dataclasses.replace(made.detection, score_threshold=0.8 * best, **detection)
+    made.readout = made.readout.replace(score_threshold=0.8 * best, **detection)
     return made
 
 
@@ -38,7 +36,7 @@ def images():
 
 @torch.no_grad()
 def detect(model, skip: bool, **detection):
-    model.detection = dataclasses.replace(model.detection, skip=skip, **detection)
+    model.readout = model.readout.replace(skip=skip, **detection)
     return model(images())
 
 
@@ -56,9 +54,9 @@ def test_the_exact_skip_changes_no_detection(kind):
 
 def test_the_skip_serves_the_split_read_out_of_ext():
     model = detector("double_head_ext")
-    threshold = model.detection.score_threshold
+    threshold = model.readout.detection.score_threshold
     model.set_readout("split")
-    model.detection = dataclasses.replace(model.detection, score_threshold=threshold)
+    model.readout = model.readout.replace(score_threshold=threshold)
     everything, selected = detect(model, False), detect(model, True)
     torch.testing.assert_close(selected.boxes, everything.boxes, rtol=1e-9, atol=1e-9)
     assert selected.labels.equal(everything.labels) and (selected.box_rois < everything.box_rois).all()

@@ -9,10 +9,8 @@ pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, assume, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from tests.ops.test_detections import FUSION_NAMES, INF, NAN, check, poison  # noqa: E402
 from tests.support.detection_cases import OPTIONS, clear, tensors  # noqa: E402
-
-__all__ = ["poison"]  # a fixture
+from tests.support.detection_checks import FUSION_NAMES, INF, NAN, check  # noqa: E402
 
 
 @st.composite

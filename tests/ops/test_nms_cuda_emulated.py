@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from doublehead.ops import box_iou
 from doublehead.ops.nms import reference
 from tests.cuda_emulation.build import IN_ORDER, ORDERS, every_order, open_emulated
-from tests.ops.test_nms_native import images, thresholds
 from tests.support.nms_cases import DTYPES, INF, NAN, clustered_boxes, integer_boxes, is_greedy_result
+from tests.support.nms_strategies import images, thresholds
 
 emulated = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -10,19 +10,12 @@ from hypothesis import strategies as st
 from doublehead.ops import box_iou, nms_padded
 from doublehead.ops._library import native
 from doublehead.ops.nms import op, reference
-from tests.support.nms_cases import DTYPES, INF, NAN, THRESHOLDS, clustered_boxes, is_greedy_result, make_images
+from tests.support.nms_cases import DTYPES, INF, NAN, clustered_boxes, is_greedy_result
+from tests.support.nms_strategies import images, thresholds
 
 pytestmark = pytest.mark.skipif(
     not native("nms_padded", "cpu"), reason="doublehead's compiled part is not built, so there is nothing to compare"
 )
-
-
-@st.composite
-def images(draw):
-    return make_images(lambda low, high: draw(st.integers(low, high)), lambda choices: draw(st.sampled_from(choices)))
-
-
-thresholds = st.one_of(st.sampled_from(THRESHOLDS), st.floats(0.0, 1.0))
 
 
 @settings(max_examples=200, deadline=None)

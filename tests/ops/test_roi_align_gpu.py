@@ -9,9 +9,7 @@ from torch import Tensor
 from doublehead.ops import multiscale_roi_align, roi_align
 from doublehead.ops._library import native
 from doublehead.ops.roi_align import reference
-from tests.ops.test_roi_align_op import BACKWARD, FORWARD, POOLING
-from tests.ops.test_roi_align_op import make_features as make_pyramid
-from tests.ops.test_roi_align_op import make_rois as pyramid_rois
+from tests.support.roi_align_calls import BACKWARD, FORWARD, POOLING, make_pyramid, pyramid_rois
 from tests.support.roi_align_cases import (
     LAYOUTS,
     assert_twice_as_good,

@@ -6,22 +6,10 @@ from torch import Tensor
 
 from doublehead.ops import multiscale_roi_align, roi_align
 from doublehead.ops.roi_align import reference
+from tests.support.roi_align_calls import BACKWARD, FORWARD, POOLING, make_pyramid, pyramid_rois
 
-FORWARD = torch.ops.doublehead.multiscale_roi_align.default
-BACKWARD = torch.ops.doublehead.multiscale_roi_align_backward.default
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
-POOLING = [0.5, 0.25], [1.0, 1.3], [3, 5], 2, False, 56.0, 3, 0
-
-
-def make_features(layout=torch.contiguous_format, dtype=torch.float32, requires_grad=False) -> list[Tensor]:
-    torch.manual_seed(0)
-    features = [torch.randn(2, 18, 24, 20), torch.randn(2, 18, 12, 10)]
-    return [f.to(dtype).contiguous(memory_format=layout).requires_grad_(requires_grad) for f in features]
-
-
-def make_rois() -> Tensor:
-    return torch.tensor([[0.0, 1, 2, 20, 30], [1, 4, 4, 39, 47], [1, -5, 3, 9, 9.5], [0, 30, 30, 80, 90]])
 
 
 def pool(features, rois):
@@ -44,7 +32,7 @@ def pool_and_differentiate(function, features, rois) -> list[Tensor]:
 @layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_forward(dtype, layout):
-    results = torch.library.opcheck(FORWARD, (make_features(layout, dtype, True), make_rois(), *POOLING))
+    results = torch.library.opcheck(FORWARD, (make_pyramid(layout, dtype, True), pyramid_rois(), *POOLING))
     assert set(results.values()) == {"SUCCESS"}
     assert len(results) == 4
 
@@ -54,7 +42,7 @@ def test_opcheck_forward(dtype, layout):
 def test_opcheck_backward(dtype, layout):
     grads = [torch.randn(4, 18, 3, 5).to(dtype) for _ in range(2)]
     sizes = [2, 18, 24, 20, 12, 10]
-    results = torch.library.opcheck(BACKWARD, (grads, make_rois(), sizes, layout == LAYOUTS[1], *POOLING))
+    results = torch.library.opcheck(BACKWARD, (grads, pyramid_rois(), sizes, layout == LAYOUTS[1], *POOLING))
     assert set(results.values()) == {"SUCCESS"}
     assert len(results) == 4
 
@@ -62,7 +50,7 @@ def test_opcheck_backward(dtype, layout):
 @layouts
 @pytest.mark.parametrize("count", [0, 4])
 def test_fake_results_have_the_layout_of_real_ones(count, layout):
-    features, rois = make_features(layout), make_rois()[:count]
+    features, rois = make_pyramid(layout), pyramid_rois()[:count]
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = FORWARD([mode.from_tensor(f) for f in features], mode.from_tensor(rois), *POOLING)
     for fake, real in zip(fakes, FORWARD(features, rois, *POOLING), strict=True):
@@ -73,8 +61,8 @@ def test_fake_results_have_the_layout_of_real_ones(count, layout):
 def test_compiles_whole_with_dynamic_shapes(layout):
     torch._dynamo.reset()
     compiled = torch.compile(pool, fullgraph=True, dynamic=True, backend="aot_eager")
-    features = make_features(layout)
-    for rois in (make_rois(), make_rois()[:3], torch.rand(2, 7, 4) * 40):
+    features = make_pyramid(layout)
+    for rois in (pyramid_rois(), pyramid_rois()[:3], torch.rand(2, 7, 4) * 40):
         results = pool_and_differentiate(compiled, features, rois)
         for actual, expected in zip(results, pool_and_differentiate(pool, features, rois), strict=True):
             torch.testing.assert_close(actual, expected)
@@ -84,7 +72,7 @@ def test_compiles_whole_with_dynamic_shapes(layout):
 def test_one_level_compiles_whole():
     torch._dynamo.reset()
     compiled = torch.compile(roi_align, fullgraph=True, dynamic=True, backend="aot_eager")
-    (feature, _), rois = make_features(), make_rois()
+    (feature, _), rois = make_pyramid(), pyramid_rois()
     boxes = [rois[:1, 1:], rois[1:3, 1:]]
     for arguments in ((rois, 7, 0.5, 2, True), (boxes, (3, 5), 0.5, 0)):
         torch.testing.assert_close(compiled(feature, *arguments), roi_align(feature, *arguments))
@@ -95,7 +83,7 @@ def test_exports_with_a_dynamic_number_of_boxes():
         def forward(self, fine, coarse, rois):
             return pool([fine, coarse], rois)
 
-    features, rois = make_features(), make_rois()
+    features, rois = make_pyramid(), pyramid_rois()
     count = torch.export.Dim("count", min=1)
     program = torch.export.export(Pool(), (*features, rois), dynamic_shapes=(None, None, {0: count}))
     assert "doublehead.multiscale_roi_align" in str(program.graph)
@@ -106,7 +94,7 @@ def test_exports_with_a_dynamic_number_of_boxes():
 
 
 def test_the_operator_itself_is_differentiable_as_the_function_is():
-    features, rois = make_features(), make_rois()
+    features, rois = make_pyramid(), pyramid_rois()
     actual = pool_and_differentiate(lambda features, rois: FORWARD(features, rois, *POOLING), features, rois)
     for ours, expected in zip(actual, pool_and_differentiate(pool, features, rois), strict=True):
         assert torch.equal(ours, expected)
@@ -115,7 +103,7 @@ def test_the_operator_itself_is_differentiable_as_the_function_is():
 @layouts
 def test_reference_serves_devices_without_a_kernel(layout):
     """Called below the dispatcher's choice of kernel, as on such a device."""
-    features, rois = make_features(layout), make_rois()
+    features, rois = make_pyramid(layout), pyramid_rois()
     outputs = reference.multiscale_roi_align(features, rois, *POOLING)
     for actual, expected in zip(outputs, pool(features, rois), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -123,10 +111,10 @@ def test_reference_serves_devices_without_a_kernel(layout):
 
 
 def test_reference_pools_zeros_from_an_image_that_is_not_there():
-    features, rois = make_features(), make_rois()
+    features, rois = make_pyramid(), pyramid_rois()
     rois[1, 0], rois[2, 0] = 7, -3
     outputs = reference.multiscale_roi_align(features, rois, *POOLING)
-    for output, expected in zip(outputs, pool(features, make_rois()), strict=True):
+    for output, expected in zip(outputs, pool(features, pyramid_rois()), strict=True):
         assert not output[1:3].any()
         torch.testing.assert_close(output[[0, 3]], expected[[0, 3]], rtol=1e-5, atol=1e-5)
 
@@ -137,19 +125,19 @@ def test_reference_pools_zeros_from_an_image_that_is_not_there():
 
 @pytest.mark.parametrize("call", [pool, torch.compile(pool, fullgraph=True, backend="aot_eager")])
 def test_autocast_changes_neither_features_nor_boxes(call):
-    features = make_features(dtype=torch.float32)
+    features = make_pyramid(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = call(features, make_rois())
-    for actual, expected in zip(outputs, pool(features, make_rois()), strict=True):
+        outputs = call(features, pyramid_rois())
+    for actual, expected in zip(outputs, pool(features, pyramid_rois()), strict=True):
         assert torch.equal(actual, expected)
 
 
 def test_autocast_brings_levels_of_several_dtypes_to_the_widest():
-    fine, coarse = make_features()
+    fine, coarse = make_pyramid()
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = pool([fine.bfloat16(), coarse], make_rois())
-        grads = pool_and_differentiate(pool, [fine.bfloat16(), coarse], make_rois())[2:]
-    for actual, expected in zip(outputs, pool([fine.bfloat16().float(), coarse], make_rois()), strict=True):
+        outputs = pool([fine.bfloat16(), coarse], pyramid_rois())
+        grads = pool_and_differentiate(pool, [fine.bfloat16(), coarse], pyramid_rois())[2:]
+    for actual, expected in zip(outputs, pool([fine.bfloat16().float(), coarse], pyramid_rois()), strict=True):
         assert torch.equal(actual, expected)
     assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.float32]
 
@@ -159,21 +147,21 @@ def test_autocast_brings_levels_of_several_dtypes_to_the_widest():
 
 
 def test_gradient_of_boxes_is_a_clear_error():
-    features, rois = make_features(requires_grad=True), make_rois().requires_grad_()
+    features, rois = make_pyramid(requires_grad=True), pyramid_rois().requires_grad_()
     for outputs in (pool(features, rois), FORWARD(features, rois, *POOLING)):  # nothing wrong with pooling alone
         with pytest.raises(RuntimeError, match=r"gradient of the boxes is not defined; pass boxes.detach\(\)"):
             outputs[0].sum().backward()
 
 
 def test_second_derivative_is_an_error():
-    features = make_features(requires_grad=True)
-    grads = torch.autograd.grad(pool(features, make_rois())[0].square().sum(), features, create_graph=True)
+    features = make_pyramid(requires_grad=True)
+    grads = torch.autograd.grad(pool(features, pyramid_rois())[0].square().sum(), features, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grads[0].sum().backward()
 
 
 def test_function_transforms():
-    (feature, _), rois = make_features(), make_rois()
+    (feature, _), rois = make_pyramid(), pyramid_rois()
     gradient = torch.func.grad(lambda x: roi_align(x, rois, 3, 0.5, 2).square().sum())(feature)
     leaf = feature.clone().requires_grad_()
     roi_align(leaf, rois, 3, 0.5, 2).square().sum().backward()
@@ -181,7 +169,7 @@ def test_function_transforms():
 
 
 def test_inference_mode_and_frozen_features():
-    features, rois = make_features(), make_rois()
+    features, rois = make_pyramid(), pyramid_rois()
     with torch.inference_mode():
         outputs = pool(features, rois)
     assert not pool(features, rois)[0].requires_grad

@@ -14,7 +14,7 @@ import torch
 
 from doublehead.weights import WeightsError
 from tests.support.paths import ROOT
-from tests.weights.test_files import ARRAYS, LAUGHS, TENSORS, read
+from tests.support.weight_files import ARRAYS, LAUGHS, TENSORS, read
 
 rebuild, rebuild_v3 = torch._utils._rebuild_tensor_v2, torch._utils._rebuild_tensor_v3
 

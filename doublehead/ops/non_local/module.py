@@ -97,6 +97,10 @@ class NonLocalBlock(nn.Module):
         """How the block pairs the cells of a map that has so many."""
         return attention_of(self.pairwise, self.groups, self.scale, cells=cells, inner=self.theta.out_channels)
 
+    def held_tensors(self) -> list[Tensor]:
+        """The folded weights that the last call has read: what a recorded CUDA graph has to keep alive."""
+        return self._folded.tensors()
+
     def train(self, mode: bool = True) -> NonLocalBlock:
         self._folded.forget()
         return super().train(mode)

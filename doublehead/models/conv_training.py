@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..batch_norm.op import batch_norm_act, batch_norm_act_apply, batch_norm_act_backward
-from ..fused_conv import reference
-from ..fused_conv.reference import as_maps, as_rows, is_matrix_product
+from ..ops.batch_norm.op import batch_norm_act, batch_norm_act_apply, batch_norm_act_backward
+from ..ops.fused_conv import reference
+from ..ops.fused_conv.reference import as_maps, as_rows, is_matrix_product
 
 
 class ConvNorm(NamedTuple):
@@ -91,7 +91,8 @@ def convolve(rows: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
     return reference.convolve(rows, weight, None, size)
 
 
-def _convolve_backward(grad: Tensor, rows: Tensor, weight: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+def convolve_backward(grad: Tensor, rows: Tensor, weight: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Gradients of `convolve`'s rows and weight."""
     padding = weight.shape[2] // 2
     if not padding and is_matrix_product(rows):
         return grad @ weight.flatten(1), (grad.t() @ rows).view_as(weight)
@@ -128,7 +129,7 @@ class _NormReLUConv(torch.autograd.Function):
             return None, None, None, None, None, None
         x, weight, bias, mean, invstd, conv = ctx.saved_tensors
         y = batch_norm_act_apply(x, mean, invstd, weight, bias, None, True)
-        grad_y, grad_conv = _convolve_backward(grad, y, conv, ctx.size)
+        grad_y, grad_conv = convolve_backward(grad, y, conv, ctx.size)
         grad_x, grad_weight, grad_bias, _ = batch_norm_act_backward(
             grad_y, x, y, mean, invstd, weight, ctx.eps, residual=False
         )
@@ -162,7 +163,7 @@ class _BottleneckEnd(torch.autograd.Function):
             grad, outer, y, last_mean, last_invstd, last_weight, ctx.last_eps
         )
         del outer
-        grad, grad_conv = _convolve_backward(grad, inner, conv, ctx.size)
+        grad, grad_conv = convolve_backward(grad, inner, conv, ctx.size)
         *grads, _ = batch_norm_act_backward(grad, x, inner, mean, invstd, weight, ctx.eps, residual=False)
         return *grads, None, grad_conv, *last_grads, None, grad_residual, None
 
@@ -197,10 +198,10 @@ class _WideningEnd(torch.autograd.Function):
         grad, *last_grads, grad_sum = batch_norm_act_backward(
             grad, convolve(inner, conv, ctx.size), y, *second, last_weight, ctx.last_eps
         )
-        grad, grad_conv = _convolve_backward(grad, inner, conv, ctx.size)
+        grad, grad_conv = convolve_backward(grad, inner, conv, ctx.size)
         *grads, _ = batch_norm_act_backward(grad, z, inner, *first, weight, ctx.eps, residual=False)
         grad, *short_grads, _ = batch_norm_act_backward(
             grad_sum, convolve(x, short, ctx.size), None, *third, short_weight, ctx.short_eps, residual=False
         )
-        grad_x, grad_short = _convolve_backward(grad, x, short, ctx.size)
+        grad_x, grad_short = convolve_backward(grad, x, short, ctx.size)
         return *grads, None, grad_conv, *last_grads, None, grad_x, grad_short, *short_grads, None, None
