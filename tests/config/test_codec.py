@@ -223,8 +223,8 @@ def test_recipes_pass(name):
 # ---------------------------------------------------------------------- in Python
 
 NAMES = (  # what scripts import from here
-    "HeadKind Norm Fusion ReadOut BackboneConfig RPNConfig RoIConfig NonLocalConfig HeadConfig LossConfig DetectionConfig "
-    "ImageConfig ModelConfig DataConfig TrainConfig Recipe to_dict from_dict"
+    "HeadKind Norm Fusion ReadOut BackboneConfig RPNConfig RoIConfig NonLocalConfig HeadConfig LossConfig "
+    "DetectionConfig ImageConfig ModelConfig DataConfig TrainConfig Recipe to_dict from_dict"
 )
 
 
