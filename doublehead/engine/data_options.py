@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -55,16 +54,3 @@ def data_config(trained: DataConfig, given: EvaluationData) -> DataConfig:
     if given.root is None and not Path(config.root).is_dir():
         raise UserError(f"the data set of training, {config.root}, is not here: give --data.root")
     return config
-
-
-def check_output(path: str | None, option: str = "--out") -> None:
-    """Refuse an output file that cannot be written before work starts.
-
-    Raises:
-        UserError: its folder does not exist or is not writable, or it is a folder itself.
-    """
-    if path is None:
-        return
-    folder = Path(path).parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(path).is_dir():
-        raise UserError(f"{option} {path}: cannot be written: give a file in a folder that exists and is writable")

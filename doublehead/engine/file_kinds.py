@@ -19,7 +19,7 @@ def other_kind(path: Path) -> str | None:
         return "an exported program, which doublehead.exporting.load runs; here its model.safetensors is needed"
     pickled = head[:1] == b"\x80" and path.suffix.lower() != ".safetensors"
     if pickled or head.startswith(b"PK") or LEGACY_TORCH in head:
-        return f"a checkpoint of another project; first make a model of it: python -m doublehead.convert {path} FOLDER"
+        return f"a checkpoint of another project; first make a model of it: doublehead convert {path} FOLDER"
     if head.startswith(PICTURES):
         return "a picture, where a model.safetensors or the folder of a run is needed: the checkpoint comes first"
     if head.startswith(b"version https://git-lfs"):

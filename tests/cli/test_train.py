@@ -1,4 +1,4 @@
-"""`python -m doublehead.train`: its command line, what a run leaves behind, stopping and resuming."""
+"""`doublehead train`: its command line, what a run leaves behind, stopping and resuming."""
 
 import dataclasses
 import functools
@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from doublehead.cli.train import main, parse
 from doublehead.config import TrainConfig, to_dict
 from doublehead.data import DataError
 from doublehead.engine.checkpoint import load_state
@@ -20,7 +21,6 @@ from doublehead.engine.errors import UserError
 from doublehead.engine.logs import read_log
 from doublehead.engine.schedule import notes, notes_of_more_steps
 from doublehead.recipes import RECIPES
-from doublehead.train import main, parse
 from tests.support.engine_standin import TINY, TinyDetector, finish, free_port, launch, one_thread  # noqa: F401 (a fixture)
 from tests.support.training_runs import OPTIONS, assert_same, contents, train
 

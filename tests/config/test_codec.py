@@ -58,7 +58,7 @@ CASES += [(field, text, f"{what}, {said} is accepted") for field, (text, what, s
 
 
 def from_flag(field: str, text: str) -> None:
-    from doublehead.train import main
+    from doublehead.cli.train import main
 
     main([f"--{field.replace('_', '-')}", *text.split()])
 
