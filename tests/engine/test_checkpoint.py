@@ -230,9 +230,7 @@ def test_a_folder_that_does_not_exist(tmp_path):
 
 def test_a_recipe_that_could_not_be_read_again_is_not_written(tmp_path):
     recipe = dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, steps=0))
-    with pytest.raises(
-        CheckpointError, match="not written: train.steps is 0, a whole number of"
-    ):
+    with pytest.raises(CheckpointError, match="not written: train.steps is 0, a whole number of"):
         save_model(tmp_path / "model.safetensors", TinyDetector(3), recipe, ["a", "b"], [1, 2])
     assert not list(tmp_path.iterdir())
 
