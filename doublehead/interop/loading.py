@@ -40,28 +40,28 @@ ENTRY_REASONS = {
 
 @dataclass
 class Checkpoint:
-    """What was read."""
+    """The contents of a checkpoint file."""
 
     path: Path
     tensors: dict[str, Tensor]
-    """The weights, by the source's names."""
+    """The weights, under the source project's names."""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """MMDetection's notes on the training."""
+    """MMDetection's metadata about the training."""
     ignored: dict[str, str] = field(default_factory=dict)
-    """Entries of the file beside the weights -> why they are not needed."""
+    """Other entries of the file -> why they are not needed."""
     notes: list[str] = field(default_factory=list)
-    """What was noticed while reading."""
+    """Remarks about the file, for the report."""
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the weights of `path`: what torch.save, pickle.dump or safetensors wrote.
+    """Read the weights in `path`, a file written by torch.save, pickle.dump or safetensors.
 
-    The weights may be the whole file or an entry of it, such as "model" or "state_dict"; what wrappers put into the
-    names ("module.", "_orig_mod.", Lightning's "model.") is dropped.
+    The weights may be the whole file or one of its entries, such as "model" or "state_dict".  Prefixes that wrappers
+    add to names ("module.", "_orig_mod.", Lightning's "model.") are removed.
 
     Raises:
-        CheckpointError: no such file, truncated, no checkpoint, a pickle that names code, or no tensors in it; the
-            message says which.
+        CheckpointError: the file does not exist, is truncated, is not a checkpoint, is a pickle that refers to code,
+            or holds no tensors; the message says which.
     """
     path = Path(path)
     try:
@@ -76,7 +76,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _refuse_caffe2(path: Path, content: Any) -> None:
-    """Detectors under Caffe2's names, and ResNets, which are no detectors."""
+    """Refuse detectors with Caffe2's names, and ResNets, which are not detectors."""
     if isinstance(content, Mapping) and content.get("matching_heuristics"):
         raise CheckpointError(
             f"{path}: weights with Caffe2's names, which Detectron2 matches by guessing; save the model once in "

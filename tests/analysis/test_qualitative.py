@@ -1,4 +1,4 @@
-"""`python -m doublehead.analyze qualitative`: finds the telling objects, and says so where there are none."""
+"""`doublehead analyze qualitative`: finds the telling objects, and says so where there are none."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ from doublehead.analysis.qualitative import (
 )
 from doublehead.analysis.qualitative_figure import draw_cases, origins_text, score_text, view_around
 from doublehead.analysis.qualitative_proposals import Origin, find_origins
-from doublehead.analyze import main
+from doublehead.cli.analyze import main
 from doublehead.engine.checkpoint import load_model, save_model
 from doublehead.engine.evaluator import inference
 from tests.support.analysis_commands import failure, saved
@@ -43,7 +43,7 @@ def output(*rows):
 def judged(detections, *objects, threshold=0.5):
     table = torch.tensor(objects, dtype=torch.float32)
     verdicts = judge(output(*detections), table[:, :4], table[:, 4].long(), threshold)
-    return [(v.word, *(None if x is None else round(x, 4) for x in v[1:])) for v in verdicts]
+    return [(v.outcome, *(None if x is None else round(x, 4) for x in v[1:])) for v in verdicts]
 
 
 OBJECT = (0, 0, 100, 100, 1)
@@ -96,7 +96,7 @@ def test_which_objects_are_cases():
 
 
 def case(kind, image, mine, other, duplicate=None, number=0):
-    verdicts = {kind.head: Verdict(kind.word, mine, duplicate), kind.other: Verdict(kind.other_word, other)}
+    verdicts = {kind.head: Verdict(kind.outcome, mine, duplicate), kind.other: Verdict(kind.other_outcome, other)}
     return Case(kind, image, number, 1, (0, 0, 1, 1), verdicts | {"Ext": Verdict("found", 0.9)}, {})
 
 

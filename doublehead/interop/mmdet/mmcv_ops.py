@@ -1,6 +1,7 @@
-"""mmcv's RoIAlign and NMS, by their own call signatures, on this library's operators.
+"""mmcv's RoIAlign and NMS, with mmcv's signatures, on this library's operators.
 
-Each function here makes the fast one from the one it stands in for, to which it passes what it does not serve.
+Each `make_*` function takes mmcv's function and returns its replacement, which passes calls that it does not support on
+to mmcv's.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def make_layer_forward(theirs: Callable) -> Callable:
 
 
 def make_extractor_forward(extractor: type, layer: type) -> Callable:
-    """For `SingleRoIExtractor`: all levels in one call."""
+    """The `forward` of `SingleRoIExtractor`, with all levels in one call."""
     theirs, level_rule = vars(extractor)["forward"], extractor.map_roi_levels
 
     def forward(self, feats: Sequence[Tensor], rois: Tensor, roi_scale_factor: float | None = None) -> Tensor:
@@ -52,7 +53,7 @@ def make_extractor_forward(extractor: type, layer: type) -> Callable:
             return theirs(self, feats, rois, roi_scale_factor)
         first = layers[0]
         scales = [each.spatial_scale for each in layers]
-        expand = 1.0 if roi_scale_factor is None or len(feats) == 1 else roi_scale_factor  # as theirs does
+        expand = 1.0 if roi_scale_factor is None or len(feats) == 1 else roi_scale_factor  # as mmdet does
         (pooled,) = ops.multiscale_roi_align(
             feats,
             rois.detach(),
@@ -65,13 +66,13 @@ def make_extractor_forward(extractor: type, layer: type) -> Callable:
             canonical_level=round(-np.log2(scales[0])),
             level_rule="mmdet",
         )
-        return pooled.contiguous()  # theirs is, whatever the features' memory format
+        return pooled.contiguous()  # as mmdet's is, whatever the features' memory format
 
     return forward
 
 
 def _served(layers: Sequence[nn.Module], kind: type) -> bool:
-    """Average RoIAlign on maps of which each is half as large as the one before."""
+    """Whether the layers are average RoIAligns with equal settings, each level half as large as the one before."""
     first = layers[0]
     return all(
         type(layer) is kind
@@ -118,7 +119,7 @@ def make_batched_nms(theirs: Callable) -> Callable:
         many = len(boxes) >= options.pop("split_thr", 10000)
         if kind != "nms" or offset != 0 or iou_threshold is None or options or boxes.shape[-1] != 4:
             return theirs(boxes, scores, idxs, nms_cfg, class_agnostic)
-        groups = None if agnostic and not many else idxs  # of many boxes mmcv suppresses class by class, whatever asked
+        groups = None if agnostic and not many else idxs  # mmcv ignores class_agnostic for many boxes
         kept = _suppress(boxes, scores, groups, iou_threshold, score_threshold, max_num)
         return torch.cat((boxes[kept], scores[kept][:, None]), dim=1), kept
 
@@ -133,7 +134,7 @@ def _suppress(
     score_threshold: float,
     max_num: int,
 ) -> Tensor:
-    """Indices `Tensor[K]` int64 of what is kept, best first."""
+    """Indices `Tensor[K]` int64 of the boxes that are kept, best first."""
     if score_threshold > 0:
         passing = (scores > score_threshold).nonzero()[:, 0]
         groups = None if groups is None else groups[passing]
