@@ -6,12 +6,15 @@ from torch import Tensor
 
 from doublehead.ops import multiscale_roi_align, roi_align
 from doublehead.ops.roi_align import reference
+from doublehead.ops.roi_align.level_rules import LEVEL_RULES
+from doublehead.ops.roi_align.pooling import Pooling
 
-FORWARD = torch.ops.doublehead.multiscale_roi_align.default
-BACKWARD = torch.ops.doublehead.multiscale_roi_align_backward.default
+FORWARD = torch.ops.doublehead.pyramid_roi_align.default
+BACKWARD = torch.ops.doublehead.pyramid_roi_align_backward.default
+TORCHVISION = LEVEL_RULES["torchvision"]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
-POOLING = [0.5, 0.25], [1.0, 1.3], [3, 5], 2, False, 56.0, 3, 0
+POOLING = [0.5, 0.25], [1.0, 1.3], [3, 5], 2, False, 56.0, 3, *TORCHVISION
 
 
 def make_features(layout=torch.contiguous_format, dtype=torch.float32, requires_grad=False) -> list[Tensor]:
@@ -98,7 +101,7 @@ def test_exports_with_a_dynamic_number_of_boxes():
     features, rois = make_features(), make_rois()
     count = torch.export.Dim("count", min=1)
     program = torch.export.export(Pool(), (*features, rois), dynamic_shapes=(None, None, {0: count}))
-    assert "doublehead.multiscale_roi_align" in str(program.graph)
+    assert "doublehead.pyramid_roi_align" in str(program.graph)
     for number in (4, 2):
         outputs = program.module()(*features, rois[:number])
         for actual, expected in zip(outputs, pool(features, rois[:number]), strict=True):
@@ -116,7 +119,7 @@ def test_the_operator_itself_is_differentiable_as_the_function_is():
 def test_reference_serves_devices_without_a_kernel(layout):
     """Called below the dispatcher's choice of kernel, as on such a device."""
     features, rois = make_features(layout), make_rois()
-    outputs = reference.multiscale_roi_align(features, rois, *POOLING)
+    outputs = reference.multiscale_roi_align(features, rois, Pooling(*POOLING))
     for actual, expected in zip(outputs, pool(features, rois), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
         assert actual.stride() == expected.stride()
@@ -125,7 +128,7 @@ def test_reference_serves_devices_without_a_kernel(layout):
 def test_reference_pools_zeros_from_an_image_that_is_not_there():
     features, rois = make_features(), make_rois()
     rois[1, 0], rois[2, 0] = 7, -3
-    outputs = reference.multiscale_roi_align(features, rois, *POOLING)
+    outputs = reference.multiscale_roi_align(features, rois, Pooling(*POOLING))
     for output, expected in zip(outputs, pool(features, make_rois()), strict=True):
         assert not output[1:3].any()
         torch.testing.assert_close(output[[0, 3]], expected[[0, 3]], rtol=1e-5, atol=1e-5)
@@ -266,7 +269,7 @@ def test_multiscale_errors(change, error, message):
 def test_the_bare_operator_reads_nothing_out_of_place(change, message):
     from doublehead.ops._library import native
 
-    if not native("multiscale_roi_align", "cpu"):
+    if not native("pyramid_roi_align", "cpu"):
         pytest.skip("doublehead._C is not built: these are its checks")
     arguments = [[torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 4, 4)], torch.zeros(2, 5), *POOLING]
     for place, value in change.items():
