@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from ..ops.boxes import clip_boxes, decode_boxes
 from ..ops.detections.reference import class_scores, large
+from ..ops.roi_align import compatibility
 from ..ops.roi_align.pooling import Pooling
 from ..ops.roi_align.reference import box_levels, sampled_boxes
 
@@ -91,6 +92,9 @@ def decompositions(levels: int) -> dict[Any, Callable]:
     ours = torch.ops.doublehead
     return {
         ours.pyramid_roi_align.default: lambda features, rois, *pooling: roi_align(features, rois, Pooling(*pooling)),
+        ours.multiscale_roi_align.default: lambda features, rois, *pooling: roi_align(  # of older programs
+            features, rois, compatibility.pooling_of(*pooling)
+        ),
         ours.detections.default: detections,
         ours.nms_padded.default: lambda *arguments: nms_padded(*arguments[:5], levels),
     }
