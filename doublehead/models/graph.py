@@ -65,9 +65,9 @@ def record(run: Run, device: torch.device, pool: Any = None) -> Recording:
     Raises:
         RuntimeError: an operator runs in plain PyTorch that cannot be recorded; says which ones do, and why.
     """
-    why = why_reference("multiscale_roi_align")
+    why = why_reference("pyramid_roi_align")
     if why is not None:
-        raise RuntimeError(_unrecordable([("multiscale_roi_align", why)]))
+        raise RuntimeError(_unrecordable([("pyramid_roi_align", why)]))
     with torch.cuda.device(device), fallbacks() as fallen:
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
