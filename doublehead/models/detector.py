@@ -49,8 +49,8 @@ class Detector(nn.Module):
         self.num_classes = num_classes
         backbone = build_backbone(config.backbone)
         self.backbone = backbone.body
-        self.least_side = 1.0 if config.legacy_boxes else 0.0
-        self.rpn = RPN(config.rpn, backbone.channels, backbone.map_strides, self.least_side)
+        self.min_side = 1.0 if config.legacy_boxes else 0.0
+        self.rpn = RPN(config.rpn, backbone.channels, backbone.map_strides, self.min_side)
         self.heads = Heads(config.head, config.roi, backbone.channels, num_classes, backbone.conv5)
         self.roi_pooling = RoIPooling(config.roi, self.heads.box_scales.values(), backbone.strides)
         self.readout = resolve_readout(config)
@@ -80,9 +80,7 @@ class Detector(nn.Module):
         ]
 
     def _read_out(self, heads: HeadsResult, proposals: Proposals, sizes: Tensor, readout: ReadOut) -> Detections:
-        detections = detect(
-            heads.outputs, readout, heads.proposals, sizes, self.config.roi.box_weights, self.least_side
-        )
+        detections = detect(heads.outputs, readout, heads.proposals, sizes, self.config.roi.box_weights, self.min_side)
         # Not `_replace`: torch 2.11's compiler cannot trace it.
         return Detections(*detections[:4], rois=proposals.valid.sum(1), box_rois=heads.box_rois)
 
@@ -213,10 +211,10 @@ class DoubleHeadRCNN(nn.Module):
             [
                 output | {"rois": rois, "box_rois": box_rois}
                 for output, rois, box_rois in zip(
-                    self.transform.detections(found, before, after), found.rois, found.box_rois, strict=True
+                    self.transform.detections(result, before, after), result.rois, result.box_rois, strict=True
                 )
             ]
-            for found in each
+            for result in each
         ]
 
     def compile_graph(self, batch: int, height: int, width: int, dtype: torch.dtype | None = None) -> None:
@@ -259,7 +257,7 @@ class DoubleHeadRCNN(nn.Module):
         self._graphs.clear()
 
     def train(self, mode: bool = True) -> DoubleHeadRCNN:
-        """As of every module; graphs give their memory back, and are recorded anew when inference needs them."""
+        """Set the mode; training frees the graphs' memory, and inference records them anew when it needs them."""
         if mode:
             self._graphs.release()
         return super().train(mode)

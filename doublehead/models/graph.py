@@ -35,7 +35,7 @@ class Bucket(NamedTuple):
     height: int
     width: int
     dtype: torch.dtype | None
-    """Of autocast; None: the weights' own."""
+    """Autocast's dtype; None: that of the weights."""
 
     def holds(self, pixels: Tensor) -> bool:
         """Whether a batch `Tensor[B, 3, H, W]` fits in."""
@@ -207,7 +207,7 @@ class DetectorGraphs:
         self._buckets = dict.fromkeys(self._buckets)
 
     def clear(self) -> None:
-        """As if there had never been one."""
+        """Forget all buckets."""
         self._buckets = {}
 
     def __call__(self, detector: nn.Module, images: ImageBatch) -> Detections:
