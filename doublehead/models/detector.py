@@ -164,7 +164,7 @@ class DoubleHeadRCNN(nn.Module):
             "scores" `Tensor[n]`, best first.
 
         Raises:
-            TypeError: images or targets that are no tensors, as arrays, lists and PIL images.
+            TypeError: images or targets that are not tensors, such as arrays, lists and PIL images.
             ValueError: targets missing in training, or malformed images or targets.
         """
         batch, after = self.transform(images)
@@ -197,8 +197,8 @@ class DoubleHeadRCNN(nn.Module):
         """Detections of `images`, in eval mode, in several read-outs of an Ext model at the price of about one.
 
         Args:
-            images: as of `forward`.
-            readouts: what `Detector.resolve_readout` gave.
+            images: as in `forward`.
+            readouts: results of `Detector.resolve_readout`.
 
         Returns:
             For each read-out what `forward` gives for the images after its `set_readout`, with "rois" and "box_rois",
@@ -235,8 +235,8 @@ class DoubleHeadRCNN(nn.Module):
         While the model is not on a CUDA device it runs eagerly.  Not for several threads or streams at once.
 
         Args:
-            batch: images, at most.
-            height, width: of the padded batch in pixels, at most; multiples of `image.size_divisible`.  An image is
+            batch: the most images.
+            height, width: the largest padded batch, in pixels; multiples of `image.size_divisible`.  An image is
                 resized first, as `image.min_size` and `max_size` say.
             dtype: float16 or bfloat16: recorded under autocast, and replayed so whatever the autocast of the call;
                 None: the autocast that is on now, if any.  float32: none.

@@ -23,7 +23,7 @@ class RPN(nn.Module):
 
     Args:
         config: anchors, sampling, limits.
-        channels: of every map.
+        channels: width of every map.
         strides: pixels per cell of each map: one map for each anchor size, or a single one, which then has all sizes.
         min_side: how wide and high, in pixels, a box outside of the image is after clipping.
 
