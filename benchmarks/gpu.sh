@@ -56,7 +56,7 @@ sanitize() {
 
 stage_build() {
   command -v nvcc >/dev/null || echo "nvcc is not on PATH: the part for CUDA may be left out" >&2
-  "$python" setup.py -q build_ext --inplace && PYTHONPATH=. "$python" -m doublehead.info
+  "$python" setup.py -q build_ext --inplace && PYTHONPATH=. "$python" -m doublehead info
 }
 stage_smoke() { PYTHONPATH=. "$python" benchmarks/smoke.py; }
 stage_headline() {

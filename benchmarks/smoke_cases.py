@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what the tests s
 from doublehead import ops  # noqa: E402
 from doublehead.ops.batch_norm import batch_norm_act_apply  # noqa: E402
 from doublehead.ops.batch_norm import reference as batch_norm_reference  # noqa: E402
+from doublehead.ops.batch_norm.arguments import ForwardArguments  # noqa: E402
 from doublehead.ops.conv_head import Block  # noqa: E402
 from doublehead.ops.conv_head import reference as conv_head_reference  # noqa: E402
 from doublehead.ops.conv_head.arguments import pack  # noqa: E402
@@ -281,7 +282,7 @@ def batch_norm_act(device, dtype):
         return y.detach(), statistics, grads, leaves
 
     def plain(x, weight, bias, residual, relu):
-        return batch_norm_reference.batch_norm_act(x, weight, bias, residual, relu, 1e-5)
+        return batch_norm_reference.batch_norm_act(ForwardArguments(x, weight, bias, residual, relu, 1e-5))
 
     ours, statistics, grads, leaves = gradients(
         lambda *t: ops.batch_norm_act(*t[:4], relu=t[4]), device, dtype, grad, True

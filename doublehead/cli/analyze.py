@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(chosen: options.Output) -> None:
     """Draw one figure on this process and those beside it."""
-    from doublehead.engine.distributed import join_world  # these bring PyTorch: --help need not wait for it
+    from doublehead.engine.distributed import join_world  # only now: these import PyTorch
     from doublehead.engine.logs import counted_warnings
 
     module = importlib.import_module(f"doublehead.analysis.{MODULES[type(chosen)]}")

@@ -14,8 +14,8 @@ from doublehead.errors import UserError, shown_to_user
 PROGRAM = "doublehead convert"
 DESCRIPTION = (
     "Convert a detector of torchvision, Detectron2, MMDetection, maskrcnn-benchmark or the authors' Double-Head R-CNN: "
-    "its weights and its conventions, so that it finds what it found there. The format is found out; every tensor is "
-    "used or named with the reason why not; nothing in the file is executed."
+    "its weights and its conventions, so that it finds what it found there. The format is detected; every tensor is "
+    "used, or named with the reason why it is not; nothing in the file is executed."
 )
 
 
@@ -28,11 +28,11 @@ class Options:
     dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """Folder for model.safetensors and recipe.json; new or empty."""
     format: Literal["torchvision", "detectron2", "mmdet", "maskrcnn_benchmark"] | None = None
-    """Whose it is (the authors' Double-Head: maskrcnn_benchmark); found out by default."""
+    """The project it comes from (the authors' Double-Head: maskrcnn_benchmark); detected by default."""
     classes: str | None = None
     """File with the class names, one a line, without background; else the checkpoint's, or COCO's or Pascal VOC's."""
     style: Literal["caffe", "pytorch"] | None = None
-    """Of Detectron2 and MMDetection: `caffe` (BGR, stride in 1x1 convolutions) or `pytorch` (RGB, stride in 3x3)."""
+    """The ResNet of Detectron2 or MMDetection: `caffe` (BGR, stride in 1x1 convolutions) or `pytorch` (RGB, in 3x3)."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE...")] = ()
     """Fields of the recipe that the weights cannot tell: model.backbone.norm_eps=1e-5 'model.image.min_size=[640]'."""
 
@@ -49,7 +49,7 @@ def run(options: Options) -> None:
     Raises:
         UserError: the checkpoint cannot be read or converted, or the folder holds files; the message says why.
     """
-    from doublehead.config import to_dict  # these bring PyTorch: --help need not wait for it
+    from doublehead.config import to_dict  # only now: these import PyTorch
     from doublehead.engine.checkpoint import MODEL_FILE, save_model
     from doublehead.engine.files import RECIPE_FILE, new_run_folder, write_json
     from doublehead.interop.classes import read_names
@@ -79,7 +79,7 @@ def check_empty(folder: Path) -> None:
     """Refuse a folder that holds files, before the work and not after it.
 
     Raises:
-        UserError: it does, or it is a file or cannot be looked into.
+        UserError: the folder holds files, is a file, or cannot be read.
     """
     try:
         if folder.is_dir() and any(folder.iterdir()):
@@ -87,4 +87,4 @@ def check_empty(folder: Path) -> None:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"DST {folder}: a file: give a new or an empty folder")
     except OSError as error:
-        raise UserError(f"DST {folder}: cannot be looked into: {error.strerror}") from error
+        raise UserError(f"DST {folder}: cannot be read: {error.strerror}") from error

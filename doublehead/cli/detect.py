@@ -83,7 +83,7 @@ def run(options: Options) -> list[Entry]:
         UserError: no picture is named, or an option, the folder, the checkpoint or the device cannot be used, or the
             GPU's memory does not suffice.
     """
-    import torch  # this and these are slow to import: --help need not wait for them
+    import torch  # only now: these take seconds to import
 
     from doublehead.data.jpeg import is_strict
     from doublehead.engine.checkpoint import load_model
@@ -102,7 +102,7 @@ def run(options: Options) -> list[Entry]:
             raise UserError("detection runs on one process: leave torchrun out")
         model, _, classes, _ = load_model(options.checkpoint)
         model = model.to(world.device)
-        folder = _made(Path(options.out))
+        folder = _make_folder(Path(options.out))
         start = time.perf_counter()
         try:
             detect_in_pictures(
@@ -167,7 +167,7 @@ def _sigterm_as_interrupt() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _made(folder: Path) -> Path:
+def _make_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from doublehead.cli.outputs import check_output
+from doublehead.cli.readouts import set_readout
 from doublehead.config import DetectionConfig, Fusion, ModelConfig, ReadOutName, to_dict
-from doublehead.engine.data_options import EvaluationData, check_output, data_config
+from doublehead.engine.data_options import EvaluationData, data_config
 from doublehead.errors import UserError, config_errors, shown_to_user
 
 if TYPE_CHECKING:
@@ -28,21 +30,20 @@ class Options:
     """A model.safetensors, or the folder of a run."""
     data: EvaluationData = field(default_factory=EvaluationData)
     readout: ReadOutName | None = None
-    """Of an Ext model: which head classifies and which gives the boxes."""
+    """Which head classifies and which gives the boxes (Ext models)."""
     fusion: Fusion | None = None
-    """Of an Ext model: how `fused` joins the two classifiers."""
+    """How `fused` joins the two classifiers (Ext models)."""
     readouts: tuple[Literal["fused", "split", "fc", "conv", "all"], ...] = ()
-    """Several read-outs of an Ext model in one pass over the images (Figure 6), side by side; `all`: all that its loss
-    weights train."""
+    """Several read-outs in one pass over the images, side by side (Figure 6; Ext models); `all`: every one that the
+    loss weights train."""
     fusions: tuple[Fusion, ...] = ()
-    """Several fusions of the fused read-out in one pass (Table 3); with --readouts, in the place of its `fused`."""
+    """Several fusions of the fused read-out in one pass (Table 3); with --readouts, they replace its `fused`."""
     ext_gate: float | None = None
-    """Of an Ext model read out as `fused`: leave out RoIs whose best fc-score is not above this; approximate."""
+    """Leave out RoIs whose best fc-score is not above this (Ext models, read-out `fused`); approximate."""
     out: str | None = None
-    """Write the detections to this file, in COCO's submission format; of one read-out."""
+    """Write the detections to this file, in COCO's submission format; for a single read-out."""
     metrics: str | None = None
-    """Write the metrics to this file; RUN/metrics-NAME.json counts in `doublehead tables`, with all of its
-    read-outs."""
+    """Write the metrics to this file; `doublehead tables` includes RUN/metrics-NAME.json, with all of its read-outs."""
     device: str = "auto"
     """`auto`: CUDA where there is one, else CPU."""
 
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(options: Options) -> None:
     """Evaluate on this process and those beside it."""
-    from doublehead.data import build_dataset  # these bring PyTorch: --help need not wait for it
+    from doublehead.data import build_dataset  # only now: these import PyTorch
     from doublehead.engine.checkpoint import load_model
     from doublehead.engine.distributed import join_world
     from doublehead.engine.logs import counted_warnings, say
@@ -79,20 +80,20 @@ def run(options: Options) -> None:
             say(f"{options.checkpoint}: {recipe.name}, on {len(dataset)} images of {dataset.name}")
             if "all" in options.readouts and (left := untrained(readouts)):
                 say(f"left out, as the loss weights do not train them: {', '.join(left)}")
-        how = {"voc": data.format == "voc", "workers": data.workers, "progress": world.is_main}
+        settings = {"voc": data.format == "voc", "workers": data.workers, "progress": world.is_main}
         if readouts:
-            measure_each(model.to(world.device), dataset, readouts, world, options, to_dict(data), how)
+            measure_each(model.to(world.device), dataset, readouts, world, options, to_dict(data), settings)
         else:
-            measure(model.to(world.device), dataset, world, options, to_dict(data), how)
+            measure(model.to(world.device), dataset, world, options, to_dict(data), settings)
 
 
-def measure(model, dataset, world, options: Options, data: dict, how: dict[str, Any]) -> None:
-    """Evaluate the model as it is read out now; write and say what was asked for."""
+def measure(model, dataset, world, options: Options, data: dict, settings: dict[str, Any]) -> None:
+    """Evaluate the model with its present read-out; write the requested files and print the metrics."""
     from doublehead.engine.evaluator import evaluate, format_metrics
     from doublehead.engine.files import write_json
     from doublehead.engine.logs import say
 
-    metrics, results = evaluate(model, dataset, world, **how)
+    metrics, results = evaluate(model, dataset, world, **settings)
     if options.out:
         world.on_main(lambda: write_json(options.out, results, indent=None))
     if options.metrics:
@@ -105,14 +106,14 @@ def measure(model, dataset, world, options: Options, data: dict, how: dict[str, 
 
 
 def measure_each(
-    model, dataset, readouts: dict[str, ReadOut], world, options: Options, data: dict, how: dict[str, Any]
+    model, dataset, readouts: dict[str, ReadOut], world, options: Options, data: dict, settings: dict[str, Any]
 ) -> None:
-    """Evaluate several read-outs in one pass; write and say what was asked for."""
+    """Evaluate several read-outs in one pass; write the requested file and print the metrics."""
     from doublehead.engine.evaluator import evaluate_each, format_each
     from doublehead.engine.files import write_json
     from doublehead.engine.logs import say
 
-    metrics = evaluate_each(model, dataset, readouts, world, **how)
+    metrics = evaluate_each(model, dataset, readouts, world, **settings)
     if options.metrics:
         each = {
             name: {"detection": readout_used(readouts[name].detection)} | values for name, values in metrics.items()
@@ -126,7 +127,7 @@ def check_options(options: Options) -> None:
     """Refuse options that exclude each other.
 
     Raises:
-        UserError: naming them.
+        UserError: it names them.
     """
     if options.out and options.metrics and _same_file(options.out, options.metrics):
         raise UserError(f"--out and --metrics are both {options.out}: give each a file of its own")
@@ -144,7 +145,7 @@ def check_options(options: Options) -> None:
 
 
 def _same_file(first: str, second: str) -> bool:
-    """One would take the other's place; a device, such as /dev/stdout, takes both."""
+    """Whether writing one would overwrite the other; a device, such as /dev/stdout, takes both."""
     same = os.path.realpath(first) == os.path.realpath(second)
     return same and (os.path.isfile(first) or not os.path.exists(first))
 
@@ -153,8 +154,8 @@ def find_readouts(model, options: Options, trained: ModelConfig) -> dict[str, Re
     """Name -> `Detector.resolve_readout` of each read-out of --readouts and --fusions; empty without these.
 
     Raises:
-        UserError: the head has one read-out.
-        ValueError: a read-out that is named was not trained.
+        UserError: the head has only one read-out.
+        ValueError: a requested read-out was not trained.
     """
     if not (options.readouts or options.fusions):
         return {}
@@ -180,15 +181,8 @@ def find_readouts(model, options: Options, trained: ModelConfig) -> dict[str, Re
 
 
 def untrained(readouts: dict[str, ReadOut]) -> list[ReadOutName]:
-    """Which read-outs `all` has left out."""
+    """The read-outs that `all` leaves out."""
     return [name for name in ALL_READOUTS if name not in {used.detection.readout for used in readouts.values()}]
-
-
-def set_readout(model, options: Options, trained) -> None:
-    """Change an Ext model's read-out where the command line asks for it."""
-    if options.readout or options.fusion or options.ext_gate is not None:
-        readout = options.readout or ("fused" if options.fusion else trained.readout)
-        model.set_readout(readout, options.fusion or trained.fusion, options.ext_gate)
 
 
 def readout_used(used: DetectionConfig) -> dict[str, str | float]:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from doublehead.cli.outputs import check_output
+from doublehead.cli.readouts import set_readout
 from doublehead.config import Fusion, ImageConfig, ReadOutName
-from doublehead.engine.data_options import check_output
 from doublehead.errors import UserError, config_errors, shown_to_user
 
 if TYPE_CHECKING:
@@ -34,25 +35,25 @@ class Options:
     """The file to write, ending in .pt2 (aoti) or .onnx; it must not exist."""
     format: Literal["aoti", "onnx"] | None = None
     """`aoti`: a package compiled by AOTInductor for this kind of machine; `onnx`: for onnxruntime, TensorRT and others.
-    Unset: as OUT ends."""
+    By default OUT's ending decides."""
     batch: int = 1
-    """Images at a time, exactly."""
+    """Number of images that the program takes at a time."""
     dynamic_batch: bool = False
-    """Of a package: take any number of images up to --batch."""
+    """Take any number of images up to --batch (packages)."""
     height: int | None = None
-    """Of the padded images in pixels, exactly; unset: what the recipe's landscape pictures need."""
+    """Height of the padded images in pixels; by default what the recipe's landscape pictures need."""
     width: int | None = None
-    """As height.  Give both the longer side to serve portrait pictures too."""
+    """Width of the padded images in pixels.  Give the longer side for both to serve portrait pictures too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Of a package: where it will run; `auto`: CUDA where there is one, else CPU."""
+    """Where the program will run (packages); `auto`: CUDA where there is one, else CPU."""
     readout: ReadOutName | None = None
-    """Of an Ext model: which head classifies and which gives the boxes."""
+    """Which head classifies and which gives the boxes (Ext models)."""
     fusion: Fusion | None = None
-    """Of an Ext model: how `fused` joins the two classifiers."""
+    """How `fused` joins the two classifiers (Ext models)."""
     ext_gate: float | None = None
-    """Of an Ext model read out as `fused`: leave out RoIs whose best fc-score is not above this; approximate."""
+    """Leave out RoIs whose best fc-score is not above this (Ext models, read-out `fused`); approximate."""
     check: bool = True
-    """Load what was written and compare it with the model on a random input before OUT appears."""
+    """Load the written program and compare it with the model on a random input before OUT appears."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -79,9 +80,8 @@ def run(options: Options) -> None:
             "--dynamic-batch is for packages (.pt2), with a --batch of at least 2, the most images at a time"
         )
 
-    import torch  # these take seconds: --help need not wait for them
+    import torch  # only now: these take seconds to import
 
-    from doublehead.cli.evaluate import set_readout
     from doublehead.engine.checkpoint import load_model
     from doublehead.engine.files import replacing
     from doublehead.engine.logs import say
@@ -133,7 +133,7 @@ def input_size(image: ImageConfig, height: int | None, width: int | None) -> tup
 
 
 def check(path: Path, detector: Detector) -> str:
-    """Load an exported file and compare it with `detector` on random images; what was found, in words.
+    """Load an exported file and compare it with `detector` on random images; returns the result in words.
 
     Raises:
         WrongProgram: their results differ.
@@ -158,7 +158,7 @@ def check(path: Path, detector: Detector) -> str:
             )
         number += int(found.count.sum())
     if number == 0:
-        return "neither finds anything, which compares little"
+        return "neither finds anything, so this compares little"
     return f"the same {number} detections"
 
 

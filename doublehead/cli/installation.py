@@ -1,4 +1,4 @@
-"""What this installation is: versions, compiled parts, and what serves each operator on each device."""
+"""A report of the installation: versions, compiled parts, and what runs each operator on each device."""
 
 import importlib
 import platform
@@ -12,8 +12,7 @@ from doublehead.version import __version__
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # a missing compiled part is what this report is about
-    import doublehead.ops  # noqa: F401  (defines the operators)
-    from doublehead.ops import _fallback, _library
+    from doublehead.ops import _fallback, _library  # `doublehead.ops` defines the operators
 
 DEVICES = ("cpu", "cuda")
 PACKAGES = ("torchvision", "triton", "numpy", "pycocotools")
@@ -91,7 +90,7 @@ def _switch(owner: object) -> str:
 
 
 def _refused_gpus() -> list[str]:
-    """Which GPUs no Triton kernel serves, and why; of the whole machine the table has said it."""
+    """The GPUs on which no Triton kernel runs, and why; empty where the table says so for the whole machine."""
     if not torch.cuda.is_available() or _fallback.refusal() is not None:
         return []
     names = ", ".join(sorted(_library.TRITON_KERNELS))
@@ -122,7 +121,7 @@ def _parts() -> list[str]:
 
 
 def _operators() -> list[str]:
-    """A line for each operator: what serves it on each device."""
+    """A line for each operator: what runs it on each device."""
     width = max(len(name) for name in _library.SCHEMAS)
     lines = [f"{'operator':{width}}  " + "  ".join(f"{device:9}" for device in DEVICES).rstrip()]
     reasons = {}

@@ -36,7 +36,7 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; exits with 2 on a user's error, with 1 when a recipe does not run."""
     with shown_to_user():
-        description = "Print the paper's Tables 1 to 6 beside your runs; a blank means: no run."
+        description = "Print the paper's Tables 1 to 6 beside your runs; a blank cell means that there is no run."
         options = tyro.cli(Options, prog=PROGRAM, description=description, args=arguments)
         numbers = check_numbers(options.numbers, options.miniature)
         if options.smoke:
@@ -51,10 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def check_numbers(numbers: Sequence[int], miniature: bool = False) -> list[int]:
-    """The tables asked for, all of them if none is.
+    """The requested tables; by default all of them.
 
     Raises:
-        UserError: the paper has no such table, or there is nothing of it in miniature.
+        UserError: the paper has no such table, or the table has no row in miniature.
     """
     small = [number for number, table in TABLES.items() if any(row.miniature for row in table.rows)]
     for number in numbers:
@@ -72,7 +72,7 @@ def print_tables(options: Options, numbers: Sequence[int]) -> None:
         UserError: `--runs` is no folder, or `--out` cannot be written.
     """
     from doublehead.analysis.tables import Found, as_csv, as_text, collect, compare
-    from doublehead.engine.data_options import check_output
+    from doublehead.cli.outputs import check_output
     from doublehead.engine.files import write_text
 
     check_output(options.out)
@@ -110,7 +110,7 @@ def run_smoke(numbers: Sequence[int]) -> list[str]:
     for name in bar:
         try:
             result = smoke(RECIPES[name])
-        except Exception as error:  # the others are tried all the same
+        except Exception as error:  # the others are still tried
             failed.append(name)
             tqdm.write(f"{name}: FAILED: {type(error).__name__}: {error}")
             continue

@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str]) -> tuple[Recipe, Options]:
     """The recipe with the command line's changes, and the other options.
 
     Raises:
-        UserError: an unknown recipe, or options that exclude each other.
+        UserError: an unknown recipe, a value that a field does not accept, or options that exclude each other.
         SystemExit: after `--help`, or an option that is unknown or wrong.
     """
     named, arguments = _take_recipe(list(arguments))
@@ -80,16 +80,16 @@ def parse(arguments: Sequence[str]) -> tuple[Recipe, Options]:
     if options.resume and options.model != recipe.model:
         raise UserError("--resume goes on with the model as it is: leave the --model options out")
     train = options.train
-    alone = _gives("--train.steps", arguments) and not _gives("--train.milestones", arguments)
+    alone = _is_given("--train.steps", arguments) and not _is_given("--train.milestones", arguments)
     if alone and not options.resume:
-        # Of a run that goes on, the schedule stays: its steps so far were made by it.
-        train = scaled(train, recipe.train.steps, warmup=not _gives("--train.warmup-steps", arguments))
+        # A resumed run keeps its schedule, which its steps so far have followed.
+        train = scaled(train, recipe.train.steps, warmup=not _is_given("--train.warmup-steps", arguments))
     return replace(recipe, data=options.data, train=train, model=options.model), options
 
 
 def run(recipe: Recipe, options: Options) -> None:
     """Train on this process and those beside it."""
-    from doublehead.engine.distributed import join_world  # these bring PyTorch: --help need not wait for it
+    from doublehead.engine.distributed import join_world  # only now: these import PyTorch
     from doublehead.engine.logs import counted_warnings, say
     from doublehead.engine.run import train
 
@@ -101,14 +101,14 @@ def run(recipe: Recipe, options: Options) -> None:
         try:
             train(recipe, folder, world, resume)
         except BaseException:
-            with contextlib.suppress(OSError):  # a run that never began leaves no empty folder, nor an empty runs/
+            with contextlib.suppress(OSError):  # a run that never began leaves no empty folders
                 folder.rmdir()
                 if options.out is None:
                     folder.parent.rmdir()
             raise
 
 
-def _gives(option: str, arguments: Sequence[str]) -> bool:
+def _is_given(option: str, arguments: Sequence[str]) -> bool:
     """Whether the command line names `option`."""
     return any(argument.partition("=")[0].replace("_", "-") == option for argument in arguments)
 

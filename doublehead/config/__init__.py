@@ -22,6 +22,7 @@ from .schema import (
     ModelConfig,
     NonLocalConfig,
     Norm,
+    ReadOut,
     ReadOutName,
     Recipe,
     RoIConfig,
@@ -32,6 +33,7 @@ from .schema import (
 __all__ = [
     "MAX_PIXELS", "MOST_IMAGES", "MOST_PIXELS",
     "BackboneConfig", "DataConfig", "DetectionConfig", "Fusion", "HeadConfig", "HeadKind", "ImageConfig", "LossConfig",
-    "ModelConfig", "NonLocalConfig", "Norm", "RPNConfig", "ReadOutName", "Recipe", "RoIConfig", "TrainConfig",
+    "ModelConfig", "NonLocalConfig", "Norm", "RPNConfig", "ReadOut", "ReadOutName", "Recipe", "RoIConfig",
+    "TrainConfig",
     "check", "from_dict", "parse", "to_dict",
 ]  # fmt: skip

@@ -32,6 +32,7 @@ HeadKind = Literal[
 Norm = Literal["frozen_batch_norm", "batch_norm", "group_norm"]
 Fusion = Literal["complementary", "max", "average", "none"]
 ReadOutName = Literal["fused", "split", "fc", "conv"]
+ReadOut = ReadOutName  # its former name
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,19 @@ class BackboneConfig:
     norm: Norm = "frozen_batch_norm"
     """`frozen_batch_norm` for pretrained weights; `batch_norm` or `group_norm` from scratch."""
     norm_eps: NonNegative = 1e-5
-    """Of the batch norms (torchvision's COCO_V1 detectors need 0)."""
+    """Epsilon of the batch norms (torchvision's COCO_V1 detectors need 0)."""
     weights: str | None = "imagenet"
     """`imagenet` (torchvision downloads them), the path of a ResNet's weights (torchvision's, timm's, Detectron2's or
     Caffe2's names: .pth, .pkl, .safetensors), a detector's model.safetensors (its backbone and pyramid are taken), or
     None: from scratch."""
     frozen_stages: Annotated[int, Bounds(least=0, most=5)] = 2
-    """How many of stem, layer1 .. layer4 are not trained (2: stem and layer1)."""
+    """How many of stem, layer1 .. layer4 stay frozen (2: stem and layer1)."""
     fpn_channels: CountOrZero = 256
     fpn_norm: bool = False
     """Normalise the pyramid's convolutions too: what a detector trained from scratch needs (He et al. 2019)."""
     stride_in_1x1: bool = False
-    """Where a bottleneck halves its map: in its first 1x1 convolution (Detectron2, maskrcnn-benchmark) or its 3x3."""
+    """Where a bottleneck halves its map: True: in its first 1x1 convolution (Detectron2, maskrcnn-benchmark); False: in
+    its 3x3."""
     neck: Literal["fpn", "none"] = "fpn"
     """`fpn`: maps P2 .. P6; `none`: C4 alone, for head.kind `conv5`."""
 
@@ -101,7 +103,7 @@ class RoIConfig:
     canonical_size: float = 224.0
     """Square root of the box area that belongs to level P4."""
     level_rule: Literal["torchvision", "detectron2", "mmdet", "maskrcnn_benchmark"] = "torchvision"
-    """Rounding of the level next to powers of two; the projects differ (see `multiscale_roi_align`)."""
+    """The project whose rounding of a RoI's pyramid level to use; see `multiscale_roi_align`."""
     fc_box_scale: Positive = 1.0
     conv_box_scale: Positive = 1.3
     """The conv-head pools boxes enlarged by this factor (authors' release; 1.0 is the text)."""
@@ -140,7 +142,7 @@ class HeadConfig:
     fused: bool = True
     """Run the conv-head by fused operators (the same results); False: module by module."""
     recompute: bool = False
-    """In training remember only the inputs of residual blocks: less memory, a third more work in them."""
+    """In training keep only the inputs of residual blocks and recompute the rest: less memory, a third more work."""
     class_agnostic_boxes: bool = False
     """One box regressor for all classes; False: one for each (the paper and its release)."""
 
@@ -161,7 +163,7 @@ class DetectionConfig:
     """From head outputs to detections."""
 
     readout: ReadOutName = "fused"
-    """Of Ext: `fused` classes + conv boxes, `split` fc classes + conv boxes, or `fc` / `conv` alone."""
+    """For Double-Head-Ext: `fused` classes + conv boxes, `split` fc classes + conv boxes, or `fc` / `conv` alone."""
     fusion: Fusion = "complementary"
     """How `fused` joins the two classifiers; `none` takes the fc-head's."""
     score_threshold: float = 0.05
@@ -171,8 +173,8 @@ class DetectionConfig:
     skip: bool = True
     """Run the head that only gives boxes on those RoIs alone whose classes pass the score threshold (exact)."""
     ext_gate: BelowOne = 0.0
-    """Of Ext, fused: drop RoIs whose largest foreground fc-score is not above this, before the conv-head sees them.
-    Faster, but approximate: the conv-head's classifier alone may have passed them.  0: off."""
+    """Double-Head-Ext with read-out `fused`: drop RoIs whose largest foreground fc-score is not above this before the
+    conv-head sees them.  Faster, but approximate: the conv-head's classifier alone might have kept them.  0: off."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ class ImageConfig:
     channel_order: Literal["rgb", "bgr"] = "rgb"
     """The order in which the network wants the channels, and in which `mean` and `std` are given; images are RGB."""
     resize: Literal["torchvision", "detectron2", "mmdet", "maskrcnn_benchmark"] = "torchvision"
-    """Whose way to round the new size and to interpolate; see `doublehead.models.images`."""
+    """The project whose rounding of the new size and interpolation to use; see `doublehead.models.images`."""
 
 
 @dataclass(frozen=True)
@@ -226,8 +228,8 @@ class DataConfig:
     on_bad_record: Literal["error", "skip"] = "error"
     """What to do with a broken image or annotation: stop with its name, or leave it out and count it."""
     max_skipped: Fraction = 0.1
-    """Of `skip`: the largest share of the images, and of the objects, that may be left out (three always may, but with
-    0 none)."""
+    """Largest share of the images, and of the objects, that on-bad-record `skip` may leave out (it always may leave out
+    three; 0: none)."""
     background: Literal["drop", "keep"] = "drop"
     """Training images without any object: leave them out, as the paper does, or learn from them as well."""
     max_pixels: Annotated[int, Bounds(least=1, most=MOST_PIXELS)] = MAX_PIXELS
@@ -252,7 +254,7 @@ class TrainConfig:
     """`sgd` is the paper's; `adamw` gets further in a few hundred steps from scratch."""
     lr: NonNegative = 0.01
     momentum: BelowOne = 0.9
-    """Of `adamw`, the first beta."""
+    """Momentum of `sgd`; first beta of `adamw`."""
     weight_decay: NonNegative = 1e-4
     bias_lr_factor: NonNegative = 2.0
     """Biases: this times the learning rate, no weight decay."""

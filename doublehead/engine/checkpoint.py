@@ -180,7 +180,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tenso
             if not metadata.get("format", "").startswith("doublehead.model/"):
                 raise CheckpointError(
                     f"{path}: a safetensors file, but not a model of doublehead; if it is another project's detector, "
-                    f"first make a model of it: python -m doublehead.convert {path} FOLDER"
+                    f"first make a model of it: doublehead convert {path} FOLDER"
                 )
             if metadata["format"] != _MODEL_FORMAT:
                 raise CheckpointError(

@@ -1,8 +1,8 @@
 """Measures a detector: COCO's twelve numbers, AP per class, and VOC's AP where it applies.
 
-Images go through the model one at a time.  A padded batch would let an image's neighbours, by
-their size, change its border pixels and so its detections; alone, an image gives the same
-detections on any number of processes and whatever the order.
+Images go through the model one at a time.  In a padded batch the sizes of its neighbours would
+change an image's border pixels, and so its detections; alone, an image gives the same detections
+on any number of processes and in any order.
 """
 
 from __future__ import annotations

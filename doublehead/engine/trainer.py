@@ -31,7 +31,7 @@ from doublehead.engine.optim import (
 )
 from doublehead.engine.schema import is_finite
 from doublehead.engine.signals import Stopped, StopSignals
-from doublehead.engine.state import of_trainer as state_of
+from doublehead.engine.state import trainer_state
 from doublehead.engine.tracker import LossTracker
 from doublehead.errors import UserError
 
@@ -39,7 +39,7 @@ AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Hooks:
-    """What happens beside the steps, called on every process; a bare trainer does nothing."""
+    """Callbacks of a trainer, called on every process; these do nothing."""
 
     def on_step(self) -> None:
         """After each optimizer step."""
@@ -63,7 +63,7 @@ class Trainer:
         batches: `batches(start)` yields (images, targets) with `micro_batch_size(config, world)` images
             each, without end, beginning with micro-batch `start` of the run.
         world: the processes.
-        hooks: what to do beside the steps.
+        hooks: callbacks.
 
     Raises:
         ValueError: a field of `config` is out of range, or `batch_size` cannot be divided.
@@ -95,7 +95,7 @@ class Trainer:
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The weights that count: the averaged ones where averaging is on."""
+        """The model to evaluate and save: the averaged weights where averaging is on."""
         return self.average.model if self.average else self.model
 
     def fit(self) -> None:
@@ -235,15 +235,15 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any], source: str | Path = "the training state") -> None:
         """Continue from what `state_dict` gave; `source` is its name in messages.
 
-        A state without averaged weights begins the average anew from its weights; one whose averaged weights are not
-        asked for any more loses them.
+        If the state has no averaged weights, averaging starts from its weights; if averaging is off now, the state's
+        averaged weights are dropped.
 
         Raises:
             UserError: the state is incomplete or damaged, or belongs to another model or optimiser; nothing of it
                 was taken.
         """
         try:
-            state_of(self)(state)
+            trainer_state(self)(state)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:  # empty unless amp was fp16
@@ -253,14 +253,14 @@ class Trainer:
             elif self.average:  # averaging begins with this part of the run
                 self.average.model.load_state_dict(state["model"])
             self.losses.load_state_dict(state["losses"])
-        except (RuntimeError, ValueError, KeyError) as error:  # PyTorch's own, and those of `state_of`
+        except (RuntimeError, ValueError, KeyError) as error:  # PyTorch's own, and those of `trainer_state`
             raise UserError(f"{source} does not fit this recipe: {error}") from error
         self.step, self.evaluated_step = state["step"], state["evaluated_step"]
         self.earlier_seconds = state["seconds"]
 
 
 def check_config(config: TrainConfig, world: World) -> None:
-    """Refuse what cannot be trained.
+    """Check the values of `config`, and that these processes can train with it.
 
     Raises:
         ValueError: names the field, its value and what is accepted.

@@ -1,4 +1,4 @@
-"""Opens what `python -m doublehead.export` wrote: by torch and `doublehead.ops` or onnxruntime, without model code."""
+"""Opens what `doublehead export` wrote: by torch and `doublehead.ops` or onnxruntime, without model code."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def load(path: str | Path, device_index: int = 0) -> ExportedDetector:
     A package holds compiled code, which runs when it is opened: open only files that you trust.
 
     Args:
-        path: a package (.pt2) or an ONNX file, which `python -m doublehead.export` wrote.
+        path: a package (.pt2) or an ONNX file, which `doublehead export` wrote.
         device_index: the GPU's index, for a package made for CUDA.  ONNX files run on the CPU; for other
             execution providers create an `onnxruntime.InferenceSession` yourself.
 
@@ -178,7 +178,7 @@ def _load_onnx(path: Path) -> ExportedDetector:
 
 def _checked(path: Path, description: dict[str, Any] | None) -> dict[str, Any]:
     if description is None:
-        raise UserError(f"{path}: not a detector that python -m doublehead.export wrote, or damaged")
+        raise UserError(f"{path}: not a detector that `doublehead export` wrote, or damaged")
     if description.get("format") != FORMAT:
         raise UserError(f"{path}: written in {description.get('format')}, this version reads {FORMAT}")
     if (flaw := flaw_of(description)) is not None:

@@ -93,7 +93,7 @@ def _unrecordable(fallen: list[tuple[str, str]]) -> str:
     lines = "".join(f"\n{name}: {reason}" for name, reason in dict.fromkeys(fallen))
     return (
         "compile_graph cannot record a graph: operators run in plain PyTorch, which may wait for the device "
-        f"(python -m doublehead.info says more):{lines}"
+        f"(`doublehead info` says more):{lines}"
     )
 
 

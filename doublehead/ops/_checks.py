@@ -8,7 +8,7 @@ and torchvision's, so that an `except` written for either catches them; they pas
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NoReturn
 
 import torch
@@ -76,7 +76,7 @@ def check_same_dtype(name: str, tensor: Tensor, of: str, like: Tensor) -> None:
 def check_shape(
     name: str,
     tensor: Tensor,
-    shape: Sequence[int],
+    shape: tuple[int, ...],
     letters: str = "",
     like: str = "",
     error: type[ValueError] = ValueError,
@@ -91,7 +91,7 @@ def check_shape(
         like: the argument whose shape decided on it.
         error: the kind.
     """
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != shape:
         expected = f"{letters} = {list(shape)}" if letters else f"{list(shape)}"
         raise error(f"{name} must have shape {expected}{like and f' like {like}'}, got {list(tensor.shape)}")
 

@@ -188,7 +188,7 @@ def _with_warning(name: str, reference: Callable) -> Callable:
 
 def no_cuda_part() -> str:
     """Why `_C_cuda` serves nothing, as a reason to warn of."""
-    return f"_C_cuda is not loaded: {UNLOADED['_C_cuda']}; `python -m doublehead.info` says how it can be built"
+    return f"_C_cuda is not loaded: {UNLOADED['_C_cuda']}; `doublehead info` says how it can be built"
 
 
 def _tensors(arguments: Iterable) -> Iterator[torch.Tensor]:
@@ -272,7 +272,7 @@ def _load(part: str) -> None:
     if importlib.util.find_spec(module) is None:
         UNLOADED[part] = "it is not built"
         if part == "_C_cuda":
-            return  # no accident: most machines have no CUDA compiler, and `python -m doublehead.info` says why
+            return  # no accident: most machines have no CUDA compiler, and `doublehead info` says why
     else:
         try:
             importlib.import_module(module)

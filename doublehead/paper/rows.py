@@ -69,7 +69,7 @@ TABLES: dict[int, Table] = {
                 ("complementary", "", "40.3/60.3/44.2", "complementary"),
             )
         ),
-        "One training, read out in four ways: python -m doublehead.evaluate RUN --fusions none max average "
+        "One training, read out in four ways: doublehead evaluate RUN --fusions none max average "
         "complementary --metrics RUN/metrics-fusions.json",
     ),
     4: Table(
@@ -91,7 +91,7 @@ TABLES: dict[int, Table] = {
         "COCO test-dev",
         SIX,
         (_row("Double-Head-Ext, R101", "double-head-ext-r101-fpn", "42.3/62.8/46.3/23.9/44.9/54.3"),),
-        "Scored by COCO's server: python -m doublehead.evaluate RUN --data.val-split test-dev2017 --out results.json. "
+        "Scored by COCO's server: doublehead evaluate RUN --data.val-split test-dev2017 --out results.json. "
         'Its numbers are shown from RUN/metrics-test-dev.json: {"data": {"val_split": "test-dev2017"}, "AP": 0.42, '
         '"AP50": ...}.',
         split="test-dev2017",

@@ -1,7 +1,7 @@
 """The paper in miniature: all head kinds on generated pictures, a few minutes each on one core.
 
 The paper starts every detector from the same ImageNet ResNet; these all start from the backbone of the demonstration,
-`python -m doublehead.train shapes-ext --out runs/miniature/start`.  Its batch norms, stem and first stage stay frozen,
+`doublehead train shapes-ext --out runs/miniature/start`.  Its batch norms, stem and first stage stay frozen,
 as in the paper.
 """
 

@@ -127,8 +127,8 @@ def _torchvision_names(path: str | Path, tensors: Mapping[str, Tensor]) -> dict[
     others = [name for name in tensors if not name.startswith((prefix, *_CLASSIFIER))]
     if others:
         raise WeightsError(
-            f"{path}: more than a ResNet: {some(others)}. A detector of another project: python -m "
-            "doublehead.convert makes a model.safetensors of it, which is accepted"
+            f"{path}: more than a ResNet: {some(others)}. A detector of another project: "
+            "doublehead convert makes a model.safetensors of it, which is accepted"
         )
     return {name: tensor for name, tensor in mine.items() if not name.startswith(_CLASSIFIER)}
 

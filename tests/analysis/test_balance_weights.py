@@ -1,4 +1,4 @@
-"""`python -m doublehead.analyze balance-weights`: trains what is missing, invents nothing."""
+"""`doublehead analyze balance-weights`: trains what is missing, invents nothing."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ from PIL import Image
 from doublehead.analysis import balance_weights
 from doublehead.analysis.balance_weights import cell_recipe, ext_recipe, grid_weights, with_steps
 from doublehead.analysis.options import BalanceWeights
-from doublehead.analyze import main
+from doublehead.cli.analyze import main
 from doublehead.config import DataConfig, TrainConfig, to_dict
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import UserError

@@ -1,4 +1,4 @@
-"""`python -m doublehead.analyze fc-weights`: the correlations are numpy's, cell by cell."""
+"""`doublehead analyze fc-weights`: the correlations are numpy's, cell by cell."""
 
 import csv
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 from doublehead.analysis.cell_maps import by_distance, mean_of_pairs, pair_limits, pair_rows, tiled
 from doublehead.analysis.fc_weights import fc_heads, weight_correlation
-from doublehead.analyze import main
+from doublehead.cli.analyze import main
 from doublehead.engine import checkpoint
 from tests.support.analysis_commands import CLASSES, failure, saved
 from tests.support.engine_standin import one_thread  # noqa: F401 (a fixture)

@@ -1,4 +1,4 @@
-"""`python -m doublehead.analyze feature-correlation`: the cosines are those of a loop over objects and cells."""
+"""`doublehead analyze feature-correlation`: the cosines are those of a loop over objects and cells."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ from doublehead.analysis.feature_correlation import (
     output_map,
 )
 from doublehead.analysis.readers import open_readers
-from doublehead.analyze import main
+from doublehead.cli.analyze import main
 from tests.support.analysis_commands import failure, saved
 from tests.support.analysis_detector import stop_after
 from tests.support.engine_standin import MemoryDataset, one_thread  # noqa: F401 (a fixture)

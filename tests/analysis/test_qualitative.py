@@ -1,4 +1,4 @@
-"""`python -m doublehead.analyze qualitative`: finds the telling objects, and says so where there are none."""
+"""`doublehead analyze qualitative`: finds the telling objects, and says so where there are none."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ from doublehead.analysis.qualitative import (
 )
 from doublehead.analysis.qualitative_figure import draw_cases, origins_text, score_text, view_around
 from doublehead.analysis.qualitative_proposals import Origin, find_origins
-from doublehead.analyze import main
+from doublehead.cli.analyze import main
 from doublehead.engine.checkpoint import load_model, save_model
 from doublehead.engine.evaluator import inference
 from tests.support.analysis_commands import failure, saved

@@ -265,7 +265,7 @@ def test_other_groups_need_no_new_measurement(result, runs, tmp_path, monkeypatc
 def test_mistakes_are_one_line_and_leave_nothing(runs, tmp_path, capsys, arguments, message):
     arguments = [text.format(runs=runs) for text in arguments]
     if "--device" in arguments:
-        from doublehead.analyze import main
+        from doublehead.cli.analyze import main
 
         with pytest.raises(SystemExit) as stop:
             main(["sliding-windows", *arguments, "--out", str(tmp_path / "out")])

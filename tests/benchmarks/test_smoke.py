@@ -25,6 +25,14 @@ KERNELS = [name for name, case in smoke_cases.CASES.items() if not case.cuda]
 def test_without_a_gpu_nothing_is_checked(capsys):
     assert smoke.main([]) == 0
     assert capsys.readouterr().out == "no GPU: nothing checked\n"
+    assert smoke.main(["--only", "nms"]) == 0
+    assert capsys.readouterr().out == "no GPU: nothing checked\n"
+
+
+def test_an_unknown_case_is_an_error_without_a_gpu_too(capsys):
+    assert smoke.main(["--only", "nms", "nmz"]) == 2
+    output, errors = capsys.readouterr()
+    assert output == "" and errors.startswith("no case nmz; there are: ")
 
 
 def test_every_kernel_passes_on_the_cpu(capsys):

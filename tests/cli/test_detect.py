@@ -1,4 +1,4 @@
-"""`python -m doublehead.detect`: finds its pictures, reports the unreadable, overwrites nothing."""
+"""`doublehead detect`: finds its pictures, reports the unreadable, overwrites nothing."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from doublehead import data
-from doublehead.detect import main
+from doublehead.cli.detect import main
 from doublehead.engine import checkpoint, pictures
 from doublehead.engine.evaluator import predict_images
 from doublehead.engine.picture_files import ENDINGS, find_pictures, output_names

@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 
-from doublehead import tables
 from doublehead.analysis.tables import measurements
+from doublehead.cli import tables
+from doublehead.cli.evaluate import main
 from doublehead.config import LossConfig, to_dict
 from doublehead.engine.checkpoint import load_model, save_model
 from doublehead.engine.evaluator import inference, watch_rois
-from doublehead.evaluate import main
 from doublehead.models.heads import Head
 from doublehead.models.rpn import RPN
 from doublehead.recipes import RECIPES

@@ -1,4 +1,4 @@
-"""`python -m doublehead.info`."""
+"""`doublehead info`."""
 
 import subprocess
 import sys
@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import doublehead
-from doublehead import info
+from doublehead.cli import installation
 from doublehead.ops import _fallback, _library
 
 
 def test_command_prints_the_report():
-    done = subprocess.run([sys.executable, "-m", "doublehead.info"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "doublehead", "info"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["doublehead", doublehead.__version__]
@@ -28,7 +28,7 @@ def rows(report: str) -> dict[str, list[str]]:
 
 
 def test_table_lists_every_operator_as_torch_dispatches_it():
-    table = rows(info.report())
+    table = rows(installation.report())
     assert set(table) == set(_library.SCHEMAS)
     for name, served in table.items():
         kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"doublehead::{name}", "CPU")
@@ -46,16 +46,16 @@ def test_why_there_is_no_kernel(monkeypatch):
     monkeypatch.setattr(_library, "_registered", lambda name, key: False)
     monkeypatch.setattr(_fallback, "no_triton", lambda: _fallback.NO_TRITON)
     monkeypatch.setattr(_fallback, "refusal", _fallback.Refusals())
-    assert info.served_by(name, "cpu") == ("reference", "_C is not loaded")
-    assert info.served_by(name, "cuda") == ("reference", _library.no_cuda_part())
-    report = info.report()
+    assert installation.served_by(name, "cpu") == ("reference", "_C is not loaded")
+    assert installation.served_by(name, "cuda") == ("reference", _library.no_cuda_part())
+    report = installation.report()
     assert set(sum(rows(report).values(), [])) == {"reference"}
     assert "CPU part     not loaded: it is not built" in report
     assert "CUDA part    not loaded: this torch was built without CUDA" in report
     assert "reference on cuda: _C_cuda is not loaded: this torch was built without CUDA" in report
     assert "reference on cuda: Triton is not installed" in report
     monkeypatch.setattr(_library, "UNLOADED", {"_C": "it is not built"})
-    assert info.served_by(name, "cuda") == ("reference", "no CUDA kernel in this version")
+    assert installation.served_by(name, "cuda") == ("reference", "no CUDA kernel in this version")
 
 
 def test_every_gpu_has_its_reason(monkeypatch):
@@ -66,7 +66,7 @@ def test_every_gpu_has_its_reason(monkeypatch):
     monkeypatch.setattr(_fallback, "no_triton", lambda: None)
     monkeypatch.setattr(_fallback, "_start_triton", lambda: None)
     monkeypatch.setattr(_fallback, "refusal", _fallback.Refusals())
-    lines = info.report().splitlines()
+    lines = installation.report().splitlines()
     (refused,) = [line for line in lines if line.startswith("reference on cuda")]
     assert refused.startswith("reference on cuda:1: GPU 1 is sm_75") and "conv_head" in refused
     assert rows("\n".join(lines))["conv_head"][1] == "Triton"
@@ -77,7 +77,7 @@ def test_the_precision_of_float32_is_shown():
     try:
         for precision in ("ieee", "tf32"):
             switch.fp32_precision = precision
-            report = info.report()
+            report = installation.report()
             assert f'torch.backends.cudnn.conv.fp32_precision = "{precision}"' in report
     finally:
         switch.fp32_precision = before
@@ -86,17 +86,17 @@ def test_the_precision_of_float32_is_shown():
 
 @pytest.mark.skipif("_C" in _library.UNLOADED, reason=f"the CPU part is not loaded: {_library.UNLOADED.get('_C')}")
 def test_build_info_of_the_cpu_part():
-    build = info.compiled_part("_C").build_info()
+    build = installation.compiled_part("_C").build_info()
     assert build["compiler"].split()[-1][0].isdigit()
     assert "-O3" in build["flags"]
     assert build["torch"][0].isdigit()
-    assert build["instruction_set"] in info.report()
+    assert build["instruction_set"] in installation.report()
 
 
 @pytest.mark.skipif("_C_cuda" in _library.UNLOADED, reason=f"no CUDA part: {_library.UNLOADED.get('_C_cuda')}")
 def test_build_info_of_the_cuda_part():
-    build = info.compiled_part("_C_cuda").build_info()
+    build = installation.compiled_part("_C_cuda").build_info()
     assert build["cuda_runtime"] >= 12000
     archs = build["archs"].split(",")
     assert all(int(arch) >= 75 for arch in archs)
-    assert f"sm_{archs[0]}" in info.report()
+    assert f"sm_{archs[0]}" in installation.report()

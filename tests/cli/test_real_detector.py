@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from doublehead import detect, evaluate, train
+from doublehead.cli import detect, evaluate, train
 from doublehead.config import to_dict
 from doublehead.engine.checkpoint import load_model, load_state
 from doublehead.engine.distributed import World

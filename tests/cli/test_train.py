@@ -1,4 +1,4 @@
-"""`python -m doublehead.train`: its command line, what a run leaves behind, stopping and resuming."""
+"""`doublehead train`: its command line, what a run leaves behind, stopping and resuming."""
 
 import dataclasses
 import functools
@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from doublehead.cli.train import main, parse
 from doublehead.config import TrainConfig, to_dict
 from doublehead.data import DataError
 from doublehead.engine.checkpoint import load_state
@@ -20,7 +21,6 @@ from doublehead.engine.errors import UserError
 from doublehead.engine.logs import read_log
 from doublehead.engine.schedule import notes, notes_of_more_steps
 from doublehead.recipes import RECIPES
-from doublehead.train import main, parse
 from tests.support.engine_standin import TINY, TinyDetector, finish, free_port, launch, one_thread  # noqa: F401 (a fixture)
 from tests.support.training_runs import OPTIONS, assert_same, contents, train
 
@@ -94,7 +94,8 @@ def test_steps_alone_scale_the_schedule():
     assert schedule("--train.steps", "48", "--train.milestones", "345", "440") == ((345, 440), 50)
     assert schedule("--train.steps", "480") == schedule() == ((345, 440), 50)
     assert schedule("--train.steps", "1") == ((1, 1), 0)
-    assert schedule("--train.steps", "-3") == ((345, 440), 50)  # refused later, without a note
+    with pytest.raises(UserError, match="train.steps is -3, a whole number of at least 1 is accepted"):
+        schedule("--train.steps", "-3")
 
 
 def test_parts_of_a_schedule_behind_the_end_are_told():

@@ -58,7 +58,7 @@ CASES += [(field, text, f"{what}, {said} is accepted") for field, (text, what, s
 
 
 def from_flag(field: str, text: str) -> None:
-    from doublehead.train import main
+    from doublehead.cli.train import main
 
     main([f"--{field.replace('_', '-')}", *text.split()])
 
@@ -221,6 +221,18 @@ def test_recipes_pass(name):
 
 
 # ---------------------------------------------------------------------- in Python
+
+NAMES = (  # what scripts import from here
+    "HeadKind Norm Fusion ReadOut BackboneConfig RPNConfig RoIConfig NonLocalConfig HeadConfig LossConfig "
+    "DetectionConfig ImageConfig ModelConfig DataConfig TrainConfig Recipe to_dict from_dict"
+)
+
+
+def test_the_names_stay():
+    import doublehead.config
+
+    assert not [name for name in NAMES.split() if not hasattr(doublehead.config, name)]
+    assert doublehead.config.ReadOut is doublehead.config.ReadOutName
 
 
 def test_check_takes_what_python_gives(tmp_path):

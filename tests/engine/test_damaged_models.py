@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from doublehead import detect, evaluate, export
+from doublehead.cli import detect, evaluate, export
 from doublehead.config import BackboneConfig, HeadConfig, ModelConfig, NonLocalConfig, Recipe, to_dict
 from doublehead.engine.checkpoint import load_model, save_model
 from doublehead.engine.errors import CheckpointError

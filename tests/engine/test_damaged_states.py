@@ -10,7 +10,7 @@ import zipfile
 import pytest
 import torch
 
-from doublehead import train
+from doublehead.cli import train
 from doublehead.engine import pictures
 from doublehead.engine.checkpoint import load_state, save_state
 from doublehead.engine.errors import NonFiniteLossError, UserError

@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
+from doublehead.cli.evaluate import EvaluationData, Options, data_config, main, set_readout
 from doublehead.config import DataConfig, DetectionConfig
 from doublehead.data import build_dataset
 from doublehead.engine import checkpoint
@@ -29,7 +30,6 @@ from doublehead.engine.evaluator import (
     predict,
 )  # fmt: skip
 from doublehead.engine.voc_ap import voc_ap50
-from doublehead.evaluate import EvaluationData, Options, data_config, main, set_readout
 from doublehead.recipes import RECIPES
 from tests.support.engine_standin import MemoryDataset, TinyDetector, finish, free_port, launch, one_thread, tiny_models  # noqa: F401 (a fixture)
 
@@ -309,7 +309,7 @@ def test_data_of_training_are_the_default(tmp_path):
 
 def test_broken_records_can_be_left_out_by_the_same_short_option_as_in_training(saved, monkeypatch):
     seen = []
-    monkeypatch.setattr("doublehead.evaluate.run", seen.append)
+    monkeypatch.setattr("doublehead.cli.evaluate.run", seen.append)
     main([str(saved), "--on-bad-record", "skip"])
     assert seen[0].data.on_bad_record == "skip" and seen[0].checkpoint == str(saved)
 

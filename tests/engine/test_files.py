@@ -18,7 +18,7 @@ from doublehead.engine.picture_files import earlier_pictures
 @pytest.fixture(autouse=True)
 def looks_at_once(monkeypatch):
     """Files left behind are looked for at every write, not only now and then."""
-    monkeypatch.setattr(files, "_next_look", {})
+    monkeypatch.setattr(files, "_next_scan", {})
 
 
 def names(folder):

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from doublehead import train
+from doublehead.cli import train
 from doublehead.engine import lock, pictures
 from doublehead.engine.checkpoint import load_state
 from doublehead.engine.distributed import World

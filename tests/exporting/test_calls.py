@@ -143,5 +143,5 @@ def test_descriptions_that_cannot_be_true(tmp_path, kind):
 def test_descriptions_that_are_none(tmp_path, content):
     with zipfile.ZipFile(tmp_path / "a.pt2", "w") as archive:
         archive.writestr("a/extra/doublehead.json", content)
-    with pytest.raises(UserError, match="not a detector that python -m doublehead.export wrote"):
+    with pytest.raises(UserError, match="not a detector that `doublehead export` wrote"):
         load(tmp_path / "a.pt2")

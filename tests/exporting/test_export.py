@@ -1,4 +1,4 @@
-"""`python -m doublehead.export`: what it writes runs without model code and computes what the model does."""
+"""`doublehead export`: what it writes runs without model code and computes what the model does."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from doublehead import export
+from doublehead.cli import export
 from doublehead.config import ImageConfig, Recipe
 from doublehead.engine.checkpoint import load_model, save_model
 from doublehead.engine.errors import UserError
@@ -181,7 +181,7 @@ def test_what_cannot_be_opened(exported, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=name):
             load(tmp_path / name)
     torch.save({"a": 1}, tmp_path / "other.pt2")  # a zip file
-    with pytest.raises(UserError, match="not a detector that python -m doublehead.export wrote"):
+    with pytest.raises(UserError, match="not a detector that `doublehead export` wrote"):
         load(tmp_path / "other.pt2")
 
 

@@ -215,5 +215,5 @@ def test_an_operator_without_a_form_is_named(tmp_path):
 
 def test_a_foreign_onnx_file_is_refused(tmp_path):
     through_onnx(lambda x: x + 1, (torch.zeros(2),), tmp_path / "a.onnx")
-    with pytest.raises(UserError, match="not a detector that python -m doublehead.export wrote"):
+    with pytest.raises(UserError, match="not a detector that `doublehead export` wrote"):
         load(tmp_path / "a.onnx")

@@ -178,5 +178,5 @@ def test_former_names(package):
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "detectron2", None)
-    with pytest.raises(ImportError, match="detectron2.layers cannot be imported .*doublehead.convert"):
+    with pytest.raises(ImportError, match="detectron2.layers cannot be imported .*doublehead convert"):
         detectron2.patch()

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from doublehead.convert import main
+from doublehead.cli.convert import main
 from doublehead.engine.checkpoint import load_model
 from doublehead.engine.errors import CheckpointError
 from doublehead.engine.files import read_recipe
@@ -109,7 +109,7 @@ def test_half_precision_and_old_files(tmp_path, small):
 
 
 def test_coco_models_of_torchvision_are_evaluated_with_the_right_ids(tmp_path, test_data, capsys):
-    from doublehead.evaluate import main as evaluate
+    from doublehead.cli.evaluate import main as evaluate
 
     # Every picture shows what these two heads answer: category 62 is a chair, and 66 was never used.
     state = torchvision_state(90)

@@ -15,7 +15,7 @@ from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from doublehead.convert import main
+from doublehead.cli.convert import main
 from doublehead.engine.checkpoint import load_model
 from tests.restatements.detectron2 import STYLES, FasterRCNN
 from tests.restatements.layers import Weights

@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from doublehead.convert import main
+from doublehead.cli.convert import main
 from doublehead.engine.checkpoint import load_model
 from doublehead.engine.errors import CheckpointError
 from doublehead.interop.loading import read_checkpoint

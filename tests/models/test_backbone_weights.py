@@ -126,7 +126,7 @@ WRONG = {
                       "size mismatch for conv1.weight: (64, 1, 7, 7)"),
     "whole numbers": (lambda s, p: saved(s | {"bn1.bias": torch.zeros(64, dtype=torch.int8)}, p), "torch.int8"),
     "a detector": (lambda s, p: saved(prefixed("backbone.body.", s) | {"rpn.x": torch.zeros(1)}, p),
-                   "more than a ResNet: rpn.x. A detector of another project: python -m doublehead.convert"),
+                   "more than a ResNet: rpn.x. A detector of another project: doublehead convert"),
     "two": (lambda s, p: saved(prefixed("encoder_q.", s) | prefixed("encoder_k.", s), p), "several ResNets"),
     "another network": (lambda s, p: saved({"blocks.0.weight": torch.zeros(1)}, p), "no ResNet with torchvision's"),
 }  # fmt: skip

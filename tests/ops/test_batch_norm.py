@@ -9,6 +9,7 @@ from torch.library import opcheck
 
 from doublehead.ops import batch_norm_act
 from doublehead.ops.batch_norm import batch_norm_act_backward, reference
+from doublehead.ops.batch_norm.arguments import BackwardArguments, ForwardArguments
 from tests.support.precision import assert_as_exact
 from tests.support.triton_compile import Case, compile_cases
 
@@ -33,22 +34,26 @@ def with_gradients(function, x, weight, bias, residual, grad, relu):
     return [y, mean, invstd, *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
 
 
+def definition(*arguments, **options):
+    return reference.batch_norm_act(ForwardArguments(*arguments, **options))
+
+
 def torch_modules(x, weight, bias, residual, relu, eps):
     """What a user of plain PyTorch writes, on a channels-last map; the statistics are the definition's."""
     maps = x[None, :, None].permute(0, 3, 1, 2)
     y = nn.functional.batch_norm(maps, None, None, weight, bias, training=True, eps=eps)
     y = y.permute(0, 2, 3, 1).reshape(x.shape)
     y = y if residual is None else y + residual
-    return y.relu() if relu else y, *reference.batch_norm_act(x, weight, bias, None, False, eps)[1:]
+    return y.relu() if relu else y, *definition(x, weight, bias, None, False, eps)[1:]
 
 
-def check(device, rows, channels, dtype, relu, has_residual, peer=reference.batch_norm_act):
+def check(device, rows, channels, dtype, relu, has_residual, peer=definition):
     x, weight, bias, residual, grad = (tensor.to(device) for tensor in inputs(rows, channels, dtype))
     residual = residual if has_residual else None
     given = x, weight, bias, residual
     wide = [tensor.double() if tensor is not None else None for tensor in given]
     y, mean, invstd, *gradients = with_gradients(batch_norm_act, *given, grad, relu)
-    exact, exact_mean, exact_invstd = reference.batch_norm_act(*wide, relu, 1e-5)
+    exact, exact_mean, exact_invstd = definition(*wide, relu, 1e-5)
     assert_as_exact(y, peer(*given, relu, 1e-5)[0], exact, "y")
     # Each value of x may count with a rounding error of its own; plain PyTorch sums in higher precision on the CPU.
     spread = 4 * torch.finfo(torch.float32).eps * (x.double().abs().max() + 1).item()
@@ -57,7 +62,7 @@ def check(device, rows, channels, dtype, relu, has_residual, peer=reference.batc
     # ReLU's slope jumps at 0, where rounding decides the side: all are told the side our result is on.
     grad = torch.where(y > 0, grad, 0) if relu else grad
     plain = with_gradients(peer, *given, grad, False)[3:]
-    exact = with_gradients(reference.batch_norm_act, *wide, grad.double(), False)[3:]
+    exact = with_gradients(definition, *wide, grad.double(), False)[3:]
     for name, *values in zip(("x", "weight", "bias", "residual"), gradients, plain, exact, strict=False):
         assert_as_exact(*values, what=f"gradient of {name}")
 
@@ -85,7 +90,7 @@ def test_cpu(rows, channels, dtype, relu, has_residual):
 @pytest.mark.parametrize("offset", [100.0, -1000.0])
 def test_small_variance_beside_a_large_mean(triton_kernels, offset):
     x, weight, bias, *_ = inputs(4500, 8, torch.float32, offset)
-    exact = reference.batch_norm_act(x.double(), weight.double(), bias.double(), None, False, 1e-5)
+    exact = definition(x.double(), weight.double(), bias.double(), None, False, 1e-5)
     actual = batch_norm_act(*(t.to(triton_kernels) for t in (x, weight, bias)), relu=False)
     torch.testing.assert_close(actual[2].cpu().double(), exact[2], rtol=1e-5, atol=0)
     # The mean is rounded to float32 once: by half a unit in its last place, which the scale then magnifies.
@@ -109,9 +114,9 @@ def test_the_gradient_of_the_residual_only_where_asked(triton_kernels, poisoned,
 def test_the_gradient_of_the_residual_only_where_asked_on_the_cpu():
     x, weight, bias, _, grad = inputs(33, 8, torch.float32)
     y, mean, invstd = batch_norm_act(x, weight, bias)
-    for way in (batch_norm_act_backward, reference.batch_norm_act_backward):
-        eps = (1e-5,) if way is batch_norm_act_backward else ()
-        assert way(grad, x, y, mean, invstd, weight, *eps, residual=False)[3].shape == (0,)
+    arguments = grad, x, y, mean, invstd, weight, 1e-5
+    assert batch_norm_act_backward(*arguments, residual=False)[3].shape == (0,)
+    assert reference.batch_norm_act_backward(BackwardArguments(*arguments, residual=False))[3].shape == (0,)
 
 
 def test_the_recomputed_result_is_the_same_to_the_bit(triton_kernels):
@@ -132,16 +137,18 @@ def test_equals_torch_modules():
 @pytest.mark.parametrize("relu", [False, True])
 def test_closed_form_of_the_gradient(relu):
     wide = [tensor.double() for tensor in inputs(49, 6, torch.float64)]
-    y, mean, invstd, *expected = with_gradients(reference.batch_norm_act, *wide, relu)
+    y, mean, invstd, *expected = with_gradients(definition, *wide, relu)
     x, weight, _, _, grad = wide
-    actual = reference.batch_norm_act_backward(grad, x, y if relu else None, mean, invstd, weight)
+    actual = reference.batch_norm_act_backward(
+        BackwardArguments(grad, x, y if relu else None, mean, invstd, weight, 1e-5)
+    )
     for value, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(value, wanted)
 
 
 def test_gradient_of_the_definition():
     x, weight, bias, residual, _ = (tensor.double().requires_grad_() for tensor in inputs(6, 3, torch.float64))
-    torch.autograd.gradcheck(lambda *t: reference.batch_norm_act(*t, True, 1e-5)[0], (x, weight, bias, residual))
+    torch.autograd.gradcheck(lambda *t: definition(*t, True, 1e-5)[0], (x, weight, bias, residual))
     torch.autograd.gradcheck(lambda *t: batch_norm_act(*t)[0], (x, weight, bias, residual))
     torch.autograd.gradcheck(lambda *t: batch_norm_act(*t, relu=False)[0], (x, weight, bias))
 

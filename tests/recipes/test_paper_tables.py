@@ -8,8 +8,8 @@ import statistics
 
 import pytest
 
-from doublehead import evaluate, tables
 from doublehead.analysis.tables import collect
+from doublehead.cli import evaluate, tables
 from doublehead.config import Recipe, to_dict
 from doublehead.data.shapes import CLASSES
 from doublehead.engine.checkpoint import save_model

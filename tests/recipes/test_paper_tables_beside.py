@@ -6,8 +6,8 @@ import io
 
 import pytest
 
-from doublehead import tables
 from doublehead.analysis.parameters import M, conv_head_weights, tower_weights
+from doublehead.cli import tables
 from doublehead.config import HeadConfig, NonLocalConfig
 from doublehead.models import build_detector
 from doublehead.paper import TABLES

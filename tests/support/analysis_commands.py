@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from doublehead.analyze import main
+from doublehead.cli.analyze import main
 from doublehead.config import DetectionConfig
 from doublehead.engine import checkpoint
 from doublehead.models import build_detector

@@ -60,7 +60,7 @@ def save_detector(folder: Path, kind: str = "double_head_ext", classes=CLASSES, 
 
 def analyze(*arguments) -> int:
     """The command's exit code."""
-    from doublehead.analyze import main
+    from doublehead.cli.analyze import main
 
     try:
         main([*(str(a) for a in arguments), "--device", "cpu"])

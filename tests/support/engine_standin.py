@@ -132,7 +132,7 @@ _processes = multiprocessing.get_context("forkserver")
 @functools.cache
 def _start_server() -> None:
     """A server that has imported everything once: the processes it forks begin within milliseconds."""
-    _processes.set_forkserver_preload([__name__, "doublehead.train", "doublehead.evaluate", *_SLOW_IMPORTS])
+    _processes.set_forkserver_preload([__name__, "doublehead.cli.train", "doublehead.cli.evaluate", *_SLOW_IMPORTS])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)  # it does not inherit the path otherwise
     try:
@@ -159,7 +159,7 @@ def launch(
     before=None,
     draw=False,
 ):
-    """Start `python -m doublehead.<command> arguments` with `TinyDetector`; one process of `size`.
+    """Start `doublehead COMMAND arguments` with `TinyDetector`; one process of `size`.
 
     Its output goes to `output`.  `before` is called in the new process first.  Without `draw` the curves, which
     take as long as all the rest, are not drawn.  Returns the started process.
@@ -204,7 +204,7 @@ def _run(command, arguments, output, rank, size, port, before, draw):
         before()
     if not draw:
         importlib.import_module("doublehead.engine.pictures").draw_curves = lambda *args: None
-    importlib.import_module(f"doublehead.{command}").main(arguments)
+    importlib.import_module(f"doublehead.cli.{command}").main(arguments)
 
 
 TINY = (

@@ -44,7 +44,7 @@ def unpatch() -> None:
 def _make() -> Patch:
     caller = "doublehead.interop.detectron2.patch"
     advice = ("install Detectron2 for this Python and torch (https://github.com/facebookresearch/detectron2); "
-              "where it does not install, `python -m doublehead.convert` brings its weights here")  # fmt: skip
+              "where it does not install, `doublehead convert` brings its weights here")  # fmt: skip
     layers = import_or_explain("detectron2.layers", caller, advice)
     poolers = import_or_explain("detectron2.modeling.poolers", caller, advice)
     single, pooler = layers.ROIAlign, poolers.ROIPooler

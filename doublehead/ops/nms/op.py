@@ -132,24 +132,24 @@ def _as_groups(idxs: Tensor) -> Tensor:
 
 
 def _check(boxes: Tensor, scores: Tensor, groups: Tensor | None, *, batched: bool) -> None:
-    lead = "B, N" if batched else "N"
-    dim = 3 if batched else 2
-    check_tensor("boxes", boxes, f"a Tensor[{lead}, 4]")
-    check_tensor("scores", scores, f"a Tensor[{lead}]")
-    if boxes.dim() != dim or boxes.shape[-1] != 4:
-        raise ArgumentValueError(f"boxes must have shape [{lead}, 4], got {list(boxes.shape)}")
-    check_shape("scores", scores, boxes.shape[:-1], f"[{lead}]", "boxes", ArgumentValueError)
+    of_boxes, of_scores = ("[B, N, 4]", "[B, N]") if batched else ("[N, 4]", "[N]")
+    if not (isinstance(boxes, Tensor) and isinstance(scores, Tensor)):
+        check_tensor("boxes", boxes, f"a Tensor{of_boxes}")
+        check_tensor("scores", scores, f"a Tensor{of_scores}")
+    if boxes.dim() != (3 if batched else 2) or boxes.shape[-1] != 4:
+        raise ArgumentValueError(f"boxes must have shape {of_boxes}, got {list(boxes.shape)}")
+    check_shape("scores", scores, boxes.shape[:-1], of_scores, "boxes", ArgumentValueError)
     check_float("boxes", boxes, ArgumentTypeError)
     check_float("scores", scores, ArgumentTypeError)
     check_same_device("scores", scores, "boxes", boxes, ArgumentValueError)
     if batched or groups is not None:
-        _check_groups(boxes, groups, batched, lead)
+        _check_groups(boxes, groups, batched, of_scores)
 
 
-def _check_groups(boxes: Tensor, groups: Tensor, batched: bool, lead: str) -> None:
+def _check_groups(boxes: Tensor, groups: Tensor, batched: bool, letters: str) -> None:
     name = "groups" if batched else "idxs"
-    check_tensor(name, groups, f"a Tensor[{lead}]")
-    check_shape(name, groups, boxes.shape[:-1], f"[{lead}]", "boxes", ArgumentValueError)
+    check_tensor(name, groups, f"a Tensor{letters}")
+    check_shape(name, groups, boxes.shape[:-1], letters, "boxes", ArgumentValueError)
     if batched and groups.dtype != torch.int64:
         raise ArgumentTypeError(f"groups must be int64, got {groups.dtype}")
     if groups.dtype.is_complex:
