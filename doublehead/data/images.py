@@ -102,7 +102,7 @@ def _reading(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             empty = os.path.getsize(path) == 0
-            reason = "an empty file" if empty else "of no format, or of no kind of pixels, that Pillow knows"
+            reason = "an empty file" if empty else "its format or kind of pixels is unknown to Pillow"
         raise DataError(f"{path}: cannot read this image: {reason}", "unreadable image") from error
 
 

@@ -89,13 +89,13 @@ def flaw_of(description: dict[str, Any]) -> str | None:
         return f"{error} ({type(error).__name__})"
     pixels, sizes = shapes
     if not all(isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape) for shape in shapes):
-        return "the inputs' shapes are no lists of whole numbers"
+        return "the inputs' shapes are not lists of positive integers"
     if len(pixels) != 4 or pixels[1] != 3 or sizes != [pixels[0], 2] or math.prod(pixels) > MOST_VALUES:
         return f"the inputs' shapes are {shapes}"
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        return "the classes are no list of names"
+        return "the classes are not a list of names"
     if type(dynamic) is not bool or not all(isinstance(text, str) for text in texts):
-        return "a field is of another type"
+        return "a field has the wrong type"
     return None
 
 

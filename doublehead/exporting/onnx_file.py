@@ -60,4 +60,4 @@ def write_onnx(
 def _check_operators(exported: torch.export.ExportedProgram) -> None:
     names = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
     if ours := sorted(name for name in names if name.startswith("doublehead.")):
-        raise UserError(f"--format onnx: {', '.join(ours)} has no form in ONNX; --format aoti takes any model")
+        raise UserError(f"--format onnx: {', '.join(ours)} cannot be expressed in ONNX; --format aoti takes any model")

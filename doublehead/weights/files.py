@@ -65,9 +65,9 @@ def _reader(path: Path, head: bytes) -> Any:
     if head and (head[:1] == b"\x80" or head[:1] in b"(}]c"):
         return _read_pickle
     if head.startswith(b"version https://git-lfs"):
-        raise WeightsError(f"{path}: a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`")
+        raise WeightsError(f"{path}: a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
     if head.lstrip()[:1] == b"<":
-        raise WeightsError(f"{path}: a web page, not a checkpoint: the download went wrong")
+        raise WeightsError(f"{path}: a web page, not a checkpoint: the download failed")
     what = "an empty file" if not head else "not a file of torch.save, pickle or safetensors"
     raise WeightsError(f"{path}: not a checkpoint ({what})")
 
