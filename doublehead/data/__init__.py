@@ -69,7 +69,7 @@ def build_dataset(
         raise DataError(f"{root}: no such folder (data.root)", "missing folder")
     title = f"{config.format} {root.name} ({name})"
     if not is_strict():
-        text = "simplejpeg is not installed: decoding is tolerant, and a JPEG that is damaged inside is not noticed"
+        text = "simplejpeg is not installed: decoding is tolerant, and damage inside a JPEG is not detected"
         warnings.warn(text, DataWarning, stacklevel=2)
     problems = Problems(title, config.on_bad_record == "skip", config.max_skipped)
     found, ids, images = READERS[config.format](root, name, classes, config.outside_root)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .pickles import Function, Refused, StandIn, Unpickler, brief
+from .pickles import Function, Placeholder, Refused, Unpickler, brief
 
 MODULES = ("numpy.core", "numpy._core")
 """The modules of the array constructors in numpy 1 and 2."""
@@ -22,12 +22,12 @@ MOST_DIMENSIONS = 32
 _CODE = re.compile(r"[<>=|]?(b1|i1|i2|i4|i8|u1|u2|u4|u8|f2|f4|f8|\?)")
 
 
-class NumpyDtype(StandIn):
+class NumpyDtype(Placeholder):
     """`numpy.dtype` of plain numbers."""
 
     __slots__ = ("numpy",)
 
-    def __init__(self, machine: Unpickler, code: Any, align: Any = False, copy: Any = False) -> None:
+    def __init__(self, unpickler: Unpickler, code: Any, align: Any = False, copy: Any = False) -> None:
         if isinstance(code, bytes):
             code = code.decode("latin1")
         if type(code) is not str or not _CODE.fullmatch(code):
@@ -46,12 +46,12 @@ class NumpyDtype(StandIn):
             self.numpy = self.numpy.newbyteorder(order)
 
 
-class NumpyArray(StandIn):
+class NumpyArray(Placeholder):
     """A numpy array: its bytes, dtype and shape."""
 
     __slots__ = ("data", "dtype", "shape", "order", "axes")
 
-    def __init__(self, machine: Unpickler, kind: Any = None, shape: Any = None, code: Any = None) -> None:
+    def __init__(self, unpickler: Unpickler, kind: Any = None, shape: Any = None, code: Any = None) -> None:
         """`_reconstruct(numpy.ndarray, (0,), b"b")`: as numpy calls it, for an empty array that is filled later."""
         if kind is not NDARRAY or shape != (0,) or code not in (b"b", "b"):
             raise Refused("calls numpy._core.multiarray._reconstruct as numpy itself never does")
@@ -124,28 +124,28 @@ def shape_of(value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _scalar(machine: Unpickler, dtype: Any, data: Any = None) -> NumpyArray:
+def _scalar(unpickler: Unpickler, dtype: Any, data: Any = None) -> NumpyArray:
     """A numpy scalar, as a zero-dimensional array."""
-    found = NumpyArray(machine, NDARRAY, (0,), b"b")
+    found = NumpyArray(unpickler, NDARRAY, (0,), b"b")
     found.set(data, dtype, (), "C")
     return found
 
 
-def _from_buffer(machine: Unpickler, data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> NumpyArray:
+def _from_buffer(unpickler: Unpickler, data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> NumpyArray:
     """An array in the form of pickle protocol 5."""
     if order not in ("C", "F", "K") or (order == "K") != (axes is not None):
         raise Refused("has a numpy array in an unknown order")
-    found = NumpyArray(machine, NDARRAY, (0,), b"b")
+    found = NumpyArray(unpickler, NDARRAY, (0,), b"b")
     found.set(data, dtype, shape, "F" if order == "F" else "C", axes)
     return found
 
 
-class _NdArray(StandIn):
+class _NdArray(Placeholder):
     """The class `numpy.ndarray`, which a pickle may refer to but not call."""
 
     __slots__ = ()
 
-    def call(self, machine: Unpickler, *arguments: Any) -> Any:
+    def call(self, unpickler: Unpickler, *arguments: Any) -> Any:
         raise Refused("calls numpy.ndarray as numpy itself never does")
 
 

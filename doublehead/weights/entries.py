@@ -31,7 +31,7 @@ class State:
 
     tensors: dict[str, Tensor]
     """The weights under the model's own names, without wrappers' prefixes; float16 and bfloat16 become float32."""
-    beside: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, Any] = field(default_factory=dict)
     """The other entries of the file."""
     dropped: dict[str, str] = field(default_factory=dict)
     """Tensors that a wrapper added -> their meaning."""
@@ -50,7 +50,7 @@ def take_state(path: str | Path, content: Any) -> State:
         raise WeightsError(f"{path}: holds {kind_of(content)}, not a dictionary of weights")
     state, found, notes = content, State({}), []
     while (key := _state_key(state)) is not None:
-        found.beside |= {shown(name): value for name, value in state.items() if name != key}
+        found.others |= {shown(name): value for name, value in state.items() if name != key}
         if key in AVERAGED_KEYS:
             notes.append(f"the weights are the entry {key!r}: an average, as there are no others")
         state = state[key]

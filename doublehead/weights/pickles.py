@@ -42,12 +42,12 @@ class NamesCode(Refused):
     """A pickle refers to a name that is not in the table."""
 
 
-class StandIn:
+class Placeholder:
     """A placeholder for a class, a function or an object in a pickle."""
 
     __slots__ = ()
 
-    def call(self, machine: Unpickler, *arguments: Any) -> Any:
+    def call(self, unpickler: Unpickler, *arguments: Any) -> Any:
         """The result of calling the class or function."""
         raise Refused(f"calls a {type(self).__name__}")
 
@@ -60,12 +60,12 @@ class StandIn:
         raise Refused(f"sets items of a {type(self).__name__}")
 
 
-class Inert(StandIn):
+class Inert(Placeholder):
     """A class known to be harmless, and its objects; their contents are dropped."""
 
     __slots__ = ()
 
-    def call(self, machine: Unpickler, *arguments: Any) -> Inert:
+    def call(self, unpickler: Unpickler, *arguments: Any) -> Inert:
         return self
 
     def build(self, state: Any) -> None:
@@ -75,7 +75,7 @@ class Inert(StandIn):
         pass
 
 
-class Function(StandIn):
+class Function(Placeholder):
     """A function of this package that replaces the one a pickle refers to."""
 
     __slots__ = ("function",)
@@ -83,8 +83,8 @@ class Function(StandIn):
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
-    def call(self, machine: Unpickler, *arguments: Any) -> Any:
-        return self.function(machine, *arguments)
+    def call(self, unpickler: Unpickler, *arguments: Any) -> Any:
+        return self.function(unpickler, *arguments)
 
 
 class Unpickler(pickle._Unpickler):
@@ -139,7 +139,7 @@ class Unpickler(pickle._Unpickler):
         raise Refused("has an extension code of copyreg")
 
     def _call(self, callee: Any, arguments: Any) -> Any:
-        if not isinstance(callee, StandIn) or type(arguments) is not tuple:
+        if not isinstance(callee, Placeholder) or type(arguments) is not tuple:
             raise Refused(f"calls a {type(callee).__name__}")
         try:
             return callee.call(self, *arguments)
@@ -161,7 +161,7 @@ class Unpickler(pickle._Unpickler):
     def load_build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
-        if isinstance(target, StandIn):
+        if isinstance(target, Placeholder):
             target.build(state)
         elif type(target) is not dict:  # attributes of an OrderedDict, such as a state_dict's _metadata, are ignored
             raise Refused(f"sets the state of a {type(target).__name__}")
@@ -176,7 +176,7 @@ class Unpickler(pickle._Unpickler):
         target = self.stack[-1]
         if type(target) is list:
             target.extend(items)
-        elif isinstance(target, StandIn):
+        elif isinstance(target, Placeholder):
             target.fill()
         else:
             raise Refused(f"appends to a {type(target).__name__}")
@@ -192,7 +192,7 @@ class Unpickler(pickle._Unpickler):
         target = self.stack[-1]
         if type(target) is dict:
             target.update(pairs(items))
-        elif isinstance(target, StandIn):
+        elif isinstance(target, Placeholder):
             target.fill()
         else:
             raise Refused(f"sets items of a {type(target).__name__}")
@@ -237,9 +237,9 @@ class Unpickler(pickle._Unpickler):
 
 
 def _counted(run: Callable[[Unpickler], None]) -> Callable[[Unpickler], None]:
-    def counted(machine: Unpickler) -> None:
-        machine.count()
-        run(machine)
+    def counted(unpickler: Unpickler) -> None:
+        unpickler.count()
+        run(unpickler)
 
     return counted
 
@@ -260,7 +260,7 @@ def key(value: Any) -> Any:
     parts = value if type(value) is tuple else (value,)
     if any(type(part) is int and part.bit_length() > 64 for part in parts):
         raise Refused("has a huge number as a key")  # equal hashes would take quadratic time, and so would printing one
-    if isinstance(value, StandIn) or all(type(part) in SCALARS for part in parts):
+    if isinstance(value, Placeholder) or all(type(part) in SCALARS for part in parts):
         return value
     raise Refused(f"has a {type(value).__name__} as a key")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .arrays import shape_of
-from .pickles import Function, Inert, Refused, StandIn, Unpickler
+from .pickles import Function, Inert, Placeholder, Refused, Unpickler
 
 DTYPES = {
     name: getattr(torch, name)
@@ -52,7 +52,7 @@ class Unusable(Inert):
         self.what = what
 
 
-class StorageKind(StandIn):
+class StorageKind(Placeholder):
     """`torch.FloatStorage` and its like; `dtype` None: the type is not accepted."""
 
     __slots__ = ("dtype", "name")
@@ -103,7 +103,7 @@ class Storage:
         return self.bytes
 
 
-class LazyTensor(StandIn):
+class LazyTensor(Placeholder):
     """A tensor's position in a storage."""
 
     __slots__ = ("dtype", "offset", "size", "storage", "stride")
@@ -140,7 +140,7 @@ class LazyTensor(StandIn):
         return flat.view(self.dtype).as_strided(self.size, self.stride, self.offset)
 
 
-def _lazy_tensor(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any, metadata: Any = None) -> StandIn:
+def _lazy_tensor(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any, metadata: Any = None) -> Placeholder:
     if type(storage) is not Storage:
         raise Refused("has a tensor without a storage")
     if isinstance(dtype, Unusable):
@@ -157,33 +157,33 @@ def _lazy_tensor(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any, 
     return LazyTensor(storage, dtype, offset, size, stride)
 
 
-def _rebuild(machine: Unpickler, storage: Any, offset: Any, size: Any, stride: Any, grad: Any = False,
-             hooks: Any = None, metadata: Any = None) -> StandIn:  # fmt: skip
+def _rebuild(unpickler: Unpickler, storage: Any, offset: Any, size: Any, stride: Any, grad: Any = False,
+             hooks: Any = None, metadata: Any = None) -> Placeholder:  # fmt: skip
     """`_rebuild_tensor` and `_rebuild_tensor_v2`."""
     dtype = storage.kind.dtype if type(storage) is Storage else None
     return _lazy_tensor(storage, dtype, offset, size, stride, metadata)
 
 
-def _rebuild_v3(machine: Unpickler, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any,
-                dtype: Any, metadata: Any = None) -> StandIn:  # fmt: skip
+def _rebuild_v3(unpickler: Unpickler, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any,
+                dtype: Any, metadata: Any = None) -> Placeholder:  # fmt: skip
     return _lazy_tensor(storage, dtype, offset, size, stride, metadata)
 
 
-def _parameter(machine: Unpickler, tensor: Any, *more: Any) -> Any:
+def _parameter(unpickler: Unpickler, tensor: Any, *more: Any) -> Any:
     """`torch._utils._rebuild_parameter`: the parameter's tensor."""
     if not isinstance(tensor, (LazyTensor, Unusable)):
         raise Refused(f"makes a parameter of a {type(tensor).__name__}")
     return tensor
 
 
-def _rebuild_from_type(machine: Unpickler, function: Any, kind: Any, arguments: Any, state: Any = None) -> Any:
+def _rebuild_from_type(unpickler: Unpickler, function: Any, kind: Any, arguments: Any, state: Any = None) -> Any:
     """`torch._tensor._rebuild_from_type_v2`: a tensor with attributes, which are dropped."""
     if type(arguments) is not tuple or function not in _REBUILDERS:
         raise Refused("makes a tensor in an unknown way")
-    return function.call(machine, *arguments)
+    return function.call(unpickler, *arguments)
 
 
-def _size(machine: Unpickler, sizes: Any = ()) -> tuple[int, ...]:
+def _size(unpickler: Unpickler, sizes: Any = ()) -> tuple[int, ...]:
     return shape_of(sizes)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .arrays import NumpyArray
 from .files import first_line, read_file, refusal
-from .pickles import SCALARS, Inert, Refused, StandIn, WeightsError, shown
+from .pickles import SCALARS, Inert, Placeholder, Refused, WeightsError, shown
 from .tensors import DTYPES, LazyTensor, Unusable
 
 MOST_COPIES = 16
@@ -95,7 +95,7 @@ def read_plain(path: str | Path) -> Any:
             raise refusal(path, Refused("has many times more values than bytes"))
         if depth > DEEPEST:
             raise refusal(path, Refused("has containers in containers without end"))
-        if isinstance(value, (dict, set, frozenset)) and any(isinstance(key, StandIn) for key in value):
+        if isinstance(value, (dict, set, frozenset)) and any(isinstance(key, Placeholder) for key in value):
             raise WeightsError(f"{path}: {name!r} has a key that is neither text nor a number")
         if type(value) is dict:
             return {key: plain(item, f"{name}.{key}" if name else shown(key), depth + 1) for key, item in value.items()}
