@@ -34,7 +34,7 @@ ENTRY_REASONS = {
     "loops": "where the training stood",
     "callbacks": "states of the trainer's callbacks",
     "__author__": "a note",
-    **dict.fromkeys(AVERAGED_KEYS, "an average of the weights, in addition to the weights"),
+    **dict.fromkeys(AVERAGED_KEYS, "an additional average of the weights"),
 }
 
 
