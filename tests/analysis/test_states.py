@@ -229,7 +229,7 @@ def test_a_stop_keeps_what_is_done_and_says_so(tmp_path, capsys, number):
     with pytest.raises(Stopped) as stop:
         run(tmp_path / "state", stopped)
     assert stop.value.code == 128 + number and seen == IDS[:2]
-    said = f"stopped: 2 of the 4 images that were left are kept in {tmp_path / 'state'}; the same command goes on"
+    said = f"stopped: 2 of the 4 images that were left are kept in {tmp_path / 'state'}; the same command continues"
     assert said in capsys.readouterr().out
     whole = run(tmp_path / "whole").to_dict()
     assert run(tmp_path / "state").to_dict() == whole
