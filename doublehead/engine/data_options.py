@@ -1,4 +1,4 @@
-"""Options that several commands share: the images a trained detector runs on, and where a result goes."""
+"""Options that several commands share: the images that a trained detector runs on."""
 
 from __future__ import annotations
 

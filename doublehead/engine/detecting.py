@@ -1,6 +1,6 @@
 """Detection in many pictures: threads read, the calling thread runs the model, other threads draw.
 
-Only a few pictures are under way at a time, whatever their number, and results come in the order of the pictures.
+Only a few pictures are in memory at a time, and results come in the order of the pictures.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from doublehead.errors import DataError, UserError, one_line
 
 
 class Picture(NamedTuple):
-    """A picture under way, or why it could not be read."""
+    """A picture in the pipeline, or why it could not be read."""
 
     file: Path
     name: str

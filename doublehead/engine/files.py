@@ -222,7 +222,7 @@ def read_recipe(folder: str | Path) -> Recipe:
     """
     path = Path(folder) / RECIPE_FILE
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        if path.exists() and not path.is_file():  # reading a pipe would wait forever
             raise UserError(f"{path}: not a regular file")
         return from_dict(json.loads(path.read_text(encoding="utf-8")))
     except UserError:

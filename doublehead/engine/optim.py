@@ -63,8 +63,8 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
 class WeightAverage:
     """Exponential moving average of a model's parameters; buffers are copied.
 
-    The decay grows as (1 + n) / (10 + n) up to `decay`, so that the first weights, which are
-    random, are soon forgotten.
+    The decay grows as (1 + n) / (10 + n) up to `decay`, so that the random initial
+    weights are soon forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

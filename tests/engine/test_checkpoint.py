@@ -228,6 +228,13 @@ def test_a_folder_that_does_not_exist(tmp_path):
         save_model(tmp_path / "absent" / "model.safetensors", TinyDetector(3), RECIPE, ["a", "b"], [1, 2])
 
 
+def test_a_recipe_that_could_not_be_read_again_is_not_written(tmp_path):
+    recipe = dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, steps=0))
+    with pytest.raises(CheckpointError, match="not written: train.steps is 0, a whole number of"):
+        save_model(tmp_path / "model.safetensors", TinyDetector(3), recipe, ["a", "b"], [1, 2])
+    assert not list(tmp_path.iterdir())
+
+
 def test_replacing_is_all_or_nothing(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")

@@ -134,7 +134,7 @@ def test_the_errors_import_nothing_of_the_library():
         "print(sorted(name for name in sys.modules if name.partition('.')[0] in ('doublehead', 'torch', 'tyro')))"
     )
     loaded = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout
-    assert loaded == "['doublehead', 'doublehead.errors']\n"
+    assert loaded == "['doublehead', 'doublehead.errors', 'doublehead.version']\n"  # the package itself has a version
     assert DataError is errors.DataError and issubclass(DataError, UserError) and DataError("x").exit_code == 2
     for name in ("CheckpointError", "UserError", "config_errors", "shown_to_user"):
         assert getattr(engine_errors, name) is getattr(errors, name)

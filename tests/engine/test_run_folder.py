@@ -1,5 +1,6 @@
 """The folder of a run: one training at a time, and a resume that goes on with its own run or leaves all as it was."""
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -13,7 +14,7 @@ import safetensors.torch
 import torch
 
 from doublehead.cli import train
-from doublehead.engine import lock, pictures
+from doublehead.engine import lock, pictures, run
 from doublehead.engine.checkpoint import load_state
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import PeerLostError, UserError
@@ -21,6 +22,7 @@ from doublehead.engine.files import new_run_folder
 from doublehead.engine.lock import LOCK_FILE, FolderLock
 from doublehead.engine.logs import read_log
 from doublehead.engine.trainer import Trainer
+from doublehead.recipes import RECIPES
 from tests.support.engine_standin import TINY, finish, launch, one_thread, tiny_models  # noqa: F401 (a fixture)
 
 HOLDER = """
@@ -86,6 +88,16 @@ def edit_state(folder, **changes):
 
 
 # ---------------------------------------------------------------------- one training a folder
+
+
+def test_a_wrong_recipe_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "doublehead.models", tiny_models())
+    recipe = RECIPES["shapes-ext"]
+    roi = dataclasses.replace(recipe.model.roi, samples=0)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, roi=roi))
+    with pytest.raises(UserError, match="model.roi.samples is 0, a whole number of at least 1 is accepted"):
+        run.train(recipe, tmp_path, World())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_names_its_holder_and_ends_with_it(holder, tmp_path):
