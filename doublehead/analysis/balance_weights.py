@@ -115,7 +115,7 @@ def grid_weights(options: BalanceWeights) -> list[tuple[float, float]]:
         if not values:
             raise UserError(f"{name}: the grid is empty, give at least one weight")
         if wrong := [value for value in values if not 0 <= value <= 1]:
-            raise UserError(f"{name}: {wrong[0]} is no balance weight, numbers from 0 to 1 are accepted")
+            raise UserError(f"{name}: {wrong[0]} is not a balance weight, numbers from 0 to 1 are accepted")
     return [(l_fc, l_conv) for l_fc in sorted(set(options.l_fc)) for l_conv in sorted(set(options.l_conv))]
 
 

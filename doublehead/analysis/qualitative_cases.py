@@ -117,5 +117,5 @@ def _case(value: dict[str, Any]) -> Case:
         or not all(verdict.outcome in OUTCOMES for verdict in verdicts.values())
         or verdicts[case.kind.head].score is None
     ):  # fmt: skip
-        raise ValueError(f"a case of image {value['image']!r:.40} is no case")
+        raise ValueError(f"a case of image {value['image']!r:.40} is invalid")
     return case

@@ -203,5 +203,5 @@ def open_readers(texts: Sequence[str], device: torch.device) -> list[Reader]:
         readers.append(Reader(spec.name, model.to(device), recipe, classes, readout))
     for reader in readers[1:]:
         if reader.classes != readers[0].classes:
-            raise UserError(f"{reader.name} and {readers[0].name} know different classes: they cannot be compared")
+            raise UserError(f"{reader.name} and {readers[0].name} have different classes: they cannot be compared")
     return readers

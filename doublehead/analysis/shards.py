@@ -111,7 +111,7 @@ def _acquire(lock: FolderLock) -> None:
         if "in use" not in str(error):
             raise
         raise UserError(
-            f"{lock.folder}: another analysis is at work there: wait until it ends or stop it, or give another --out"
+            f"{lock.folder}: another analysis is running there: wait until it ends or stop it, or give another --out"
         ) from error
 
 
@@ -157,7 +157,7 @@ def _measure_share(
         if world.is_main:
             whose = "" if world.size == 1 else " of this process"
             kept = f"{len(state.done)} of the {len(mine)} images{whose} that were left are kept"
-            say(f"stopped: {kept} in {folder}; the same command goes on from there")
+            say(f"stopped: {kept} in {folder}; the same command continues from there")
         raise Stopped(stop.received)
     return total
 

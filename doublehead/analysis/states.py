@@ -121,9 +121,9 @@ def _read_content(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise _damaged(file, "it is no JSON, or nested too deeply") from error
+        raise _damaged(file, "it is not JSON, or nested too deeply") from error
     if not isinstance(content, dict):
-        raise _damaged(file, "it is no JSON object")
+        raise _damaged(file, "it is not a JSON object")
     if content.get("format") != FORMAT:
         raise UserError(
             f"{file}: written by another version of doublehead, this one reads {FORMAT!r}: remove {file.parent}, or "

@@ -105,7 +105,7 @@ def load_model(path: str | Path, finite: bool = True) -> LoadedModel:
     try:
         recipe, classes, category_ids = _description(metadata)
         model = _build(recipe, len(classes) + 1, _unwrapped(tensors))
-        whole = digest.fits(metadata, tensors)  # last, as it takes the longest
+        whole = digest.matches(metadata, tensors)  # last, as it takes the longest
         model.load_state_dict(_unwrapped(tensors))
         if finite:
             _check_finite(model.state_dict(), whole)

@@ -23,7 +23,7 @@ def other_kind(path: Path) -> str | None:
     if head.startswith(PICTURES):
         return "a picture, where a model.safetensors or the folder of a run is needed: the checkpoint comes first"
     if head.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`"
+        return "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"
     if head.lstrip()[:1] in (b"{", b"["):
         return "a JSON file; give the model.safetensors, or the folder that holds it"
     return None

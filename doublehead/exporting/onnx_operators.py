@@ -1,15 +1,15 @@
-"""Our operators in the words of ONNX.
+"""Translates our operators to ONNX.
 
-Everything but RoIAlign and the suppression itself is plain arithmetic, written in PyTorch, which the exporter knows.
-These two become operators of ONNX, whose shapes depend on data in between, but not at the ends.
+Everything except RoIAlign and the suppression itself is plain PyTorch arithmetic, which the exporter supports.  These
+two become ONNX operators; intermediate shapes depend on the data there, but inputs and outputs have fixed shapes.
 
-Where ONNX's operators differ from ours:
+Differences between ONNX's operators and ours:
 
-- RoiAlign wants finite boxes: a box that is not pools zeros, as here, without being given to it.
-- NonMaxSuppression compares IoUs with the threshold in float32, here in float64: an IoU that rounds to the threshold
-  itself may be decided otherwise.  Boxes of equal score stand in no order there; onnxruntime takes the lower index
-  first, as here.  A box with its corners swapped is a box there, and has a negative area here; a NaN score is dropped
-  there, and comes first here.  A detector makes neither.
+- RoiAlign needs finite boxes.  Other boxes are not passed to it and pool zeros, as here.
+- NonMaxSuppression compares IoUs with the threshold in float32, ours in float64: an IoU that rounds to the threshold
+  may be decided differently.  ONNX defines no order for boxes with equal scores; onnxruntime takes the lower index
+  first, as here.  ONNX accepts boxes with swapped corners, which have a negative area here, and drops NaN scores, which
+  come first here.  A detector produces neither.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from ..ops.roi_align.pooling import Pooling
 from ..ops.roi_align.reference import box_levels, sampled_boxes
 
 LOWEST = torch.finfo(torch.float32).min
-"""Score of what does not exist."""
+"""The score of an empty slot."""
 
 # ---------------------------------------------------------------------------------------------
-# The two that are ONNX's: shapes for tracing, translations for the exporter
+# The two ONNX operators: shapes for tracing, translations for the exporter
 
 _LIBRARY = torch.library.Library("doublehead_onnx", "DEF")
 _LIBRARY.define("nms_mask(Tensor boxes, Tensor scores, float iou_threshold, int max_output) -> Tensor")
@@ -75,20 +75,20 @@ def _roi_align_some(
 
 
 def translations() -> dict[Callable, Callable]:
-    """For `torch.onnx.export`."""
+    """The translation table for `torch.onnx.export`."""
     operators = torch.ops.doublehead_onnx
     return {operators.nms_mask.default: _nms_mask, operators.roi_align_some.default: _roi_align_some}
 
 
 # ---------------------------------------------------------------------------------------------
-# Ours, made of these two and of plain PyTorch
+# Our operators, composed of these two and plain PyTorch
 
 
 def decompositions(levels: int) -> dict[Any, Callable]:
-    """For `ExportedProgram.run_decompositions`.
+    """The decompositions for `ExportedProgram.run_decompositions`.
 
     Args:
-        levels: the RPN's, which are the groups of its suppression.
+        levels: the number of the RPN's levels, which are the groups of its suppression.
     """
     ours = torch.ops.doublehead
     return {
@@ -120,7 +120,7 @@ def roi_align(features: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> lis
 
 
 def nms_padded(boxes, scores, groups, iou_threshold, max_output, number_of_groups):
-    """`doublehead.ops.nms_padded` for groups below `number_of_groups`, which are ONNX's classes."""
+    """`doublehead.ops.nms_padded` for groups 0 .. `number_of_groups` - 1, which become ONNX's classes."""
     members = groups[:, None] == torch.arange(number_of_groups, device=groups.device)[:, None]
     by_group = torch.where(members, scores[:, None], LOWEST)
     kept = torch.ops.doublehead_onnx.nms_mask(boxes, by_group, iou_threshold, max_output).amax(1) > 0
@@ -130,7 +130,7 @@ def nms_padded(boxes, scores, groups, iou_threshold, max_output, number_of_group
 
 
 def detections(*arguments):
-    """`doublehead.ops.detections`: every class of an image is suppressed as an image of its own."""
+    """`doublehead.ops.detections`: each class of an image is suppressed as a separate image."""
     args = DetectionArguments(*arguments)
     scores = class_scores(args.logits, args.fusion)[..., 1:]
     batch, rois, classes = scores.shape
@@ -155,7 +155,7 @@ def detections(*arguments):
 
 
 def _best(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The best `number` of each row, and where they stand; rows that are shorter are filled up."""
+    """The best `number` scores of each row and their indices; shorter rows are padded."""
     best, indices = scores.topk(min(number, scores.shape[1]), dim=1)
     missing = number - best.shape[1]
     return pad(best, (0, missing), value=LOWEST), pad(indices, (0, missing))

@@ -117,4 +117,4 @@ def _build(recipe: Recipe, plan: Plan) -> nn.Module:
     try:
         return build_detector(dataclasses.replace(recipe.model, backbone=backbone), plan.num_classes)
     except ValueError as error:
-        raise ConversionError(f"the recipe makes no model: {error}") from error
+        raise ConversionError(f"the recipe cannot be built: {error}") from error

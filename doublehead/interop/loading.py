@@ -34,7 +34,7 @@ ENTRY_REASONS = {
     "loops": "where the training stood",
     "callbacks": "states of the trainer's callbacks",
     "__author__": "a note",
-    **dict.fromkeys(AVERAGED_KEYS, "an average of the weights beside the weights"),
+    **dict.fromkeys(AVERAGED_KEYS, "an additional average of the weights"),
 }
 
 
@@ -70,8 +70,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         state = take_state(path, content)
     except WeightsError as error:
         raise CheckpointError(str(error)) from error
-    meta = state.beside.get("meta")
-    ignored = {name: ENTRY_REASONS.get(name, "not weights of the model") for name in state.beside} | state.dropped
+    meta = state.others.get("meta")
+    ignored = {name: ENTRY_REASONS.get(name, "not weights of the model") for name in state.others} | state.dropped
     return Checkpoint(path, state.tensors, meta if isinstance(meta, Mapping) else {}, ignored, state.notes)
 
 

@@ -31,7 +31,7 @@ def find_resnet(tensors: Mapping[str, Tensor], stages: Sequence[str]) -> str:
     ]
     counts = tuple(map(len, blocks))
     if 0 in counts:
-        raise ConversionError(f"the backbone is no ResNet with a pyramid: no tensor {stages[counts.index(0)]}*")
+        raise ConversionError(f"the backbone is not a ResNet with a pyramid: no tensor {stages[counts.index(0)]}*")
     first = f"{stages[0]}0."
     bottleneck = f"{first}conv3.weight" in tensors
     second = tensors.get(f"{first}conv2.weight")
@@ -79,7 +79,7 @@ def count_classes(
     classes = shape_of(tensors, f"{classifier}.weight", 2)[0]
     rows = shape_of(tensors, f"{regressor}.weight", 2)[0]
     if classes < 2:
-        raise ConversionError(f"'{classifier}.weight' has {classes} rows: no class beside the background")
+        raise ConversionError(f"'{classifier}.weight' has {classes} rows: no class besides the background")
     expected = 4 * (classes if background_regressed else classes - 1)
     if rows not in (expected, agnostic_rows):
         agnostic = ", as a class-agnostic regressor has" if rows in (4, 8) else ""
@@ -113,7 +113,7 @@ def pooled_side(columns: int, channels: int, name: str) -> int:
     """
     side = round((columns / channels) ** 0.5)
     if side < 1 or side * side * channels != columns:
-        raise ConversionError(f"{name!r} has {columns} columns, which are no square map of {channels} channels")
+        raise ConversionError(f"{name!r} has {columns} columns, which do not form a square map of {channels} channels")
     return side
 
 

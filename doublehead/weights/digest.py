@@ -1,7 +1,7 @@
-"""Digests by which a damaged checkpoint is noticed: of a model's tensors and description, and of a whole zip archive.
+"""Digests that detect damaged checkpoints: of a model's tensors and description, and of a whole zip archive.
 
-They are there to notice accidents (a bad disk, a broken copy, an edit by hand), not forgery: who changes a file on
-purpose can write the digest that belongs to it.  SHA-256, as processors have instructions for it.
+They detect accidents (a bad disk, a broken copy, a manual edit), not forgery: anyone can write a matching digest.
+SHA-256 is used because processors have instructions for it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 
 KEY = "digest"
 _KIND_KEY, _KIND = "digest_of", "sha256: metadata and tensors"
-"""A second entry, so that a file whose first one became unreadable is not taken for an old one that has none."""
+"""A second entry; without it, a file whose digest entry became unreadable would pass for an old one without digest."""
 
-_END = struct.Struct("<4s16sH")  # of a zip archive: signature, what does not matter here, length of the comment
+_END = struct.Struct("<4s16sH")  # end of a zip archive: signature, other fields, length of the comment
 _END_SIGNATURE = b"PK\x05\x06"
 _MARK = b"doublehead.sha256"
 _COMMENT = len(_MARK) + hashlib.sha256().digest_size
@@ -27,20 +27,20 @@ _BLOCK = 1 << 20
 
 
 class Damaged(ValueError):
-    """The content is not what was written; the message says how that shows."""
+    """The content is damaged; the message says how it was detected."""
 
 
 # ---------------------------------------------------------------------- a model: tensors and metadata
 
 
 def with_digest(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """`metadata` with the digest of itself and of `tensors` (on the CPU, contiguous)."""
+    """`metadata` with a digest of itself and of `tensors` (on the CPU, contiguous)."""
     described = {**metadata, _KIND_KEY: _KIND}
     return described | {KEY: _digest(described, tensors)}
 
 
-def fits(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether these are the metadata and tensors that the digest was made of; True where there is none (old files)."""
+def matches(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the digest matches the metadata and tensors; True if there is none (old files)."""
     if KEY not in metadata and _KIND_KEY not in metadata:
         return True
     described = {name: text for name, text in metadata.items() if name != KEY}
@@ -60,7 +60,7 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) ->
 
 
 def seal(path: Path) -> None:
-    """Append a digest to a zip archive, as its comment: to other programs it stays the archive that it was."""
+    """Append a digest to a zip archive, as its comment, which other programs ignore."""
     with open(path, "rb+") as file:
         file.seek(-_END.size, 2)
         signature, rest, length = _END.unpack(file.read())
@@ -73,10 +73,10 @@ def seal(path: Path) -> None:
 
 
 def check_sealed(path: Path) -> None:
-    """Compare an archive with its digest; of an older one, which has none, check what zip archives have for that.
+    """Check an archive against its digest; for older archives without one, check the zip records' checksums.
 
     Raises:
-        Damaged: it is not what was written.
+        Damaged: the content is not what was written.
     """
     with open(path, "rb") as file:
         size = file.seek(0, 2)

@@ -193,9 +193,9 @@ def test_the_grid_is_sorted_and_has_each_pair_once():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"l_fc": (0.5, 1.1)}, "--l-fc: 1.1 is no balance weight"),
-        ({"l_conv": (-0.1,)}, "--l-conv: -0.1 is no balance weight"),
-        ({"l_conv": (float("nan"),)}, "nan is no balance weight"),
+        ({"l_fc": (0.5, 1.1)}, "--l-fc: 1.1 is not a balance weight"),
+        ({"l_conv": (-0.1,)}, "--l-conv: -0.1 is not a balance weight"),
+        ({"l_conv": (float("nan"),)}, "nan is not a balance weight"),
         ({"l_fc": ()}, "--l-fc: the grid is empty"),
         ({"l_fc": (0.0,), "l_conv": (1.0,)}, "no head learns what classifies"),
         ({"l_fc": (1.0,), "l_conv": (0.0,)}, "no head learns what regresses boxes"),

@@ -230,7 +230,7 @@ def test_a_damaged_state(result, runs, tmp_path, capsys):
     shutil.copytree(result, tmp_path / "out")
     (tmp_path / "out" / "state" / "sliding-windows" / "merged.json").write_text('{"done": [')
     assert analyze(*command(runs, tmp_path / "out")) == 2
-    assert "merged.json: damaged: it is no JSON, or nested too deeply: remove" in capsys.readouterr().err
+    assert "merged.json: damaged: it is not JSON, or nested too deeply: remove" in capsys.readouterr().err
 
 
 def test_other_groups_need_no_new_measurement(result, runs, tmp_path, monkeypatch):
@@ -250,7 +250,7 @@ def test_other_groups_need_no_new_measurement(result, runs, tmp_path, monkeypatc
         (["{runs}/conv:fc"], "'fc' needs head.kind 'double_head_ext', got 'conv'"),
         (["{runs}/untrained:fc"], "leave untrained"),
         (["{runs}/nowhere"], "nowhere: no such file"),
-        (["{runs}/ext", "{runs}/two-classes"], "know different classes"),
+        (["{runs}/ext", "{runs}/two-classes"], "have different classes"),
         (["{runs}/two-classes"], "shapes: its classes are"),
         (["{runs}/ext", "{runs}/ext"], "two heads have the name 'ext'"),
         ([], "no head is named"),

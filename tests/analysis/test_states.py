@@ -83,10 +83,10 @@ def test_a_state_comes_back_as_it_was(file, table):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "it is no JSON"),
-        ("[1, 2]", "it is no JSON object"),
+        ("", "it is not JSON"),
+        ("[1, 2]", "it is not a JSON object"),
         ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
-        ("\x80\x04K\x01.", "it is no JSON"),
+        ("\x80\x04K\x01.", "it is not JSON"),
         ("{}", "written by another version"),
         (json.dumps({"fingerprint": FINGERPRINT, "done": [7], "table": {}}), f"this one reads '{FORMAT}'"),
         (json.dumps({"format": FORMAT, "done": [7], "table": {}}), "it lacks one of fingerprint, done, table"),
@@ -208,7 +208,7 @@ def test_a_second_command_waits_outside(tmp_path):
     lock = FolderLock(tmp_path)
     lock.acquire()
     try:
-        with pytest.raises(UserError, match="another analysis is at work there: wait until it ends or stop it"):
+        with pytest.raises(UserError, match="another analysis is running there: wait until it ends or stop it"):
             run(tmp_path)
     finally:
         lock.release()
@@ -229,7 +229,7 @@ def test_a_stop_keeps_what_is_done_and_says_so(tmp_path, capsys, number):
     with pytest.raises(Stopped) as stop:
         run(tmp_path / "state", stopped)
     assert stop.value.code == 128 + number and seen == IDS[:2]
-    said = f"stopped: 2 of the 4 images that were left are kept in {tmp_path / 'state'}; the same command goes on"
+    said = f"stopped: 2 of the 4 images that were left are kept in {tmp_path / 'state'}; the same command continues"
     assert said in capsys.readouterr().out
     whole = run(tmp_path / "whole").to_dict()
     assert run(tmp_path / "state").to_dict() == whole

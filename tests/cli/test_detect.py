@@ -408,7 +408,7 @@ def test_unreadable_pictures_are_reported_and_the_rest_is_done(saved, tmp_path, 
     shown = capsys.readouterr().err
     assert "5 could not be read" in shown and "Traceback" not in shown
     assert "/two\\nlines\\x1b.jpg: cannot read this image: an empty file" in shown and shown.count("two\\n") == 1
-    assert "text.jpg: cannot read this image: of no format, or of no kind of pixels, that Pillow knows" in shown
+    assert "text.jpg: cannot read this image: its format or kind of pixels is unknown to Pillow" in shown
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["detections.json", "good.jpg"]
 
 

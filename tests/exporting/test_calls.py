@@ -114,14 +114,14 @@ def test_an_onnx_session_in_threads_and_forked_processes():
 NOTE = describe("aoti", Recipe(), ["a"], [1], (1, 3, 64, 96), "cpu")
 FLAWS = {
     "terabytes": (lambda note: note["inputs"]["pixels"].update(shape=[2**20, 3, 2**20, 64]), "inputs' shapes are"),
-    "negative": (lambda note: note["inputs"]["pixels"].update(shape=[1, 3, -64, 96]), "no lists of whole numbers"),
-    "fractions": (lambda note: note["inputs"]["sizes"].update(shape=[1.0, 2]), "no lists of whole numbers"),
+    "negative": (lambda note: note["inputs"]["pixels"].update(shape=[1, 3, -64, 96]), "not lists of positive integers"),
+    "fractions": (lambda note: note["inputs"]["sizes"].update(shape=[1.0, 2]), "not lists of positive integers"),
     "another size": (lambda note: note["inputs"]["sizes"].update(shape=[2, 2]), "inputs' shapes are"),
     "no inputs": (lambda note: note.pop("inputs"), "'inputs' (KeyError)"),
     "a list": (lambda note: note.update(inputs=[1]), "TypeError"),
-    "classes": (lambda note: note.update(classes=[1, 2]), "no list of names"),
+    "classes": (lambda note: note.update(classes=[1, 2]), "not a list of names"),
     "the images": (lambda note: note.update(preprocessing=None), "AttributeError"),
-    "a switch": (lambda note: note.update(dynamic_batch="yes"), "of another type"),
+    "a switch": (lambda note: note.update(dynamic_batch="yes"), "has the wrong type"),
 }
 
 

@@ -208,7 +208,7 @@ def test_an_operator_without_a_form_is_named(tmp_path):
     program = Function(lambda a, b: fuse_scores(a, b))
     program.detector = torch.nn.Module()
     program.detector.config = tiny("fc")
-    with pytest.raises(UserError, match=r"doublehead\.fuse_scores\.default has no form in ONNX"):
+    with pytest.raises(UserError, match=r"doublehead\.fuse_scores\.default cannot be expressed in ONNX"):
         onnx_file.write_onnx(program, (torch.zeros(2, 3), torch.zeros(2, 3)), {}, tmp_path / "a.onnx")
     assert list(tmp_path.iterdir()) == []
 

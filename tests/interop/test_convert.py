@@ -169,7 +169,7 @@ BROKEN = {
     "empty": (lambda path: path.write_bytes(b""), "an empty file"),
     "text": (lambda path: path.write_text("hello, this is no checkpoint"), "not a checkpoint"),
     "web page": (lambda path: path.write_text("<!DOCTYPE html><html>"), "a web page"),
-    "pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid"), "pointer of Git LFS"),
+    "pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid"), "Git LFS pointer"),
     "code, torch": (lambda path: torch.save({"model": Evil(path)}, path), "names posix.mkdir, which is code"),
     "code, old torch": (
         lambda path: torch.save({"model": Evil(path)}, path, _use_new_zipfile_serialization=False),
@@ -331,9 +331,9 @@ WRONG = {
         lambda s: s | {f"{FC6}.weight": torch.zeros(2**20, 16)},
         r"of wrong shape: .*box_head.fc6.bias' has shape",
     ),
-    "one class": (lambda s: s | {f"{CLS}.weight": torch.zeros(1, 8)}, "no class beside the background"),
+    "one class": (lambda s: s | {f"{CLS}.weight": torch.zeros(1, 8)}, "no class besides the background"),
     "a vector": (lambda s: s | {f"{CLS}.weight": torch.zeros(4)}, "of 2 dimensions is needed"),
-    "map": (lambda s: s | {f"{FC6}.weight": torch.zeros(8, 800)}, "no square map of 16 channels"),
+    "map": (lambda s: s | {f"{FC6}.weight": torch.zeros(8, 800)}, "do not form a square map of 16 channels"),
     "ResNet-34": (
         lambda s: s | {f"backbone.body.layer1.2.conv{k}.weight": torch.zeros(64, 64, 3, 3) for k in (1, 2)},
         r"\(3, 2, 2, 2\) basic blocks",

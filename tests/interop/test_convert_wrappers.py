@@ -67,7 +67,7 @@ def test_averaged_models(tmp_path):
     assert list(checkpoint.tensors) == list(STATE)
     assert checkpoint.ignored == {"n_averaged": "how many weights an average was made of"}
     checkpoint = read_checkpoint(write(tmp_path, {"model": STATE, "model_ema": averaged}))
-    assert checkpoint.ignored == {"model_ema": "an average of the weights beside the weights"} and not checkpoint.notes
+    assert checkpoint.ignored == {"model_ema": "an additional average of the weights"} and not checkpoint.notes
     checkpoint = read_checkpoint(write(tmp_path, {"model_ema": averaged, "epoch": 1}))
     assert list(checkpoint.tensors) == list(STATE) and "'model_ema': an average" in checkpoint.notes[0]
 

@@ -68,7 +68,7 @@ def test_tensors_of_torch_bit_for_bit(tmp_path, zipped, protocol):
     content = {"state_dict": collections.OrderedDict(TENSORS, noted=parameter), "optimizer": {"x": torch.zeros(3)}}
     torch.save(content, tmp_path / "m.pth", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
     found = read(tmp_path / "m.pth")
-    assert list(found.tensors) == [*TENSORS, "noted"] and list(found.beside) == ["optimizer"]
+    assert list(found.tensors) == [*TENSORS, "noted"] and list(found.others) == ["optimizer"]
     for name, tensor in (TENSORS | {"noted": parameter}).items():
         expected = tensor.detach().float() if tensor.dtype in (torch.half, torch.bfloat16) else tensor.detach()
         assert found.tensors[name].dtype == expected.dtype and torch.equal(found.tensors[name], expected)
@@ -96,7 +96,7 @@ def test_what_trainers_put_beside_weights_is_dropped_unread(tmp_path):
     for zipped in (True, False):
         torch.save(content, tmp_path / "m.pth", _use_new_zipfile_serialization=zipped)
         found = read(tmp_path / "m.pth")
-        assert torch.equal(found.tensors["weight"], model.weight) and set(found.beside) == set(content) - {"model"}
+        assert torch.equal(found.tensors["weight"], model.weight) and set(found.others) == set(content) - {"model"}
     for protocol in range(6):
         (tmp_path / "m.pkl").write_bytes(pickle.dumps({"model": {"a": np.ones(1)}, "args": content["args"]}, protocol))
         assert read(tmp_path / "m.pkl").tensors["a"] == 1

@@ -48,7 +48,7 @@ def _make() -> Patch:
     layers = import_or_explain("detectron2.layers", caller, advice)
     poolers = import_or_explain("detectron2.modeling.poolers", caller, advice)
     single, pooler = layers.ROIAlign, poolers.ROIPooler
-    theirs = vars(pooler)["forward"]
+    original = vars(pooler)["forward"]
 
     def pool(self, x: list[Tensor], box_lists: list) -> Tensor:
         first = self.level_poolers[0]
@@ -57,7 +57,7 @@ def _make() -> Patch:
             for level in self.level_poolers
         )
         if not served or any(boxes.tensor.shape[-1] != 4 for boxes in box_lists):
-            return theirs(self, x, box_lists)
+            return original(self, x, box_lists)
         if len(x) != len(self.level_poolers) or len(box_lists) != len(x[0]):
             raise ValueError(
                 f"ROIPooler needs {len(self.level_poolers)} maps and boxes for each of the images in them, "
@@ -74,7 +74,7 @@ def _make() -> Patch:
             canonical_level=self.canonical_level,
             level_rule="detectron2",
         )
-        return pooled.contiguous()  # theirs is, whatever the features' memory format
+        return pooled.contiguous()  # as Detectron2's is, whatever the features' memory format
 
     return Patch(
         ("detectron2",),

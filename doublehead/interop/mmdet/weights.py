@@ -65,7 +65,7 @@ UNNEEDED = (
     Unneeded(f"backbone.**.{COUNTER}", "counts batches in training; frozen norms have none"),
     Unneeded("roi_head.mask_head.**", "the mask branch"),
     Unneeded("data_preprocessor.*", "normalisation, which the recipe has"),
-    Unneeded("ema_*", "an average of the weights beside the weights"),
+    Unneeded("ema_*", "an additional average of the weights"),
 )
 FOREIGN = (
     Foreign("bbox_head.retina_cls.*", "a RetinaNet of MMDetection"),
