@@ -41,7 +41,7 @@ PACKERS: dict[str, Callable[..., tuple]] = {}
 #: operators with a path of their own for the CPU in plain PyTorch.
 CPU_KERNELS: set[str] = set()
 
-#: "_C" or "_C_cuda" -> why it is not loaded; a part that is loaded is not listed.
+#: "_C" or "_C_cuda" -> why it is not loaded; loaded parts are not listed.
 UNLOADED: dict[str, str] = {}
 
 
@@ -165,7 +165,7 @@ def define_triton_kernel(name: str, module: str, function: str) -> None:
 
 
 def define_missing_kernels() -> None:
-    """Lets the reference serve, with a warning, what `_C_cuda` would if it were loaded.  Call it when all is defined.
+    """Lets the reference serve, with a warning, what `_C_cuda` would serve.  To be called when all is defined.
 
     Where torch has no CUDA there is nothing to warn of.
     """
@@ -187,7 +187,7 @@ def _with_warning(name: str, reference: Callable) -> Callable:
 
 
 def no_cuda_part() -> str:
-    """Why `_C_cuda` serves nothing, as a reason to warn of."""
+    """The reason to warn of where `_C_cuda` is not loaded."""
     return f"_C_cuda is not loaded: {UNLOADED['_C_cuda']}; `doublehead info` says how it can be built"
 
 
@@ -199,13 +199,13 @@ def _tensors(arguments: Iterable) -> Iterator[torch.Tensor]:
 
 
 def _device_of(arguments: Iterable) -> torch.device | None:
-    """The first tensor's device; its GPU is made the current one, as Triton launches there, whatever the tensors'."""
+    """The first tensor's device.  Triton launches on the current GPU, wherever the tensors are."""
     first = next(_tensors(arguments), None)
     return None if first is None else first.device
 
 
 def _signature(arguments: Iterable) -> tuple:
-    """What calls have in common that the same kernel serves: where, dtypes, and shapes but for the number of rows."""
+    """What calls of one compiled kernel have in common: devices, dtypes, and shapes without the number of rows."""
     return tuple((tensor.device, tensor.dtype, *tensor.shape[1:]) for tensor in _tensors(arguments))
 
 
@@ -228,9 +228,9 @@ def is_functorch_tensor(tensor: torch.Tensor) -> bool:
 
 
 def native(name: str, device: str) -> bool:
-    """Whether operator `name` has a kernel of its own for the kind of device; else the reference serves it.
+    """Whether operator `name` has a kernel of its own for this type of device; otherwise the reference serves it.
 
-    A single GPU can still be too old for it, or a single call: `why_reference` says so of a GPU.
+    A certain GPU or call may still be refused: `why_reference` says why for a GPU.
     """
     if device == "cuda":
         return why_reference(name) is None
@@ -239,7 +239,7 @@ def native(name: str, device: str) -> bool:
 
 
 def why_reference(name: str, index: int | None = None) -> str | None:
-    """Why the reference serves CUDA tensors for operator `name`, on GPU `index` or everywhere; None: a kernel does."""
+    """Why the reference serves operator `name` on CUDA, on GPU `index` or on all; None: a kernel serves it."""
     if name in TRITON_KERNELS:
         return _fallback.refusal(index)
     if "_C_cuda" in UNLOADED:
@@ -252,7 +252,7 @@ def _registered(name: str, key: str) -> bool:
 
 
 def language(name: str, device: str) -> str:
-    """What the kernel is written in: "C++", "CUDA", "Triton" or "PyTorch"."""
+    """The language of the kernel: "C++", "CUDA", "Triton" or "PyTorch"."""
     if device == "cuda":
         return "Triton" if name in TRITON_KERNELS else "CUDA"
     return "PyTorch" if name in CPU_KERNELS else "C++"

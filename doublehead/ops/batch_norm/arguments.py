@@ -51,4 +51,4 @@ class BackwardArguments(NamedTuple):
     weight: Tensor
     eps: float
     residual: bool = True
-    """Whether the residual's gradient is wanted; else an empty tensor takes its place."""
+    """Whether the residual's gradient is wanted; otherwise an empty tensor is returned for it."""

@@ -52,7 +52,7 @@ def batch_norm_act(
 def batch_norm_act_apply(
     x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
 ) -> Tensor:
-    """`batch_norm_act` with given statistics, without gradient: what a backward pass recomputes in place of saving it.
+    """`batch_norm_act` with given statistics and without gradient, for a backward pass that recomputes the result.
 
     Arguments and errors are those of `batch_norm_act`; returns `Tensor[M, C]`.
     """
@@ -185,7 +185,7 @@ define_autocast("batch_norm_act", _forward)  # any dtype will do: the computatio
 
 
 # ---------------------------------------------------------------------------------------------
-# CPU: ATen's own kernels, which are as fast as memory. They want a map; rows are one of M x 1 cells, channels-last.
+# CPU: ATen's own kernels, which are as fast as memory.  They take maps: rows are a map of M x 1 cells, channels-last.
 
 
 def _as_map(rows: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The folded conv-head on the CPU: PyTorch's matrix products on a few RoIs at a time.
 
-What costs on a CPU beside the products is memory: new pages for every intermediate map. So a few RoIs go through all
-blocks before the next few, and their intermediate maps, which lie in buffers used again and again, stay in the cache.
+Beside the products, memory costs time on a CPU: new pages for every intermediate map.  So a few RoIs go through all
+blocks before the next few, and their intermediate maps, in buffers that are reused, stay in the cache.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Buffers:
 
 
 def _chunk(x: Tensor, head: ConvHeadArguments, buffers: _Buffers) -> Tensor:
-    """All blocks and the average, of the maps `x` in place of `head.x`."""
+    """All blocks and the average for the maps `x`, a part of `head.x`."""
     number, channels, height, width = x.shape
     cells = height * width
     rows = x.permute(0, 2, 3, 1).reshape(-1, channels)

@@ -1,4 +1,4 @@
-"""The folded conv-head on a GPU: one Triton launch a convolution, one an attention."""
+"""The folded conv-head on a GPU: one Triton launch for each convolution and each attention."""
 
 from __future__ import annotations
 

@@ -26,16 +26,16 @@ def conv_head(
 ) -> Tensor:
     """All blocks of a conv-head and the average over cells, for inference: batch norms are folded into the weights.
 
-    Every convolution is one matrix product with its bias, residual and ReLU done at the end of it; the first block's
-    residual branch and shortcut are one product; the last one's end takes the average.  `count` stays on the device, so
-    that a captured CUDA graph serves any number of RoIs: rows from `count` on cost next to nothing.
+    Each convolution is one matrix product that ends with its bias, residual and ReLU; the first block's residual branch
+    and shortcut are one product; the last product ends with the average.  `count` stays on the device, so that a
+    captured CUDA graph serves any number of RoIs: rows from `count` on cost next to nothing.
 
     Args:
         x: `Tensor[N, C, H, W]`, float16, bfloat16, float32 or float64; channels-last is used without a copy.
         tensors: folded weights and biases of all blocks, one after the other: see `Block`; in the dtype of x.
         blocks: kinds of block, in order.
         count: `Tensor[]` int64 on the device of x: only the first `count` RoIs are computed.  None: all.
-        groups, softmax, scale: of the non-local blocks' attention: see `non_local_attention`.
+        groups, softmax, scale: the attention of the non-local blocks; see `Attention`.
         relu: whether non-local blocks end with ReLU.
 
     Returns:

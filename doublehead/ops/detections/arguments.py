@@ -15,7 +15,7 @@ class DetectionArguments(NamedTuple):
     """
 
     logits: Sequence[Tensor]
-    """Of one or two classifiers, each `Tensor[B, R, C]`."""
+    """One or two classifiers' `Tensor[B, R, C]`."""
     deltas: Tensor
     """`Tensor[B, R, C, 4]`"""
     proposals: Tensor

@@ -1,4 +1,4 @@
-"""Detections on the CPU: what passes the threshold is counted and copied out first, and only that is decoded."""
+"""Detections on the CPU: only candidates that pass the threshold are copied out and decoded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..boxes import clip_boxes, decode_boxes
 from . import reference
 from .arguments import DetectionArguments
 
-#: From one candidate in this many on it is quicker to decode all boxes than to copy the candidates out.
+#: If more than one box in this many is a candidate, decoding all boxes is faster than copying the candidates out.
 DENSE = 3
 
 
@@ -39,7 +39,7 @@ def _decode_all(args: DetectionArguments, candidate: Tensor) -> tuple[Tensor, Te
 
 
 def usable(decoded: Tensor, clipped: Tensor, min_size: float) -> Tensor:
-    """Which boxes are finite before clipping and large enough after it, looked at one by one only if need be."""
+    """Whether boxes are finite before clipping and large enough after it; single boxes are tested only if need be."""
     large = reference.large(clipped, min_size)
     return large if decoded.sum().isfinite() else large & decoded.isfinite().all(-1)
 

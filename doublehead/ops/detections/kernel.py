@@ -1,6 +1,6 @@
 """Triton kernels of the detections: from a RoI's logits to its few candidates, and from kept candidates to the result.
 
-Between the two works `nms_padded`.  Nothing waits for the device, and sizes depend on shapes and options alone.
+`nms_padded` runs between the two.  Nothing waits for the device, and sizes depend on shapes and options alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_LOG_RATIO = tl.constexpr(math.log(1000 / 16))
 
 
 def candidate_slots(classes: int, fusion: str, score_threshold: float) -> int:
-    """Slots that surely hold every foreground class of a RoI whose score exceeds the threshold, and at least one.
+    """The number of slots that hold all foreground classes of a RoI whose scores exceed the threshold; at least one.
 
     With probabilities f and c of two heads, a score is at most f + c, or for one head, "none" and "average" the scores
     of a row sum to at most 1.  So the scores sum to at most `total` = 2 or 1, and fewer than total / threshold exceed
@@ -103,14 +103,14 @@ def _candidates(
 
     number = takes_part.to(tl.int32)
     rank = tl.cumsum(number, 0) - 1
-    takes_part &= rank < slots  # true by `candidate_slots`; were it not, no other row may suffer
-    place = row * slots + rank
-    tl.store(boxes + place * 4, x1, mask=takes_part)
-    tl.store(boxes + place * 4 + 1, y1, mask=takes_part)
-    tl.store(boxes + place * 4 + 2, x2, mask=takes_part)
-    tl.store(boxes + place * 4 + 3, y2, mask=takes_part)
-    tl.store(scores + place, score, mask=takes_part)
-    tl.store(groups + place, label, mask=takes_part)
+    takes_part &= rank < slots  # always, by `candidate_slots`; a guard for the other rows
+    target = row * slots + rank
+    tl.store(boxes + target * 4, x1, mask=takes_part)
+    tl.store(boxes + target * 4 + 1, y1, mask=takes_part)
+    tl.store(boxes + target * 4 + 2, x2, mask=takes_part)
+    tl.store(boxes + target * 4 + 3, y2, mask=takes_part)
+    tl.store(scores + target, score, mask=takes_part)
+    tl.store(groups + target, label, mask=takes_part)
 
     slot = tl.arange(0, BLOCK_SLOTS)
     unused = (slot >= tl.sum(number, 0)) & (slot < slots)
@@ -124,16 +124,16 @@ def _gather(
 ):
     """The detections of one image: candidates `kept`, zeros where that is -1."""
     image = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < detections
-    target = image * detections + place
+    position = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = position < detections
+    target = image * detections + position
     index = tl.load(kept + target, mask=inside, other=-1)
-    found = index >= 0
+    exists = index >= 0
     source = image * candidates + index
-    tl.store(kept_scores + target, tl.load(scores + source, mask=found, other=0.0), mask=inside)
-    tl.store(kept_labels + target, tl.load(groups + source, mask=found, other=0), mask=inside)
+    tl.store(kept_scores + target, tl.load(scores + source, mask=exists, other=0.0), mask=inside)
+    tl.store(kept_labels + target, tl.load(groups + source, mask=exists, other=0), mask=inside)
     corner = tl.arange(0, 4)[None, :]
-    box = tl.load(boxes + source[:, None] * 4 + corner, mask=found[:, None], other=0.0)
+    box = tl.load(boxes + source[:, None] * 4 + corner, mask=exists[:, None], other=0.0)
     tl.store(kept_boxes + target[:, None] * 4 + corner, box, mask=inside[:, None])
 
 
@@ -149,7 +149,7 @@ def detections(args: DetectionArguments) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def candidates(args: DetectionArguments) -> tuple[Tensor, Tensor, Tensor]:
-    """What of all RoIs and classes takes part: boxes `[B, R * S, 4]`, scores and groups (class, or -1) `[B, R * S]`."""
+    """The candidates of all RoIs and classes: boxes `[B, R * S, 4]`, scores and groups (class, or -1) `[B, R * S]`."""
     logits, device = args.logits, args.deltas.device
     fusion = args.fusion if len(logits) == 2 else "none"
     batch, rois, classes = logits[0].shape

@@ -43,9 +43,9 @@ def detections(
     A candidate is a foreground class (class 0 is background) of a valid RoI.  Its score is the softmax of the logits,
     with two classifiers fused as in `fuse_scores`; its box is the proposal moved by the class's deltas (`decode_boxes`)
     and clipped to the image.  Candidates take part whose score exceeds `score_threshold`, whose box is finite before it
-    is clipped, and at least `min_size` wide and high after.  So a NaN or infinity removes what is made of it and
-    disturbs no other: a NaN or +inf logit all classes of its RoI, a delta its class, a proposal its RoI; -inf is a
-    class that is excluded.
+    is clipped, and at least `min_size` wide and high after.  So a NaN or infinity removes what depends on it
+    and nothing else: a NaN or +inf logit all classes of its RoI, a delta its class, a proposal its RoI; -inf excludes a
+    class.
 
     Nothing depends on the data in shape and nothing is read back from the device, so the operator compiles with
     `fullgraph=True` and exports.  It is not differentiable.  16-bit inputs are computed in float32.
@@ -94,7 +94,7 @@ def detections(
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return _detections(*args)
-    with below_autograd():  # there is no gradient to record, and it is the shorter way
+    with below_autograd():  # there is no gradient to record, and the call is shorter
         return _detections(*args)
 
 

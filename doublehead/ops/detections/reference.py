@@ -6,7 +6,7 @@ A candidate is a foreground class of a valid RoI.  It takes part if
     its box is finite           as decoded, before it is clipped to the image
     width, height >= min_size   as clipped
 
-so a NaN or an infinity costs the candidates that are made of it and no other: a bad logit all classes of its RoI (the
+so a NaN or an infinity removes the candidates that depend on it and no other: a bad logit all classes of its RoI (the
 softmax spreads it), a bad delta its class, a bad proposal its RoI.  Infinite logarithms of sides are no exception to
 the bound that `boxes.decode_boxes` sets.  Candidates are ordered by score, equal scores by RoI and then by class.
 """
@@ -41,14 +41,14 @@ def detections(args: DetectionArguments) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def class_scores(logits: Sequence[Tensor], fusion: str) -> Tensor:
-    """Of one classifier the probabilities, of two their fusion: `Tensor[B, R, C]`."""
+    """One classifier's probabilities, or two classifiers' fused: `Tensor[B, R, C]`."""
     dtype = score_dtype(*logits)
     probabilities = [torch.softmax(item, dim=-1, dtype=dtype) for item in logits]
     return FUSIONS[fusion](*probabilities) if len(probabilities) == 2 else probabilities[0]
 
 
 def large(boxes: Tensor, min_size: float) -> Tensor:
-    """Which boxes `Tensor[..., 4]` are at least `min_size` wide and high: `Tensor[...]` bool."""
+    """Whether boxes `Tensor[..., 4]` are at least `min_size` wide and high: `Tensor[...]` bool."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     return (x2 - x1 >= min_size) & (y2 - y1 >= min_size)
 
@@ -56,7 +56,7 @@ def large(boxes: Tensor, min_size: float) -> Tensor:
 def suppress(
     boxes: Tensor, scores: Tensor, groups: Tensor, args: DetectionArguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The best of candidates `[B, N]`, zeros behind the last; those of group -1 do not exist."""
+    """The best of the candidates `[B, N]`, then zeros; candidates of group -1 do not exist."""
     if boxes.shape[1] == 0:
         return empty_detections(boxes, scores, args.max_detections)
     kept, count = nms_padded(boxes, scores, groups, args.nms_iou, args.max_detections)

@@ -20,11 +20,11 @@ from . import reference
 from .arguments import FusedConvArguments
 
 MOST_CELLS_OF_MEAN = 64
-"""Larger maps are averaged after the product: their cells do not fit one tile."""
+"""Larger maps are averaged after the product, as their cells do not fit one tile."""
 
 
 class Tile(NamedTuple):
-    """Sizes of a tile and how it is worked on."""
+    """The sizes of a tile, and its warps and pipeline stages."""
 
     m: int
     n: int
@@ -34,7 +34,7 @@ class Tile(NamedTuple):
 
 
 def tile_of(dtype: torch.dtype, mean: bool, capability: tuple[int, int]) -> Tile:
-    """A fixed table, so that results do not depend on a race between configurations."""
+    """The tile from a fixed table: with autotuning, results would depend on timings."""
     if dtype == torch.float32:  # on sm_100 the residual of the large tile would spill
         return Tile(64, 64, 32, 4, 3) if mean or capability >= (10, 0) else Tile(128, 128, 32, 8, 3)
     return Tile(64, 128, 64, 4, 3) if mean else Tile(128, 128, 64, 8, 3)
@@ -43,17 +43,17 @@ def tile_of(dtype: torch.dtype, mean: bool, capability: tuple[int, int]) -> Tile
 def most_registers(
     dtype: torch.dtype, mean: bool, residual: bool, count: bool, capability: tuple[int, int]
 ) -> int | None:
-    """How many registers a thread may use, if that is limited.
+    """The limit of registers for each thread, or None.
 
-    With 128, two blocks of 256 threads share a multiprocessor; left to itself the compiler takes some more, and
-    there is one. Only sm_90 keeps the sum in few enough registers: elsewhere, and for other variants, some spill.
+    With 128, two blocks of 256 threads share a multiprocessor; without a limit the compiler takes a few more, and only
+    one block fits.  Only sm_90 keeps the sum in few enough registers: elsewhere, and for other variants, some spill.
     """
     fits = capability == (9, 0) and dtype != torch.float32 and not mean and (count or not residual)
     return 128 if fits else None
 
 
 def serves(dtype: torch.dtype) -> bool:
-    """Whether the kernel is the best there is: exact float32 would leave the tensor cores, where cuBLAS is faster."""
+    """Whether the kernel is the fastest choice: exact float32 does without tensor cores, and there cuBLAS is faster."""
     return dtype != torch.float64 and (dtype != torch.float32 or convolution_precision(dtype) == "tf32")
 
 
@@ -149,7 +149,7 @@ def fused_conv_kernel(
 
 
 def _capability(x: Tensor) -> tuple[int, int]:
-    """Of the GPU; in Triton's interpreter there is none."""
+    """The GPU's compute capability; (0, 0) in Triton's interpreter."""
     return torch.cuda.get_device_capability(x.device) if x.is_cuda and torch.version.hip is None else (0, 0)
 
 

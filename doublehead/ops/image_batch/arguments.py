@@ -20,19 +20,19 @@ class ImageBatchArguments(NamedTuple):
     sizes: Sequence[int]
     """(height, width) of the first resized image, of the second, ..."""
     height: int
-    """Of the batch, as is `width`."""
     width: int
+    """`height` and `width` are those of the batch."""
     mean: Sequence[float]
-    """Of the batch's three channels, as is `std`."""
     std: Sequence[float]
+    """`mean` and `std` have a number for each of the batch's channels."""
     swap: bool
     """The batch has the channels in reverse order."""
     rounded: bool
     """Resized pixels are rounded to the levels 0 .. 255."""
     dtype: torch.dtype
-    """Of the batch."""
+    """The batch's dtype."""
     channels_last: bool
-    """Whether the batch is in channels-last memory."""
+    """Whether the batch has channels-last memory format."""
 
 
 def each_image(args: ImageBatchArguments) -> zip:

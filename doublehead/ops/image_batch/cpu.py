@@ -1,4 +1,4 @@
-"""An image batch on the CPU: the reference's arithmetic, at the new size alone and written straight into the batch."""
+"""The image batch on the CPU: the reference's arithmetic, only at the new size and written straight into the batch."""
 
 from __future__ import annotations
 

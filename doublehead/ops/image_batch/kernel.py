@@ -1,4 +1,4 @@
-"""Triton kernel of the image batch: one launch an image writes its whole slot of the batch, padding included."""
+"""Triton kernel of the image batch: one launch for each image writes its slot of the batch, padding included."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from . import reference
 from .arguments import ImageBatchArguments, each_image, empty_batch
 
-#: Pixels of a program's tile, of which each thread has two.
+#: Pixels of a program's tile; each thread has two.
 BLOCK_Y, BLOCK_X, WARPS = 4, 64, 4
 
-#: Sizes and strides differ from picture to picture: a kernel for each kind of them would be compiled again and again.
-_ANY = (
+#: Sizes and strides differ between images: specialised kernels would be compiled again and again.
+_UNSPECIALISED = (
     "height", "width", "new_height", "new_width", "canvas_height", "canvas_width", "stride_c", "stride_y"
 )  # fmt: skip
 
@@ -28,7 +28,7 @@ def _corners(position, size, ratio):
     return first, second, source - first.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=_ANY)
+@triton.jit(do_not_specialize=_UNSPECIALISED)
 def _resize(
     image, slot, height, width, new_height, new_width, canvas_height, canvas_width, stride_c, stride_y, stride_x,
     ratio_y, ratio_x, levels, gain_0, gain_1, gain_2, bias_0, bias_1, bias_2,
@@ -88,6 +88,6 @@ def image_batch(args: ImageBatchArguments) -> Tensor:
 
 
 def _wide(image: Tensor, slot: Tensor) -> bool:
-    """Do offsets leave 32 bits?  A view's reach counts, not its number of elements."""
+    """Whether offsets exceed 32 bits.  The reach of a view decides, not its number of elements."""
     reach = sum((size - 1) * stride for size, stride in zip(image.shape, image.stride(), strict=True))
     return max(reach, slot.numel()) >= 2**31 - 2**16  # a tile may count beyond the canvas before it is masked

@@ -41,8 +41,8 @@ def image_batch(
         mean: of the batch's three channels, that is after `swap`.
         std: of the batch's three channels, not 0.
         swap: the batch has the channels in reverse order: RGB becomes BGR.
-        rounded: resized pixels are rounded to the levels 0 .. 255 before they are normalised (halves up), as where
-            images are resized as integers.  The gradient passes through the rounding as if it were not there.
+        rounded: resized pixels are rounded to the levels 0 .. 255 before they are normalised (halves up), as if
+            images were resized as integers.  The gradient passes the rounding unchanged.
         dtype: of the batch: float16, bfloat16, float32 or float64.
         channels_last: the batch's memory format.
 

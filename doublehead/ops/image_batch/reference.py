@@ -29,7 +29,7 @@ def image_batch(args: ImageBatchArguments) -> Tensor:
 
 
 class RoundLevels(torch.autograd.Function):
-    """To the nearest level 0 .. 255, halves up; the gradient passes as if nothing had happened."""
+    """Rounds to the nearest level 0 .. 255, halves up; the gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx, levels: Tensor) -> Tensor:
@@ -41,5 +41,5 @@ class RoundLevels(torch.autograd.Function):
 
 
 def white_of(image: Tensor, rounded: bool) -> int:
-    """The number that stands for white while an image is resized: levels have 255, floating images 1."""
+    """The value of white while an image is resized: 255 for levels, 1 for floating images."""
     return 255 if rounded or image.dtype == torch.uint8 else 1

@@ -86,7 +86,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """Non-maximum suppression within each class: `torchvision.ops.batched_nms`, with the same result on valid input.
 
-    Boxes of different classes are never compared, in place of being moved apart, so the result is exactly that of `nms`
+    Boxes of different classes are never compared (torchvision moves them apart), so the result is exactly that of `nms`
     class by class, also for negative, infinite or NaN coordinates, any class number, and float16.  Equal scores are
     ordered by index (torchvision's order of ties is unspecified).
 

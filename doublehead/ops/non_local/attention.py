@@ -1,4 +1,4 @@
-"""How the cells of a map are paired: what the attention operators are told, and the rule that it follows from."""
+"""The options of the attention operators, and the rule that they follow from."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ def _store(base, rows, row_stride, columns, count, tile):
 
 
 @triton.jit
-def _place(cells, groups, WIDTH: tl.constexpr):
-    """Of this program's RoI: its group's first feature, and its first row among those of all RoIs."""
+def _feature_and_row(cells, groups, WIDTH: tl.constexpr):
+    """The first feature of this program's group, and the first row of its RoI."""
     roi = (tl.program_id(0) // groups).to(tl.int64)
     return tl.program_id(0) % groups * WIDTH, roi * cells
 
@@ -89,7 +89,7 @@ def _softmax(logits, columns, cells):
 @triton.jit(do_not_specialize_on_alignment=["count"])
 def forward(qkv, out, count, cells, groups, scale, SOFTMAX: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
             CELLS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    feature, row = _place(cells, groups, WIDTH)
+    feature, row = _feature_and_row(cells, groups, WIDTH)
     queries = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     keys = tl.arange(0, CELLS)
     inner = groups * WIDTH
@@ -110,7 +110,7 @@ def forward(qkv, out, count, cells, groups, scale, SOFTMAX: tl.constexpr, WIDTH:
 def backward_whole(qkv, grad, grad_qkv, cells, groups, scale, SOFTMAX: tl.constexpr, WIDTH: tl.constexpr,
                    ROWS: tl.constexpr, CELLS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """All three gradients of a RoI that is one tile."""
-    feature, row = _place(cells, groups, WIDTH)
+    feature, row = _feature_and_row(cells, groups, WIDTH)
     every = tl.arange(0, CELLS)
     inner = groups * WIDTH
     stride = 3 * inner
@@ -137,8 +137,8 @@ def backward_whole(qkv, grad, grad_qkv, cells, groups, scale, SOFTMAX: tl.conste
 def backward_queries(qkv, grad, grad_qkv, statistics, cells, groups, scale, SOFTMAX: tl.constexpr,
                      WIDTH: tl.constexpr, ROWS: tl.constexpr, CELLS: tl.constexpr, CHUNK: tl.constexpr,
                      PRECISION: tl.constexpr):  # fmt: skip
-    """The queries' gradient.  Leaves of each softmax the maximum, the sum and the mean gradient for the keys'."""
-    feature, row = _place(cells, groups, WIDTH)
+    """The queries' gradient.  Stores the maximum, the sum and the mean gradient of each softmax for `backward_keys`."""
+    feature, row = _feature_and_row(cells, groups, WIDTH)
     queries = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     keys = tl.arange(0, CELLS)
     inner = groups * WIDTH
@@ -168,9 +168,9 @@ def backward_keys(qkv, grad, grad_qkv, statistics, cells, groups, scale, SOFTMAX
                   PRECISION: tl.constexpr):  # fmt: skip
     """The gradients of a block of keys and of their values.
 
-    Weights of keys beyond T are anything, infinity too: each is a row of its own in the end, and never stored.
+    Weights of keys beyond T are undefined, infinite too: each fills a row of its own, which is never stored.
     """
-    feature, row = _place(cells, groups, WIDTH)
+    feature, row = _feature_and_row(cells, groups, WIDTH)
     keys = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     queries = tl.arange(0, CELLS)
     inner = groups * WIDTH
@@ -203,14 +203,14 @@ def backward_keys(qkv, grad, grad_qkv, statistics, cells, groups, scale, SOFTMAX
 
 
 class Configuration(NamedTuple):
-    """How a kernel is cut and run."""
+    """A kernel's tile, warps and pipeline stages."""
 
     rows: int
-    """Of a program's tile of pairwise products."""
+    """Rows of a program's tile of pairwise products."""
     cells: int
-    """Columns of that tile: all of a RoI's."""
+    """Columns of that tile: all cells of a RoI."""
     chunk: int
-    """Features at a time, at most; the kernel takes a divisor of the group's width."""
+    """Most features at a time; the kernel takes a divisor of the group's width."""
     num_warps: int
     num_stages: int
 
@@ -236,7 +236,7 @@ CONFIGURATIONS: dict[tuple[str, bool], tuple[Configuration, ...]] = {
 
 
 def configuration(kernel: str, cells: int, dtype: torch.dtype) -> Configuration | None:
-    """The first that holds `cells` columns, or None."""
+    """The first configuration that holds `cells` columns, or None."""
     fitting = (c for c in CONFIGURATIONS[kernel, dtype.itemsize == 2] if c.cells >= cells)
     return next(fitting, None)
 
@@ -244,7 +244,7 @@ def configuration(kernel: str, cells: int, dtype: torch.dtype) -> Configuration 
 def non_local_attention(qkv: Tensor, attention: Attention, count: Tensor | None = None) -> Tensor:
     """See `reference.non_local_attention`, which serves what the kernel does not.
 
-    `count`: `Tensor[]` int64: the RoIs from this one on may be left unwritten.  None: none is.
+    `count`: `Tensor[]` int64: RoIs from this one on may be left unwritten.  None: all are written.
     """
     if not _served("non_local_attention", attention.groups, qkv):
         return reference.non_local_attention(qkv, attention)
@@ -276,7 +276,7 @@ def non_local_attention_backward(grad: Tensor, qkv: Tensor, attention: Attention
 
 
 def _served(name: str, groups: int, qkv: Tensor, grad: Tensor | None = None) -> bool:
-    """Whether the kernels compute this.  Warns, once, where a user could change that."""
+    """Whether the kernels serve this call.  Warns once where a user could change that."""
     if not qkv.numel() or qkv.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return False
     reason = _unserved(qkv.shape[1], qkv.shape[2] // 3 // groups, qkv, grad)
@@ -286,7 +286,7 @@ def _served(name: str, groups: int, qkv: Tensor, grad: Tensor | None = None) -> 
 
 
 def _unserved(cells: int, width: int, qkv: Tensor, grad: Tensor | None) -> str | None:
-    """One of a few constant texts: each is warned of once."""
+    """The reason to refuse a call, or None; a constant text, as each is warned of once."""
     if cells > MAX_CELLS:
         return f"maps of more than {MAX_CELLS} cells are not served"
     if width % 16 or width > MAX_WIDTH:
@@ -311,7 +311,7 @@ def _launch(kernel, chosen: Configuration, tensors: tuple[Tensor | None, ...], a
 
 
 def constants(chosen: Configuration, width: int, softmax: bool, precision: str) -> dict[str, int | bool | str]:
-    """What a kernel is compiled for."""
+    """The constants that a kernel is compiled with."""
     return {
         "SOFTMAX": softmax,
         "WIDTH": width,

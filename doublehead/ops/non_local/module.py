@@ -19,11 +19,11 @@ class NonLocalBlock(nn.Module):
     """y = x + BN(out(attention(theta(x), phi(x)) g(x))) over the cells of each map; see `non_local`.
 
     `theta`, `phi`, `g` and `out` hold the weights of 1x1 convolutions, and `norm` is a `BatchNorm2d` or None.  They are
-    computed together, so forward hooks on them do not run (with `block.fused = False` they do, one module after the
-    other).  A `norm` of another type, such as the one that
-    `SyncBatchNorm.convert_sync_batchnorm` puts there, is called as the module that it is.  `theta`, `phi` and `g` start
-    as any convolution of PyTorch does, the weight and bias of `out` at zero (so does the authors' release): a fresh
-    block adds nothing to x.
+    computed together, so forward hooks on them do not run (with `block.fused = False` the modules run one after the
+    other, and so do their hooks).  A `norm` of another type, such as the one that
+    `SyncBatchNorm.convert_sync_batchnorm` puts there, is called as a module.  `theta`, `phi` and `g` are initialised
+    like any convolution of PyTorch, the weight and bias of `out` to zero, as in the authors' release: a fresh block
+    adds nothing to x.
 
     Args:
         channels: width of input and output.
@@ -94,7 +94,7 @@ class NonLocalBlock(nn.Module):
         )
 
     def attention(self, cells: int) -> Attention:
-        """How the block pairs the cells of a map that has so many."""
+        """The options of the block's attention on maps of so many cells."""
         return attention_of(self.pairwise, self.groups, self.scale, cells=cells, inner=self.theta.out_channels)
 
     def held_tensors(self) -> list[Tensor]:
@@ -119,7 +119,7 @@ class NonLocalBlock(nn.Module):
         return not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
     def _folded_weights(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What `non_local` takes: weight and bias of queries, keys and values, and of `out` with the norm in them."""
+        """Weight and bias of queries, keys and values, and of `out` with the norm folded in, for `non_local`."""
         parts = [(layer.weight, layer.bias) for layer in (self.theta, self.phi, self.g, self.out)]
         norm = () if self.norm is None else _batch_norm(self.norm)
         tensors = [tensor for part in (*parts, norm[:4]) for tensor in part if tensor is not None]
@@ -147,7 +147,7 @@ class NonLocalBlock(nn.Module):
         return y.relu() if self.relu_after else y
 
     def _by_modules(self, x: Tensor) -> Tensor:
-        """The block as one writes it down: four convolutions, two matrix products, a batch norm."""
+        """The block module by module: four convolutions, two matrix products, a batch norm."""
 
         def cells(x: Tensor) -> Tensor:  # [N, D, H, W] -> [N, groups, H * W, D / groups]
             return x.flatten(2).unflatten(1, (self.groups, -1)).transpose(2, 3)
@@ -206,7 +206,7 @@ class NonLocalBlock(nn.Module):
 
 
 def _batch_norm(norm: nn.BatchNorm2d) -> BatchNorm:
-    """The parts of `norm`; counts the batch, as its own forward would."""
+    """The parts of `norm`; counts the batch, as its forward does."""
     momentum = norm.momentum
     if norm.training and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)

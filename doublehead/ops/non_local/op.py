@@ -20,16 +20,16 @@ PAIRWISE = ("dot_product", "embedded_gaussian")
 
 
 class BatchNorm(NamedTuple):
-    """What a batch norm over C channels is made of; each tensor `Tensor[C]`."""
+    """A batch norm over C channels; each tensor is a `Tensor[C]`."""
 
     weight: Tensor | None
     bias: Tensor | None
     running_mean: Tensor | None
-    """None, with `running_var`: no running statistics, those of the batch are taken at inference too."""
+    """None together with `running_var`: the statistics of the batch are used at inference too."""
     running_var: Tensor | None
     eps: float = 1e-5
     momentum: float = 0.1
-    """Share of the batch in the updated running statistics."""
+    """The batch's share in the updated running statistics."""
 
 
 def non_local(
@@ -48,7 +48,7 @@ def non_local(
 ) -> Tensor:
     """Non-local block: y = x + BN(W_out attention(x) + b_out), the attention among the cells of each map.
 
-    Of each cell's query, key and value, D features in `groups` independent parts of d = D / groups:
+    The D features of each cell's query, key and value fall into `groups` independent parts of d = D / groups:
 
         dot_product           attention = Q K^T V / (H W)
         embedded_gaussian     attention = softmax(Q K^T) V; with `scale`, softmax(Q K^T / sqrt(d)) V

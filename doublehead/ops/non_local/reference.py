@@ -73,7 +73,7 @@ def non_local(x, qkv_weight, qkv_bias, out_weight, out_bias, *, pairwise="dot_pr
               relu=False, norm=None, training=False):  # fmt: skip
     """y = x + BN(W attention(x)), with a ReLU if asked for: the arguments and the result of `doublehead.ops.non_local`.
 
-    One convolution after the other, as one would write it down.  Does not touch the running statistics.
+    One convolution after the other.  Does not update the running statistics.
     """
     number, _, height, width = x.shape
 

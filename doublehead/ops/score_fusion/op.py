@@ -71,7 +71,7 @@ def fuse_scores(fc_logits: Tensor, conv_logits: Tensor, method: str = "complemen
 
 
 def _without_kernel(fc_logits: Tensor, conv_logits: Tensor, method: str) -> Tensor:
-    """Plain PyTorch: with a gradient of its own, which keeps what ours computes again; without one, in place."""
+    """Plain PyTorch: in place, or with its own gradient, which saves what ours recomputes."""
     if torch.is_grad_enabled() and (fc_logits.requires_grad or conv_logits.requires_grad):
         return reference.fuse_scores(fc_logits, conv_logits, method)
     dtype = score_dtype(fc_logits, conv_logits)
