@@ -116,10 +116,10 @@ def double_head(config: ModelConfig, shared: dict[str, Tensor], images: list[Ten
         largest |= {layer: 9.0 for layer in (head.classifier,) if layer is not None}
         largest |= {layer: 3.0 for layer in (head.regressor,) if layer is not None}
     # First every RoI passes all heads, so that each head's outputs are seen.
-    whole = dataclasses.replace(model.detector.detection, skip=False)
-    skipping, model.detector.detection = model.detector.detection, whole
+    skipping = model.detector.readout
+    model.detector.readout = skipping.replace(skip=False)
     lively(model, images, largest)
-    model.detector.detection = skipping
+    model.detector.readout = skipping
     return model
 
 

@@ -35,7 +35,7 @@ parallel() { has_module xdist && echo "-n $1" || echo "not in parallel: pytest-x
 run_tests() { OMP_NUM_THREADS=1 PYTHONPATH=. "$python" -m pytest -q -ra -p no:cacheprovider "$@"; }
 
 # Files that have such tests, as others need not be collected.
-files_with() { grep -lE "$1" tests/test_*.py; }
+files_with() { grep -lE "$1" tests/*/test_*.py; }
 
 needs_gpu() {
   "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && return 0
@@ -51,12 +51,12 @@ sanitize() {
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH: nothing checked" >&2; return 1; }
   local some="every_element or any_strides or strided_inputs or early_stop"
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=. compute-sanitizer --tool "$1" --error-exitcode 9 \
-    "$python" -m pytest -q -ra -p no:cacheprovider -m gpu -k "$some" tests/test_nms_gpu.py tests/test_roi_align_gpu.py
+    "$python" -m pytest -q -ra -p no:cacheprovider -m gpu -k "$some" tests/ops/test_nms_gpu.py tests/ops/test_roi_align_gpu.py
 }
 
 stage_build() {
   command -v nvcc >/dev/null || echo "nvcc is not on PATH: the part for CUDA may be left out" >&2
-  "$python" setup.py -q build_ext --inplace && PYTHONPATH=. "$python" -m doublehead.info
+  "$python" setup.py -q build_ext --inplace && PYTHONPATH=. "$python" -m doublehead info
 }
 stage_smoke() { PYTHONPATH=. "$python" benchmarks/smoke.py; }
 stage_headline() {

@@ -45,9 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # before a module with kernels is imported
     import torch
 
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("no GPU: nothing checked")
-        return 0
     sys.path.insert(0, str(HERE))
     import smoke_detector  # noqa: F401  (enters its cases)
     from smoke_cases import CASES
@@ -59,6 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         print(f"no case {', '.join(sorted(unknown))}; there are: {', '.join(CASES)}", file=sys.stderr)
         return 2
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("no GPU: nothing checked")
+        return 0
     chosen = {name: CASES[name] for name in options.only or CASES}
     if options.rows:
         rows = [row for name in chosen for row in rows_of(name, chosen[name], options.device, options.dtype)]
@@ -111,9 +111,9 @@ def rows_of(name: str, case, device: str, only_dtype: str | None = None) -> list
 
 def row_of(name: str, label: str, case, device: str, dtype) -> Row:
     import torch
-    from interpreter import kernels_on_cpu
 
     from doublehead.ops._fallback import fallbacks
+    from tests.support.interpreter import kernels_on_cpu
 
     inside = kernels_on_cpu() if device == "cpu" else torch.cuda.device(0)
     try:

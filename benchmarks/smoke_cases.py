@@ -13,24 +13,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # what the tests share serves here too
-
-import detection_cases  # noqa: E402
-from nms_cases import clustered_boxes  # noqa: E402
-from non_local_cases import qkv_and_grad  # noqa: E402
-from precision import convolution_eps, error_and_bound  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what the tests share (tests/support) serves here too
 
 from doublehead import ops  # noqa: E402
 from doublehead.ops.batch_norm import batch_norm_act_apply  # noqa: E402
 from doublehead.ops.batch_norm import reference as batch_norm_reference  # noqa: E402
+from doublehead.ops.batch_norm.arguments import ForwardArguments  # noqa: E402
 from doublehead.ops.conv_head import Block  # noqa: E402
 from doublehead.ops.conv_head import reference as conv_head_reference  # noqa: E402
+from doublehead.ops.conv_head.arguments import pack  # noqa: E402
 from doublehead.ops.detections import reference as detections_reference  # noqa: E402
+from doublehead.ops.detections.arguments import DetectionArguments  # noqa: E402
 from doublehead.ops.image_batch import reference as image_batch_reference  # noqa: E402
+from doublehead.ops.image_batch.arguments import ImageBatchArguments  # noqa: E402
 from doublehead.ops.nms import reference as nms_reference  # noqa: E402
+from doublehead.ops.non_local import Attention  # noqa: E402
 from doublehead.ops.non_local import reference as non_local_reference  # noqa: E402
 from doublehead.ops.roi_align import reference as roi_align_reference  # noqa: E402
+from doublehead.ops.roi_align.level_rules import LEVEL_RULES  # noqa: E402
+from doublehead.ops.roi_align.pooling import Pooling  # noqa: E402
 from doublehead.ops.score_fusion import reference as score_fusion_reference  # noqa: E402
+from tests.support import detection_cases  # noqa: E402
+from tests.support.nms_cases import clustered_boxes  # noqa: E402
+from tests.support.non_local_cases import qkv_and_grad  # noqa: E402
+from tests.support.precision import convolution_eps, error_and_bound  # noqa: E402
 
 OPS = torch.ops.doublehead
 Comparison = tuple[str, float, float]
@@ -102,7 +108,7 @@ def maps(device: str) -> tuple[int, int]:
 # Boxes
 
 
-@case("roi_align", FLOAT32 + HALF + FLOAT64, "multiscale_roi_align multiscale_roi_align_backward")
+@case("roi_align", FLOAT32 + HALF + FLOAT64, "pyramid_roi_align pyramid_roi_align_backward")
 def roi_align(device, dtype):
     boxes, channels = (100, 64) if device == "cuda" else (6, 8)
     features = [normal(2, channels, 64 // s, 96 // s).to(dtype) for s in (1, 2)]
@@ -110,9 +116,11 @@ def roi_align(device, dtype):
     side = 10 + torch.rand(boxes, 2, generator=torch.Generator().manual_seed(2)) * 80
     rois = torch.cat((torch.arange(boxes)[:, None] % 2, (4 * corner).round() / 4, (4 * (corner + side)).round() / 4), 1)
     grads = [normal(boxes, channels, 7, 7, seed=i).to(dtype) for i in range(2)]
-    pooling = (0.25, 0.125), (1.0, 1.25), (7, 7), 2, False, 64.0, 3, 0
+    pooling = Pooling((0.25, 0.125), (1.0, 1.25), (7, 7), 2, False, 64.0, 3, *LEVEL_RULES["torchvision"])
     sizes = [2, channels, *(side for feature in features for side in feature.shape[2:])]
-    options = dict(spatial_scales=pooling[0], box_scales=pooling[1], canonical_size=64.0, canonical_level=3)
+    options = dict(
+        spatial_scales=pooling.spatial_scales, box_scales=pooling.box_scales, canonical_size=64.0, canonical_level=3
+    )
     for name, memory_format in (("NCHW", torch.contiguous_format), ("NHWC", torch.channels_last)):
         ours = [f.to(device).contiguous(memory_format=memory_format).requires_grad_() for f in features]
         forward = ops.multiscale_roi_align(ours, rois.to(device), 7, **options)
@@ -122,9 +130,9 @@ def roi_align(device, dtype):
             boxes_there = rois.to(where, torch.promote_types(wide, torch.float32))
             given = moved(features, where, wide), moved(grads, where, wide)
             results.append((
-                roi_align_reference.multiscale_roi_align(given[0], boxes_there, *pooling),
+                roi_align_reference.multiscale_roi_align(given[0], boxes_there, pooling),
                 roi_align_reference.multiscale_roi_align_backward(
-                    given[1], boxes_there, sizes, memory_format == torch.channels_last, *pooling),
+                    given[1], boxes_there, sizes, memory_format == torch.channels_last, pooling),
             ))  # fmt: skip
         yield from compare([y.detach() for y in forward], results[0][0], results[1][0], f"{name} forward", roundings=8)
         yield from compare(backward, results[0][1], results[1][1], f"{name} backward", roundings=8)
@@ -164,7 +172,7 @@ def detections(device, dtype):
         if detection_cases.clear(given, options):
             break
     expected, exact = (
-        detections_reference.detections(*moved(given, dtype=wide), *options.values())
+        detections_reference.detections(DetectionArguments(*moved(given, dtype=wide), **options))
         for wide in (torch.float32, torch.float64)
     )
     actual = ops.detections(*moved(given, device), **options)
@@ -191,7 +199,7 @@ def non_local_attention(device, dtype):
             ("backward", backward, non_local_reference.non_local_attention_backward, (grad, qkv)),
         ):
             plain, exact = (
-                function(*moved(given, where, wide), *attention) for where, wide in each(device, dtype)
+                function(*moved(given, where, wide), Attention(*attention)) for where, wide in each(device, dtype)
             )  # fmt: skip
             yield from compare(actual, plain, exact, f"{name}, {cells} cells, softmax {softmax}")
 
@@ -252,7 +260,9 @@ def conv_head(device, dtype):
     x = normal(number, channels, 7, 7).contiguous(memory_format=torch.channels_last)
     given = moved((x, tensors, blocks, torch.tensor(number - 1)), dtype=dtype)
     attention = 1, False, 1 / 49, True
-    plain, exact = (conv_head_reference.conv_head(*moved(given, *there), *attention) for there in each(device, dtype))
+    plain, exact = (
+        conv_head_reference.conv_head(*pack(*moved(given, *there), *attention)) for there in each(device, dtype)
+    )
     with torch.no_grad():
         actual = ops.conv_head(*moved(given, device), groups=1, softmax=False, scale=1 / 49, relu=True)
     yield from compare(actual, plain, exact, "forward", roundings=len(shapes), eps=convolution_eps(device, dtype))
@@ -276,7 +286,7 @@ def batch_norm_act(device, dtype):
         return y.detach(), statistics, grads, leaves
 
     def plain(x, weight, bias, residual, relu):
-        return batch_norm_reference.batch_norm_act(x, weight, bias, residual, relu, 1e-5)
+        return batch_norm_reference.batch_norm_act(ForwardArguments(x, weight, bias, residual, relu, 1e-5))
 
     ours, statistics, grads, leaves = gradients(
         lambda *t: ops.batch_norm_act(*t[:4], relu=t[4]), device, dtype, grad, True
@@ -326,6 +336,7 @@ def image_batch(device, dtype):
     rest = 20 * factor, 24 * factor, [0.4, 0.5, 0.6], [0.2, 0.25, 0.3], True, False
     for channels_last in (False, True):
         actual = OPS.image_batch(moved(images, device), sizes, *rest, dtype, channels_last)
-        plain = image_batch_reference.image_batch(moved(images, device), sizes, *rest, dtype, channels_last)
-        exact = image_batch_reference.image_batch(images, sizes, *rest, torch.float64, channels_last)
+        arguments = ImageBatchArguments(moved(images, device), sizes, *rest, dtype, channels_last)
+        plain = image_batch_reference.image_batch(arguments)
+        exact = image_batch_reference.image_batch(arguments._replace(images=images, dtype=torch.float64))
         yield from compare(actual, plain, exact, "NHWC" if channels_last else "NCHW")

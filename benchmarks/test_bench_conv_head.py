@@ -11,9 +11,9 @@ from inputs import DEVICE
 from torch import nn
 
 from doublehead.config import DetectionConfig, HeadConfig, RoIConfig
-from doublehead.models.detections import Sources
 from doublehead.models.heads import Heads
 from doublehead.models.inference import run_heads
+from doublehead.models.readout import ReadOut, Sources
 from doublehead.models.structures import Proposals
 
 ROIS = 1000 if DEVICE == "cuda" else 200
@@ -98,15 +98,15 @@ def test_double_head_with_the_exact_skip(compare):
     boxes = torch.rand(1, ROIS, 4, device=DEVICE).cumsum(2) * 100
     proposals = Proposals(boxes, torch.ones(1, ROIS, dtype=torch.bool, device=DEVICE))
     pooling = Pooled(x)
-    sources = Sources(("fc",), "conv")
+    readout = ReadOut(Sources(("fc",), "conv"), DetectionConfig())
     plain = copy.deepcopy(heads)
-    plain["conv"].tower.fused = False
-    survivors = run(heads, pooling, proposals, sources)[2]
+    plain["conv"].tower.plain()
+    survivors = run(heads, pooling, proposals, readout)[2]
     assert 0.9 * SURVIVORS < survivors.item() < 1.1 * SURVIVORS, survivors
     by_compiler = compiled(compare, plain)
 
     def outputs(model):
-        logits, deltas, _ = run(model, pooling, proposals, sources)
+        logits, deltas, _ = run(model, pooling, proposals, readout)
         return logits, deltas[:SURVIVORS]
 
     compare(
@@ -122,10 +122,10 @@ def test_double_head_with_the_exact_skip(compare):
     )
 
 
-def run(heads, pooling, proposals, sources):
+def run(heads, pooling, proposals, readout):
     with torch.inference_mode(), precision():
         if isinstance(heads, Heads):
-            result = run_heads(heads, pooling, [pooling.pooled], proposals, sources, DetectionConfig())
+            result = run_heads(heads, pooling, [pooling.pooled], proposals, readout)
             return result.outputs["fc"].logits, result.outputs["conv"].deltas, result.box_rois
         found = heads(pooling([], None))
         return found["fc"].logits, found["conv"].deltas, None

@@ -10,12 +10,14 @@ from post_processing import OPTIONS, batched, check, class_by_class, head_output
 
 from doublehead.ops import detections  # noqa: E402
 from doublehead.ops.detections import reference  # noqa: E402
+from doublehead.ops.detections.arguments import DetectionArguments  # noqa: E402
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("classes", [81, 366])
 def test_detections(compare, batch, classes):
     inputs = head_outputs(batch, 1000, classes)
+    arguments = DetectionArguments(*inputs, **OPTIONS)
     scores = reference.class_scores(inputs[0], OPTIONS["fusion"])[..., 1:]
     compare(
         op="detections",
@@ -30,7 +32,7 @@ def test_detections(compare, batch, classes):
         providers={
             "torchvision, batched_nms": lambda: image_by_image(inputs, batched),
             "torchvision, nms per class": lambda: image_by_image(inputs, class_by_class),
-            "reference": lambda: reference.detections(*inputs, *OPTIONS.values()),
+            "reference": lambda: reference.detections(arguments),
             "doublehead": lambda: detections(*inputs, **OPTIONS),
         },
         check=check,

@@ -8,6 +8,7 @@ from inputs import DEVICE, generator
 
 from doublehead.ops import fused_conv
 from doublehead.ops.fused_conv import reference
+from doublehead.ops.fused_conv.arguments import FusedConvArguments
 
 ROIS = 1000 if DEVICE == "cuda" else 100
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -31,6 +32,7 @@ def test_fused_conv(compare, case):
     weight = weight.contiguous(memory_format=torch.channels_last) if side == 3 else weight
     x, bias = normal(ROIS * 49, inputs), normal(outputs)
     residual = normal(ROIS * 49, outputs) if has_residual else None
+    arguments = FusedConvArguments(x, weight, bias, None, residual, None, [7, 7], True, False)
     compare(
         op="fused_conv",
         case=f"fused_conv {case}",
@@ -38,7 +40,7 @@ def test_fused_conv(compare, case):
         check=lambda actual, expected: torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.05),
         graphs=True,
         providers={
-            "reference": lambda: reference.fused_conv(x, weight, bias, None, residual, None, [7, 7], True, False),
+            "reference": lambda: reference.fused_conv(arguments),
             "doublehead": lambda: fused_conv(x, weight, bias, size=(7, 7), residual=residual, relu=True),
         },
     )

@@ -1,4 +1,4 @@
-// The Python module doublehead._C_cuda. Importing it registers the CUDA kernels linked into it (each csrc/<op>/cuda.cu
+// The Python module doublehead._C_cuda. Importing it registers the CUDA kernels linked into it (each csrc/<op>/cuda/<op>.cu
 // has its own STABLE_TORCH_LIBRARY_IMPL); build_info() says how it was built.
 #include <pybind11/pybind11.h>
 

@@ -1,4 +1,4 @@
-// The Python module doublehead._C. Importing it registers the CPU operators linked into it (each csrc/<op>/cpu.cpp has
+// The Python module doublehead._C. Importing it registers the CPU operators linked into it (each csrc/<op>/cpu/<op>.cpp has
 // its own STABLE_TORCH_LIBRARY_IMPL); build_info() says how it was built.
 #include <pybind11/pybind11.h>
 

@@ -12,8 +12,8 @@ train() { # folder, recipe, options
   local folder=$1
   shift
   if [ ! -f "$folder/metrics.json" ]; then
-    if [ -d "$folder" ]; then python -m doublehead.train --resume "$folder"; else
-      python -m doublehead.train "$@" --out "$folder"
+    if [ -d "$folder" ]; then python -m doublehead train --resume "$folder"; else
+      python -m doublehead train "$@" --out "$folder"
     fi
   fi
 }
@@ -23,18 +23,18 @@ for seed in $seeds; do
   for kind in $kinds; do train "$runs/$kind-seed$seed" "miniature-$kind" --train.seed "$seed"; done
   for fusion in none max average; do
     metrics=$runs/double-head-ext-seed$seed/metrics-$fusion.json
-    [ -f "$metrics" ] || python -m doublehead.evaluate "$runs/double-head-ext-seed$seed" --fusion $fusion --metrics "$metrics"
+    [ -f "$metrics" ] || python -m doublehead evaluate "$runs/double-head-ext-seed$seed" --fusion $fusion --metrics "$metrics"
   done
 done
 for kind in fc double-head double-head-ext; do # three times as long
   train "runs/miniature-long/$kind" "miniature-$kind" --train.steps 1440 --train.milestones 1050 1320
 done
 for number in 1 3 4; do
-  python -m doublehead.tables $number --miniature --runs $runs --format markdown --out "$runs/table-$number.md"
+  python -m doublehead tables $number --miniature --runs $runs --format markdown --out "$runs/table-$number.md"
 done
 
 fc=$runs/fc-seed0 conv=$runs/conv-seed0 ext=$runs/double-head-ext-seed0
-analyze() { python -m doublehead.analyze "$@"; }
+analyze() { python -m doublehead analyze "$@"; }
 analyze sliding-windows "fc alone=$fc" "conv alone=$conv" "Ext, fc=$ext:fc" "Ext, conv=$ext:conv" \
   --difficulty $fc --data.val-images 8 --out "$out/sliding-windows"
 analyze pearson "fc alone=$fc" "conv alone=$conv" "Ext, fc=$ext:fc" "Ext, conv=$ext:conv" \

@@ -8,17 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import standins
 import torch
-from interpreter import kernels_on_cpu
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support import standins
+from tests.support.interpreter import TRITON_DEVICE, kernels_on_cpu
+from tests.support.paths import ROOT
 
-#: Where Triton's kernels run in the tests. Without a GPU that is the CPU, in Triton's interpreter, which must be chosen
-#: before a module with kernels is imported.
-TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if TRITON_DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["TRITON_INTERPRET"] = "1"  # must be set before a module with kernels is imported
 
 
 MISSING = standins.install()

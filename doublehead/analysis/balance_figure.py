@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from doublehead.config import ReadOut
+from doublehead.config import ReadOutName
 
-TITLES: dict[ReadOut, str] = {
+TITLES: dict[ReadOutName, str] = {
     "conv": "(a) conv-head alone",
     "fc": "(b) fc-head alone",
     "split": "(c) fc classes + conv boxes",
@@ -20,20 +20,20 @@ Weights = tuple[float, float]
 
 
 def draw_grid(
-    aps: dict[ReadOut, dict[Weights, float | None]], untrained: dict[ReadOut, set[Weights]], name: str
+    aps: dict[ReadOutName, dict[Weights, float | None]], untrained: dict[ReadOutName, set[Weights]], name: str
 ) -> Any:
-    """Four heat maps on one scale of grey, the best cell of each framed.
+    """Four heat maps with one grey scale; the best cell of each is framed.
 
     Args:
-        aps: read-out -> weights -> AP in 0 .. 1; None: not known.
+        aps: read-out -> weights -> AP in 0 .. 1; None: unknown.
         untrained: read-out -> weights that leave one of its tasks untrained; these cells are hatched.
-        name: of what was trained, for the title.
+        name: the recipe's name, for the title.
     """
     from matplotlib.figure import Figure
 
     known = [100 * ap for values in aps.values() for ap in values.values() if ap is not None]
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
-    limits = (low - 0.15 * max(high - low, 0.1), high + 1e-9)  # no number stands on white, which means empty
+    limits = (low - 0.15 * max(high - low, 0.1), high + 1e-9)  # white is reserved for empty cells
     columns, rows = (sorted({weights[axis] for weights in aps["conv"]}) for axis in (0, 1))
     figure = Figure(figsize=(2 * max(4.2, 0.8 * len(columns)), 2 * max(3.6, 0.62 * len(rows))), layout="constrained")
     panels = figure.subplots(2, 2)
@@ -77,7 +77,7 @@ def _draw_panel(
             axes.text(x, y, f"{value:.1f}", ha="center", va="center", color="white" if dark else "black")
     if not np.isnan(values).all():
         y, x = np.unravel_index(np.nanargmax(values), values.shape)
-        for colour, width in (("white", 6), ("black", 2.5)):  # seen on light and on dark
+        for colour, width in (("white", 6), ("black", 2.5)):  # visible on light and on dark cells
             axes.add_patch(Rectangle((x - 0.44, y - 0.44), 0.88, 0.88, fill=False, edgecolor=colour, linewidth=width))
     axes.set(xlabel="l_fc: share of classification in the fc-head", ylabel="l_conv: share of boxes in the conv-head")
     axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])

@@ -1,8 +1,8 @@
 """AP over the balance weights (l_fc, l_conv) of Double-Head-Ext, for its four read-outs (Figure 6).
 
-One training for each cell of the grid, in `OUT/runs/l_fc-0.7-l_conv-0.8`; each finished run is evaluated in four ways,
-which `readouts.json` in its folder remembers.  So a grid that was stopped goes on where it was, and parts of one grid
-may be trained by several commands with the same --out; `--collect` then draws the whole.
+Each cell of the grid is one training, in a folder such as `OUT/runs/l_fc-0.7-l_conv-0.8`.  Each finished run is
+evaluated with four read-outs, and `readouts.json` in its folder keeps the results.  So an interrupted grid can be
+continued, and several commands with the same --out can train parts of one grid; `--collect` then draws the whole.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from doublehead.analysis.balance_figure import draw_grid
 from doublehead.analysis.options import BalanceWeights
 from doublehead.analysis.output import output_folder, save_figure, write_csv
 from doublehead.analysis.runs import differences, run_folders
-from doublehead.config import ModelConfig, ReadOut, Recipe, TrainConfig
+from doublehead.config import ModelConfig, ReadOutName, Recipe, TrainConfig
 from doublehead.data import build_dataset
 from doublehead.engine.checkpoint import MODEL_FILE, load_model
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import UserError, config_errors
 from doublehead.engine.evaluator import evaluate_each
 from doublehead.engine.files import RECIPE_FILE, read_recipe, write_json
 from doublehead.engine.logs import say
 from doublehead.engine.run import METRICS_FILE, train
-from doublehead.models.detections import EXT_SOURCES, resolve_sources
+from doublehead.errors import UserError, config_errors
+from doublehead.models.readout import EXT_SOURCES, resolve_sources
 from doublehead.recipes import RECIPES
 
 READOUTS_FILE = "readouts.json"
 NUMBERS = ("AP", "AP50", "AP75")
-_READOUT = ("model.detection.",)  # every run is read out in four ways, whatever its own
+_READOUT = ("model.detection.",)  # every run is evaluated with all four read-outs
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Cell:
     l_conv: float
     recipe: Recipe
     folder: Path
-    """Of its run, which may not exist yet."""
+    """The folder of its run, which may not exist yet."""
     finished: bool
 
 
@@ -55,7 +55,7 @@ def run(options: BalanceWeights, world: World) -> None:
     """Train and evaluate what is missing, then write `balance-weights.csv` and `balance-weights.png`.
 
     Raises:
-        UserError: no Ext recipe, an impossible grid, a folder that holds something else, or data that cannot be used.
+        UserError: not an Ext recipe, an invalid grid, a folder with other contents, or data that cannot be used.
     """
     recipe = ext_recipe(options)
     recipes = [cell_recipe(recipe, *weights, options) for weights in grid_weights(options)]
@@ -77,7 +77,7 @@ def ext_recipe(options: BalanceWeights) -> Recipe:
     """The recipe that the grid changes, with the command line's steps, seed and device.
 
     Raises:
-        UserError: there is none of this name, it is not of an Ext that joins its classifiers, or a number is too small.
+        UserError: there is no such recipe, it is not an Ext that fuses its classifiers, or a number is too small.
     """
     recipe = RECIPES.get(options.recipe)
     if recipe is None:
@@ -97,7 +97,7 @@ def ext_recipe(options: BalanceWeights) -> Recipe:
 
 
 def with_steps(config: TrainConfig, steps: int | None) -> TrainConfig:
-    """`config` for this many steps (None: as it is), its milestones and warm-up in proportion."""
+    """`config` with this many steps (None: unchanged), and milestones and warm-up in proportion."""
     if steps is None:
         return config
     milestones = tuple(round(step * steps / config.steps) for step in config.milestones)
@@ -106,38 +106,38 @@ def with_steps(config: TrainConfig, steps: int | None) -> TrainConfig:
 
 
 def grid_weights(options: BalanceWeights) -> list[tuple[float, float]]:
-    """Every pair (l_fc, l_conv), in rising order.
+    """Every pair (l_fc, l_conv), in ascending order.
 
     Raises:
-        UserError: an empty axis, or a weight outside of 0 .. 1.
+        UserError: an empty axis, or a weight outside 0 .. 1.
     """
     for name, values in (("--l-fc", options.l_fc), ("--l-conv", options.l_conv)):
         if not values:
             raise UserError(f"{name}: the grid is empty, give at least one weight")
         if wrong := [value for value in values if not 0 <= value <= 1]:
-            raise UserError(f"{name}: {wrong[0]} is no balance weight, numbers from 0 to 1 are accepted")
+            raise UserError(f"{name}: {wrong[0]} is not a balance weight, numbers from 0 to 1 are accepted")
     return [(l_fc, l_conv) for l_fc in sorted(set(options.l_fc)) for l_conv in sorted(set(options.l_conv))]
 
 
 def cell_recipe(recipe: Recipe, l_fc: float, l_conv: float, options: BalanceWeights) -> Recipe:
-    """`recipe` with these weights, and a read-out that they train.
+    """`recipe` with these weights and a read-out that they train.
 
     Raises:
-        UserError: they train none.
+        UserError: they train no read-out.
     """
     model = replace(recipe.model, loss=replace(recipe.model.loss, l_fc=l_fc, l_conv=l_conv))
     valid = trained_readouts(model)
     if not valid:
         missing = "classifies" if l_fc == 0 else "regresses boxes"
         raise UserError(f"l_fc {l_fc} with l_conv {l_conv}: no head learns what {missing}; leave the pair out")
-    # The recipe's own read-out if it can be, else as near to the whole as the weights allow.
+    # The recipe's own read-out if possible, otherwise the most complete one that the weights train.
     wanted = (model.detection.readout, "fused", "split", "fc", "conv")
     readout = next(readout for readout in wanted if readout in valid)
     name = f"{recipe.name}, {_cell_name(l_fc, l_conv)}"
     return replace(recipe, name=name, model=replace(model, detection=replace(model.detection, readout=readout)))
 
 
-def trained_readouts(model: ModelConfig) -> list[ReadOut]:
+def trained_readouts(model: ModelConfig) -> list[ReadOutName]:
     """The read-outs of an Ext whose classifiers and regressor its loss weights train."""
     found = []
     for readout in EXT_SOURCES:
@@ -157,8 +157,8 @@ def plan(recipes: list[Recipe], out: Path, runs: str | None) -> list[Cell]:
     """Find each cell's run: finished in `out`, finished in the folder `runs`, or to be trained in `out`.
 
     Raises:
-        UserError: `runs` is no folder, a run's folder in `out` holds another recipe, or a finished run cannot be
-            written to (its read-outs are kept there).
+        UserError: `runs` is not a folder, a run's folder in `out` holds another recipe, or the folder of a finished
+            run is not writable (its results are kept there).
     """
     others = list(finished_runs(runs)) if runs is not None else []
     cells = []
@@ -178,7 +178,7 @@ def plan(recipes: list[Recipe], out: Path, runs: str | None) -> list[Cell]:
 
 
 def finished_runs(folder: str) -> Iterator[tuple[Path, Recipe]]:
-    """Finished runs at any depth, by name; those with a recipe of another version are left out.
+    """Finished runs at any depth, sorted by path; runs whose recipe cannot be read are left out.
 
     Raises:
         UserError: no such folder.
@@ -208,7 +208,7 @@ def _left(begun: float, done: int, todo: list[Cell]) -> str:
 
 
 def measure(cell: Cell, world: World) -> None:
-    """Train the cell's run where it is not finished, and evaluate the read-outs that are not known yet."""
+    """Train the cell's run unless it is finished, and evaluate the read-outs without results."""
     if not cell.finished:
         _train(cell, world)
     valid = trained_readouts(cell.recipe.model)
@@ -229,7 +229,7 @@ def _train(cell: Cell, world: World) -> None:
         raise
 
 
-def _evaluate(cell: Cell, readouts: list[ReadOut], world: World) -> dict[ReadOut, dict[str, Any]]:
+def _evaluate(cell: Cell, readouts: list[ReadOutName], world: World) -> dict[ReadOutName, dict[str, Any]]:
     """Read-out -> metrics, in one pass over the images."""
     model, recipe, classes, _ = load_model(cell.folder)
     with config_errors():
@@ -239,7 +239,7 @@ def _evaluate(cell: Cell, readouts: list[ReadOut], world: World) -> dict[ReadOut
 
 
 def read_results(folder: Path) -> dict[str, dict[str, float | None]]:
-    """Read-out -> AP, AP50, AP75 in 0 .. 1, of those evaluated so far.
+    """Read-out -> AP, AP50, AP75 in 0 .. 1, for the read-outs evaluated so far.
 
     Raises:
         UserError: the file is damaged.
@@ -255,10 +255,10 @@ def read_results(folder: Path) -> dict[str, dict[str, float | None]]:
 
 
 def write_results(cells: list[Cell], out: Path, name: str) -> None:
-    """Write the table and the figure, and say the best cell of each read-out."""
+    """Write the table and the figure, and print the best cell of each read-out."""
     rows: list[list[Any]] = []
-    aps: dict[ReadOut, dict] = {readout: {} for readout in EXT_SOURCES}
-    untrained: dict[ReadOut, set] = {readout: set() for readout in EXT_SOURCES}
+    aps: dict[ReadOutName, dict] = {readout: {} for readout in EXT_SOURCES}
+    untrained: dict[ReadOutName, set] = {readout: set() for readout in EXT_SOURCES}
     for cell in cells:
         results = read_results(cell.folder)
         valid = trained_readouts(cell.recipe.model)

@@ -1,4 +1,4 @@
-"""What Figures 4 and 8 share: a number for each pair of an S x S grid's cells, drawn as a grid of S x S maps."""
+"""Figures 4 and 8: a number for each pair of cells of an S x S grid, drawn as an S x S grid of maps."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 
 from doublehead.analysis.readers import HeadSpec, parse_spec
-from doublehead.engine.errors import UserError
+from doublehead.errors import UserError
 
 PAIR = ("row", "column", "other_row", "other_column")
-"""Columns of a table of pairs; rows and columns count from 1, from the upper left."""
+"""Columns of a table of pairs; rows and columns are numbered from 1, from the upper left."""
 
 
 def checkpoint_specs(texts: Sequence[str]) -> list[HeadSpec]:
-    """The `[NAME=]CHECKPOINT`s of a command line.
+    """Parse `[NAME=]CHECKPOINT` arguments.
 
     Raises:
-        UserError: there is none, two have one name, or one asks for a read-out.
+        UserError: there is none, two have the same name, or one asks for a read-out.
     """
     specs = [parse_spec(text) for text in texts]
     if not specs:
@@ -33,7 +33,7 @@ def checkpoint_specs(texts: Sequence[str]) -> list[HeadSpec]:
 
 
 def side_of(matrix: np.ndarray) -> int:
-    """S of an S*S x S*S matrix."""
+    """S, for a matrix of S*S x S*S values."""
     return round(len(matrix) ** 0.5)
 
 
@@ -45,7 +45,7 @@ def pair_rows(matrix: np.ndarray) -> Iterator[tuple[int, int, int, int, float]]:
 
 
 def by_distance(matrix: np.ndarray) -> list[tuple[float, int, float]]:
-    """(distance in cells, number of known pairs, their mean) for all pairs of two cells; NaN pairs are left out."""
+    """(distance in cells, number of pairs, their mean) for all pairs of different cells; NaN pairs are left out."""
     rows, columns = np.divmod(np.arange(len(matrix)), side_of(matrix))
     squares = (rows[:, None] - rows) ** 2 + (columns[:, None] - columns) ** 2
     found = []
@@ -57,14 +57,14 @@ def by_distance(matrix: np.ndarray) -> list[tuple[float, int, float]]:
 
 
 def mean_of_pairs(matrix: np.ndarray) -> float:
-    """Mean over all known pairs of two cells; NaN where there is none."""
+    """Mean over all pairs of different cells that are not NaN; NaN if there is none."""
     values = matrix[~np.eye(len(matrix), dtype=bool)]
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else float("nan")
 
 
 def pair_limits(matrices: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Lowest and highest value of all pairs of two cells: a cell with itself, which is 1, would hide the rest."""
+    """Lowest and highest value over pairs of different cells; a cell paired with itself always has 1."""
     values = np.concatenate([matrix[~np.eye(len(matrix), dtype=bool)] for matrix in matrices])
     values = values[~np.isnan(values)]
     return (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
@@ -79,7 +79,7 @@ def tiled(matrix: np.ndarray) -> np.ndarray:
 
 
 def draw_cell_maps(axes: Any, matrix: np.ndarray, limits: tuple[float, float], title: str) -> Any:
-    """Draw `tiled(matrix)`; a white dot marks the cell that a map belongs to.  Returns the image, for a colour bar."""
+    """Draw `tiled(matrix)`; a white dot marks each map's own cell.  Returns the image, for a colour bar."""
     side = side_of(matrix)
     low, high = limits
     shown = axes.imshow(tiled(matrix), cmap="viridis", vmin=low, vmax=max(high, low + 1e-9), interpolation="nearest")

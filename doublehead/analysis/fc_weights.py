@@ -1,7 +1,7 @@
 """Correlation between the cells' weights in the first layer of the fc-heads (Figure 4).
 
-That layer multiplies each cell of the pooled S x S map by a C x dim matrix of its own.  The correlation of two cells is
-Pearson's over the C * dim weights.  A conv-head has no weights of a cell: it uses the same ones everywhere.
+That layer multiplies each cell of the pooled S x S map by its own C x dim matrix.  The correlation of two cells is
+Pearson's over the C * dim weights.  A conv-head has no weights per cell: it applies the same weights everywhere.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from doublehead.analysis.options import FCWeights
 from doublehead.analysis.output import output_folder, save_figure, write_csv
 from doublehead.engine.checkpoint import load_model
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import UserError
 from doublehead.engine.logs import say
+from doublehead.errors import UserError
 from doublehead.models import DoubleHeadRCNN
-from doublehead.models.heads import FCTower
+from doublehead.models.towers import FCTower
 
 COLUMNS = 3  # panels side by side
 
 
 def run(options: FCWeights, world: World) -> None:
-    """Write `fc-weights.csv`, `fc-weights-distance.csv` and `fc-weights.png`; the main process alone works.
+    """Write `fc-weights.csv`, `fc-weights-distance.csv` and `fc-weights.png`, on the main process alone.
 
     Raises:
-        UserError: no checkpoint, or one without an fc-head.
+        UserError: no checkpoint is named, or one has no fc-head.
         CheckpointError: a checkpoint cannot be read.
     """
 
@@ -86,7 +86,7 @@ def weight_correlation(weight: Tensor) -> np.ndarray:
 
 
 def write_results(found: dict[str, np.ndarray], out: Path) -> None:
-    """Write the tables and the figure of each head's correlations, and say their means."""
+    """Write the tables and the figure of each head's correlations, and print their means."""
     pairs = [(name, *row) for name, matrix in found.items() for row in pair_rows(matrix)]
     write_csv(out / "fc-weights.csv", ("head", *PAIR, "correlation"), pairs)
     distances = {name: by_distance(matrix) for name, matrix in found.items()}
@@ -101,7 +101,7 @@ def write_results(found: dict[str, np.ndarray], out: Path) -> None:
 
 
 def draw(found: dict[str, np.ndarray], distances: dict[str, list[tuple[float, int, float]]]) -> Any:
-    """The grids of maps on one scale of colours, and a last panel with the mean over the distance of two cells."""
+    """The grids of maps with one colour scale, and a last panel with the mean correlation by distance of two cells."""
     from matplotlib.figure import Figure
 
     count = len(found) + 1

@@ -1,11 +1,11 @@
-"""Spatial correlation of the maps that go into the heads and come out of them (Figure 8).
+"""Spatial correlation of the heads' input and output maps (Figure 8).
 
-Every ground-truth object's box is a RoI.  For each head the input is its pooled S x S map.  The output of a conv-head
-is its map before the average over cells.  An fc-head has none; it is rebuilt by splitting the first layer's weight into
-one C x dim matrix for each cell, which multiplies that cell's features (without bias and ReLU, which belong to the sum
-over the cells).  The correlation of two cells is the cosine of their feature vectors, averaged over the objects.
+Every ground-truth object's box is a RoI.  The input of each head is its pooled S x S map.  The output of a conv-head is
+its map before the average over cells.  An fc-head has no output map; one is made by splitting the first layer's weight
+into one C x dim matrix for each cell, which multiplies that cell's features (without bias and ReLU, which apply to the
+sum over the cells).  The correlation of two cells is the cosine of their feature vectors, averaged over the objects.
 
-Cosines are summed as integers, so any number of processes gives the same digits, and a stopped measurement goes on.
+Cosines are summed as integers, so the result does not depend on the number of processes or on interruptions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from doublehead.analysis.cell_maps import (
     PAIR,
@@ -34,15 +34,14 @@ from doublehead.analysis.states import State
 from doublehead.data import Target, build_dataset
 from doublehead.engine.data_options import data_config
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import UserError, config_errors
 from doublehead.engine.logs import say
-from doublehead.models.conv_tower import ConvTower
-from doublehead.models.heads import FCTower
+from doublehead.errors import UserError, config_errors
+from doublehead.models.towers import FCTower, Tower
 
 UNIT = 2**30  # a cosine of 1 as an integer; int64 then holds the sum of 2**33 objects
 MAPS = ("input", "output")
 Key = tuple[str, str]
-"""Head, and which of its `MAPS`."""
+"""(head, one of `MAPS`)."""
 
 
 @dataclass
@@ -52,10 +51,10 @@ class CosineSum:
     total: Tensor
     """`Tensor[S*S, S*S]` int64: the sum of round(cosine * UNIT)."""
     count: Tensor
-    """`Tensor[S*S, S*S]` int64: of how many objects."""
+    """`Tensor[S*S, S*S]` int64: the number of objects in each sum."""
     objects: int = 0
     zeros: int = 0
-    """Feature vectors that were zero: they have no direction, and so no cosine with any other."""
+    """The number of zero feature vectors, which have no cosine with any other."""
 
     def __add__(self, other: CosineSum) -> CosineSum:
         total, count = self.total + other.total, self.count + other.count
@@ -63,7 +62,7 @@ class CosineSum:
 
     @property
     def possible(self) -> bool:
-        """Whether some objects have these sums, as far as simple bounds tell."""
+        """Whether simple bounds allow these sums."""
         total, count = self.total, self.count
         if total.dtype != torch.int64 or count.dtype != torch.int64 or total.dim() != 2 or total.shape != count.shape:
             return False
@@ -74,7 +73,7 @@ class CosineSum:
         return counted and bool((total.abs() <= count * (UNIT + 1)).all())
 
     def mean(self) -> np.ndarray:
-        """Float64 [S*S, S*S]; NaN where no object had a cosine."""
+        """The mean cosines, float64 [S*S, S*S]; NaN where no object had one."""
         mean = self.total.double() / UNIT / self.count
         return mean.masked_fill(self.count == 0, torch.nan).numpy()
 
@@ -90,7 +89,7 @@ class CosineTable:
         return CosineTable()
 
     def merge(self, other: CosineTable) -> None:
-        """Add what belongs together."""
+        """Add the sums of another table."""
         for key, value in other.sums.items():
             self.sums[key] = self.sums[key] + value if key in self.sums else value
 
@@ -105,10 +104,10 @@ class CosineTable:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CosineTable:
-        """Rebuild what `to_dict` gave.
+        """Rebuild a table from the result of `to_dict`.
 
         Raises:
-            ValueError, TypeError, KeyError, RuntimeError: it is something else, or no objects have these sums.
+            ValueError, TypeError, KeyError, RuntimeError: the values are not such a result, or the sums are impossible.
         """
         sums = {}
         for head, which, total, count, objects, zeros in values["sums"]:
@@ -124,7 +123,7 @@ def run(options: FeatureCorrelation, world: World) -> None:
     """Write `feature-correlation.csv` and `feature-correlation.png`.
 
     Raises:
-        UserError: no checkpoint, classes that differ, data that cannot be used, or data without an object.
+        UserError: no checkpoint is named, their classes differ, or the data cannot be used or hold no object.
         CheckpointError: a checkpoint cannot be read.
     """
     checkpoint_specs(options.checkpoints)
@@ -157,7 +156,7 @@ def measure_image(readers: list[Reader], image: Tensor, target: Target) -> Cosin
 
 @torch.inference_mode()
 def head_maps(reader: Reader, image: Tensor, boxes: Tensor) -> dict[Key, Tensor]:
-    """Input and output map of every head.
+    """The input and output map of every head.
 
     Args:
         image: `Tensor[3, H, W]` uint8.
@@ -178,18 +177,17 @@ def head_maps(reader: Reader, image: Tensor, boxes: Tensor) -> dict[Key, Tensor]
     return found
 
 
-def output_map(tower: nn.Module, x: Tensor) -> Tensor:
+def output_map(tower: Tower, x: Tensor) -> Tensor:
     """The map that a tower makes of `x` `Tensor[K, C, S, S]`: `Tensor[K, dim, S, S]` (see the module's text)."""
     if isinstance(tower, FCTower):
         return torch.einsum("kcyx,dcyx->kdyx", x, tower[1].weight.unflatten(1, x.shape[1:]))
-    blocks = tower.blocks if isinstance(tower, ConvTower) else tower[:1]  # the C4 baseline's last stage is one module
-    for block in blocks:
+    for block in tower.blocks:
         x = block(x)
     return x
 
 
 def cosine_sum(features: Tensor) -> CosineSum:
-    """The sum over the K objects of `features` `Tensor[K, C, S, S]`."""
+    """The sums over K objects with `features` `Tensor[K, C, S, S]`."""
     cells = features.double().flatten(2).transpose(1, 2)  # [K, S*S, C]
     length = cells.norm(dim=2, keepdim=True)
     known = length.squeeze(2) > 0
@@ -200,10 +198,10 @@ def cosine_sum(features: Tensor) -> CosineSum:
 
 
 def write_results(table: CosineTable, out: Path) -> None:
-    """Write the table and the figure, and say the means.
+    """Write the table and the figure, and print the means.
 
     Raises:
-        UserError: there was no object.
+        UserError: the data hold no object.
     """
     sums = table.sums
     if not sums:
@@ -223,7 +221,7 @@ def write_results(table: CosineTable, out: Path) -> None:
 
 
 def draw(means: dict[Key, np.ndarray]) -> Any:
-    """A row for each head: the input's cells at the left, the output's at the right, all on one scale of colours."""
+    """A row for each head, with its input map on the left and its output map on the right; one colour scale."""
     from matplotlib.figure import Figure
 
     heads = list(dict.fromkeys(head for head, _ in means))

@@ -1,4 +1,4 @@
-"""Groups of objects: by size as COCO has it, by the difficulty of their class."""
+"""Groups of objects: by size, as in COCO, and by the difficulty of their class."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ import torch
 from torch import Tensor
 
 from doublehead.data.files import MIN_SIDE
-from doublehead.engine.errors import UserError
 from doublehead.engine.run import METRICS_FILE
+from doublehead.errors import UserError
 
 SIZES = ("small", "medium", "large")
 LIMITS = (32.0**2, 96.0**2)
-"""Areas in pixels of the image as stored: small is [0, 32^2), medium [32^2, 96^2), large all above."""
+"""Areas in pixels of the stored image: small is [0, 32^2), medium [32^2, 96^2), large is everything above."""
 UNMATCHED = len(SIZES)
-"""In the place of a size: belongs to no object."""
+"""The size index of a box that belongs to no object."""
 DIFFICULTIES = ("easy classes", "medium classes", "hard classes")
 
 
 class Group(NamedTuple):
-    """A group and the cells that belong to it."""
+    """A group of objects."""
 
     name: str
     classes: tuple[int, ...]
-    """Places in the data set's list of classes."""
+    """Indices into the data set's list of classes."""
     sizes: tuple[int, ...]
-    """Places in `SIZES`, or `UNMATCHED`."""
+    """Indices into `SIZES`, or `UNMATCHED`."""
 
 
 def find_groups(classes: Sequence[str], difficulty: str | None) -> list[Group]:
     """All, small, medium, large and, with `difficulty`, easy, medium and hard classes.
 
     Args:
-        classes: of the data set.
-        difficulty: a metrics.json or the folder of a run that has one.
+        classes: the data set's classes.
+        difficulty: a metrics.json, or the folder of a run with one.
 
     Raises:
         UserError: see `read_class_ap`; fewer than three classes have an AP.
@@ -55,12 +55,12 @@ def find_groups(classes: Sequence[str], difficulty: str | None) -> list[Group]:
 
 
 def difficulty_thirds(ap: Sequence[float | None]) -> list[tuple[int, ...]]:
-    """Easy, medium and hard: the places of the highest, the middle and the lowest third; None has no place.
+    """Easy, medium and hard classes: the indices of the highest, middle and lowest third by AP, without None.
 
-    Of equal values the first comes first.  Where the number is no multiple of three, the easier thirds are larger.
+    Ties keep their order.  If the number is not a multiple of three, the easier thirds are larger.
     """
-    known = [place for place, value in enumerate(ap) if value is not None]
-    ranked = sorted(known, key=lambda place: -ap[place])
+    known = [index for index, value in enumerate(ap) if value is not None]
+    ranked = sorted(known, key=lambda index: -ap[index])
     third, rest = divmod(len(ranked), 3)
     ends = [third + (rest > 0), 2 * third + rest]
     return [tuple(sorted(part)) for part in (ranked[: ends[0]], ranked[ends[0] : ends[1]], ranked[ends[1] :])]
@@ -70,7 +70,7 @@ def read_class_ap(path: str, classes: Sequence[str]) -> list[float | None]:
     """The AP of each class from a run's metrics; None where there was nothing to measure.
 
     Raises:
-        UserError: no such file, no metrics, or a class of the data set is missing.
+        UserError: the file does not exist, is not a metrics.json, or lacks a class of the data set.
     """
     file = Path(path) / METRICS_FILE if Path(path).is_dir() else Path(path)
     try:
@@ -88,11 +88,11 @@ def read_class_ap(path: str, classes: Sequence[str]) -> list[float | None]:
 
 
 def object_sizes(image_ids: Sequence[int], annotations: Iterable[dict[str, Any]]) -> dict[int, Tensor]:
-    """Image id -> places in `SIZES` of its objects, `Tensor[n]` int64, in the order of the image's target.
+    """Image id -> size indices (see `SIZES`) of its objects, `Tensor[n]` int64, in the order of the image's target.
 
-    By the annotations' areas (COCO: of the mask), which is how COCO's evaluation sorts them; an area on a limit is
-    there in both groups, here in the larger.  Crowd and difficult objects are left out, as in targets, and boxes
-    without area.
+    Sizes go by the annotations' areas (in COCO, the masks'), as in COCO's evaluation.  An area equal to a limit is in
+    both groups there, and in the larger one here.  As in targets, crowd and difficult objects and boxes without area
+    are left out.
     """
     areas: dict[int, list[float]] = defaultdict(list)
     for annotation in annotations:
@@ -106,12 +106,12 @@ def object_sizes(image_ids: Sequence[int], annotations: Iterable[dict[str, Any]]
 
 
 def describe(groups: Sequence[Group], classes: Sequence[str], sizes: dict[int, Tensor]) -> list[str]:
-    """Lines that say how many objects there are of each size, and which classes are easy, medium and hard."""
+    """Lines with the number of objects of each size and the classes that are easy, medium and hard."""
     counts = torch.cat(list(sizes.values())).bincount(minlength=len(SIZES)).tolist()
     lines = ["objects: " + ", ".join(f"{count:,} {name}" for count, name in zip(counts, SIZES, strict=True))]
     ranked = [group for group in groups if group.name in DIFFICULTIES]
-    lines += [f"{group.name}: {', '.join(classes[place] for place in group.classes)}" for group in ranked]
-    in_none = [name for place, name in enumerate(classes) if not any(place in group.classes for group in ranked)]
+    lines += [f"{group.name}: {', '.join(classes[index] for index in group.classes)}" for group in ranked]
+    in_none = [name for index, name in enumerate(classes) if not any(index in group.classes for group in ranked)]
     if ranked and in_none:
         lines.append(f"neither easy, medium nor hard, for lack of an AP: {', '.join(in_none)}")
     return lines

@@ -1,8 +1,8 @@
 """Mean, standard deviation and correlation of any number of pairs, in constant memory and without rounding.
 
 Scores and IoUs lie in [0, 1].  They are rounded to multiples of 2^-24, the step of float32 just below 1, and summed as
-integers, which have no rounding: sums of parts may be added in any order, on any number of processes, and give the same
-bits as one pass over everything.
+integers, exactly: partial sums may be added in any order, on any number of processes, with the same result to the bit
+as one pass over everything.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 STEPS = 2**24
-"""Steps of 1."""
+"""The number of steps in 1."""
 _PART = 2**14
-"""So many products of up to 2^48 stay within int64."""
+"""The number of pairs whose products, up to 2^48 each, are summed in int64 without overflow."""
 
 
 class Moments(NamedTuple):
-    """Sums over pairs (x, y), as Python integers: of any size."""
+    """Sums over pairs (x, y), as Python integers, which do not overflow."""
 
     count: int = 0
     x: int = 0
@@ -37,22 +37,22 @@ class Moments(NamedTuple):
 
     @property
     def x_mean(self) -> float | None:
-        """None without pairs."""
+        """The mean; None without pairs."""
         return self.x / (self.count * STEPS) if self.count else None
 
     @property
     def y_mean(self) -> float | None:
-        """None without pairs."""
+        """The mean; None without pairs."""
         return self.y / (self.count * STEPS) if self.count else None
 
     @property
     def x_std(self) -> float | None:
-        """The population's: divided by the count.  None without pairs."""
+        """The population standard deviation; None without pairs."""
         return math.sqrt(self._spread(self.x, self.xx)) / (self.count * STEPS) if self.count else None
 
     @property
     def y_std(self) -> float | None:
-        """The population's: divided by the count.  None without pairs."""
+        """The population standard deviation; None without pairs."""
         return math.sqrt(self._spread(self.y, self.yy)) / (self.count * STEPS) if self.count else None
 
     @property
@@ -66,14 +66,14 @@ class Moments(NamedTuple):
 
     @property
     def possible(self) -> bool:
-        """Whether some pairs in [0, 1] have these moments, as far as simple bounds tell."""
+        """Whether simple bounds allow these moments for pairs in [0, 1]."""
         n, most = self.count, self.count * STEPS
         sums = max(self.x, self.y) <= most and max(self.xx, self.yy, self.xy) <= most * STEPS
         spreads = min(n * self.xx - self.x**2, n * self.yy - self.y**2) >= 0
         return n > 0 and sums and spreads and self.xy**2 <= self.xx * self.yy
 
     def _spread(self, total: int, squares: int) -> int:
-        """count^2 times the variance: a difference of integers, so nothing cancels."""
+        """count^2 times the variance, exactly: it is computed from integers."""
         return self.count * squares - total * total
 
 
@@ -81,7 +81,7 @@ class MomentTable:
     """Moments of many cells; a cell is a tuple of small integers, such as (head, class, bin).
 
     Args:
-        shape: along each axis, how many there are.
+        shape: the number of cells along each axis.
     """
 
     def __init__(self, shape: Sequence[int]) -> None:
@@ -92,7 +92,7 @@ class MomentTable:
         """Add K pairs.
 
         Args:
-            cells: for each axis the pairs' cell, `Tensor[K]` int64 or one number for all.
+            cells: for each axis the cells of the pairs, `Tensor[K]` int64, or one number for all.
             x, y: `Tensor[K]`, floating point, in [0, 1].
         """
         if len(x) == 0:
@@ -116,7 +116,7 @@ class MomentTable:
             self._put(cell, moments)
 
     def total(self, *where: int | Collection[int]) -> Moments:
-        """The moments of all cells that have, along each axis, the given number or one of the given numbers."""
+        """The moments of all cells whose index along each axis is the given number, or one of the given numbers."""
         choices = [[one] if isinstance(one, int) else one for one in where]
         moments = Moments()
         for cell in itertools.product(*choices):
@@ -125,7 +125,7 @@ class MomentTable:
         return moments
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; cells without pairs are left out, the others sorted."""
+        """Plain values for JSON; the cells with pairs, sorted."""
         return {
             "shape": list(self.shape),
             "cells": [[list(cell), list(self.cells[cell])] for cell in sorted(self.cells)],
@@ -133,20 +133,20 @@ class MomentTable:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MomentTable:
-        """Rebuild what `to_dict` gave.
+        """Rebuild a table from the result of `to_dict`.
 
         Raises:
-            ValueError, TypeError, KeyError: it is something else, or no pairs have these moments.
+            ValueError, TypeError, KeyError: the values are not such a result, or the moments are impossible.
         """
         table = cls([_whole(extent) for extent in values["shape"]])
         for cell, numbers in values["cells"]:
-            moments, place = Moments(*map(_whole, numbers)), tuple(map(_whole, cell))
-            inside = [p < extent for p, extent in zip(place, table.shape, strict=True)]
-            if place in table.cells or not all(inside):
-                raise ValueError(f"cell {list(place)} is there twice, or lies outside of the shape {list(table.shape)}")
+            moments, index = Moments(*map(_whole, numbers)), tuple(map(_whole, cell))
+            inside = [p < extent for p, extent in zip(index, table.shape, strict=True)]
+            if index in table.cells or not all(inside):
+                raise ValueError(f"cell {list(index)} is there twice, or lies outside of the shape {list(table.shape)}")
             if len(numbers) != len(moments) or not moments.possible:
-                raise ValueError(f"cell {list(place)} has sums that no pairs in [0, 1] have")
-            table.cells[place] = moments
+                raise ValueError(f"cell {list(index)} has sums that no pairs in [0, 1] have")
+            table.cells[index] = moments
         return table
 
     def _put(self, cell: tuple[int, ...], moments: Moments) -> None:
@@ -155,26 +155,26 @@ class MomentTable:
     def _unravel(self, number: int) -> tuple[int, ...]:
         cell = []
         for count in reversed(self.shape):
-            number, place = divmod(number, count)
-            cell.append(place)
+            number, index = divmod(number, count)
+            cell.append(index)
         return tuple(reversed(cell))
 
 
 def _whole(value: Any) -> int:
-    """`value`, if it is an int from 0 on."""
+    """`value` if it is a non-negative int; else ValueError."""
     if type(value) is not int or value < 0:
         raise ValueError(f"expected a whole number from 0 on, got {value!r:.40}")
     return value
 
 
 def _sums(numbers: Tensor, x: Tensor, y: Tensor) -> tuple[list[int], list[list[int]]]:
-    """The different `numbers`, and for each of them the six sums; computed where the tensors lie."""
+    """The distinct `numbers`, and the six sums for each; computed on the tensors' device."""
     x, y = ((values.double() * STEPS).round().long() for values in (x, y))
     pairs = torch.stack((torch.ones_like(x), x, y, x * x, y * y, x * y))
-    found, places = numbers.unique(return_inverse=True)
+    found, indices = numbers.unique(return_inverse=True)
     parts = [
-        pairs.new_zeros(6, len(found)).index_add_(1, place, part)
-        for place, part in zip(places.split(_PART), pairs.split(_PART, dim=1), strict=True)
+        pairs.new_zeros(6, len(found)).index_add_(1, index, part)
+        for index, part in zip(indices.split(_PART), pairs.split(_PART, dim=1), strict=True)
     ]
     columns = torch.stack(parts).permute(2, 1, 0).tolist()  # cell, sum, part
     return found.tolist(), [[sum(part) for part in column] for column in columns]

@@ -1,4 +1,4 @@
-"""Results of an analysis: a folder of CSV and PNG files, each whole or absent."""
+"""Writes the results of an analysis: CSV and PNG files, each atomically."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import UserError
 from doublehead.engine.files import write_bytes, write_text
+from doublehead.errors import UserError
 
 
 def output_folder(path: str, world: World) -> Path:
-    """Make the folder (it may exist already).
+    """Create the folder unless it exists.
 
     Raises:
-        UserError: it cannot be made or written to.
+        UserError: it cannot be created or is not writable.
     """
 
     def make() -> Path:
@@ -35,7 +35,7 @@ def output_folder(path: str, world: World) -> Path:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table; None and NaN become empty fields, never a made-up number."""
+    """Write a table; None and NaN become empty fields."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

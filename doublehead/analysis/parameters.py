@@ -1,4 +1,4 @@
-"""The weights of the heads, counted from the modules a recipe builds (the paper's Table 2)."""
+"""Counts the weights of the heads that a recipe builds (the paper's Table 2)."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 from torch import nn
 
 from doublehead.config import ModelConfig
-from doublehead.models.conv_tower import ConvTower
 from doublehead.models.heads import Head, Heads
+from doublehead.models.readout import BRANCHES
 
 M = 2**20
-"""The paper's "M"."""
+"""The paper's unit "M"."""
 
 
 def tower_weights(config: ModelConfig) -> dict[str, int]:
-    """Branch name -> weights of its tower: those of convolutions and fully connected layers, as the paper counts.
+    """Branch name -> number of weights in its tower's convolutions and fully connected layers, as the paper counts.
 
-    Biases, batch norms, and the classifier and regressor behind the tower are left out.  Nothing is allocated.
+    Biases, batch norms, and the classifier and regressor after the tower are left out.  No memory is allocated.
 
     Raises:
         ValueError: a backbone without a pyramid, whose head is the backbone's own last stage.
@@ -25,13 +25,14 @@ def tower_weights(config: ModelConfig) -> dict[str, int]:
 
 
 def conv_head_weights(config: ModelConfig) -> int | None:
-    """Those of the (first) conv-head's tower; None: there is no conv-head."""
-    found = [count_weights(head.tower) for head in _heads(config).values() if isinstance(head.tower, ConvTower)]
-    return found[0] if found else None
+    """The number of weights in the first conv-head's tower; None: there is no conv-head."""
+    branches = BRANCHES[config.head.kind]
+    found = (count for name, count in tower_weights(config).items() if branches[name].tower == "conv")
+    return next(found, None)
 
 
 def count_weights(module: nn.Module) -> int:
-    """Elements of the weights of all convolutions and fully connected layers in `module`."""
+    """The number of weights in all convolutions and fully connected layers of `module`."""
     layers = (layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear))
     return sum(layer.weight.numel() for layer in layers)
 

@@ -1,21 +1,21 @@
 """Figure 3: Pearson's correlation between classification scores and boxes' IoUs, for three kinds of boxes.
 
-Every pair is a score and an IoU of the same box; which box it is differs.  IoUs are those in the image's pixels.
+Each pair is the score x and the IoU y of one box.  IoUs are computed in the image's pixels.
 
 - windows: the sliding windows of every object (see `windows`).  x is the score of the object's class, y the window's
   own IoU with the object, before regression.
-- proposals: those of the RPN that overlap an object.  Each goes with the object that it overlaps most; x is the score
+- proposals: RPN proposals that overlap an object.  Each is assigned to the object that it overlaps most; x is the score
   of that object's class, y the proposal's own IoU with it, before regression.
-- detections: what is left after NMS.  x is the detection's score, y the regressed box's IoU with the object of its
-  class that it overlaps most.  A detection that overlaps none has IoU 0; it counts in the group of all, in no other.
+- detections: the final detections, after NMS.  x is the detection's score, y the regressed box's IoU with the object of
+  its class that it overlaps most.  A detection that overlaps none has IoU 0 and counts in the group "all" only.
 
-The paper's "all proposals" may mean those that overlap no object, too (IoU 0 with every one): background, most of what
-an RPN proposes.  There is no object, hence no class whose score x could be.  `--background leave-out` leaves them out.
-`--background include` takes each as the detection it would become: x is its highest score of any class, y is 0; like
-such a detection it counts in the group of all, and in no other.
+The paper's "all proposals" may include those that overlap no object: background, most of what an RPN proposes.  They
+have no object, hence no class to take the score of.  `--background leave-out` ignores them.  `--background include`
+treats each like a detection of nothing: x is its highest score of any class, y is 0, and it counts in the group "all"
+only.
 
-Groups go by the object.  Crowd and difficult objects are not there, so a detection of one counts as one of nothing, and
-a proposal that overlaps nothing else is background.
+Groups go by the object.  Crowd and difficult objects are left out; so a detection of one overlaps no object, and a
+proposal that overlaps nothing else is background.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,32 +50,32 @@ TITLES = {
 WITH_BACKGROUND = "all RPN proposals: score of the object's class, the proposal's own IoU; for background the best, 0"
 COLUMNS = ("head", "boxes", "group", "pairs", "pearson")
 LEAST_PAIRS = 3
-"""Two pairs correlate perfectly whatever they are."""
+"""The minimum number of pairs; any two pairs correlate perfectly."""
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "ooo", "---", "+++")
 
 
 class Pairs(NamedTuple):
-    """Boxes of one kind in one image, as a head sees them."""
+    """A head's scores and IoUs for the boxes of one kind in one image."""
 
     scores: Tensor
     """`Tensor[K]`."""
     ious: Tensor
     """`Tensor[K]`, in [0, 1]."""
     labels: Tensor
-    """`Tensor[K]`, int64, from 1 on."""
+    """`Tensor[K]`, int64, from 1."""
     sizes: Tensor
-    """`Tensor[K]`, int64: of the object, or `UNMATCHED`."""
+    """`Tensor[K]`, int64: the object's size index, or `UNMATCHED`."""
 
 
 class Correlation(NamedTuple):
-    """One bar."""
+    """One bar of the figure."""
 
     head: str
     kind: str
     group: str
     pairs: int
     value: float | None
-    """None where too few pairs are there, or scores or IoUs do not vary."""
+    """Pearson's correlation; None: too few pairs, or scores or IoUs do not vary."""
 
 
 class Objects(NamedTuple):
@@ -84,7 +84,7 @@ class Objects(NamedTuple):
     boxes: Tensor
     """`Tensor[G, 4]`, the image's pixels."""
     labels: Tensor
-    """`Tensor[G]`, int64, from 1 on."""
+    """`Tensor[G]`, int64, from 1."""
     sizes: Tensor
     """`Tensor[G]`, int64."""
 
@@ -93,7 +93,7 @@ def run(options: Pearson, world: World) -> None:
     """Draw the figure; see `Pearson`.
 
     Raises:
-        UserError: an option that cannot be followed (see `open_study`), or a state of another measurement in `out`.
+        UserError: an option is invalid (see `open_study`), or `out` holds the state of another measurement.
         DataError: the data cannot be used.
     """
     study = open_study(FIGURE, options, world, background=options.background)
@@ -125,7 +125,7 @@ def measure_image(study: Study, options: Pearson, image: Tensor, target: Target)
 def window_pairs(
     reader: Reader, features: ImageFeatures, objects: Objects, windows: ObjectWindows, chunk: int
 ) -> Pairs:
-    """All windows, each with the object it was made for."""
+    """All windows, each with its object."""
     boxes = reader.rois(features, windows.boxes)
     return _read_pairs(reader, features, objects, boxes, windows.ious, windows.objects, chunk)
 
@@ -168,7 +168,7 @@ def _read_pairs(
 
 
 def write_results(study: Study, table: MomentTable, options: Pearson) -> None:
-    """Write `pearson.csv` and `pearson.png`, and say which bars are missing."""
+    """Write `pearson.csv` and `pearson.png`, and print which bars are missing."""
     correlations = [
         correlate(reader.name, kind, group.name, table.total(head, number, group.classes, group.sizes))
         for head, reader in enumerate(study.readers)
@@ -184,7 +184,7 @@ def write_results(study: Study, table: MomentTable, options: Pearson) -> None:
 
 
 def describe_gaps(correlations: Sequence[Correlation]) -> list[str]:
-    """A line for each missing bar, or one for a group that has none at all."""
+    """A line for each missing bar, or one line for a group without objects."""
     lines = []
     for group in dict.fromkeys(one.group for one in correlations):
         mine = [one for one in correlations if one.group == group]
@@ -198,13 +198,13 @@ def describe_gaps(correlations: Sequence[Correlation]) -> list[str]:
 
 
 def correlate(head: str, kind: str, group: str, moments: Moments) -> Correlation:
-    """The bar that some moments (x the scores, y the IoUs) make."""
+    """The bar for some moments, whose x are scores and y are IoUs."""
     value = moments.pearson if moments.count >= LEAST_PAIRS else None
     return Correlation(head, kind, group, moments.count, value)
 
 
 def draw(path: Path, correlations: Sequence[Correlation], title: str, background: bool = False) -> None:
-    """Three panels of bars, one below the other, a cluster for each group and in it one for each head."""
+    """Three panels, one below the other, with a cluster of bars for each group and a bar for each head."""
     from matplotlib.figure import Figure
 
     groups = list(dict.fromkeys(one.group for one in correlations))
@@ -216,8 +216,8 @@ def draw(path: Path, correlations: Sequence[Correlation], title: str, background
     for axes, (kind, name) in zip(panels, titles.items(), strict=True):
         for number, head in enumerate(heads):
             values = [one.value for one in correlations if (one.head, one.kind) == (head, kind)]
-            places = [place + (number - (len(heads) - 1) / 2) * width for place in range(len(groups))]
-            _draw_bars(axes, places, values, width, number, head)
+            positions = [group + (number - (len(heads) - 1) / 2) * width for group in range(len(groups))]
+            _draw_bars(axes, positions, values, width, number, head)
         axes.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
         axes.set_title(name, fontsize="medium")
         axes.set(xlim=(-0.6, len(groups) - 0.4), ylabel="Pearson's correlation")
@@ -230,11 +230,13 @@ def draw(path: Path, correlations: Sequence[Correlation], title: str, background
     save_figure(path, figure)
 
 
-def _draw_bars(axes, places: list[float], values: list[float | None], width: float, number: int, head: str) -> None:
+def _draw_bars(
+    axes: Any, positions: list[float], values: list[float | None], width: float, number: int, head: str
+) -> None:
     heights = [math.nan if value is None else value for value in values]
     hatch = HATCHES[number % len(HATCHES)]
     bars = axes.bar(
-        places, heights, width, label=head, hatch=hatch, color=f"C{number}", alpha=0.75, edgecolor="black", lw=0.6
+        positions, heights, width, label=head, hatch=hatch, color=f"C{number}", alpha=0.75, edgecolor="black", lw=0.6
     )
     labels = ["gap" if value is None else f"{value:.2f}" for value in values]
     for bar, label in zip(bars, labels, strict=True):

@@ -1,8 +1,8 @@
-"""Where the conv-head alone, the fc-head alone and Ext differ most on one Ext model (Figures 9 and 10).
+"""The objects on which the conv-head alone, the fc-head alone and Ext differ most, on one Ext model (Figures 9, 10).
 
-Every image of the data is read out in the three ways.  An object is a case where one head finds it and the other misses
-it (Figure 9), or where one head finds it twice and the other once (Figure 10; in yellow the proposals that its boxes
-come from).  All cases go into a table, the most telling ones into pictures.
+Every image is evaluated with the three read-outs.  An object is a case if one head finds it and the other misses it
+(Figure 9), or if one head finds it twice and the other once (Figure 10, with the proposals of its boxes in yellow).
+All cases are listed in a table; the most telling ones are drawn.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from doublehead.data import DetectionDataset, Target, build_dataset
 from doublehead.engine.checkpoint import load_model
 from doublehead.engine.data_options import data_config
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import UserError, config_errors
 from doublehead.engine.logs import say
-from doublehead.models.detections import resolve_sources
+from doublehead.errors import UserError, config_errors
+from doublehead.models.readout import resolve_readout
 from doublehead.ops.boxes import box_iou
 
 FOUND_IOU = 0.5
 DUPLICATE_IOU = 0.3
-"""A second box that lies this well on an object is a duplicate: NMS has left it, as it is far from the first."""
+"""The IoU with an object from which a second box is a duplicate; NMS keeps it, as it is far from the first."""
 COLUMNS = (
     "kind", "image_id", "file", "class", "x1", "y1", "x2", "y2", "conv", "fc", "Ext", "conv_score", "fc_score",
     "Ext_score", "conv_duplicate", "fc_duplicate", "Ext_duplicate", "conv_score_at_box", "fc_score_at_box", "picture",
@@ -41,7 +41,7 @@ def run(options: Qualitative, world: World) -> None:
     """Write `qualitative.csv` and, for each kind that occurs, `qualitative-KIND.png`.
 
     Raises:
-        UserError: no Ext model, a read-out it was not trained for, or options or data that cannot be used.
+        UserError: not an Ext model, a read-out it was not trained for, or options or data that cannot be used.
         CheckpointError: the checkpoint cannot be read.
     """
     readers = open_ext(options, world.device)
@@ -73,7 +73,7 @@ def open_ext(options: Qualitative, device: torch.device) -> dict[str, Reader]:
     """A reader for each of `READOUTS`; they share one model.
 
     Raises:
-        UserError: the options are out of range, or the model has not these read-outs.
+        UserError: an option is out of range, or the model does not have these read-outs.
     """
     if not options.checkpoint:
         raise UserError("no checkpoint is named: give the one of a Double-Head-Ext")
@@ -91,8 +91,8 @@ def open_ext(options: Qualitative, device: torch.device) -> dict[str, Reader]:
     readers = {}
     for name, readout in READOUTS.items():
         with config_errors():
-            sources = resolve_sources(config.head.kind, readout, config.detection.fusion, config.loss)
-        readers[name] = Reader(name, model.to(device), recipe, classes, sources)
+            resolved = resolve_readout(config, readout)
+        readers[name] = Reader(name, model.to(device), recipe, classes, resolved)
     return readers
 
 
@@ -108,9 +108,9 @@ def find_cases(
     scores = scores_at_boxes(readers, image, boxes, labels) if chosen else {}
     found = []
     for kind, k in chosen:
-        words = {name: values[k] for name, values in verdicts.items()}
+        of_object = {name: values[k] for name, values in verdicts.items()}
         at_box = {name: values[k] for name, values in scores.items()}
-        found.append(Case(kind, number, k, int(labels[k]), tuple(boxes[k].tolist()), words, at_box))
+        found.append(Case(kind, number, k, int(labels[k]), tuple(boxes[k].tolist()), of_object, at_box))
     return found
 
 
@@ -120,43 +120,43 @@ def detect(readers: dict[str, Reader], image: Tensor) -> dict[str, dict[str, Ten
 
 
 def scores_at_boxes(readers: dict[str, Reader], image: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, list[float]]:
-    """Head -> score of each object's class on its own box."""
+    """Head -> the score of each object's class on its own box."""
     features = readers["Ext"].features(image, boxes)
     labels = labels.to(features.boxes.device)
     return {name: readers[name].read(features, features.boxes, labels).scores.tolist() for name in ("conv", "fc")}
 
 
 def judge(output: dict[str, Tensor], boxes: Tensor, labels: Tensor, threshold: float) -> list[Verdict]:
-    """What became of each object in a read-out.
+    """The outcome for each object with one read-out.
 
-    A detection belongs to the object of its class on which it lies best.
+    A detection is assigned to the object of its class with the highest IoU.
 
     Args:
-        output: detections: boxes `Tensor[D, 4]`, labels `Tensor[D]`, scores `Tensor[D]`.
-        boxes: `Tensor[n, 4]`, the objects', n >= 1; labels: `Tensor[n]`.
-        threshold: detections with a lower score count as not there.
+        output: the detections: boxes `Tensor[D, 4]`, labels `Tensor[D]`, scores `Tensor[D]`.
+        boxes: `Tensor[n, 4]`, the objects' boxes, n >= 1; labels: `Tensor[n]`.
+        threshold: detections with a lower score are ignored.
     """
-    iou, owned = belonging(output, boxes, labels, threshold)
+    iou, assigned = assign(output, boxes, labels, threshold)
     shown = output["scores"] >= threshold
     verdicts = []
     for k in range(len(boxes)):
-        well, own = iou[:, k] >= FOUND_IOU, owned[:, k]
+        close, own = iou[:, k] >= FOUND_IOU, assigned[:, k]
         scores = output["scores"][own].sort(descending=True).values.tolist()
         if len(scores) > 1:
             verdicts.append(Verdict("duplicate", *scores[:2]))
-        elif (own & well).any():
+        elif (own & close).any():
             verdicts.append(Verdict("found", scores[0]))
         else:
-            word = "unclear" if (shown & well).any() else "missed"
-            best = output["scores"][well].tolist()
-            verdicts.append(Verdict(word, max(best, default=None)))
+            outcome = "unclear" if (shown & close).any() else "missed"
+            best = output["scores"][close].tolist()
+            verdicts.append(Verdict(outcome, max(best, default=None)))
     return verdicts
 
 
-def belonging(output: dict[str, Tensor], boxes: Tensor, labels: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """IoUs of D detections with n objects of their class (else 0), and which of them are each object's: `Tensor[D, n]`.
+def assign(output: dict[str, Tensor], boxes: Tensor, labels: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """IoUs of D detections with n objects of their class (else 0), and the assignment: both `Tensor[D, n]`.
 
-    Arguments as of `judge`.
+    The arguments are those of `judge`.
     """
     same = output["labels"][:, None] == labels
     iou = torch.where(same, box_iou(output["boxes"], boxes).nan_to_num(0), 0)
@@ -167,30 +167,35 @@ def belonging(output: dict[str, Tensor], boxes: Tensor, labels: Tensor, threshol
 def origins(
     readers: dict[str, Reader], image: Tensor, target: Target, case: Case, output: dict[str, Tensor], threshold: float
 ) -> list[Origin]:
-    """The proposals that a duplicated object's boxes come from; none of other kinds of case.
+    """The proposals from which a duplicated object's boxes come; empty for other kinds of case.
 
     Args:
-        image: on the model's device; `target`: its own.
-        output: detections of the case's head.
-        threshold: as of `judge`.
+        image: on the model's device.
+        target: the image's ground truth.
+        output: the detections of the case's head.
+        threshold: see `judge`.
     """
-    if case.kind.word != "duplicate":
+    if case.kind.outcome != "duplicate":
         return []
-    _, owned = belonging(output, target["boxes"], target["labels"], threshold)
-    return find_origins(readers, image, target, case, output["boxes"][owned[:, case.object]])
+    _, assigned = assign(output, target["boxes"], target["labels"], threshold)
+    return find_origins(readers, image, target, case, output["boxes"][assigned[:, case.object]])
 
 
 def differing(verdicts: dict[str, list[Verdict]]) -> list[tuple[Kind, int]]:
     """The objects that are cases, with their kinds."""
     found = []
     for k in range(len(verdicts["conv"])):
-        words = {name: verdicts[name][k].word for name in ("conv", "fc")}
-        found += [(kind, k) for kind in KINDS if (words[kind.head], words[kind.other]) == (kind.word, kind.other_word)]
+        outcomes = {name: verdicts[name][k].outcome for name in ("conv", "fc")}
+        found += [
+            (kind, k)
+            for kind in KINDS
+            if (outcomes[kind.head], outcomes[kind.other]) == (kind.outcome, kind.other_outcome)
+        ]
     return found
 
 
 def most_telling(cases: list[Case], kind: Kind, count: int) -> list[Case]:
-    """At most `count` cases of a kind, the most telling first, one for each image."""
+    """At most `count` cases of a kind, the most telling first, at most one per image."""
     best: dict[int, Case] = {}
     for case in sorted((case for case in cases if case.kind == kind), key=lambda case: -case.telling):
         best.setdefault(case.image, case)
@@ -200,7 +205,7 @@ def most_telling(cases: list[Case], kind: Kind, count: int) -> list[Case]:
 def write_results(
     cases: list[Case], readers: dict[str, Reader], dataset: DetectionDataset, options: Qualitative, out: Path
 ) -> None:
-    """Draw the most telling cases of each kind and write the table of all."""
+    """Draw the most telling cases of each kind, and write the table of all cases."""
     from doublehead.analysis.qualitative_figure import draw_cases
 
     device = next(readers["Ext"].model.parameters()).device
@@ -210,7 +215,7 @@ def write_results(
         number = sum(case.kind == kind for case in cases)
         chosen = most_telling(cases, kind, options.cases)
         if not chosen:
-            path.unlink(missing_ok=True)  # an earlier call's
+            path.unlink(missing_ok=True)  # from an earlier run
             say(f"{kind.title}: no such object, no picture")
             continue
         outputs, yellow = [], []
@@ -231,6 +236,6 @@ def _row(case: Case, dataset: DetectionDataset, picture: str | None) -> list:
     verdicts = [case.verdicts[name] for name in READOUTS]
     return [
         case.kind.name, dataset.image_ids[case.image], dataset.file_names[case.image], dataset.classes[case.label - 1],
-        *case.box, *(v.word for v in verdicts), *(v.score for v in verdicts), *(v.duplicate for v in verdicts),
+        *case.box, *(v.outcome for v in verdicts), *(v.score for v in verdicts), *(v.duplicate for v in verdicts),
         case.at_box["conv"], case.at_box["fc"], picture,
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The cases in which two heads differ on an object, and how a stopped search keeps them."""
+"""Cases in which two heads differ on an object, and their form in the state of an interrupted search."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from doublehead.config import ReadOut
+from doublehead.config import ReadOutName
 
-READOUTS: dict[str, ReadOut] = {"conv": "conv", "fc": "fc", "Ext": "fused"}
+READOUTS: dict[str, ReadOutName] = {"conv": "conv", "fc": "fc", "Ext": "fused"}
 """Column of the figure -> read-out."""
 
 
@@ -18,10 +18,10 @@ class Kind(NamedTuple):
 
     name: str
     head: str
-    word: str
-    """What became of the object in `head`."""
+    outcome: str
+    """The outcome for the object with `head`, one of `OUTCOMES`."""
     other: str
-    other_word: str
+    other_outcome: str
     title: str
 
 
@@ -35,19 +35,19 @@ KINDS = (
 )
 
 
-WORDS = ("found", "duplicate", "missed", "unclear")
+OUTCOMES = ("found", "duplicate", "missed", "unclear")
 
 
 class Verdict(NamedTuple):
-    """What became of an object in one read-out."""
+    """The outcome for an object with one read-out."""
 
-    word: str
-    """`found`: one detection is its, and lies well; `duplicate`: several are its; `missed`: none of its class lies well
-    on it; `unclear`: one does, but is a neighbour's."""
+    outcome: str
+    """`found`: one detection is assigned to it, with a high IoU; `duplicate`: several are; `missed`: no detection of
+    its class has a high IoU with it; `unclear`: one has, but is assigned to a neighbour."""
     score: float | None
-    """Of the best detection; of a missed object, below the threshold.  None: there is no detection at all."""
+    """The score of the best detection, below the threshold for a missed object; None: there is no detection at all."""
     duplicate: float | None = None
-    """Score of the second detection."""
+    """The score of the second detection."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Case:
 
     kind: Kind
     image: int
-    """Index in the data set."""
+    """Index of the image in the data set."""
     object: int
-    """Index in the image's ground truth."""
+    """Index of the object in the image's ground truth."""
     label: int
     box: tuple[float, float, float, float]
     verdicts: dict[str, Verdict]
@@ -67,7 +67,7 @@ class Case:
 
     @property
     def telling(self) -> float:
-        """Larger is more telling: the gap of the heads' scores, or the duplicate's score."""
+        """How telling the case is: the difference of the heads' scores, or the duplicate's score."""
         mine, other = self.verdicts[self.kind.head], self.verdicts[self.kind.other]
         return mine.duplicate if mine.duplicate is not None else mine.score - (other.score or 0.0)
 
@@ -83,11 +83,11 @@ class Cases:
         return Cases()
 
     def merge(self, other: Cases) -> None:
-        """Take in those of other images."""
+        """Add the cases of other images."""
         self.cases += other.cases
 
     def sorted(self) -> list[Case]:
-        """In the data set's order, whoever found them."""
+        """The cases in the data set's order, on any number of processes."""
         return sorted(self.cases, key=lambda case: (case.image, case.object))
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,10 +96,10 @@ class Cases:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Cases:
-        """Rebuild what `to_dict` gave.
+        """Rebuild cases from the result of `to_dict`.
 
         Raises:
-            ValueError, TypeError, KeyError: it is something else.
+            ValueError, TypeError, KeyError: the values are not such a result.
         """
         return cls(map(_case, values["cases"]))
 
@@ -114,8 +114,8 @@ def _case(value: dict[str, Any]) -> Case:
         not all(type(number) is int and number >= 0 for number in (case.image, case.object, case.label - 1))
         or not all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
         or set(verdicts) != set(READOUTS) or set(case.at_box) != {"conv", "fc"} or len(case.box) != 4
-        or not all(verdict.word in WORDS for verdict in verdicts.values())
+        or not all(verdict.outcome in OUTCOMES for verdict in verdicts.values())
         or verdicts[case.kind.head].score is None
     ):  # fmt: skip
-        raise ValueError(f"a case of image {value['image']!r:.40} is no case")
+        raise ValueError(f"a case of image {value['image']!r:.40} is invalid")
     return case

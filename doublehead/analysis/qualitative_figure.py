@@ -19,7 +19,7 @@ Box = tuple[float, float, float, float]
 NAMES = {"conv": "conv-head alone", "fc": "fc-head alone", "Ext": "Ext, fused"}
 SIDE = 440  # pixels of a panel's longer side
 LEAST_VIEW = 160  # pixels of the image
-MOST_ORIGINS = 3  # whose IoUs fit below a panel
+MOST_ORIGINS = 3  # as many IoUs fit below a panel
 COLOURS = {"found": "limegreen", "missed": "red", "duplicate": "red", "unclear": "orange"}
 
 
@@ -34,10 +34,10 @@ def draw_cases(
     """The figure of one kind.
 
     Args:
-        kind: of the cases.
+        kind: the kind of the cases.
         cases: one for each row.
-        outputs: for each of them read-out -> detections (see `judge`) of its image.
-        origins: for each of them the proposals of the object's boxes, drawn in the panels of both heads.
+        outputs: for each case, read-out -> detections (see `judge`) of its image.
+        origins: for each case, the proposals of the object's boxes, drawn in the panels of both heads.
         dataset: the images and their ground truth.
         threshold: detections with a lower score are not drawn.
     """
@@ -75,12 +75,12 @@ def _draw_case(
     for axes, (readout, title) in zip(row[1:], NAMES.items(), strict=True):
         verdict = case.verdicts[readout]
         _draw_panel(axes, image, view, output[readout], dataset.classes, threshold)
-        _frame(axes, case.box, view, COLOURS[verdict.word])
+        _frame(axes, case.box, view, COLOURS[verdict.outcome])
         text = score_text(verdict, case.at_box.get(readout))
-        if readout in case.at_box:  # a head; Ext has its boxes from the conv-head
+        if readout in case.at_box:  # a single head; Ext takes its boxes from the conv-head
             _draw_origins(axes, origins, readout, view)
             text += origins_text(origins, readout, case.box) if origins else ""
-        axes.set(title=f"{title}: {verdict.word}", xlabel=text)
+        axes.set(title=f"{title}: {verdict.outcome}", xlabel=text)
 
 
 def view_around(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -124,7 +124,7 @@ def _scale(view: tuple[int, int, int, int]) -> float:
 
 
 def _frame(axes: Any, box: Box, view: tuple[int, int, int, int], colour: str) -> None:
-    """A dashed frame around `box` and its name, inside the picture; white below, to be seen on any ground."""
+    """A dashed frame around `box` and its name, inside the picture, on white to be visible on any background."""
     from matplotlib.patches import Rectangle
 
     scale, margin = _scale(view), 24
@@ -141,7 +141,7 @@ def _frame(axes: Any, box: Box, view: tuple[int, int, int, int], colour: str) ->
 
 
 def _draw_origins(axes: Any, origins: list[Origin], head: str, view: tuple[int, int, int, int]) -> None:
-    """Dashed where `head` moves the proposals, and on top of that the proposals in yellow; each with a dark rim."""
+    """Draw the proposals in yellow over the dashed boxes to which `head` moves them; each with a dark outline."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
@@ -158,7 +158,7 @@ def _draw_origins(axes: Any, origins: list[Origin], head: str, view: tuple[int, 
 
 
 def origins_text(origins: list[Origin], head: str, box: Box) -> str:
-    """A line with the IoU of each proposal, of three at most, and after it that of the box that `head` makes of it."""
+    """A line with the IoUs of at most three proposals, each before and after `head` moves it."""
     truth = torch.tensor([box])
     pairs = [
         [f"{float(box_iou(one[None], truth)):.2f}" for one in (origin.proposal, origin.moved[head])]
@@ -168,7 +168,7 @@ def origins_text(origins: list[Origin], head: str, box: Box) -> str:
 
 
 def score_text(verdict: Verdict, at_box: float | None) -> str:
-    """The line below a picture."""
+    """The text below a panel."""
     if verdict.duplicate is not None:
         text = f"scores {verdict.score:.2f} and {verdict.duplicate:.2f}"
     elif verdict.score is None:

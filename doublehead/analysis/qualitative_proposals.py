@@ -1,7 +1,7 @@
-"""Which proposals the boxes of a duplicated object come from, and where each head moves them (Figure 10).
+"""Finds the proposals from which a duplicated object's boxes come, and where each head moves them (Figure 10).
 
-Both heads of an Ext see the same proposals.  A duplicate comes from an inaccurate one, which one head moves to a box of
-its own, the other onto the object's.
+Both heads of an Ext see the same proposals.  A duplicate comes from an inaccurate proposal, which one head moves to a
+separate box and the other onto the object's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HEADS = ("conv", "fc")
 SAME_BOX = 0.5
-"""Pixels between a detection and the box that its proposal is moved to: no more than rounding."""
+"""Pixels by which a detection may differ from the moved proposal, because of rounding."""
 CHUNK = 512
 
 
@@ -38,12 +38,12 @@ def find_origins(readers: dict[str, Reader], image: Tensor, target: Target, case
     Args:
         readers: "conv" and "fc", of one model.
         image: `Tensor[3, H, W]` uint8, on the model's device.
-        target: of the image.
-        case: which head, and which class.
+        target: the image's ground truth.
+        case: gives the head and the class.
         boxes: `Tensor[D, 4]`, the head's detections of the object, in the image's pixels.
 
     Returns:
-        One for each detection, in order; a proposal that is the origin of two is there once.
+        One for each detection, in order; a proposal that is the origin of two detections is there once.
     """
     features = readers["fc"].features(image, target["boxes"])
     proposals = readers["fc"].proposals(features)
@@ -61,6 +61,6 @@ def find_origins(readers: dict[str, Reader], image: Tensor, target: Target, case
 
 
 def _moved(reader: Reader, features: ImageFeatures, proposals: Tensor, label: int) -> Tensor:
-    """Where `reader` moves the proposals as boxes of a class: `Tensor[R, 4]`, the image's pixels, on the host."""
+    """The proposals moved by the regressor of a class: `Tensor[R, 4]`, the image's pixels, on the CPU."""
     labels = torch.full((len(proposals),), label, device=proposals.device)
     return features.into_image(reader.read_all(features, proposals, labels, CHUNK).boxes).cpu()

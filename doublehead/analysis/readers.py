@@ -1,4 +1,4 @@
-"""Reads a trained head at any boxes: the score of a class, and where that class's regressor moves the box."""
+"""Evaluates a trained head on given boxes: the score of a class, and the box moved by that class's regressor."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from doublehead.config import Recipe
 from doublehead.engine.checkpoint import LoadedModel, load_model
-from doublehead.engine.errors import UserError, config_errors
+from doublehead.errors import UserError, config_errors
 from doublehead.models import DoubleHeadRCNN, ImageBatch
-from doublehead.models.detections import EXT_SOURCES, Sources, resolve_sources
 from doublehead.models.heads import HeadOutput
 from doublehead.models.images import BoxMap
+from doublehead.models.readout import EXT_SOURCES, ReadOut, resolve_readout
 from doublehead.ops import fuse_scores
 from doublehead.ops.boxes import clip_boxes, decode_boxes
 
 
 class HeadSpec(NamedTuple):
-    """`[NAME=]CHECKPOINT[:READOUT]` of a command line."""
+    """A parsed argument `[NAME=]CHECKPOINT[:READOUT]`."""
 
     name: str
     checkpoint: str
@@ -30,27 +30,27 @@ class HeadSpec(NamedTuple):
 
 
 class ImageFeatures(NamedTuple):
-    """One image as a detector sees it."""
+    """A detector's features of one image."""
 
     maps: list[Tensor]
     """The backbone's maps, `Tensor[1, C, H, W]` each."""
     size: Tensor
     """`Tensor[1, 2]`: (height, width) in the batch, without padding."""
     boxes: Tensor
-    """`Tensor[n, 4]`: the ground truth in the batch's pixels, as training has it there."""
+    """`Tensor[n, 4]`: the ground truth in the batch's pixels, as in training."""
     into_batch: BoxMap
-    """Carries boxes from the image's pixels into the batch's."""
+    """Maps boxes from the image's pixels to the batch's."""
     into_image: BoxMap
-    """The way back."""
+    """Maps boxes from the batch's pixels to the image's."""
     padded: tuple[int, int]
     """(height, width) of the batch."""
 
 
 class Reading(NamedTuple):
-    """What a head says of K boxes, each taken as a box of one given class."""
+    """A head's output for K boxes, each with a given class."""
 
     scores: Tensor
-    """`Tensor[K]`: of the given class."""
+    """`Tensor[K]`: the score of the given class."""
     boxes: Tensor
     """`Tensor[K, 4]`: moved by the class's regressor, clipped to the image; the batch's pixels."""
 
@@ -63,7 +63,7 @@ class Reader:
     model: DoubleHeadRCNN
     recipe: Recipe
     classes: list[str]
-    sources: Sources
+    readout: ReadOut
 
     @torch.inference_mode()
     def features(self, image: Tensor, boxes: Tensor) -> ImageFeatures:
@@ -80,34 +80,36 @@ class Reader:
         return ImageFeatures(maps, batch.sizes, truth, into_batch, into_image, padded)
 
     def rois(self, features: ImageFeatures, boxes: Tensor) -> Tensor:
-        """Boxes of the image as RoIs of the batch, cut off at the image's border: `Tensor[K, 4]` -> `Tensor[K, 4]`."""
-        return clip_boxes(features.into_batch(boxes)[None], features.size, self.model.detector.least_side)[0]
+        """Boxes of the image as RoIs of the batch, clipped to the image: `Tensor[K, 4]` -> `Tensor[K, 4]`."""
+        return clip_boxes(features.into_batch(boxes)[None], features.size, self.model.detector.min_side)[0]
 
     @torch.inference_mode()
     def read(self, features: ImageFeatures, boxes: Tensor, labels: Tensor) -> Reading:
-        """Run the heads on `boxes` `Tensor[K, 4]` (the batch's pixels), each as a box of its class in `labels` [K]."""
-        detector = self.model.detector
-        outputs = self._run_heads(features, boxes, {*self.sources.classes, self.sources.boxes})
+        """Run the heads on `boxes` `Tensor[K, 4]`, in the batch's pixels, each with its class in `labels` [K]."""
+        detector, sources = self.model.detector, self.readout.sources
+        outputs = self._run_heads(features, boxes, {*sources.classes, sources.boxes})
         own = labels[:, None]
-        deltas = outputs[self.sources.boxes].deltas.gather(1, own[..., None].expand(-1, 1, 4)).squeeze(1)
+        deltas = outputs[sources.boxes].deltas.gather(1, own[..., None].expand(-1, 1, 4)).squeeze(1)
         moved = decode_boxes(deltas, boxes, self.recipe.model.roi.box_weights)
-        moved = clip_boxes(moved[None], features.size, detector.least_side)[0]
+        moved = clip_boxes(moved[None], features.size, detector.min_side)[0]
         return Reading(self._scores(outputs).gather(1, own).squeeze(1), moved)
 
     @torch.inference_mode()
     def best_classes(self, features: ImageFeatures, boxes: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-        """The highest score of any class but background, and that class: `Tensor[K]`, `Tensor[K]` int64 from 1 on.
+        """The highest score over classes without background, and that class: `Tensor[K]`, `Tensor[K]` int64 from 1.
 
         Args:
-            boxes: `Tensor[K, 4]`, the batch's pixels, any number; at most `chunk` go through the heads at a time.
+            boxes: `Tensor[K, 4]`, in the batch's pixels.
+            chunk: the number of boxes that go through the heads at a time.
 
         Raises:
             UserError: a score is not finite.
         """
-        parts = [self._scores(self._run_heads(features, part, self.sources.classes)) for part in boxes.split(chunk)]
-        scores, places = torch.cat(parts)[:, 1:].max(dim=1)
+        classifiers = self.readout.sources.classes
+        parts = [self._scores(self._run_heads(features, part, classifiers)) for part in boxes.split(chunk)]
+        scores, classes = torch.cat(parts)[:, 1:].max(dim=1)
         self._check_finite(scores)
-        return scores, places + 1
+        return scores, classes + 1
 
     def _run_heads(self, features: ImageFeatures, boxes: Tensor, names: Collection[str]) -> dict[str, HeadOutput]:
         detector = self.model.detector
@@ -117,17 +119,17 @@ class Reader:
 
     def _scores(self, outputs: dict[str, HeadOutput]) -> Tensor:
         """`Tensor[K, C]`: of every class, background first, as the read-out joins the classifiers."""
-        logits = [outputs[name].logits for name in self.sources.classes]
+        logits = [outputs[name].logits for name in self.readout.sources.classes]
         if len(logits) == 2:
-            return fuse_scores(*logits, self.model.detector.detection.fusion)
+            return fuse_scores(*logits, self.readout.detection.fusion)
         return logits[0].softmax(-1)
 
     def _check_finite(self, *values: Tensor) -> None:
         if not all(bool(value.isfinite().all()) for value in values):
-            raise UserError(f"{self.name}: gives scores or boxes that are not finite: choose a sound checkpoint")
+            raise UserError(f"{self.name}: gives scores or boxes that are not finite: choose another checkpoint")
 
     def read_all(self, features: ImageFeatures, boxes: Tensor, labels: Tensor, chunk: int) -> Reading:
-        """`read` of any number of boxes, at most `chunk` at a time.
+        """`read` for any number of boxes, at most `chunk` at a time.
 
         Raises:
             UserError: a score or a box is not finite.
@@ -140,19 +142,19 @@ class Reader:
     @torch.inference_mode()
     def detect(self, image: Tensor) -> dict[str, Tensor]:
         """Final detections of `image` with this read-out, in its pixels (see `DoubleHeadRCNN`)."""
-        self.model.detector.sources = self.sources
+        self.model.detector.readout = self.readout
         return self.model([image])[0]
 
     @torch.inference_mode()
     def proposals(self, features: ImageFeatures) -> Tensor:
         """The RPN's proposals, `Tensor[n, 4]` in the batch's pixels."""
-        pixels = features.maps[0].new_empty((1, 3, *features.padded))  # only its shape is looked at
+        pixels = features.maps[0].new_empty((1, 3, *features.padded))  # only its shape is used
         proposals, _ = self.model.detector.rpn(ImageBatch(pixels, features.size), features.maps)
         return proposals.boxes[proposals.valid]
 
 
 def shared_features(readers: Sequence[Reader], image: Tensor, boxes: Tensor) -> list[ImageFeatures]:
-    """`Reader.features` for each reader, computed once for those that read the same detector."""
+    """`Reader.features` of each reader, computed once for readers that share a detector."""
     found: dict[int, ImageFeatures] = {}
     for reader in readers:
         if id(reader.model) not in found:
@@ -161,7 +163,7 @@ def shared_features(readers: Sequence[Reader], image: Tensor, boxes: Tensor) -> 
 
 
 def parse_spec(text: str) -> HeadSpec:
-    """Take `[NAME=]CHECKPOINT[:READOUT]` apart; without a name the checkpoint's folder (and read-out) is the name.
+    """Parse `[NAME=]CHECKPOINT[:READOUT]`; the default name is the checkpoint's folder, with the read-out.
 
     Raises:
         UserError: no checkpoint is named.
@@ -181,7 +183,7 @@ def open_readers(texts: Sequence[str], device: torch.device) -> list[Reader]:
     """Load every checkpoint once and make a reader for each spec, in order.
 
     Raises:
-        UserError: no spec, two of the same name, classes that differ, or a read-out that a model was not trained for.
+        UserError: there is no spec, two have the same name, classes differ, or a model was not trained for a read-out.
         CheckpointError: a checkpoint cannot be read.
     """
     specs = [parse_spec(text) for text in texts]
@@ -196,12 +198,10 @@ def open_readers(texts: Sequence[str], device: torch.device) -> list[Reader]:
         if spec.checkpoint not in loaded:
             loaded[spec.checkpoint] = load_model(spec.checkpoint)
         model, recipe, classes, _ = loaded[spec.checkpoint]
-        config = recipe.model
-        readout = spec.readout or config.detection.readout
         with config_errors():
-            sources = resolve_sources(config.head.kind, readout, config.detection.fusion, config.loss)
-        readers.append(Reader(spec.name, model.to(device), recipe, classes, sources))
+            readout = resolve_readout(recipe.model, spec.readout)
+        readers.append(Reader(spec.name, model.to(device), recipe, classes, readout))
     for reader in readers[1:]:
         if reader.classes != readers[0].classes:
-            raise UserError(f"{reader.name} and {readers[0].name} know different classes: they cannot be compared")
+            raise UserError(f"{reader.name} and {readers[0].name} have different classes: they cannot be compared")
     return readers

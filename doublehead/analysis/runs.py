@@ -1,4 +1,4 @@
-"""The runs in a folder, and in what two recipes differ."""
+"""Finds the runs in a folder, and compares recipes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from doublehead.config import Recipe, to_dict
-from doublehead.engine.errors import UserError
 from doublehead.engine.files import RECIPE_FILE
+from doublehead.errors import UserError
 
 WITHOUT_EFFECT = (
     "data.root", "data.workers", "data.on_bad_record", "data.max_skipped", "data.outside_root",
     "train.device", "train.log_every", "train.checkpoint_every", "train.eval_every",
 )  # fmt: skip
-"""Where and how a run was carried out: two runs may differ in them and still have learned the same."""
+"""Fields that say where and how a run is carried out, without an effect on what it learns."""
 
 
 class Difference(NamedTuple):
-    """One field in which two recipes would not learn the same."""
+    """One field in which two recipes differ."""
 
     field: str
     found: Any
@@ -30,7 +30,7 @@ class Difference(NamedTuple):
 
 
 def run_folders(root: str | Path) -> list[Path]:
-    """Every folder in `root`, at any depth, that holds a run, finished or not; by name.
+    """Every folder in `root`, at any depth, that holds a run, finished or not; sorted by path.
 
     Raises:
         UserError: no such folder.
@@ -41,10 +41,10 @@ def run_folders(root: str | Path) -> list[Path]:
 
 
 def differences(found: Recipe, wanted: Recipe, leave_out: tuple[str, ...] = ()) -> list[Difference]:
-    """In what `found` is not `wanted`: its model, data and training, but for `WITHOUT_EFFECT`.
+    """The fields of model, data and training in which `found` differs from `wanted`, except `WITHOUT_EFFECT`.
 
     Args:
-        leave_out: further fields, or groups of them (`model.detection.`), that do not matter.
+        leave_out: further fields to ignore, or prefixes of them (`model.detection.`).
     """
     before, after = dict(_flat(to_dict(found))), dict(_flat(to_dict(wanted)))
     names = [name for name in after if name.startswith(("model.", "data.", "train."))]

@@ -1,11 +1,11 @@
-"""Runs a measurement over all images on any number of processes; a stopped one goes on from where it was.
+"""Runs a measurement over all images on any number of processes; an interrupted one can be continued.
 
-Each process keeps the summary of its images in a file of its own.  Merging is exact (see `moments`), so neither the
-number of processes nor stops in between change a bit of the result; another device or number of threads may, as
-the heads' own rounding depends on them.
+Each process saves the summary of its images in its own file.  Merging is exact (see `moments`), so the result is the
+same to the bit for any number of processes and interruptions.  Another device or number of threads may change it,
+because the heads' rounding depends on them.
 
-Ctrl-C and SIGTERM let the image in work end, keep what is done, and say so.  One command at a time works in a folder: a
-lock keeps others out.  What is read back is JSON with a digest, and checked in full: `states`.
+Ctrl-C and SIGTERM finish the current image and save the state.  A lock admits one command at a time to a folder.  Saved
+states are JSON with a digest, and fully validated when they are read (see `states`).
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from doublehead.analysis.states import State, merge_states
 from doublehead.config import to_dict
 from doublehead.data import DetectionDataset, Loader, Target
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import UserError
 from doublehead.engine.lock import FolderLock
 from doublehead.engine.logs import say
 from doublehead.engine.signals import Stopped, StopSignals
+from doublehead.errors import UserError
 
 SAVE_SECONDS = 30.0
 
 Measure = Callable[[Tensor, Target], tuple[Any, int]]
-"""(image `Tensor[3, H, W]` uint8 on the host, its target) -> (its summary, how many RoIs or objects that were)."""
+"""(image `Tensor[3, H, W]` uint8 on the CPU, its target) -> (its summary, its number of RoIs or objects)."""
 
 
 def fingerprint(
     readers: Sequence[Reader], dataset: DetectionDataset, annotations: list[dict[str, Any]], **more: Any
 ) -> dict[str, Any]:
-    """What a measurement depends on, as plain values: the heads, the data with its annotations, and `more`."""
+    """Everything a measurement depends on, as plain values: the heads, the data with its annotations, and `more`."""
     models = {id(reader.model): _hash_of_model(reader) for reader in readers}
-    heads = [[reader.name, models[id(reader.model)], list(reader.sources.classes), reader.sources.boxes]
+    heads = [[reader.name, models[id(reader.model)], list(reader.readout.sources.classes), reader.readout.sources.boxes]
              for reader in readers]  # fmt: skip
     data = [dataset.name, dataset.image_ids, dataset.image_sizes, annotations]
     return {"heads": heads, "data": hashlib.sha256(json.dumps(data).encode()).hexdigest(), **more}
@@ -58,21 +58,21 @@ def measure_images(
     workers: int = 0,
     counted: str = "RoIs",
 ) -> Any:
-    """Measure all images that are not done yet, each on one process, and merge everything.
+    """Measure all remaining images, each on one process, and merge the summaries.
 
     Args:
-        measure: of one image; it must depend on nothing else.
-        folder: of the states; made if need be.
+        measure: measures one image; its result must depend on nothing else.
+        folder: the folder of the states; created if it does not exist.
         empty: the fingerprint and an empty summary.
-        workers: processes that load images, for each process.
-        counted: what `measure` counts.
+        workers: the number of image-loading workers per process.
+        counted: what `measure` counts, for messages.
 
     Returns:
         The summary of all images, on every process.
 
     Raises:
-        UserError: `folder` holds a state of something else, or a damaged one, or another command works there.
-        Stopped: after Ctrl-C or SIGTERM; what was measured is kept.
+        UserError: `folder` holds a state of another measurement or a damaged one, or is in use.
+        Stopped: after Ctrl-C or SIGTERM; the measured images are kept.
         DataError: an image cannot be decoded.
     """
     with _alone(folder, world):
@@ -90,10 +90,10 @@ def measure_images(
 
 @contextlib.contextmanager
 def _alone(folder: Path, world: World) -> Iterator[None]:
-    """Inside, no other command measures in `folder`.
+    """Hold the lock on `folder`.
 
     Raises:
-        UserError: one does.
+        UserError: another command holds it.
     """
     lock = FolderLock(folder)
     world.on_main(lambda: _acquire(lock))
@@ -111,7 +111,7 @@ def _acquire(lock: FolderLock) -> None:
         if "in use" not in str(error):
             raise
         raise UserError(
-            f"{lock.folder}: another analysis is at work there: wait until it ends or stop it, or give another --out"
+            f"{lock.folder}: another analysis is running there: wait until it ends or stop it, or give another --out"
         ) from error
 
 
@@ -125,7 +125,7 @@ def _measure_share(
     workers: int,
     counted: str,
 ) -> int:
-    """This process's share; returns how many RoIs or objects it had."""
+    """Measure this process's share of the images; returns its number of RoIs or objects."""
     mine = todo[world.rank :: world.size]
     state = State(empty.fingerprint, empty.table.empty())
     path = folder / f"rank-{world.rank}.json"
@@ -149,7 +149,7 @@ def _measure_share(
             if now - saved >= SAVE_SECONDS:
                 state.write(path)
                 saved = now
-                if world.is_main and bar.disable:  # not on a terminal: plain lines
+                if world.is_main and bar.disable:  # no terminal: plain lines
                     say(f"{len(state.done)} of {len(mine)} images, {speed}")
         if mine:
             state.write(path)
@@ -157,7 +157,7 @@ def _measure_share(
         if world.is_main:
             whose = "" if world.size == 1 else " of this process"
             kept = f"{len(state.done)} of the {len(mine)} images{whose} that were left are kept"
-            say(f"stopped: {kept} in {folder}; the same command goes on from there")
+            say(f"stopped: {kept} in {folder}; the same command continues from there")
         raise Stopped(stop.received)
     return total
 

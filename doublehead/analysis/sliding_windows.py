@@ -1,8 +1,8 @@
 """Figures 2 and 7: classification scores and regressed boxes' IoUs over the IoUs of sliding windows.
 
-Around every object lie 14,161 windows (see `windows`), each taken as a box of the object's class.  For each of 20 bins
-of the windows' IoU with their object, over all objects of a group: mean and (population) standard deviation of the
-class's score, and of the object's IoU with the window as the class's regressor moves it.
+Every object has 14,161 windows (see `windows`), each with the object's class.  They are grouped into 20 bins by their
+IoU with the object.  For each bin and group of objects, the figure shows the mean and (population) standard deviation
+of the class's score, and of the object's IoU with the window after regression.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from doublehead.ops import box_iou
 FIGURE = "sliding-windows"
 COLUMNS = ("head", "group", "bin low", "bin high", "windows", "score mean", "score std", "iou mean", "iou std")
 STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ("-", "v"), ("--", "x"), (":", "+"), ("-.", "*")]
-"""Line and marker of each head, for print without colours."""
+"""Line style and marker of each head, to tell them apart without colours."""
 
 
 class Curve(NamedTuple):
-    """One head's statistics of one group."""
+    """One head's statistics for one group."""
 
     head: str
     group: str
     bins: list[Moments]
-    """x is the score, y the regressed box's IoU."""
+    """Moments of each bin: x is the score, y the regressed box's IoU."""
 
 
 def run(options: SlidingWindows, world: World) -> None:
     """Draw the figure; see `SlidingWindows`.
 
     Raises:
-        UserError: an option that cannot be followed (see `open_study`), or a state of another measurement in `out`.
+        UserError: an option is invalid (see `open_study`), or `out` holds the state of another measurement.
         DataError: the data cannot be used.
     """
     study = open_study(FIGURE, options, world)
@@ -75,7 +75,7 @@ def read_windows(
 ) -> tuple[Tensor, Tensor]:
     """The score of each window's class in `labels` [K], and its object's IoU with the regressed box: `Tensor[K]` each.
 
-    IoUs are those in the image's pixels, in which windows, too, are compared with the objects `Tensor[G, 4]`.
+    IoUs are computed in the image's pixels, like those of the windows with the objects `Tensor[G, 4]`.
     """
     scores, moved = reader.read_all(features, reader.rois(features, windows.boxes), labels, chunk)
     truth = objects.to(moved.device)[windows.objects]
@@ -83,13 +83,13 @@ def read_windows(
 
 
 def write_results(study: Study, table: MomentTable) -> None:
-    """Write `sliding-windows.csv` and `sliding-windows.png`, and say which groups are empty."""
+    """Write `sliding-windows.csv` and `sliding-windows.png`, and print which groups are empty."""
     curves = [
         Curve(reader.name, group.name, [table.total(head, group.classes, _sized(group.sizes), b) for b in range(BINS)])
         for head, reader in enumerate(study.readers)
         for group in study.groups
     ]
-    for curve in curves[: len(study.groups)]:  # the same windows for each head
+    for curve in curves[: len(study.groups)]:  # all heads share the windows
         if not any(moments.count for moments in curve.bins):
             say(f"{curve.group}: no objects, so nothing is drawn")
     write_csv(study.folder / f"{FIGURE}.csv", COLUMNS, (row for curve in curves for row in _rows(curve)))
@@ -100,7 +100,7 @@ def write_results(study: Study, table: MomentTable) -> None:
 
 
 def draw(path: Path, curves: Sequence[Curve], title: str) -> None:
-    """Scores above, regressed boxes' IoUs below; a column for each group."""
+    """Scores in the upper row, regressed boxes' IoUs in the lower; a column for each group."""
     from matplotlib.figure import Figure
 
     groups = list(dict.fromkeys(curve.group for curve in curves))
@@ -152,4 +152,4 @@ def _shape(study: Study) -> tuple[int, ...]:
 
 
 def _sized(sizes: Sequence[int]) -> list[int]:
-    return [size for size in sizes if size < len(SIZES)]  # no window is without an object
+    return [size for size in sizes if size < len(SIZES)]  # every window has an object

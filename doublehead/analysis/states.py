@@ -1,7 +1,7 @@
-"""What a measurement has come to, in files: written whole, and believed only after every part was checked.
+"""Saves the state of a measurement in files, atomically, and validates it when it is read back.
 
-A file of another version, another measurement or another folder, a damaged or a crafted one is refused in one line; so
-no number of a figure comes from it.  Files are plain JSON: reading one executes nothing.
+A file from another version, measurement or folder, and a damaged or forged one, is refused with a one-line error, so it
+cannot contribute to a figure.  Files are plain JSON: reading one executes nothing.
 """
 
 from __future__ import annotations
@@ -13,65 +13,65 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from doublehead.engine.errors import UserError
 from doublehead.engine.files import write_json
+from doublehead.errors import UserError
 
 FORMAT = "doublehead.analysis/2"
-"""Changes with the meaning of what is stored: 2, boxes of legacy models lie where training has them."""
+"""Version of the stored values; since 2, boxes of legacy models lie where training has them."""
 MOST_BYTES = 2**29
-"""The largest of COCO's val2017 is some ten MiB."""
+"""Limit on a file's size; the largest for COCO's val2017 has about ten MiB."""
 _MERGED = "merged.json"
 _CONTENT = ("fingerprint", "done", "table")
 
 
 class Summary(Protocol):
-    """What a measurement leaves of any number of images; merging must be exact, in whatever order."""
+    """The result of a measurement on any number of images; merging must be exact, in any order."""
 
     def empty(self) -> Summary:
-        """One of the same kind that holds nothing."""
+        """An empty summary of the same kind."""
 
     def merge(self, other: Any) -> None:
-        """Take in another one."""
+        """Add another summary."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Summary:
-        """Rebuild what `to_dict` gave."""
+        """Rebuild a summary from the result of `to_dict`."""
 
 
 @dataclass
 class State:
-    """What has been measured so far."""
+    """The images measured so far, and their summary."""
 
     fingerprint: dict[str, Any]
-    """What the result depends on; states of different ones have nothing to do with each other."""
+    """Everything the result depends on; states with different fingerprints cannot be merged."""
     table: Summary
     done: set[int] = field(default_factory=set)
-    """Image ids."""
+    """Ids of the measured images."""
 
     def add(self, images: Iterable[int], table: Summary) -> None:
-        """Take in images that are not done yet."""
+        """Add images that are not done yet."""
         self.table.merge(table)
         self.done.update(images)
 
     def write(self, path: Path) -> None:
-        """Write it as JSON, atomically."""
+        """Write the state as JSON, atomically."""
         content = {"fingerprint": self.fingerprint, "done": sorted(self.done), "table": self.table.to_dict()}
         write_json(path, {"format": FORMAT, "digest": _digest(content), **content}, indent=None)
 
 
 def merge_states(folder: Path, empty: State, image_ids: Sequence[int]) -> State:
-    """All states in `folder` as one, which then is the only file there.
+    """Merge all states in `folder` into one, which becomes the only file there.
 
     Args:
-        folder: made if need be.
+        folder: created if it does not exist.
         empty: the fingerprint and an empty summary.
-        image_ids: of the data set.
+        image_ids: the data set's image ids.
 
     Raises:
-        UserError: a file cannot be believed, or is of something else; none is removed then.
+        UserError: a file is invalid or belongs to another measurement; no file is removed then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     merged = State(empty.fingerprint, empty.table.empty())
@@ -121,9 +121,9 @@ def _read_content(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise _damaged(file, "it is no JSON, or nested too deeply") from error
+        raise _damaged(file, "it is not JSON, or nested too deeply") from error
     if not isinstance(content, dict):
-        raise _damaged(file, "it is no JSON object")
+        raise _damaged(file, "it is not a JSON object")
     if content.get("format") != FORMAT:
         raise UserError(
             f"{file}: written by another version of doublehead, this one reads {FORMAT!r}: remove {file.parent}, or "

@@ -1,4 +1,4 @@
-"""What the statistics over objects (Figures 2, 3 and 7) begin with: readers, images, groups and a place for states."""
+"""The common setup of the statistics over objects (Figures 2, 3 and 7): readers, images, groups and states."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from doublehead.analysis.states import State
 from doublehead.data import DetectionDataset, Target, build_dataset
 from doublehead.engine.data_options import data_config
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import UserError, config_errors
 from doublehead.engine.logs import say
+from doublehead.errors import UserError, config_errors
 
 
 @dataclass
 class Study:
-    """Everything but the measurement itself."""
+    """The setup of a measurement."""
 
     figure: str
-    """Its name on the command line and of its files."""
+    """The figure's name, on the command line and in file names."""
     readers: list[Reader]
     dataset: DetectionDataset
     workers: int
@@ -42,7 +42,7 @@ class Study:
     def measure(
         self, measure_image: MeasureImage, options: SlidingWindows | Pearson, shape: Sequence[int], world: World
     ) -> MomentTable:
-        """`measure_image` of all images, merged; see `measure_images`.  `shape` is that of the tables."""
+        """The merged results of `measure_image` for all images (see `measure_images`); `shape`: the tables' shape."""
 
         def measure(image: Tensor, target: Target) -> tuple[MomentTable, int]:
             return measure_image(self, options, image.to(world.device), target)
@@ -56,15 +56,15 @@ MeasureImage = Callable[[Study, Any, Tensor, Target], tuple[MomentTable, int]]
 
 
 def open_study(figure: str, options: SlidingWindows | Pearson, world: World, **more: Any) -> Study:
-    """Check the options, load the detectors and the annotations, and say what will be compared.
+    """Check the options, load the detectors and the annotations, and print what will be compared.
 
     Args:
-        more: plain values on which the measurement depends besides (see `fingerprint`).
+        more: further plain values on which the measurement depends (see `fingerprint`).
 
     Raises:
-        UserError: an option that cannot be followed.
+        UserError: an option is invalid.
         CheckpointError: a checkpoint cannot be read.
-        DataError: the data cannot be used, or have other classes than the detectors.
+        DataError: the data cannot be used, or their classes are not the detectors'.
     """
     if options.chunk < 1:
         raise UserError(f"--chunk is {options.chunk}, at least 1 is accepted")

@@ -1,7 +1,7 @@
-"""The paper's tables beside what runs gave: collects finished runs, compares, prints.
+"""Prints the paper's tables beside the results of finished runs.
 
-A run counts for a row when its recipe is the row's: the same model, data and training, whatever the seed, the device
-and where things lie.  A run that was changed by other options is named, and left out.
+A run counts for a row if it has the row's model, data and training; the seed, the device and paths may differ.  A run
+with other changes is reported and left out.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from doublehead.analysis.runs import differences, run_folders
 from doublehead.config import DataConfig, Recipe, from_dict, to_dict
-from doublehead.engine.errors import UserError
 from doublehead.engine.files import read_recipe
+from doublehead.errors import UserError
 from doublehead.paper import Row, Table
 from doublehead.recipes import RECIPES
 
@@ -26,7 +26,7 @@ QUOTED = "(published)"
 QUOTED_NOTE = (
     f"{QUOTED}: numbers that others published for their methods, quoted from the paper; nothing here trains them."
 )
-_SEED = ("train.seed",)  # runs of several seeds are one row: mean and standard deviation
+_SEED = ("train.seed",)  # a row shows mean and standard deviation over seeds
 
 
 @dataclass(frozen=True)
@@ -34,23 +34,23 @@ class Evaluation:
     """One measurement of one run."""
 
     recipe: Recipe
-    """With the data and the read-out it was measured with."""
+    """The run's recipe, with the data and the read-out of the measurement."""
     metrics: dict[str, Any]
     folder: Path
 
 
 @dataclass
 class Found:
-    """What a folder of runs holds."""
+    """The evaluations in a folder of runs."""
 
     evaluations: list[Evaluation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What was left out, and why."""
+    """Messages about what was left out, and why."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Runs of one row, in percent: mean over the runs and sample standard deviation (None with one run)."""
+    """Mean over a row's runs and sample standard deviation (None with one run), in percent."""
 
     mean: float | None = None
     std: float | None = None
@@ -65,7 +65,7 @@ def collect(root: str | Path) -> Found:
     """Every finished run in `root`, at any depth: its own metrics and those of `evaluate --metrics RUN/metrics-*.json`.
 
     Raises:
-        UserError: `root` is no folder.
+        UserError: `root` is not a folder.
     """
     found = Found()
     for folder in run_folders(root):
@@ -97,21 +97,21 @@ def _collect_run(folder: Path, found: Found) -> None:
 
 
 def measurements(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The metrics in a file of `evaluate --metrics`: of one read-out, or of each of `--readouts`."""
+    """The metrics in a file of `evaluate --metrics`, for one read-out or for each of `--readouts`."""
     if "readouts" not in content:
         return [content]
     return [{"data": content.get("data", {})} | metrics for metrics in content["readouts"].values()]
 
 
 def _as_measured(recipe: Recipe, metrics: dict[str, Any]) -> Recipe:
-    """`recipe` with the data and read-out that the metrics file names; without them, its own."""
+    """`recipe` with the data and read-out in the metrics file, where it states them."""
     detection = replace(recipe.model.detection, **metrics.get("detection", {}))
     data = from_dict(to_dict(recipe.data) | metrics.get("data", {}), DataConfig)
     return replace(recipe, model=replace(recipe.model, detection=detection), data=data)
 
 
 def wanted_recipe(row: Row, table: Table, miniature: bool = False) -> Recipe:
-    """What a run of this row must be; `miniature`: of a row that there is in miniature."""
+    """The recipe that a run of this row must have; `miniature`: the row's recipe in miniature."""
     recipe = RECIPES[row.miniature if miniature else row.recipe]
     if row.fusion is not None:
         detection = replace(recipe.model.detection, fusion=row.fusion)
@@ -129,7 +129,7 @@ def row_evaluations(row: Row, table: Table, found: Found, miniature: bool = Fals
 
 
 def cell(evaluations: Sequence[Evaluation], column: str) -> Cell:
-    """Mean and standard deviation of one metric; an evaluation without it does not count."""
+    """Mean and standard deviation of one metric; evaluations without it are ignored."""
     values = [100 * item.metrics[column] for item in evaluations if item.metrics.get(column) is not None]
     if not values:
         return Cell()
@@ -145,18 +145,18 @@ class Line:
 
     label: str
     recipe: str | None
-    """None: a method that is not ours, whose numbers the paper quotes."""
+    """The recipe's name; None: another method, whose numbers the paper quotes."""
     runs: int
     parameters: tuple[float | None, float | None]
-    """Of the conv-head, in M = 2^20: the paper's, and counted from the recipe's model."""
+    """The conv-head's parameters in M = 2^20: the paper's number, and the one counted from the recipe's model."""
     numbers: tuple[tuple[float | None, Cell], ...]
-    """For each column the paper's and ours."""
+    """The paper's number and ours, for each column."""
 
 
 def compare(table: Table, found: Found, miniature: bool = False) -> list[Line]:
     """One line per row, and one for each other method that the paper compares with.
 
-    `miniature`: only the rows that there are in miniature.
+    `miniature`: only the rows that have a miniature recipe.
     """
     lines = [
         Line(f"{other.label}, {other.backbone}", None, 0, (None, None), tuple((n, Cell()) for n in other.published))
@@ -177,14 +177,14 @@ def compare(table: Table, found: Found, miniature: bool = False) -> list[Line]:
 
 
 def _counted(recipe: str) -> float | None:
-    from doublehead.analysis.parameters import M, conv_head_weights  # brings PyTorch
+    from doublehead.analysis.parameters import M, conv_head_weights  # imports PyTorch
 
     count = conv_head_weights(RECIPES[recipe].model)
     return None if count is None else count / M
 
 
 def as_text(number: int, table: Table, lines: Sequence[Line], markdown: bool = False) -> str:
-    """The table for reading; a blank means: no run, a dash: no number in the paper."""
+    """The table as text; a blank means no run, a dash no number in the paper."""
     header = ["", "recipe", "runs", *(["params paper", "counted"] if table.parameters else [])]
     for column in table.columns:
         header += [f"{column} paper", "yours"]
@@ -210,7 +210,7 @@ def as_text(number: int, table: Table, lines: Sequence[Line], markdown: bool = F
 
 
 def as_csv(number: int, table: Table, lines: Sequence[Line]) -> str:
-    """The table for programs: empty where there is no run or no number, and no recipe for other methods."""
+    """The table as CSV; fields without a run or a number are empty, and other methods have no recipe."""
     columns = ["table", "row", "recipe", "runs"]
     for column in table.columns:
         columns += [f"{column} paper", f"{column} mean", f"{column} std"]

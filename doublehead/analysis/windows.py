@@ -12,19 +12,19 @@ from doublehead.data import Target
 from doublehead.ops.boxes import box_iou
 
 VERSION = 1
-"""Of the rule below: statistics of two rules are never added up."""
+"""Version of the sampling rule; statistics of different versions are never merged."""
 SIZES, OFFSETS = 7, 17
-"""Cells of the grid along each side's length and along each offset."""
+"""Number of grid cells for each side length and for each offset."""
 WINDOWS = SIZES**2 * OFFSETS**2
-"""14,161 for each object; the paper: about 14,000."""
+"""Number of windows for each object, 14,161; the paper has about 14,000."""
 LARGEST = 4.0
 """A window's side is 1/4 to 4 times the object's."""
 MARGIN = 0.03
-"""Offsets stop this much short of where window and object only touch."""
+"""Offsets end this far, relatively, before window and object no longer overlap."""
 CROWDING = 4
-"""Sizes and offsets go with this power of the grid's coordinate, so that they crowd around the object itself: with a
-uniform grid no window would reach an IoU of 0.95.  With 4 each of 20 IoU bins holds over 1 % of the windows, for any
-object anywhere in the image (2 to 6 % as a rule)."""
+"""Exponent of the grid's coordinates for sizes and offsets; it concentrates windows around the object.  On a uniform
+grid no window would reach an IoU of 0.95.  With 4, each of 20 IoU bins holds over 1 % of the windows, for any object
+anywhere in the image (typically 2 to 6 %)."""
 BINS = 20
 
 
@@ -34,36 +34,36 @@ class ObjectWindows(NamedTuple):
     boxes: Tensor
     """`Tensor[K, 4]`, float32, in the image's pixels."""
     objects: Tensor
-    """`Tensor[K]`, int64: whose window it is, 0 .. G - 1."""
+    """`Tensor[K]`, int64: the object of each window, 0 .. G - 1."""
     ious: Tensor
-    """`Tensor[K]`, float32, in [0, 1]: with that object."""
+    """`Tensor[K]`, float32, in [0, 1]: the IoU of each window with its object."""
 
 
 def object_windows(image: Tensor, target: Target, seed: int) -> ObjectWindows:
     """The windows of an image `Tensor[3, H, W]`, on its device; see `sliding_windows`."""
     truth = target["boxes"].to(image.device)
     windows = sliding_windows(truth, (image.shape[-2], image.shape[-1]), (seed, target["image_id"]))
-    ious = box_iou(windows, truth[:, None])[..., 0].clamp(0, 1)  # rounding may go an ulp beyond 1
+    ious = box_iou(windows, truth[:, None])[..., 0].clamp(0, 1)  # rounding may exceed 1 by an ulp
     objects = torch.arange(len(truth), device=image.device).repeat_interleave(WINDOWS)
     return ObjectWindows(windows.flatten(0, 1), objects, ious.flatten())
 
 
 def iou_bins(ious: Tensor) -> Tensor:
-    """Which of `BINS` uniform bins of [0, 1] each IoU lies in: `Tensor[K]` -> `Tensor[K]` int64; 1 is in the last."""
+    """The index of each IoU's bin among `BINS` uniform bins of [0, 1]: `Tensor[K]` -> `Tensor[K]` int64."""
     return (ious * BINS).long().clamp(max=BINS - 1)
 
 
 def sliding_windows(boxes: Tensor, size: tuple[int, int], seed: tuple[int, int]) -> Tensor:
-    """Windows of different sizes and places around every object.
+    """Windows of different sizes and positions around every object.
 
-    A grid of widths, heights and offsets relative to the object, with one window drawn at random within each cell
-    (stratified jitter) and cut off at the image's border; the one in the middle is the object's own box.  Every window
-    overlaps its object and has an area.
+    The grid covers widths, heights and offsets relative to the object.  One window is drawn at random in each cell
+    (stratified jitter) and clipped to the image; the middle one is the object's own box.  Every window overlaps its
+    object and has a positive area.
 
     Args:
-        boxes: `Tensor[G, 4]`: objects in the image, pixels, sides of at least 0.1.
+        boxes: `Tensor[G, 4]`: the objects, in pixels of the image, with sides of at least 0.1.
         size: (height, width) of the image.
-        seed: (seed, image id): the windows depend on these and on the boxes, not on what was drawn before.
+        seed: (seed, image id); the windows depend on these and the boxes alone.
 
     Returns:
         `Tensor[G, WINDOWS, 4]`, float32, on `boxes`' device.
@@ -82,7 +82,7 @@ def sliding_windows(boxes: Tensor, size: tuple[int, int], seed: tuple[int, int])
 
 
 def _jittered_grid(objects: int, seed: tuple[int, int]) -> Tensor:
-    """`Tensor[G, WINDOWS, 4]` float64, each coordinate in [-1, 1] and crowded around 0."""
+    """`Tensor[G, WINDOWS, 4]` float64, coordinates in [-1, 1], concentrated around 0."""
     draw = np.random.default_rng([number % 2**64 for number in seed])
     counts = np.array([SIZES, SIZES, OFFSETS, OFFSETS])
     cells = np.indices(counts).reshape(4, WINDOWS).T

@@ -1,8 +1,8 @@
 """Data sets and loaders: COCO JSON, Pascal VOC folders, and shapes drawn on the fly.
 
-Boxes are x1, y1, x2, y2 in pixels between pixel edges: (0, 0, W, H) is a whole image.  Label i is class i - 1 of
-`dataset.classes`; 0 is the background.  Bad records raise one `DataError`, or are left out, counted in
-`dataset.skipped` and summed up in one `DataWarning`: up to a share of the set, beyond which it is an error again.
+Boxes are x1, y1, x2, y2 in pixels, measured between pixel edges: (0, 0, W, H) is a whole image.  Label i is class i - 1
+of `dataset.classes`; 0 is the background.  Bad records raise a `DataError`; or they are left out, counted in
+`dataset.skipped` and summarised in one `DataWarning`, up to a share of the set, beyond which they are an error again.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from doublehead.config import DataConfig
+from doublehead.config import DataConfig, check
 
+from ..errors import DataError
 from .coco import read_coco
-from .dataset import DataError, DataWarning, DetectionDataset, Target
+from .dataset import DataWarning, DetectionDataset, Target
 from .files import FileDataset
-from .images import MOST_PIXELS, read_image
+from .images import read_image
 from .jpeg import is_strict
 from .loader import Loader, build_loader
 from .problems import Problems
@@ -43,38 +44,24 @@ def build_dataset(
     """Open the training or the validation set that `config` describes.
 
     Args:
-        split: which of the two.  `train` leaves out images without boxes (but see `config.background`), `val` keeps
-            every image; targets never hold crowd or difficult boxes, nor boxes without area; `coco_ground_truth` has
-            them.
+        split: the set to open.  `train` leaves out images without boxes (but see `config.background`), `val` keeps
+            every image.  Targets hold no crowd or difficult boxes and no boxes without area; `coco_ground_truth` does.
         horizontal_flip: probability that the training loader mirrors an image.
-        classes: use these names and this order instead of the data's own: a detector's, when it is to be evaluated
-            on another set.  An object of another class is then a bad record.
+        classes: names to use, in this order, instead of the data's own: a detector's, to evaluate it on another data
+            set.  An object of another class is then a bad record.
 
     Raises:
-        DataError: missing or invalid files, no image left; a bad record, unless `config.on_bad_record` is `skip`;
-            with `skip`, nothing left, or more left out than `config.max_skipped`.
-        ValueError: an argument or a field of `config` that is not accepted.
+        DataError: files are missing or invalid, or no image is left; a bad record, unless `config.on_bad_record` is
+            `skip`; with `skip`, nothing is left, or more than `config.max_skipped` was left out.
+        ValueError: an argument or a field of `config` is not accepted.
     """
     if split not in SHAPES_IMAGES:
         raise ValueError(f"split is {split!r}, 'train' or 'val' is accepted")
+    check(config, "data")
     train = split == "train"
     name, limit = (config.train_split, config.train_images) if train else (config.val_split, config.val_images)
-    if limit is not None and limit < 1:
-        raise ValueError(f"{split}_images is {limit}, at least 1 or None is accepted")
-    if config.on_bad_record not in ("error", "skip"):
-        raise ValueError(f"on_bad_record is {config.on_bad_record!r}, 'error' or 'skip' is accepted")
-    if config.background not in ("drop", "keep"):
-        raise ValueError(f"background is {config.background!r}, 'drop' or 'keep' is accepted")
-    if not 1 <= config.max_pixels <= MOST_PIXELS:
-        raise ValueError(f"max_pixels is {config.max_pixels}, 1 .. {MOST_PIXELS} is accepted")
-    if not 0 <= config.max_skipped <= 1:
-        raise ValueError(f"max_skipped is {config.max_skipped}, a share from 0 to 1 is accepted")
-    if config.workers < 0:
-        raise ValueError(f"workers is {config.workers}, at least 0 is accepted")
     if config.format == "shapes":
         return _shapes(name, limit or SHAPES_IMAGES[split], config.image_size, horizontal_flip, classes)
-    if config.format not in READERS:
-        raise ValueError(f"format is {config.format!r}, 'shapes', 'coco' or 'voc' is accepted")
     if config.root is None:
         raise DataError(f"data.root is missing: the folder of the {config.format} data set (--data.root)")
     root = Path(config.root).expanduser()
@@ -82,7 +69,7 @@ def build_dataset(
         raise DataError(f"{root}: no such folder (data.root)", "missing folder")
     title = f"{config.format} {root.name} ({name})"
     if not is_strict():
-        text = "simplejpeg is not installed: decoding is tolerant, and a JPEG that is damaged inside is not noticed"
+        text = "simplejpeg is not installed: decoding is tolerant, and damage inside a JPEG is not detected"
         warnings.warn(text, DataWarning, stacklevel=2)
     problems = Problems(title, config.on_bad_record == "skip", config.max_skipped)
     found, ids, images = READERS[config.format](root, name, classes, config.outside_root)

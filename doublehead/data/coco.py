@@ -1,11 +1,11 @@
 """COCO JSON: `<root>/annotations/instances_<split>.json`, images in `<root>/<split>` or `<root>/images/<split>`.
 
-The split `train` also finds `instances_train2017.json` where that is the only year present.  Classes are the file's
-categories by ascending id; ids may be any integers, in any order.  A test split has no boxes:
-`image_info_<split>.json`, and its images may lie in the folder of another subset (test-dev2017 is part of test2017).
-Boxes are x, y, width, height from the image's corner: here (x, y, x + width, y + height).  `area`, `iscrowd` and
-`ignore` of an annotation may be missing, and so may `height` and `width` of an image; 0 x 0 is as good as missing.
-An annotation with `ignore` 1 is treated as a crowd.
+The split `train` also finds `instances_train2017.json` if that is the only year present.  Classes are the file's
+categories by ascending id; ids may be any integers, in any order.  A test split, `image_info_<split>.json`, has no
+boxes, and its images may be in the folder of another subset (test-dev2017 is part of test2017).  Boxes in the file are
+x, y, width, height from the image's corner, and become (x, y, x + width, y + height).  `area`, `iscrowd` and `ignore`
+of an annotation may be missing, and so may `height` and `width` of an image; 0 x 0 counts as missing.  An annotation
+with `ignore` 1 is treated as a crowd.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import DataError
 from .coco_json import as_flag, as_number, as_side, id_of, is_id, load_coco, shown
-from .dataset import DataError
 from .files import RawImage, RawObject
 from .names import clean_name, listed, not_a_class, shown_name, wrong_name
 from .paths import check_inside
@@ -26,20 +26,20 @@ from .problems import ObjectError
 def read_coco(
     root: Path, split: str, classes: Sequence[str] | None = None, outside_root: bool = False
 ) -> tuple[list[str], list[int], Iterator[RawImage | DataError]]:
-    """Class names, their category ids, and the images of a split, bad records among them as `DataError`.
+    """Class names, their category ids, and the images of a split; bad records are `DataError`s among the images.
 
     Args:
-        classes: these names, in this order, instead of the file's: a detector's, when it is to be evaluated.
-        outside_root: follow a `file_name` out of the images' folder.
+        classes: names to use, in this order, instead of the file's: those of a detector to evaluate.
+        outside_root: allow a `file_name` outside the images' folder.
 
     Raises:
-        DataError: file or folder missing, invalid JSON, not a COCO file, repeated category, a wrong class name.
+        DataError: a missing file or folder, invalid JSON, not a COCO file, a repeated category, an invalid class name.
     """
     path, split = _find(root, split)
     content = load_coco(path, has_boxes=path.name.startswith("instances_"))
     subset = re.sub(r"-dev(?=\d{4}$)", "", split)
-    places = [place / name for name in dict.fromkeys((split, subset)) for place in (root, root / "images")]
-    folder = next((place for place in places if place.is_dir()), None)
+    folders = [parent / name for name in dict.fromkeys((split, subset)) for parent in (root, root / "images")]
+    folder = next((path for path in folders if path.is_dir()), None)
     if folder is None:
         raise DataError(f"{root / split}: no such folder, nor {root / 'images' / split}; the images of {path} are "
                         "looked for there", "missing folder")  # fmt: skip
@@ -67,7 +67,7 @@ def _find(root: Path, split: str) -> tuple[Path, str]:
 
 
 def _categories(entries: list[Any], path: Path) -> dict[int, str]:
-    """Names by ascending id."""
+    """Category id -> name, by ascending id."""
     named: dict[int, str] = {}
     for position, entry in enumerate(entries):
         where = f"{path}, categories[{position}]"
@@ -87,7 +87,7 @@ def _categories(entries: list[Any], path: Path) -> dict[int, str]:
 
 
 def _ids_of(classes: Sequence[str], categories: dict[int, str]) -> list[int]:
-    """The file's id of each class; a class that the file does not know gets a new one."""
+    """The file's id of each class; a class that is not in the file gets a new one."""
     known = {name: category for category, name in categories.items()}
     new = iter(range(max(categories) + 1, max(categories) + 1 + len(classes)))
     taken: set[int] = set()
@@ -100,11 +100,11 @@ def _ids_of(classes: Sequence[str], categories: dict[int, str]) -> list[int]:
 
 
 class _Reader:
-    """The records of one file, checked one by one.
+    """Reads and checks the records of one file.
 
     Args:
-        categories: the file's, id -> name.
-        ids, names: of the data set: label i is `ids[i - 1]`.
+        categories: id -> name, as in the file.
+        ids, names: the data set's classes: label i is `ids[i - 1]`.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class _Reader:
     def images(self, content: dict[str, list[Any]]) -> Iterator[RawImage | DataError]:
         annotations, errors = self._by_image(content)
         entries: list[tuple[str, dict[str, Any]]] = []
-        for entry in self._numbered(content["images"]):  # first: what is wrong here leaves annotations without an image
+        for entry in self._numbered(content["images"]):  # first, because errors here leave annotations without an image
             if isinstance(entry, DataError):
                 yield entry
             else:
@@ -130,15 +130,15 @@ class _Reader:
                 yield error
                 continue
             image.errors += errors.pop(image.image_id, [])
-            for place, annotation in annotations.pop(image.image_id, []):
+            for source, annotation in annotations.pop(image.image_id, []):
                 try:
-                    image.objects.append(self._object(annotation, place))
+                    image.objects.append(self._object(annotation, source))
                 except DataError as error:
                     image.errors.append(error)
             yield image
 
     def _numbered(self, images: list[Any]) -> Iterator[tuple[str, dict[str, Any]] | DataError]:
-        """The images that have an id of their own, each with its place in the file; for the others what is wrong."""
+        """The images with a unique id, each with its position in the file; errors for the others."""
         seen: set[int] = set()
         for position, entry in enumerate(images):
             where = f"{self.path}, images[{position}]"
@@ -155,7 +155,7 @@ class _Reader:
     def _by_image(
         self, content: dict[str, list[Any]]
     ) -> tuple[dict[int, list[tuple[str, Any]]], dict[int | None, list[DataError]]]:
-        """Annotations by image id, each with its place in the file; and errors, of no image known under None."""
+        """Annotations by image id, each with its position in the file; and errors by image id (None: unknown)."""
         found: dict[int, list[tuple[str, Any]]] = {}
         errors: dict[int | None, list[DataError]] = {}
         images = {entry.get("id") for entry in content["images"] if isinstance(entry, dict) and is_id(entry.get("id"))}

@@ -1,4 +1,4 @@
-"""A COCO JSON file: read, told from other JSON, and its values checked for what they are."""
+"""Reads a COCO JSON file, recognises other JSON formats, and checks the types of values."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
-from .dataset import DataError
+from ..errors import DataError
 from .paths import check_regular
 
 LISTS = ("images", "annotations", "categories")
 MAX_SIDE = 10**9
-"""Pixels; what is longer is no image's side."""
+"""The largest accepted side of an image in pixels."""
 _repr = reprlib.Repr()
 _repr.maxlevel, _repr.maxlist, _repr.maxdict, _repr.maxstring, _repr.maxother, _repr.maxlong = 2, 6, 3, 120, 80, 40
 
 
 def load_coco(path: Path, has_boxes: bool = True) -> dict[str, list[Any]]:
-    """The file's content: `images`, `annotations` and `categories` are lists.
+    """The file's contents, in which `images`, `annotations` and `categories` are lists.
 
     Args:
-        has_boxes: False: `annotations` may be missing, as in a test split.
+        has_boxes: whether `annotations` must be present; a test split has none.
 
     Raises:
-        DataError: the file cannot be read, is not JSON, or is other JSON: the message says what it seems to be.
+        DataError: the file cannot be read, is not JSON, or is JSON in another format; the message names known ones.
     """
     check_regular(path, "annotation")
     try:
         content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # JSONDecodeError tells line and column
+    except (ValueError, RecursionError) as error:  # JSONDecodeError names line and column
         raise DataError(f"{path}: invalid JSON: {error}", "invalid JSON") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}", "missing file") from error
@@ -48,7 +48,7 @@ def load_coco(path: Path, has_boxes: bool = True) -> dict[str, list[Any]]:
 
 
 def _other_kind(content: Any) -> str | None:
-    """What other JSON of the field this is; None: nothing known."""
+    """The name of another known annotation format; None: unknown."""
     if isinstance(content, list):
         return _kind_of_list(content)
     if not isinstance(content, dict):
@@ -61,7 +61,7 @@ def _other_kind(content: Any) -> str | None:
 
 
 def _annotations_without_boxes(annotations: Any) -> str | None:
-    """What COCO's other tasks have, which are files of the same three lists."""
+    """The name of another COCO task, whose files have the same three lists; None: unknown."""
     entries = [entry for entry in annotations if isinstance(entry, dict)] if isinstance(annotations, list) else []
     if not entries or any("bbox" in entry for entry in entries):
         return None
@@ -83,20 +83,20 @@ def _kind_of_list(content: list[Any]) -> str | None:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: one line, not long, whatever it is."""
+    """A value for a message, in one short line."""
     return _repr.repr(value)
 
 
 def is_id(value: Any) -> bool:
-    """JSON's integers; `true` is none, and 1.0 is a float."""
+    """Whether `value` is an integer in JSON; `true` and 1.0 are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def id_of(entry: Any, where: str) -> int:
-    """`entry`'s id.
+    """The id of `entry`.
 
     Raises:
-        DataError: it has none, or `entry` is no object of JSON.
+        DataError: it has none, or `entry` is not a JSON object.
     """
     if not isinstance(entry, dict):
         raise DataError(f"{where}: is {shown(entry)}, an object with an id is accepted", "malformed record")
@@ -106,7 +106,7 @@ def id_of(entry: Any, where: str) -> int:
 
 
 def as_number(value: Any) -> float | None:
-    """A number of JSON as a float, one beyond all floats as infinity; None: it is no number."""
+    """A JSON number as a float, infinity if it is too large; None: it is not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -116,7 +116,7 @@ def as_number(value: Any) -> float | None:
 
 
 def as_side(value: Any) -> int | None:
-    """Pixels of an image's side: an integer, also one written as 640.0; 0 for null; None: it is none of these."""
+    """An image's side in pixels, an integer that may be written as 640.0; 0 for null; None: it is something else."""
     if value is None:
         return 0
     number = as_number(value)
@@ -126,5 +126,5 @@ def as_side(value: Any) -> int | None:
 
 
 def as_flag(value: Any) -> bool | None:
-    """0 or 1 as a bool, a missing one is 0; None: it is something else."""
+    """0 or 1 as a bool, a missing value as 0; None: it is something else."""
     return bool(value) if value in (None, 0, 1) else None

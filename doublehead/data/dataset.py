@@ -1,4 +1,4 @@
-"""What every data set is: images, boxes, names, and the ground truth pycocotools scores against."""
+"""The interface of data sets: images, boxes, names, and the ground truth for pycocotools."""
 
 from __future__ import annotations
 
@@ -9,19 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-
-from .names import one_line
-
-
-class DataError(ValueError):
-    """The data cannot be used as they are: the message, one line, names the file, the record and what is accepted.
-
-    `reason` is the kind of trouble in few words, by which `DetectionDataset.skipped` counts.
-    """
-
-    def __init__(self, message: str, reason: str = "bad data"):
-        super().__init__(one_line(message))
-        self.reason = reason
 
 
 class DataWarning(UserWarning):
@@ -42,22 +29,22 @@ class Target(TypedDict):
 
 
 class DetectionDataset(Dataset):
-    """Images and boxes by index; `build_dataset` makes one.
+    """Images and boxes by index; `build_dataset` creates one.
 
-    Indexing never flips: the loader does, because a flip depends on the epoch.
+    Indexing never flips an image; the loader does, because a flip depends on the epoch.
 
     Attributes:
-        name: what messages call this data set.
+        name: the data set's name in messages.
         classes: names; label i is `classes[i - 1]`.
         category_ids: ids of the classes in the annotation file; label i is `category_ids[i - 1]`.
         image_ids, file_names, image_sizes: per index; a size is (height, width) in pixels.
         horizontal_flip: probability that the training loader mirrors an image.
-        skipped: how many bad records were left out, by reason (`on_bad_record="skip"`).
-        unused: what is no target by its nature: crowd and difficult boxes, boxes without area; and of training, images
-            without boxes (`background="drop"`).
-        clipped: how many boxes crossed the image's border and were cut off there.
-        replace_unreadable: the training loader puts the next image in the place of one that cannot be decoded.
-        max_replaced: how many images may be replaced so before it is an error.
+        skipped: the number of bad records that were left out, by reason (`on_bad_record="skip"`).
+        unused: the number of records that are valid but not targets: crowd and difficult boxes, boxes without area, and
+            in training images without boxes (`background="drop"`).
+        clipped: the number of boxes that crossed the image's border and were clipped.
+        replace_unreadable: the training loader replaces an image that cannot be decoded by the next one.
+        max_replaced: the number of images that may be replaced in this way before it is an error.
     """
 
     name: str
@@ -77,7 +64,7 @@ class DetectionDataset(Dataset):
         return len(self.image_ids)
 
     def left_out(self) -> str:
-        """`unused` and `skipped` in words, for a line of a log; empty where there is nothing to say."""
+        """`unused` and `skipped` as text for the log; empty if nothing was left out."""
         counts = [f"{count} x {what}" for what, count in (*self.unused.items(), *self.skipped.items()) if count]
         return ", ".join(counts)
 
@@ -97,16 +84,16 @@ class DetectionDataset(Dataset):
         raise NotImplementedError
 
     def annotations(self) -> list[dict[str, Any]]:
-        """Every annotation, crowd and difficult ones too, as COCO JSON has them (segmentations left out)."""
+        """Every annotation in COCO's JSON form, with crowd and difficult ones, without segmentations."""
         raise NotImplementedError
 
     def coco_ground_truth(self) -> dict[str, Any]:
         """The split as a COCO JSON dict: pycocotools' `COCO().dataset`.
 
-        Boxes are x, y, width, height.  COCO files keep their ids, boxes, areas and crowd flags; elsewhere ids count
-        from 1, areas are those of the boxes, and a `difficult` object has `iscrowd` and `ignore` 1, so that it
-        counts neither as found nor as missed.  So has an annotation with `ignore` 1 alone, which pycocotools would
-        overlook.  Where a file has an annotation of id 0, which pycocotools takes for no match, they too count from 1.
+        Boxes are x, y, width, height.  COCO files keep their ids, boxes, areas and crowd flags.  Otherwise ids count
+        from 1, areas are those of the boxes, and a `difficult` object has `iscrowd` and `ignore` 1, so that it counts
+        neither as found nor as missed.  So does an annotation with `ignore` 1 alone, which pycocotools would not
+        respect.  Ids also count from 1 if a file has an annotation with id 0, which means "no match" in pycocotools.
         """
         images = zip(self.image_ids, self.file_names, self.image_sizes, strict=True)
         return {
@@ -119,7 +106,7 @@ class DetectionDataset(Dataset):
 
 
 def make_target(boxes: np.ndarray, labels: np.ndarray, image_id: int) -> Target:
-    """Arrays [n, 4] and [n] as a `Target`; both are copied, so that no caller can change the data set."""
+    """Arrays [n, 4] and [n] as a `Target`; both are copied, so that callers cannot change the data set."""
     return {
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         "labels": torch.tensor(labels, dtype=torch.int64),

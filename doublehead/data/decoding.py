@@ -1,14 +1,14 @@
-"""From an image file's bytes to uint8 RGB: the one way for training, evaluation and detection.
+"""Decodes image files to uint8 RGB, in the same way for training, evaluation and detection.
 
-Pillow reads every format; JPEG's pixels come from simplejpeg where it is installed: the same decoder and the same
-pixels, but told to be strict (see `jpeg`), where Pillow cannot see that pixels are missing.
+Pillow reads every format.  JPEG pixels come from simplejpeg if it is installed: it uses the same decoder, with the same
+pixels, but in a strict mode (see `jpeg`) that detects missing pixels, which Pillow does not.
 
-Brightness: a channel of 8 bits is taken as it is, of 16 bits the upper 8 are kept, fewer bits are spread over 0..255.
-Pixels of 32 bits, signed ones and floating ones have no fixed white and are refused.  An alpha channel is dropped, not
-blended; of several frames the first is read; colour profiles and gamma are left alone, as COCO's tools leave them.
+Channels of 8 bits are kept, channels of 16 bits keep the upper 8, and fewer bits are scaled to 0..255.  Pixels with 32
+bits, signed and floating-point pixels have no fixed white level and are refused.  An alpha channel is dropped, not
+blended; only the first of several frames is read; colour profiles and gamma are ignored, as in COCO's tools.
 
-Missing data are noticed in every format.  Changed data are noticed in PNG, by its checksums, and often in JPEG and GIF,
-whose decoders fall out of step; seldom in TIFF and WebP, never in BMP and PPM, which have nothing to tell it by.
+Missing data are detected in every format.  Changed data are detected in PNG, by its checksums, and often in JPEG and
+GIF, whose decoders lose synchronisation; rarely in TIFF and WebP; never in BMP and PPM, which have no redundancy.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from .jpeg import decode_strictly, is_strict
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _SAMPLE_FORMAT, _SIGNED = 339, 2
-#: Pillow's mode -> simplejpeg's colour space; what is not here is a rarity.
+#: Pillow's mode -> simplejpeg's colour space; other modes are rare.
 _JPEG_MODES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 
 
 def to_rgb(image: Image.Image, path: str | Path) -> np.ndarray:
-    """The pixels of an opened, not yet decoded file: `[H, W, 3]` uint8, as stored (not turned).
+    """The pixels of an opened file: `[H, W, 3]` uint8, in the stored orientation.
 
     Raises:
-        ValueError: JPEG data that are not whole, or pixels without a fixed white.
-        Exception: whatever Pillow's decoders make of a broken file.
+        ValueError: incomplete JPEG data, or pixels without a fixed white level.
+        Exception: Pillow's decoders may raise almost any for a broken file.
     """
     if image.format in ("JPEG", "MPO") and image.mode in _JPEG_MODES:
         pixels = _strict_jpeg(Path(path), image.mode)
@@ -45,14 +45,14 @@ def to_rgb(image: Image.Image, path: str | Path) -> np.ndarray:
     if image.format == "TIFF" and _SIGNED in image.tag_v2.get(_SAMPLE_FORMAT, ()):  # Pillow shows -1 as 255
         raise ValueError("signed pixels have no fixed white; unsigned ones of 8 or 16 bits are accepted")
     image.load()
-    image.info.pop("transparency", None)  # dropped like an alpha channel; else Pillow warns of it
+    image.info.pop("transparency", None)  # dropped like an alpha channel; otherwise Pillow warns about it
     return np.array(image.convert("RGB"))
 
 
 def _strict_jpeg(path: Path, mode: str) -> np.ndarray | None:
-    """The pixels of a JPEG that is whole; None: Pillow is to decode it."""
+    """The pixels of a complete JPEG; None: Pillow has to decode it."""
     pixels = decode_strictly(path.read_bytes(), _JPEG_MODES[mode]) if is_strict() else None
-    if pixels is None or mode == "CMYK":  # only looked through: Pillow knows whose ink is inverted
+    if pixels is None or mode == "CMYK":  # decoded as a check only: Pillow knows which files have inverted ink
         return None
     return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 

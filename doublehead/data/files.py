@@ -1,9 +1,9 @@
-"""What the data sets made of files share: checking each record, keeping what is good, counting the rest.
+"""Data sets in files: checks each record, keeps the good ones and counts the rest.
 
-Boxes without area (zero width, zero height, thinner than `MIN_SIDE`) are in real sets, COCO's train2017 among them.
-They are no targets, and are counted and told, whatever is done with bad records.  In an evaluation they stay in the
-ground truth, where pycocotools counts them as missed: numbers are to be those of the official tools.  A box that is
-damaged otherwise (turned round, not finite, outside the image) is a bad record.
+Real data sets, such as COCO's train2017, have boxes without area (zero width or height, or thinner than `MIN_SIDE`).
+They are not targets, and are counted and reported whatever the policy for bad records is.  In an evaluation they stay
+in the ground truth, where pycocotools counts them as missed, so that results equal those of the official tools.  A box
+with another defect (swapped corners, not finite, outside the image) is a bad record.
 """
 
 from __future__ import annotations
@@ -20,41 +20,42 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from .dataset import DataError, DetectionDataset, Target, make_target
+from ..errors import DataError
+from .dataset import DetectionDataset, Target, make_target
 from .images import MAX_PIXELS, check_image, read_image
 from .problems import Problems
 
 Box = tuple[float, float, float, float]
 
 MIN_SIDE = 0.01
-"""Thinner boxes are taken as without area: in float32 their edges could fall together."""
+"""The smallest side of a box with area, in pixels; thinner boxes may have equal edges in float32."""
 ROUNDING = 1e-3
-"""Pixels beyond the border that are arithmetic (x + width of decimal fractions), not worth a notice."""
+"""Pixels by which rounding (x + width in decimals) may move a box over the border, without a note."""
 
 
 @dataclass
 class RawObject:
-    """One annotation as read; `box` is x1, y1, x2, y2 between pixel edges, not yet held against the image."""
+    """One annotation as read; `box` is x1, y1, x2, y2 between pixel edges, not yet compared with the image."""
 
     where: str
     id: int
     label: int
     box: Box
     ignore: bool = False
-    """Crowd or difficult: not trained on, neither hit nor miss in evaluation."""
+    """Whether the object is crowd or difficult: not trained on, and neither a hit nor a miss in an evaluation."""
     coco_box: Box | None = None
-    """x, y, width, height for the ground truth; None: those of the clipped box."""
+    """x, y, width, height for the ground truth; None: the clipped box."""
     area: float | None = None
-    """None: the clipped box's."""
+    """The area for the ground truth; None: the clipped box's."""
     without_area: bool = False
-    """Not trained on; in evaluation one to be found like any other, as the official tools have it."""
+    """Whether the box has no area: not trained on, but to be found in an evaluation, as in the official tools."""
 
 
 @dataclass
 class RawImage:
-    """One image as read; `size` is (height, width) as the annotation says, None where it says nothing.
+    """One image as read; `size` is (height, width) from the annotation, None if it has none.
 
-    `errors` are those of its annotations that could not even be read.
+    `errors` are those of its annotations that could not be read.
     """
 
     image_id: int
@@ -71,21 +72,21 @@ UNMATCHED = "kept {} x box without area (zero width or height) in the ground tru
 
 
 class FileDataset(DetectionDataset):
-    """Images in files, annotations in memory (as flat arrays, which worker processes share).
+    """Images in files, with annotations in memory, as flat arrays that worker processes share.
 
     Args:
         images: read lazily; reading stops when `limit` images are kept.
         train: leave out images without boxes.
-        background: of training, keep the images that have no objects at all (not those with crowds alone, or whose
-            objects were bad records: something is to be seen there).
-        limit: keep only the first so many images that can be used.
+        background: in training, keep images without any object (but not those with crowds alone, or whose objects were
+            bad records: they do show something).
+        limit: the number of usable images to keep.
         max_pixels: a larger image is a bad record.
-        problems: where bad records go.  When they are skipped, a training image that only turns out broken when it
-            is decoded is replaced by the loader; the images of other splits are all decoded here, for an evaluation
-            must not change under way.
+        problems: collects bad records.  If they are skipped, the loader replaces a training image that turns out to be
+            broken when it is decoded; images of other splits are all decoded here, because an evaluation must not
+            change while it runs.
 
     Raises:
-        DataError: a bad record, unless they are skipped; no image left, or too much skipped (see `Problems`).
+        DataError: a bad record, unless they are skipped; no image is left, or too many were skipped (see `Problems`).
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class FileDataset(DetectionDataset):
         self._labels = np.array([item.label for item in objects], np.int64)
         self._ignore = np.array([item.ignore for item in objects], bool)
         self._targets = np.array([_is_target(item) for item in objects], bool)
-        # pycocotools takes a detection that is matched to the annotation 0 for one without a match.
+        # pycocotools treats a detection that is matched to annotation 0 as unmatched.
         numbered_anew = any(item.id == 0 for item in objects)
         ids = [number if numbered_anew else item.id for number, item in enumerate(objects, 1)]
         huge = any(abs(number) >= 2**63 for number in ids)
@@ -165,7 +166,7 @@ class FileDataset(DetectionDataset):
 def _checked(
     images: Iterable[RawImage | DataError], problems: Problems, decode: bool, max_pixels: int
 ) -> Iterator[tuple[RawImage, tuple[int, int]]]:
-    """Images whose file is there and sound, with their (height, width); files are looked at in parallel."""
+    """Images with a valid file, and their (height, width); files are checked in parallel."""
 
     def check(image: RawImage | DataError) -> tuple[int, int] | DataError:
         if isinstance(image, DataError):
@@ -188,7 +189,7 @@ def _checked(
 def _checked_boxes(
     image: RawImage, size: tuple[int, int], problems: Problems, without_area: str
 ) -> Iterator[RawObject]:
-    """The objects with a box in the image, clipped to it; those without area are noted as `without_area`."""
+    """The objects with valid boxes, clipped to the image; `without_area` is the note for boxes without area."""
     for error in image.errors:
         problems.report(error, of_object=True)
     for item in image.objects:
@@ -213,7 +214,7 @@ def _has_no_area(item: RawObject) -> bool:
     if x2 < x1 or y2 < y1:
         message = f"{item.where}: degenerate box {_said(item.box)}; x1 < x2 and y1 < y2 are accepted"
         raise DataError(message, "degenerate box")
-    width, height = (item.coco_box or _xywh(item.box))[2:]  # as written: x + width may round
+    width, height = (item.coco_box or _xywh(item.box))[2:]  # as in the file: x + width may round
     return width < MIN_SIDE or height < MIN_SIDE
 
 

@@ -1,12 +1,12 @@
-"""Reading image files: every one becomes uint8 RGB (see `decoding`) or a DataError that names it.
+"""Reads image files: the result is uint8 RGB (see `decoding`), or a DataError that names the file.
 
-Which way up: boxes belong to one of two frames, the pixels as stored (the COCO tools) or turned by the EXIF
-orientation (labelling tools that show photos upright).  The size in the annotation tells: pixels are taken as stored
-where that size fits, and turned upright where only this fits.  Without a size they are taken as stored.  Detection
-looks at pictures upright.
+Orientation: boxes refer to the pixels as stored (COCO's tools) or to the image turned by its EXIF orientation
+(labelling tools that show photos upright).  The size in the annotation decides: pixels are used as stored if their size
+matches, and turned upright if only that matches.  Without a size they are used as stored.  Detection uses upright
+images.
 
-Only regular files are opened: a pipe or a device would be waited for without end.  The number of pixels is looked at
-before they are decoded: a small file may claim a picture that fills the memory.
+Only regular files are opened, because reading a pipe or a device may block forever.  The number of pixels is checked
+before decoding, because a small file may declare an image that fills the memory.
 """
 
 from __future__ import annotations
@@ -21,20 +21,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .dataset import DataError
+from ..config import MAX_PIXELS, MOST_PIXELS
+from ..errors import DataError
 from .decoding import to_rgb
 from .paths import check_regular
 
-MAX_PIXELS = 100_000_000
-"""Larger images are refused unless asked for; a photo of 100 megapixels decodes to 300 MB."""
-MOST_PIXELS = 178_956_970
-"""Where Pillow refuses in any case (twice its MAX_IMAGE_PIXELS)."""
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-"""The last bytes of a complete file."""
+"""Format -> the last bytes of a complete file."""
 EXIF_ORIENTATION = 0x0112
 PROGRAMS = {"EPS", "WMF"}
-"""Pillow's names of formats that hold drawing commands, for which it runs Ghostscript or asks Windows."""
-#: Orientation -> axes of `[H, W, 3]` to flip, after rows and columns have changed places (from 5 on).
+"""Pillow's names of formats with drawing commands, for which it runs Ghostscript or calls Windows."""
+#: Orientation -> axes of `[H, W, 3]` to flip, after rows and columns have been swapped (from 5 on).
 FLIPS = {1: (), 2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}
 
 
@@ -45,12 +42,12 @@ def read_image(
 
     Args:
         path: any format that Pillow reads, but icons and drawing commands.
-        size: (height, width) the image must have, in the frame in which its boxes are given.
-        upright: turn it as its EXIF note says, whatever `size`, which must be None then.
-        max_pixels: refuse an image of more; at most `MOST_PIXELS`.
+        size: (height, width) that the image must have, in the orientation of its boxes.
+        upright: apply the EXIF orientation; `size` must be None.
+        max_pixels: refuse a larger image; at most `MOST_PIXELS`.
 
     Returns:
-        `Tensor[3, H, W]`, uint8, RGB; upright ones lie channels last in memory, as they are drawn and uploaded.
+        `Tensor[3, H, W]`, uint8, RGB; upright images are channels-last in memory, as drawing and uploading need them.
 
     Raises:
         DataError: no such file, not a regular file, not an image, truncated or damaged, too many pixels, more than 8
@@ -67,16 +64,16 @@ def read_image(
 def check_image(
     path: str | Path, size: tuple[int, int] | None, decode: bool = False, max_pixels: int = MAX_PIXELS
 ) -> tuple[int, int]:
-    """The image's (height, width), after a look at its header and its end; cheap for files that are whole.
+    """The image's (height, width), after checking its header and end; cheap for complete files.
 
     Args:
-        size: as for `read_image`; None: whatever the file has.
-        decode: decode it in any case.  Otherwise only a file without its format's end marker is decoded, to see
-            whether it is truncated or merely has something appended.
-        max_pixels: as for `read_image`.
+        size: see `read_image`; None: any size.
+        decode: always decode the file.  Otherwise it is decoded only if its format's end marker is missing, to find
+            out whether it is truncated or merely has something appended.
+        max_pixels: see `read_image`.
 
     Raises:
-        DataError: as `read_image`.
+        DataError: see `read_image`.
     """
     with _reading(path, max_pixels) as image:
         width, height = image.size
@@ -89,7 +86,7 @@ def check_image(
 
 @contextmanager
 def _reading(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
-    """The opened file; whatever fails on the way becomes a DataError."""
+    """The opened file; any failure within the context becomes a DataError."""
     check_regular(path, "image")
     try:
         with Image.open(path) as image:
@@ -97,7 +94,7 @@ def _reading(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
                 raise ValueError(f"it holds drawing commands ({image.format}), not pixels; make a PNG of it")
             _check_pixels(image.size, path, max_pixels)
             yield image
-    except (DataError, MemoryError):  # memory is no fault of the image
+    except (DataError, MemoryError):  # a lack of memory is not the image's fault
         raise
     except Image.DecompressionBombError as error:
         raise _too_many(path, f"more than {MOST_PIXELS:,}", max_pixels) from error
@@ -105,7 +102,7 @@ def _reading(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             empty = os.path.getsize(path) == 0
-            reason = "an empty file" if empty else "of no format, or of no kind of pixels, that Pillow knows"
+            reason = "an empty file" if empty else "its format or kind of pixels is unknown to Pillow"
         raise DataError(f"{path}: cannot read this image: {reason}", "unreadable image") from error
 
 
@@ -127,17 +124,17 @@ def _too_many(path: str | Path, what: str, max_pixels: int) -> DataError:
 def _orientation(image: Image.Image) -> int:
     if image.format == "TIFF":  # Pillow turns these itself
         return 1
-    if image.format == "PNG":  # whose notes may follow the pixels, which `getexif` would decode inside of the `try`
+    if image.format == "PNG":  # its metadata may follow the pixels, which `getexif` would decode inside the `try`
         image.load()
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-    except Exception:  # Pillow raises many kinds: a broken note says nothing, and takes nothing from the pixels
+    except Exception:  # Pillow raises many kinds; broken metadata do not affect the pixels
         return 1
     return orientation if orientation in FLIPS else 1
 
 
 def _is_turned(image: Image.Image, size: tuple[int, int] | None, path: str | Path) -> bool:
-    """Does only the upright frame have the wanted size?"""
+    """Whether only the upright orientation has the required size."""
     width, height = image.size
     if size is None or size == (height, width):
         return False

@@ -1,7 +1,7 @@
 """Batches: an endless, resumable stream for training, one ordered pass for evaluation.
 
-Training batch k of a rank depends on (seed, k, rank, world_size) alone, never on the global random state or on the
-number of worker processes; so `start_step=k` continues a stream exactly.
+Training batch k of a rank depends only on (seed, k, rank, world_size), not on the global random state or the number of
+worker processes; so `start_step=k` continues a stream exactly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .dataset import DataError, DataWarning, DetectionDataset, Target
+from ..errors import DataError
+from .dataset import DataWarning, DetectionDataset, Target
 from .transforms import horizontal_flip
 
 Batch = tuple[list[Tensor], list[Target]]
@@ -37,19 +38,19 @@ def build_loader(
     """Batches of one rank.
 
     Args:
-        batch_size: images per batch of this rank; the ranks together form batches of `batch_size * world_size`,
-            the very ones that a single process with that batch size sees.
-        train: True: an endless shuffled stream, mirrored at random with `dataset.horizontal_flip`.
+        batch_size: images per batch of this rank; together, the ranks form batches of `batch_size * world_size`, the
+            same as a single process with that batch size.
+        train: True: an endless shuffled stream, with images mirrored at random by `dataset.horizontal_flip`.
             False: every image once, in order, image i on rank i mod world_size; the last batch may be smaller.
-        seed: of shuffling and mirroring, >= 0.
-        workers: processes that load images; 0: the calling process does.
-        aspect_ratio_grouping: train only; no batch mixes landscape images (width >= height) with portrait ones.
-            No image is lost: those that fill no batch wait for the next epoch's.
-        start_step: train only; number of batches to pass over.
+        seed: seed of shuffling and mirroring, >= 0.
+        workers: number of processes that load images; 0: the calling process loads them.
+        aspect_ratio_grouping: train only; no batch mixes landscape images (width >= height) with portrait images.
+            Images that do not fill a batch are kept for the next epoch.
+        start_step: train only; number of batches to skip.
 
     Raises:
-        ValueError: an argument out of range.
-        DataError: while iterating: an image cannot be decoded.
+        ValueError: an argument is out of range.
+        DataError: an image cannot be decoded; raised while iterating.
     """
     for name, value, least in (
         ("batch_size", batch_size, 1), ("world_size", world_size, 1), ("workers", workers, 0),
@@ -83,7 +84,7 @@ class TrainBatches:
             to_skip = max(0, to_skip - len(batches))
 
     def _epochs(self) -> Iterator[list[np.ndarray]]:
-        """The global batches that become full in epoch 0, 1, ..., each an array [batch, 2] of (epoch, index)."""
+        """The global batches that are completed in epoch 0, 1, ..., each an array [batch, 2] of (epoch, index)."""
         size = self.batch_size * self.world_size
         waiting = {int(group): np.empty((0, 3), np.int64) for group in np.unique(self.groups)}
         epoch = 0
@@ -96,7 +97,7 @@ class TrainBatches:
                 count = len(queue) // size
                 full += list(queue[: count * size].reshape(count, size, 3))
                 waiting[group] = queue[count * size :]
-            # A batch takes its place in the stream when its last image comes.
+            # Batches are ordered by the position of their last image.
             full.sort(key=lambda batch: int(batch[-1, 2]))
             yield [batch[:, :2] for batch in full]
             epoch += 1
@@ -118,7 +119,7 @@ class EvalBatches:
 
 
 class Loader:
-    """Iterable of (list of images, list of targets); each `iter()` starts anew at the loader's first batch."""
+    """Iterable of (list of images, list of targets); each `iter()` starts again at the first batch."""
 
     def __init__(
         self, dataset: DetectionDataset, batches: TrainBatches | EvalBatches, flip_seed: int | None, workers: int
@@ -132,11 +133,11 @@ class Loader:
             collate_fn=_keep,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_leave_the_process_group,
-            generator=torch.Generator(),  # its own: iterating must not advance the global random state
+            generator=torch.Generator(),  # separate, so that iterating does not advance the global random state
         )
 
     def __len__(self) -> int:
-        """Number of batches; a training stream is endless and has none (TypeError)."""
+        """The number of batches; TypeError for a training stream, which is endless."""
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -149,7 +150,7 @@ class Loader:
             yield [image for image, _, _ in items], [target for _, target, _ in items]
 
     def _note(self, error: DataError) -> None:
-        """Count, and warn of, an image that had to be replaced: once for each file."""
+        """Count an image that had to be replaced, and warn about it, once per file."""
         if str(error) not in self._replaced:
             self._replaced.add(str(error))
             self.dataset.skipped[error.reason] += 1
@@ -162,10 +163,10 @@ class Loader:
 
 
 class _Items(Dataset):
-    """(epoch, index) -> (image, target, errors met on the way).
+    """(epoch, index) -> (image, target, errors).
 
-    Errors travel as values: raised in a worker process a DataError would arrive as a traceback, and a count kept there
-    would never arrive.
+    Errors are returned as values: a DataError raised in a worker process would arrive as a traceback, and a count kept
+    there would be lost.
     """
 
     def __init__(self, dataset: DetectionDataset, flip_seed: int | None):
@@ -189,7 +190,7 @@ class _Items(Dataset):
     def _flips(self, epoch: int, index: int) -> bool:
         if self.flip_seed is None:
             return False
-        # The trailing 1 keeps this stream apart from the permutation's.
+        # The trailing 1 separates this random stream from the permutation's.
         draw = np.random.default_rng((self.flip_seed, epoch, index, 1)).random()
         return bool(draw < self.dataset.horizontal_flip)
 
@@ -199,6 +200,6 @@ def _keep(items: list) -> list:
 
 
 def _leave_the_process_group(worker: int) -> None:
-    """Ctrl-C, and a SIGTERM sent to the trainer's process group, are for the trainer alone: it may yet save and go."""
+    """Leave Ctrl-C, and a SIGTERM to the process group, to the trainer alone, which saves its state before it ends."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)

@@ -1,25 +1,25 @@
-"""Class names: what is accepted as one, and what to say of one that is not known."""
+"""Validates class names, and describes unknown ones."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+from ..errors import UNPRINTABLE
+
 SHOWN = 12
-"""Names of classes that a message lists before it says how many more there are."""
+"""The number of class names that a message lists."""
 LONGEST = 80
-"""Letters of one name that a message shows."""
-UNPRINTABLE = {"Cc": "a control character", "Cs": "half a surrogate pair", "Zl": "a line break", "Zp": "a line break"}
-"""By Unicode category: names go into pictures, tables, UTF-8 and lists read line by line, which these would break."""
+"""The number of characters of a name that a message shows."""
 
 
 def clean_name(name: str) -> str:
-    """Without white space and byte order marks around it, which lists read line by line leave there."""
+    """The name without surrounding white space and byte order marks, which come from text files."""
     return name.strip().strip("\ufeff").strip()
 
 
 def wrong_name(name: str) -> str | None:
-    """What is wrong with a cleaned class name, in few words; None: nothing."""
+    """Why a cleaned class name is invalid, in a few words; None: it is valid."""
     if not name:
         return "is empty"
     found = next((UNPRINTABLE[kind] for kind in map(unicodedata.category, name) if kind in UNPRINTABLE), None)
@@ -27,30 +27,25 @@ def wrong_name(name: str) -> str | None:
 
 
 def shown_name(name: str) -> str:
-    """The name as a one-line message can have it."""
+    """The name for a one-line message."""
     name = name if len(name) <= LONGEST else name[:LONGEST] + "..."
     return name if wrong_name(name) is None else ascii(name)
 
 
-def one_line(text: str) -> str:
-    """The text with control characters as their escapes: file names may hold any, and terminals obey some."""
-    return "".join(ascii(letter)[1:-1] if unicodedata.category(letter) in UNPRINTABLE else letter for letter in text)
-
-
 def listed(names: Iterable[str]) -> str:
-    """Names for a message: the first `SHOWN`, and how many more there are."""
+    """Names for a message: the first `SHOWN`, and the total number."""
     names = list(names)
     more = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
     return (", ".join(map(shown_name, names[:SHOWN])) or "none") + more
 
 
 def similar_name(name: str, classes: Iterable[str]) -> str | None:
-    """The class that differs from `name` in upper and lower case, white space, `_` and `-` alone, or None."""
+    """The class that differs from `name` only in case, white space, `_` and `-`; None: there is none."""
     return next((known for known in classes if _folded(known) == _folded(name)), None)
 
 
 def not_a_class(name: str, classes: Sequence[str]) -> str:
-    """The end of a message on an object whose class the detector does not have."""
+    """The end of a message about an object whose class the detector does not have."""
     similar = similar_name(name, classes)
     hint = f"; '{shown_name(similar)}' differs from it in case or white space alone" if similar is not None else ""
     return f"class '{shown_name(name)}' is not among the classes {listed(classes)}{hint}"

@@ -1,4 +1,4 @@
-"""File names out of annotations: they stay in the folder of the data set, and are of regular files."""
+"""Checks file names from annotations: they must stay in the data set's folder and name regular files."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 import stat
 from pathlib import Path
 
-from .dataset import DataError
+from ..errors import DataError
 
 
 def check_inside(name: str, where: str, outside_root: bool) -> None:
-    """Refuse a name that its text leads out of the folder it is looked for in: absolute, or with `..`.
+    """Refuse a name that leads out of its folder: an absolute path, or one with `..`.
 
-    Annotations come from elsewhere, and must not choose which files of this machine are read.  A folder of images that
-    is a symbolic link is the user's own choice and is followed: the check is on the text alone.
+    Annotations are not trusted to choose which files of this machine are read.  Only the text is checked: a folder of
+    images that is a symbolic link is the user's own choice and is followed.
 
     Raises:
         DataError: such a name, unless `outside_root`.
@@ -30,16 +30,16 @@ MISSING = {"image": "missing image", "annotation": "missing annotation file"}
 
 
 def check_regular(path: str | Path, what: str) -> None:
-    """Refuse what is not a regular file, before it is opened: reading a pipe or a device may wait without end.
+    """Refuse a path that is not a regular file, before it is opened: reading a pipe or a device may block forever.
 
     Raises:
-        DataError: it is none, or is not there.
+        DataError: it is not a regular file, or does not exist.
     """
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such {what} file", MISSING[what]) from error
-    except (OSError, ValueError) as error:  # a loop of links, no permission, a name too long or with a zero byte
+    except (OSError, ValueError) as error:  # a loop of links, no permission, a name that is too long or has a zero byte
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot read this {what}: {reason}", f"unreadable {what}") from error
     if not stat.S_ISREG(mode):

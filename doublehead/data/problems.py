@@ -1,26 +1,27 @@
-"""Bad records: an error, or left out, counted, and told in one warning."""
+"""The policy for bad records: an error, or left out, counted and summarised in one warning."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
 
-from .dataset import DataError, DataWarning
+from ..errors import DataError
+from .dataset import DataWarning
 
 FEW = 3
-"""So many images, and so many objects, may be left out of any set, however small: unless nothing remains, or the share
-is 0."""
+"""The number of images, and of objects, that may always be left out, however small the set is; unless nothing would
+remain, or the share is 0."""
 
 
 class ObjectError(DataError):
-    """A record that is one annotation: the image it belongs to is not affected."""
+    """A bad annotation, which does not affect its image."""
 
 
 class Problems:
-    """Bad records of one split.  The first is an error; or (`skip`) each is counted, up to a share of the set.
+    """Bad records of one split.  The first is an error; or, with `skip`, they are counted up to a share of the set.
 
     Args:
-        name: of the data set, for messages.
+        name: the data set's name, for messages.
         skip: leave bad records out.
         max_skipped: the largest share of the images, and of the objects, that may be left out.
     """
@@ -45,15 +46,15 @@ class Problems:
         self._first.setdefault((what, error.reason), str(error))
 
     def note(self, what: str, where: str) -> None:
-        """Count something that is used all the same, or that no policy decides on."""
+        """Count a record that is used anyway, or that no policy applies to."""
         self.notes[what] += 1
         self.first.setdefault(what, where)
 
     def check_shares(self, images: int, objects: int, complete: bool = True) -> None:
-        """Hold what was left out against the good images and objects that were read.
+        """Compare what was left out with the good images and objects that were read.
 
         Args:
-            complete: the file was read to its end; if not, annotations of images beyond are no part of any share.
+            complete: whether the file was read to its end; if not, annotations of unread images are not counted.
 
         Raises:
             DataError: nothing is left, or more than `max_skipped` was left out.
@@ -64,7 +65,7 @@ class Problems:
         self._check_share("objects", objects)
 
     def most(self, total: int) -> float:
-        """How many of so many images or objects may be left out."""
+        """The number of images or objects that may be left out of `total`."""
         return max(FEW, self.max_skipped * total) if self.max_skipped else 0
 
     def _check_share(self, what: str, good: int) -> None:
@@ -83,7 +84,7 @@ class Problems:
         raise DataError(f"{self.name}: {said}; {count} x {reason}, first: {first}. {way_out}", reason)
 
     def warn(self) -> None:
-        """One `DataWarning` for everything counted, if there is anything."""
+        """Give one `DataWarning` for everything counted, if there is anything."""
         lines = [f"left out {count} x {reason}, first: {self.first[reason]}" for reason, count in self.counts.items()]
         lines += [f"{what.format(count)}, first: {self.first[what]}" for what, count in self.notes.items()]
         if lines:

@@ -1,12 +1,12 @@
-"""The embedded data set: generated pictures of six shapes.  No download, no files.
+"""The built-in data set: generated images of six shapes, without downloads or files.
 
-Image i of a split depends on (seed, split, i) alone.  The background is a gradient, stripes, blotches or plain;
-one to eight shapes lie on it, tilted by up to 22.5 degrees, 16 pixels to 0.7 of the image in size, plain, shaded or
-striped, one over the other and over the border; noise covers all.
+Image i of a split depends only on (seed, split, i).  The background is plain, a gradient, stripes or blotches.  It has
+one to eight shapes, tilted by up to 22.5 degrees, from 16 pixels to 0.7 of the image in size, plain, shaded or striped,
+which may overlap each other and the border.  Noise covers everything.
 
-What a box is: the tight box of the pixels that can be seen, a pixel counting when the shape covers at least
-half of it.  No shape is hidden by more than half: a placement that would do so is not made.  So every shape in the
-picture is annotated, and every box is exact.
+A box is the tight box of the visible pixels; a pixel counts if the shape covers at least half of it.  No shape is
+placed such that more than half of any shape is hidden.  So every shape in the image is annotated, and every box is
+exact.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dataset import DataError, DetectionDataset, Target, make_target
+from ..errors import DataError
+from .dataset import DetectionDataset, Target, make_target
 
 CLASSES = ("disc", "square", "triangle", "ring", "cross", "star")
 MAX_OBJECTS = 8
@@ -26,20 +27,20 @@ MIN_EXTENT = 16.0
 """Smallest diameter in pixels; the largest is `MAX_EXTENT` of the image's side."""
 MAX_EXTENT = 0.7
 MAX_TILT = np.pi / 8
-"""Radians, either way: a small detector trained for minutes should be able to tell the classes."""
+"""Radians in both directions; small enough for a small detector to tell the classes after minutes of training."""
 MIN_VISIBLE = 0.5
 CONTRAST = 80.0
-"""Least distance, in RGB, of a shape's colour from the background's mean colour."""
+"""Minimum distance in RGB between a shape's colour and the background's mean colour."""
 
 
 class ShapesDataset(DetectionDataset):
-    """See the module's text.
+    """Generated images of shapes; see the module's docstring.
 
     Args:
-        split: any name; two names give two disjoint sets of pictures.
+        split: any name; different names give different images.
         length: number of images.
         side: height and width in pixels, at least 32.
-        seed: another seed gives other pictures.
+        seed: different seeds give different images.
     """
 
     def __init__(self, split: str, length: int, side: int = 192, horizontal_flip: float = 0.0, seed: int = 0):
@@ -63,11 +64,11 @@ class ShapesDataset(DetectionDataset):
         return torch.from_numpy(image), make_target(boxes, labels, self.image_ids[index])
 
     def render(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Pixels uint8 [3, H, W], boxes [n, 4], labels [n], and which shape a pixel shows, int [H, W]; -1: none."""
+        """Pixels uint8 [3, H, W], boxes [n, 4], labels [n], and each pixel's shape, int [H, W], -1 for none."""
         return draw_scene(np.random.default_rng((index, *self._entropy)), self._side)
 
     def annotations(self) -> list[dict[str, Any]]:
-        """Draws the whole split once."""
+        """See `DetectionDataset`; this draws the whole split once."""
         found: list[dict[str, Any]] = []
         for index, image_id in enumerate(self.image_ids):
             _, boxes, labels, _ = self.render(index)
@@ -79,19 +80,19 @@ class ShapesDataset(DetectionDataset):
 
 
 def draw_scene(rng: np.random.Generator, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """One picture of `side` x `side` pixels; the values are those of `ShapesDataset.render`."""
+    """One image of `side` x `side` pixels; returns the same values as `ShapesDataset.render`."""
     scene = _Scene(rng, side)
     for _ in range(int(rng.integers(1, MAX_OBJECTS + 1))):
         kind, extent = int(rng.integers(len(CLASSES))), _log_uniform(rng, MIN_EXTENT, MAX_EXTENT * side)
         placed = any(scene.add(kind, extent) for _ in range(8))
-        # A crowded picture may have no place left, an empty one always has: try on until there is one shape.
+        # A crowded image may have no room left; an empty one always has, so try until there is one shape.
         while not placed and not scene.labels:
             placed = scene.add(kind, extent)
     return scene.finish()
 
 
 class _Scene:
-    """A picture being painted, and which shape each pixel shows."""
+    """An image being drawn, and the shape of each pixel."""
 
     def __init__(self, rng: np.random.Generator, side: int):
         first = rng.uniform(30, 225, 3)
@@ -101,11 +102,11 @@ class _Scene:
         self.canvas = _texture(rng, (side, side), first, second)
         self.owner = np.full((side, side), -1, np.int8)
         self.labels: list[int] = []
-        self.spare = np.empty(0)  # how many more pixels of each shape may be hidden
+        self.spare = np.empty(0)  # the number of pixels of each shape that may still be hidden
 
     def add(self, kind: int, extent: float) -> bool:
-        """Try one random place and rotation; False, and nothing painted, where too much would be hidden."""
-        distance, top, left = _place(self.rng, kind, extent, self.side)
+        """Try one random position and rotation; False, without drawing, if too much would be hidden."""
+        distance, top, left = _random_distance(self.rng, kind, extent, self.side)
         area = int((distance <= 0).sum())
         inside = (slice(max(top, 0), top + len(distance)), slice(max(left, 0), left + len(distance)))
         distance = distance[max(-top, 0) : self.side - top, max(-left, 0) : self.side - left]
@@ -130,8 +131,9 @@ class _Scene:
         return pixels, np.array(boxes, np.float32), np.array(self.labels, np.int64), self.owner
 
 
-def _place(rng: np.random.Generator, kind: int, extent: float, side: int) -> tuple[np.ndarray, int, int]:
-    """Signed distance in pixels to the outline (negative inside) on a square patch, and where the patch begins."""
+def _random_distance(rng: np.random.Generator, kind: int, extent: float, side: int) -> tuple[np.ndarray, int, int]:
+    """A randomly placed shape: signed distance to its outline in pixels (negative inside) on a square patch, and the
+    patch's top and left."""
     radius = extent / 2
     centre_x, centre_y = rng.uniform(0.5 * radius, side - 0.5 * radius, size=2)
     angle, stretch = rng.uniform(-MAX_TILT, MAX_TILT), rng.uniform(0.75, 1.0)
@@ -145,7 +147,7 @@ def _place(rng: np.random.Generator, kind: int, extent: float, side: int) -> tup
 
 
 def _outline(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Signed distance to a shape that just fits the unit circle."""
+    """Signed distance to a shape that is inscribed in the unit circle."""
     if name == "disc":
         return np.hypot(u, v) - 1
     if name == "ring":

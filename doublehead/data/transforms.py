@@ -1,4 +1,4 @@
-"""Transforms of an image together with its boxes.  Resizing and normalisation are the model's."""
+"""Transforms an image together with its boxes.  The model itself resizes and normalises."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def horizontal_flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 
     Args:
         image: `Tensor[3, H, W]`.
-        target: boxes between pixel edges, so that x becomes exactly W - x.
+        target: boxes between pixel edges; x becomes exactly W - x.
     """
     x1, y1, x2, y2 = target["boxes"].unbind(-1)
     width = image.shape[-1]

@@ -1,13 +1,13 @@
 """Pascal VOC folders: `JPEGImages`, `Annotations`, `ImageSets/Main/<split>.txt` (one image name a line).
 
-Pixel convention: VOC counts pixels from 1 and its boxes include their last pixel.  (xmin, ymin, xmax, ymax) becomes
-(xmin - 1, ymin - 1, xmax, ymax) between pixel edges: a box over the whole image, (1, 1, W, H), is (0, 0, W, H).
-xmin = 0, which tools that count from 0 write, reaches one pixel over the border: it is clipped, and counted.
-xmin = xmax would be one column of pixels; no such object exists, so it is taken for a slip, and has zero width here.
+Pixel convention: VOC counts pixels from 1, and boxes include their last pixel.  (xmin, ymin, xmax, ymax) becomes
+(xmin - 1, ymin - 1, xmax, ymax) between pixel edges: a box over the whole image, (1, 1, W, H), becomes (0, 0, W, H).
+xmin = 0, from tools that count from 0, is one pixel outside the image: the box is clipped and counted.  xmin = xmax
+would be one column of pixels; real objects are wider, so it is treated as a mistake and becomes a box of zero width.
 
-Classes are the twenty of VOC where they suffice; else the names that occur in `Annotations`, sorted: in every split the
-same.  Image ids are line numbers of the split's list, whatever is skipped.  A `<size>` that is empty or says 0 x 0, as
-tools write that could not read the picture, is as good as none.  `<filename>` and `<path>` are not used.
+Classes are VOC's twenty if they suffice; otherwise all names in `Annotations`, sorted, which are the same for every
+split.  Image ids are line numbers of the split's list, even if records are skipped.  A `<size>` that is empty or 0 x 0,
+from tools that could not read the image, counts as missing.  `<filename>` and `<path>` are not used.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
+from ..errors import DataError
 from .coco_json import MAX_SIDE
-from .dataset import DataError
 from .files import MIN_SIDE, RawImage, RawObject
 from .names import clean_name, not_a_class, shown_name, wrong_name
 from .paths import check_inside
@@ -29,21 +29,21 @@ VOC_CLASSES = (
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".webp")
-"""Of the images; the first that exists is taken."""
+"""Suffixes of image files; the first that exists is used."""
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf(inity)?|nan", re.ASCII | re.IGNORECASE)
 
 
 def read_voc(
     root: Path, split: str, classes: Sequence[str] | None = None, outside_root: bool = False
 ) -> tuple[list[str], list[int], Iterator[RawImage | DataError]]:
-    """Class names, category ids (1, 2, ...), and the images of a split, bad records among them as `DataError`.
+    """Class names, category ids (1, 2, ...), and the images of a split; bad records are `DataError`s among the images.
 
     Args:
-        classes: these names, in this order: a detector's, when it is to be evaluated.
-        outside_root: follow a name of the list out of the folders.
+        classes: names to use, in this order: those of a detector to evaluate.
+        outside_root: allow a name in the list that leads out of the folders.
 
     Raises:
-        DataError: folder or list missing, or the list is not text.
+        DataError: a folder or the list is missing, or the list is not text.
     """
     listing = root / "ImageSets" / "Main" / f"{split}.txt"
     if not listing.is_file():
@@ -67,7 +67,7 @@ def _find_classes(folder: Path) -> list[str]:
         try:
             names.update(_text(item, "name") for item in read_annotation(path).findall("object"))
         except DataError:
-            continue  # a broken file names no class; the split it belongs to reports it
+            continue  # a broken file has no classes; its split reports it
     names = {name for name in names if not wrong_name(name)}
     return list(VOC_CLASSES) if names <= set(VOC_CLASSES) else sorted(names)
 
@@ -110,14 +110,14 @@ def _image_path(root: Path, name: str, where: str) -> Path:
         try:
             if path.is_file():
                 return path
-        except OSError:  # no name of a file: too long, for one
+        except OSError:  # not a valid file name, such as one that is too long
             break
     message = f"{where}: no image {root / 'JPEGImages' / name[:200]} with one of the suffixes {' '.join(SUFFIXES)}"
     raise DataError(message, "missing image")
 
 
 def _size(tree: Element, path: Path) -> tuple[int, int] | None:
-    """(height, width); None where the file does not say it."""
+    """(height, width); None if the file does not state it."""
     size = tree.find("size")
     said = [_text(size, key) if size is not None else "" for key in ("height", "width")]
     try:
@@ -164,7 +164,7 @@ def _corner(corners: Element, key: str) -> float:
 
 
 def _number(text: str) -> float:
-    """What Python alone would take for one, as 1_000 or digits of other scripts, is no number here."""
+    """Parse a number; forms such as 1_000 or digits of other scripts, which Python accepts, are refused."""
     if not NUMBER.fullmatch(text):
         raise ValueError(f"{text[:40]!r} is not a number")
     return float(text)

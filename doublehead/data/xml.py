@@ -1,7 +1,7 @@
-"""Pascal VOC's XML: decoded as it declares, and held against the form of an annotation before anything is read from it.
+"""Reads Pascal VOC's XML: decodes it as declared, and checks its structure before anything is read from it.
 
-An element tree answers a question for objects that are not where they are looked for with an empty list, and a picture
-without objects is a valid thing; so a file of another form must be found out here, by name.
+A search for objects in the wrong place gives an empty list, and an image without objects is valid; so a file with
+another structure has to be recognised here.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from .dataset import DataError
+from ..errors import DataError
 from .paths import check_regular
 
 MARKS = (
     (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"), (b"<\0", "utf-16-le"), (b"\0<", "utf-16-be"),
 )  # fmt: skip
-"""How a file may begin, and what it is in then; UTF-32's first mark begins with UTF-16's."""
+"""(first bytes of a file, its encoding); UTF-32's mark comes first because it begins with UTF-16's."""
 DECLARED = re.compile(rb"""\s*<\?xml[^>]*?\bencoding\s*=\s*["']([A-Za-z][A-Za-z0-9._-]*)["']""")
 SUPERSETS = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949"}
-"""Windows' extension of an encoding is commonly declared by the encoding's own name."""
+"""Encoding -> Windows' extension of it, which is often declared under the encoding's name."""
 VOC_CHILDREN = frozenset(("folder", "filename", "path", "source", "owner", "size", "segmented", "object"))
 OBJECT_SIGNS = frozenset(("object", "objects", "obj", "item", "bndbox", "robndbox", "box", "bbox", "polygon", "points"))
-"""Elements that would hold objects where `<annotation>` has no `<object>`; compared in lower case."""
+"""Elements that hold objects in other structures; compared in lower case."""
 
 
 def read_annotation(path: Path) -> ElementTree.Element:
-    """The `<annotation>` of a file; name spaces are taken off, its `<object>` children are all the objects it has.
+    """The `<annotation>` element of a file, without name spaces; all its objects are its `<object>` children.
 
     Raises:
-        DataError: no such file, an encoding it is not in, invalid XML, entity declarations (which may grow without
-            bounds), or something else than a VOC annotation.
+        DataError: the file does not exist, has another encoding than it declares, is invalid XML, declares entities
+            (which may grow without bounds), or is not a VOC annotation.
     """
     check_regular(path, "annotation")
     try:
@@ -40,7 +40,7 @@ def read_annotation(path: Path) -> ElementTree.Element:
         if "<!ENTITY" in text:
             raise ValueError("it declares entities, which no annotation needs and which may grow without bounds")
         root = ElementTree.fromstring(text)
-    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # ParseError tells line and column
+    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # ParseError names line and column
         raise DataError(f"{path}: invalid XML: {error}", "invalid XML") from error
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
@@ -56,15 +56,15 @@ def _decode(data: bytes) -> str:
         try:
             return data.decode(attempt).removeprefix("\ufeff")
         except UnicodeDecodeError as error:
-            place = error.start
-    line = data.count(b"\n", 0, place) + 1
-    raise ValueError(f"{otherwise} (line {line}, byte {place})")
+            position = error.start
+    line = data.count(b"\n", 0, position) + 1
+    raise ValueError(f"{otherwise} (line {line}, byte {position})")
 
 
 def _encoding(data: bytes) -> tuple[str, str]:
-    """The encoding that a file's mark or its declaration tells, UTF-8 if neither does; and what to say if it is wrong.
+    """The encoding by a file's byte order mark or declaration, else UTF-8; and the message if it is wrong.
 
-    expat itself knows no encoding with more than one byte a character but UTF-8 and UTF-16.
+    expat itself supports no encoding with several bytes per character other than UTF-8 and UTF-16.
     """
     name = next((codec for mark, codec in MARKS if data.startswith(mark)), None)
     if name:
@@ -78,13 +78,13 @@ def _encoding(data: bytes) -> tuple[str, str]:
         name = codecs.lookup(said).name
     except LookupError:
         raise LookupError(f"its declared encoding '{said}' is not known") from None
-    if name.startswith(("utf-16", "utf-32")):  # the declaration could not have been read
+    if name.startswith(("utf-16", "utf-32")):  # then the declaration could not have been read
         raise ValueError(otherwise)
     return name, otherwise
 
 
 def _other_form(root: ElementTree.Element) -> str | None:
-    """What shows that this is no VOC annotation, or one with objects where they would not be found; None: nothing."""
+    """Why this is not a VOC annotation, or has objects where they would not be found; None: it is one."""
     if root.tag != "annotation":
         inside = root.find(".//annotation") is not None
         what = f"<{root.tag[:80]}>, with <annotation> inside" if inside else f"<{root.tag[:80]}>"
@@ -101,7 +101,7 @@ def _other_form(root: ElementTree.Element) -> str | None:
     if children and VOC_CHILDREN.isdisjoint(children):
         return f"its elements are <{'>, <'.join(tag[:40] for tag in dict.fromkeys(children[:8]))}>, none of them VOC's"
     foreign = next((child for child in root if child.tag not in VOC_CHILDREN and (len(child) or child.attrib)), None)
-    if foreign is not None and not objects:  # more than a remark: what it holds may be objects under any name
+    if foreign is not None and not objects:  # its contents may be objects under another name
         return f"it has no <object>, but <{foreign.tag[:80]}>, which is not VOC's, with content"
     if (root.text or "").strip() and not children:
         return f"it has no elements, but text: {root.text.strip()[:40]!r}"

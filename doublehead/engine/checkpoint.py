@@ -1,4 +1,4 @@
-"""What a run leaves on disk: `model.safetensors` to use, `state.pt` to continue from.
+"""Checkpoints of a run: `model.safetensors` to use, `state.pt` to continue from.
 
 `model.safetensors` holds the weights (the averaged ones where averaging is on) and, in its
 header, all that is needed to rebuild the detector: the recipe, the classes, the category ids.
@@ -19,15 +19,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-import doublehead
-from doublehead.config import Recipe, from_dict, to_dict
-from doublehead.engine import digest
+from doublehead.config import Recipe, check, from_dict, to_dict
 from doublehead.engine import state as state_schema
-from doublehead.engine.errors import CheckpointError
 from doublehead.engine.file_kinds import other_kind
 from doublehead.engine.files import check_room, replacing
 from doublehead.engine.schema import Mismatch, is_finite, items, text, whole
-from doublehead.weights import read_plain
+from doublehead.errors import CheckpointError
+from doublehead.version import __version__
+from doublehead.weights import digest, read_plain
 from doublehead.weights.wrappers import COUNTERS, without_wrappers
 
 MODEL_FILE = "model.safetensors"
@@ -36,7 +35,7 @@ _MODEL_FORMAT = "doublehead.model/1"
 
 
 class LoadedModel(NamedTuple):
-    """A detector read from a file, and what its labels mean."""
+    """A detector read from a file, and the meaning of its labels."""
 
     model: nn.Module
     """In eval mode, on the CPU."""
@@ -55,24 +54,25 @@ def save_model(
     category_ids: Sequence[int],
     step: int = 0,
 ) -> None:
-    """Write `model`'s weights and their description to `path`, atomically, with a digest by which damage is noticed.
+    """Write `model`'s weights and their description to `path`, atomically, with a digest that reveals damage.
 
     Args:
-        model: what `build_detector` gave; it, or parts of it, may be compiled, or wrapped for averaging or to run on
-            several devices.
+        model: what `build_detector` gave; it, or parts of it, may be compiled, or wrapped for averaging or
+            for several devices.
 
     Raises:
-        CheckpointError: the classes cannot be those of a model, or the file cannot be written (disk full, no
-            permission); an older one stays.
+        CheckpointError: the recipe or the classes are none that `load_model` accepts, or the file cannot be written
+            (disk full, no permission); an older one stays.
     """
     try:
         tensors = _unwrapped({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
         _check_labels(list(classes), [int(i) for i in category_ids])
+        check(recipe)  # `load_model` does too
     except ValueError as error:
         raise CheckpointError(f"{path}: not written: {error}") from error
     metadata = {
         "format": _MODEL_FORMAT,
-        "version": getattr(doublehead, "__version__", "unknown"),
+        "version": __version__,
         "step": str(step),
         "recipe": json.dumps(to_dict(recipe)),
         "classes": json.dumps(list(classes)),
@@ -89,12 +89,12 @@ def save_model(
 def load_model(path: str | Path, finite: bool = True) -> LoadedModel:
     """Rebuild the detector that `save_model` wrote.
 
-    Weights come as the recipe's model has them (float32), whatever floating-point type they have in the file, if that
-    changes no value.
+    Weights are converted from the file's floating-point type to that of the model (float32), if that changes no
+    value.
 
     Args:
         path: a `model.safetensors`, or the folder of a run that holds one.
-        finite: refuse weights with NaN or infinity; False: take them, to look into a training that went wrong.
+        finite: refuse weights with NaN or infinity; False: load them, to examine a training that failed.
 
     Raises:
         CheckpointError: no such file, not a file of this library, damaged, or weights that are not finite or do not fit
@@ -105,7 +105,7 @@ def load_model(path: str | Path, finite: bool = True) -> LoadedModel:
     try:
         recipe, classes, category_ids = _description(metadata)
         model = _build(recipe, len(classes) + 1, _unwrapped(tensors))
-        whole = digest.fits(metadata, tensors)  # only now: no time goes into a file that is of no use anyway
+        whole = digest.matches(metadata, tensors)  # last, as it takes the longest
         model.load_state_dict(_unwrapped(tensors))
         if finite:
             _check_finite(model.state_dict(), whole)
@@ -113,8 +113,8 @@ def load_model(path: str | Path, finite: bool = True) -> LoadedModel:
         raise CheckpointError(f"{path}: {_line(error)}") from error
     if not whole:
         raise CheckpointError(
-            f"{path}: changed or damaged since it was written: its digest is of other content. Get the file anew from "
-            "where it came from; to change one on purpose, write it with doublehead.engine.save_model"
+            f"{path}: changed or damaged since it was written: its digest does not fit its content. Get the file again "
+            "from its source; to change one on purpose, write it with doublehead.engine.save_model"
         )
     return LoadedModel(model.eval(), recipe, classes, category_ids)
 
@@ -180,7 +180,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tenso
             if not metadata.get("format", "").startswith("doublehead.model/"):
                 raise CheckpointError(
                     f"{path}: a safetensors file, but not a model of doublehead; if it is another project's detector, "
-                    f"first make a model of it: python -m doublehead.convert {path} FOLDER"
+                    f"first make a model of it: doublehead convert {path} FOLDER"
                 )
             if metadata["format"] != _MODEL_FORMAT:
                 raise CheckpointError(
@@ -230,12 +230,12 @@ def _check_labels(classes: Any, category_ids: Any) -> None:
 
 
 def _build(recipe: Recipe, num_classes: int, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    """The model of a recipe that comes from a file, if it is what `tensors` are of.
+    """The model of a file's recipe, if `tensors` fit it.
 
-    First without memory: a recipe may ask for any amount of it, but the tensors have been read.
+    Built without memory first: a recipe may ask for any amount of it, while the tensors are read already.
 
     Raises:
-        ValueError: the recipe is of no model, or of another one.
+        ValueError: the recipe describes no model, or another one.
     """
     from doublehead.models import build_detector  # only here: it brings torchvision
 
@@ -270,7 +270,7 @@ def _check_fit(expected: dict[str, torch.Tensor], tensors: dict[str, torch.Tenso
 
 
 def _converts(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether `tensor` has that dtype, or another floating-point one with values that it has too."""
+    """Whether `tensor` has that dtype, or a floating-point one from which it converts exactly."""
     if tensor.dtype == dtype:
         return True
     if not (tensor.is_floating_point() and dtype.is_floating_point):
@@ -291,15 +291,15 @@ def _check_finite(tensors: dict[str, torch.Tensor], whole: bool) -> None:
 
 
 def _unwrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors by the names that the detector itself gives them."""
+    """The tensors under the detector's own names."""
     plain = {without_wrappers(name): name for name in tensors}
     if len(plain) < len(tensors):
-        raise ValueError("some tensors are there twice, plain and under the name of a wrapper of their module")
+        raise ValueError("some tensors are there twice: under their own names and under those of a module's wrapper")
     return {name: tensors[source] for name, source in plain.items() if name not in COUNTERS}
 
 
 def _without_download(recipe: Recipe) -> Recipe:
-    """The recipe with its backbone left random: the file's own weights replace it."""
+    """The recipe with a random backbone: the file's own weights replace it."""
     backbone = replace(recipe.model.backbone, weights=None)
     return replace(recipe, model=replace(recipe.model, backbone=backbone))
 
@@ -314,7 +314,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _line(message: object) -> str:
-    """A message with words from a file in it, as one line of bounded length."""
+    """A message that quotes a file, as one line of bounded length."""
     line = " ".join(str(message).split())
     return line if len(line) <= 700 else f"{line[:697]}..."
 

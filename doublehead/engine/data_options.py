@@ -1,8 +1,7 @@
-"""Options the command lines share: which images a trained detector is used on, and where a result goes."""
+"""Options that several commands share: the images that a trained detector runs on."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,12 +9,12 @@ from typing import Annotated, Literal
 import tyro
 
 from doublehead.config import DataConfig
-from doublehead.engine.errors import UserError
+from doublehead.errors import UserError
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """Which images; what is not given is as it was in training."""
+    """The images; options that are not given are those of training."""
 
     root: str | None = None
     """Folder of the data set."""
@@ -28,8 +27,8 @@ class EvaluationData:
     on_bad_record: Annotated[Literal["error", "skip"] | None, tyro.conf.arg(aliases=("--on-bad-record",))] = None
     """What to do with a broken image or annotation: stop with its name, or leave it out and count it."""
     max_skipped: float | None = None
-    """Of `skip`: the largest share of the images, and of the objects, that may be left out (three always may, but with
-    0 none)."""
+    """Largest share of the images, and of the objects, that on-bad-record `skip` may leave out (it always may leave out
+    three; 0: none)."""
     max_pixels: int | None = None
     """Refuse larger images, before they are decoded."""
     outside_root: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -39,10 +38,10 @@ class EvaluationData:
 
 
 def data_config(trained: DataConfig, given: EvaluationData) -> DataConfig:
-    """The data of training, changed by what the command line gave.
+    """The data of training, changed by the options of the command line.
 
     Raises:
-        UserError: the data set's folder is not given, or the one of training is not there.
+        UserError: the data set's folder is not given, or that of training does not exist.
     """
     values = {f.name: getattr(given, f.name) for f in fields(given)}
     config = replace(trained, **{name: v for name, v in values.items() if v is not None and v is not False})
@@ -55,16 +54,3 @@ def data_config(trained: DataConfig, given: EvaluationData) -> DataConfig:
     if given.root is None and not Path(config.root).is_dir():
         raise UserError(f"the data set of training, {config.root}, is not here: give --data.root")
     return config
-
-
-def check_output(path: str | None, option: str = "--out") -> None:
-    """Refuse an output file that cannot be written, before the work and not after it.
-
-    Raises:
-        UserError: its folder does not exist or is closed, or it is a folder itself.
-    """
-    if path is None:
-        return
-    folder = Path(path).parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(path).is_dir():
-        raise UserError(f"{option} {path}: cannot be written: give a file in a folder that exists and is writable")

@@ -1,4 +1,4 @@
-"""One process or many: who am I, and how do we agree.
+"""One process or many: rank, device, and agreement between processes.
 
 `torchrun` describes the processes in environment variables; without it there is one.  Gradients
 travel over the device's own backend (NCCL on CUDA, gloo on CPU); small host-side agreements
@@ -7,8 +7,8 @@ travel over the device's own backend (NCCL on CUDA, gloo on CPU); small host-sid
 No process waits for ever: a collective gives up after `TIMEOUT`, gloo fails as soon as a peer is
 gone, and `World.on_main` carries an error of the main process to all of them.
 
-One failure, one message: the first process that fails says so in the store through which the
-processes met, and the others, which lose their connections by it, end quietly.
+One failure, one message: the first process that fails records it in the rendezvous store; the
+others, whose connections break as a result, end quietly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from doublehead.engine.errors import PeerFailed, PeerLostError, PeerStopped, UserError
+from doublehead.engine.errors import PeerFailed, PeerLostError, PeerStopped
+from doublehead.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)  # the main process alone computes the metrics, the others wait
 GRACE = timedelta(seconds=3)  # for a failed process to say so, after a connection to it broke
@@ -37,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of this job, seen from one of them."""
+    """The processes of this job, as one of them sees it."""
 
     rank: int = 0
     size: int = 1
@@ -45,7 +46,7 @@ class World:
     control: Any = None
     """The gloo group of host-side messages; None with one process."""
     store: Any = None
-    """Where the processes met, and where the first failure is written down; None with one process."""
+    """The rendezvous store, where the first failure is recorded too; None with one process."""
 
     @property
     def is_main(self) -> bool:
@@ -99,16 +100,16 @@ class World:
         return outcome[0]
 
     def shared(self, error: Exception) -> Exception:
-        """`error`, which all processes are going to raise: the main one alone will show it."""
+        """Mark `error`, which all processes are about to raise, so that the main one alone shows it."""
         error.left_to_main = not self.is_main
         return error
 
     def give_way(self, error: BaseException) -> None:
-        """To be called with what ends this process; returns if it is this process that shows it.
+        """Call this with the exception that ends this process; returns if this process is to show it.
 
         Raises:
             PeerFailed: another process failed first, and shows why; `PeerStopped`: it was asked to stop.
-            PeerLostError: the connection to another process broke, and none said why within `GRACE`.
+            PeerLostError: the connection to another process broke, and none recorded why within `GRACE`.
         """
         if self.size == 1 or isinstance(error, PeerFailed):
             return
@@ -133,18 +134,18 @@ class World:
             raise PeerLostError(f"another process of this job is gone, killed or with its machine ({line})") from error
 
     def _wait_for_failure(self) -> None:
-        with contextlib.suppress(dist.DistStoreError):  # nobody says anything: the peer was killed
+        with contextlib.suppress(dist.DistStoreError):  # nothing was recorded: the peer was killed
             self.store.wait([_FAILURE], GRACE)
 
     def share_buffers(self, model: torch.nn.Module) -> None:
-        """Give every process the main one's buffers: batch-norm statistics differ between ranks."""
+        """Copy the main process's buffers to all: batch-norm statistics differ between ranks."""
         if self.size == 1:
             return
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier(group=self.control)
 
@@ -166,12 +167,12 @@ def join_world(device: str = "auto") -> Iterator[World]:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     chosen = _device(device, local_rank)
     store, rank, size = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
-    places = {"store": dist.PrefixStore("groups", store), "rank": rank, "world_size": size, "timeout": TIMEOUT}
+    options = {"store": dist.PrefixStore("groups", store), "rank": rank, "world_size": size, "timeout": TIMEOUT}
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl", device_id=chosen, **places)
+        dist.init_process_group("nccl", device_id=chosen, **options)
     else:
-        dist.init_process_group("gloo", **places)
+        dist.init_process_group("gloo", **options)
     world = World(rank, size, chosen, dist.new_group(backend="gloo", timeout=TIMEOUT), store)
     try:
         yield world

@@ -1,8 +1,8 @@
 """Measures a detector: COCO's twelve numbers, AP per class, and VOC's AP where it applies.
 
-Images go through the model one at a time.  A padded batch would let an image's neighbours, by
-their size, change its border pixels and so its detections; alone, an image gives the same
-detections on any number of processes and whatever the order.
+Images go through the model one at a time.  In a padded batch the sizes of its neighbours would
+change an image's border pixels, and so its detections; alone, an image gives the same detections
+on any number of processes and in any order.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,10 +19,13 @@ from tqdm import tqdm
 from doublehead.engine.distributed import World
 from doublehead.engine.voc_ap import voc_ap50
 
+if TYPE_CHECKING:
+    from doublehead.models.readout import ReadOut
+
 COCO_NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 CocoResults = list[dict[str, Any]]
 Output = dict[str, torch.Tensor]
-"""An image's detections: boxes, labels, scores, and of a `DoubleHeadRCNN` also rois and box_rois."""
+"""An image's detections: boxes, labels, scores; from a `DoubleHeadRCNN` also rois and box_rois."""
 
 
 def evaluate(
@@ -59,8 +62,9 @@ def evaluate(
     results: CocoResults = []
 
     def measure() -> dict[str, Any]:
-        metrics, found = _measure({key: value for share in shares for key, value in share.items()}, dataset, voc)
-        results.extend(found)
+        outputs = {image_id: output for share in shares for image_id, output in share.items()}
+        metrics, measured = _measure(outputs, dataset, voc)
+        results.extend(measured)
         return metrics
 
     return world.on_main(measure), results
@@ -69,7 +73,7 @@ def evaluate(
 def evaluate_each(
     model: nn.Module,
     dataset: Any,
-    readouts: dict[str, tuple[Any, Any]],
+    readouts: dict[str, ReadOut],
     world: World | None = None,
     *,
     voc: bool = False,
@@ -81,7 +85,7 @@ def evaluate_each(
     Args:
         model: a `DoubleHeadRCNN` on `world.device`.
         readouts: name -> what `Detector.resolve_readout` gave.
-        others: as of `evaluate`.
+        world, voc, workers, progress: as for `evaluate`.
 
     Returns:
         Name -> metrics, the same on every process: to the bit those of `evaluate` after `set_readout`.
@@ -95,19 +99,19 @@ def evaluate_each(
     shares = world.gather_on_main(mine)
 
     def measure() -> dict[str, dict[str, Any]]:
-        found = {key: value for share in shares for key, value in share.items()}
+        gathered = {image_id: outputs for share in shares for image_id, outputs in share.items()}
         return {
-            name: _measure({image_id: outputs[number] for image_id, outputs in found.items()}, dataset, voc)[0]
+            name: _measure({image_id: outputs[number] for image_id, outputs in gathered.items()}, dataset, voc)[0]
             for number, name in enumerate(readouts)
         }
 
     return world.on_main(measure)
 
 
-def _measure(found: dict[int, Output], dataset: Any, voc: bool) -> tuple[dict[str, Any], CocoResults]:
-    results = coco_results(found, dataset)
+def _measure(outputs: dict[int, Output], dataset: Any, voc: bool) -> tuple[dict[str, Any], CocoResults]:
+    results = coco_results(outputs, dataset)
     metrics = compute_metrics(dataset.coco_ground_truth(), results, dataset, voc)
-    return metrics | rois_of_the_box_head(found), results
+    return metrics | rois_of_the_box_head(outputs), results
 
 
 def predict(
@@ -120,8 +124,8 @@ def predict(
             outputs = model(images)
             return [(output | {name: v[row] for name, v in rois.items()},) for row, output in enumerate(outputs)]
 
-        found = _predict_share(detect, dataset, world, workers, progress)
-    return {image_id: output for image_id, (output,) in found.items()}
+        share = _predict_share(detect, dataset, world, workers, progress)
+    return {image_id: output for image_id, (output,) in share.items()}
 
 
 def _predict_share(
@@ -131,7 +135,7 @@ def _predict_share(
     workers: int,
     progress: bool,
 ) -> dict[int, tuple[Output, ...]]:
-    """Image id -> what `detect` gives for the image, one or more outputs, on the host; of this process's share."""
+    """Image id -> the outputs of `detect` for the image, on the host; for this process's share of the images."""
     from doublehead.data import build_loader
 
     loader = build_loader(
@@ -139,15 +143,15 @@ def _predict_share(
     )  # fmt: skip
     total = -(-len(dataset) // world.size)
     bar = tqdm(loader, total=total, desc="evaluating", unit="image", leave=False, disable=None if progress else True)
-    found = {}
+    share = {}
     for images, targets in bar:
         each = detect([image.to(world.device) for image in images])
         for target, outputs in zip(targets, each, strict=True):
             # A share may repeat an image to be as long as the others: the same key, the same value.
-            found[int(target["image_id"])] = tuple(
+            share[int(target["image_id"])] = tuple(
                 {name: value.cpu() for name, value in output.items()} for output in outputs
             )
-    return found
+    return share
 
 
 @contextlib.contextmanager
@@ -158,7 +162,7 @@ def watch_rois(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     if core is None:
         yield seen
         return
-    hook = core.register_forward_hook(lambda _, __, found: seen.update(rois=found.rois, box_rois=found.box_rois))
+    hook = core.register_forward_hook(lambda _, __, output: seen.update(rois=output.rois, box_rois=output.box_rois))
     try:
         yield seen
     finally:
@@ -233,9 +237,9 @@ def compute_metrics(ground_truth: dict[str, Any], results: CocoResults, dataset:
 def _coco_evaluation(ground_truth: dict[str, Any], results: CocoResults, dataset: Any) -> tuple[dict, dict]:
     from pycocotools.cocoeval import COCOeval
 
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools chats
-        truth, found = _renumbered(ground_truth, results, dataset)
-        evaluation = COCOeval(_coco(truth), _coco(_as_annotations(truth, found)), "bbox")
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        truth, detections = _renumbered(ground_truth, results, dataset)
+        evaluation = COCOeval(_coco(truth), _coco(_as_annotations(truth, detections)), "bbox")
         evaluation.params.imgIds = list(range(1, len(dataset.image_ids) + 1))
         evaluation.params.catIds = list(range(1, len(dataset.category_ids) + 1))
         evaluation.evaluate()
@@ -253,8 +257,8 @@ def _coco_evaluation(ground_truth: dict[str, Any], results: CocoResults, dataset
 def _renumbered(ground_truth: dict[str, Any], results: CocoResults, dataset: Any) -> tuple[dict[str, Any], CocoResults]:
     """Copies in which images, categories and annotations are numbered from 1, in the data set's order.
 
-    pycocotools takes a match with an annotation of id 0 for none, keeps the later of two with one id, and ranks
-    detections of equal score by their images' ids: numbers must not depend on a file's numbering.
+    pycocotools takes a match with the annotation of id 0 for no match, keeps only the later of two annotations with the
+    same id, and ranks detections of equal score by image id: metrics must not depend on a file's numbering.
     """
     images = {image: number for number, image in enumerate(dataset.image_ids, start=1)}
     categories = {category: number for number, category in enumerate(dataset.category_ids, start=1)}

@@ -1,7 +1,7 @@
-"""TensorBoard's event files, written at once and in this thread.
+"""TensorBoard's event files, written synchronously.
 
-PyTorch's `SummaryWriter` writes in a thread of its own, from a queue: an error there (a full disk) comes as a traceback
-of that thread, later and somewhere else, and a killed process loses what was in the queue.
+PyTorch's `SummaryWriter` writes from a queue in a background thread: an error there (a full disk) shows up late, as a
+traceback of that thread, and a killed process loses what was in the queue.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class EventFile:
     """A new event file in `folder`, to which scalars are appended.
 
     Args:
-        folder: is made if it is not there.
-        first_step: events of earlier files from this step on are void: TensorBoard leaves them out.
+        folder: created if missing.
+        first_step: events of earlier files from this step on are void: TensorBoard ignores them.
 
     Raises:
         OSError: the file cannot be written; so do the methods.
@@ -31,7 +31,7 @@ class EventFile:
         folder.mkdir(exist_ok=True)
         now = time.time()
         self.path = folder / f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._writer = RecordWriter(_Whole(self.path))
+        self._writer = RecordWriter(_UnbufferedFile(self.path))
         self._add(Event(wall_time=now, step=first_step, file_version="brain.Event:2"))
         self._add(Event(wall_time=now, step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
@@ -44,15 +44,15 @@ class EventFile:
         self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
-        """Close the file; everything is in it already."""
+        """Close the file; all events are written already."""
         self._writer.close()
 
     def _add(self, event) -> None:
         self._writer.write(event.SerializeToString())
 
 
-class _Whole:
-    """An unbuffered file that writes all it is given, or raises: nothing is left to be written later."""
+class _UnbufferedFile:
+    """A file whose `write` writes everything at once, or raises."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed in `close`)

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and run folders that are never overwritten."""
+"""Atomic writing of files, and run folders that are never overwritten."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from doublehead.config import Recipe, from_dict
-from doublehead.engine.errors import UserError
 from doublehead.engine.lock import LOCK_FILE
+from doublehead.errors import UserError
 
 RECIPE_FILE = "recipe.json"
 _LONGEST = 200  # bytes of a file's name that its temporary file repeats
 _A_DAY = 24 * 3600.0
 _WRITER = re.compile(r"^\..*\.(?P<system>[0-9a-f]{8})-(?P<process>[0-9]+)-[0-9a-f]{8}\.tmp$", re.DOTALL)
-_next_look: dict[Path, float] = {}  # folder -> when to look for files left behind again, by the monotonic clock
+_next_scan: dict[Path, float] = {}  # folder -> monotonic time of the next search for abandoned files
 
 
 @contextlib.contextmanager
@@ -50,9 +50,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        with contextlib.suppress(OSError):  # clearing up must not cost the file
+        with contextlib.suppress(OSError):  # a failed clean-up must not lose the file
             path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)  # of earlier versions, which all had this name
-            _clear_up(path.parent, now=temporary.stat().st_mtime)
+            _remove_abandoned(path.parent, now=temporary.stat().st_mtime)
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -70,8 +70,7 @@ def _temporary_name(name: str) -> str:
 
 @functools.cache
 def _this_system() -> str:
-    """8 hex digits that only processes which see the same process numbers have in common: the same machine since its
-    last start, the same container."""
+    """8 hex digits, equal for processes that share process ids: one container, one machine since its last start."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         seen = boot + os.readlink("/proc/self/ns/pid")
@@ -88,9 +87,9 @@ def is_temporary(path: Path) -> bool:
 def is_left_behind(path: Path, now: float) -> bool:
     """Whether `path` is a temporary file of `replacing` whose writer is gone.
 
-    It is if the writer was a process of this system that no longer runs.  Of another one's (another machine that
-    shares the folder, another container, this machine before it was started anew) nothing is known: the file must not
-    have changed for a day.
+    That is so if the writer was a process of this system that no longer runs.  Nothing is known about writers on other
+    systems (a machine that shares the folder, another container, this machine before a restart): their files are left
+    for a day after the last change.
 
     Args:
         now: seconds, by the clock of the file system.
@@ -114,13 +113,13 @@ def _runs(process: int) -> bool:
     return True
 
 
-def _clear_up(folder: Path, now: float) -> None:
+def _remove_abandoned(folder: Path, now: float) -> None:
     """Remove what killed processes left in `folder`.
 
-    A folder may hold very many files: it is looked through seldom enough to take a twentieth of the time at most.
+    A folder may hold very many files: scans are rare enough to take at most a twentieth of the time.
     """
     begun = time.monotonic()
-    if begun < _next_look.get(folder, 0):
+    if begun < _next_scan.get(folder, 0):
         return
     with os.scandir(folder) as entries:
         temporary = [Path(entry.path) for entry in entries if entry.name.endswith(".tmp") and entry.name[0] == "."]
@@ -129,7 +128,7 @@ def _clear_up(folder: Path, now: float) -> None:
             if is_left_behind(path, now):
                 path.unlink()
     ended = time.monotonic()
-    _next_look[folder] = ended + 20 * (ended - begun)
+    _next_scan[folder] = ended + 20 * (ended - begun)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -143,10 +142,12 @@ def _sync_folder(folder: Path) -> None:
 
 
 def check_room(path: Path, size: int = 1 << 20) -> None:
-    """Append `size` bytes to a file that is given up: PyTorch's zip writer says "unexpected pos" of a full disk.
+    """Find out why PyTorch could not write `path`: on a full disk its zip writer only says "unexpected pos".
+
+    Appends `size` bytes to the file, which is useless already.
 
     Raises:
-        OSError: there is no room for them, or what else kept PyTorch from writing.
+        OSError: the disk is full, or what else prevents writing.
     """
     with open(path, "ab", buffering=0) as file:
         while size > 0:
@@ -162,7 +163,7 @@ def write_text(path: str | Path, text: str) -> None:
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write `content` to `path` atomically.
 
-    Pictures go through here: Pillow writes some formats without looking whether all of it found room.
+    Used for pictures: Pillow does not notice in every format that the disk is full.
     """
     with replacing(path) as temporary:
         temporary.write_bytes(content)
@@ -193,7 +194,7 @@ def new_run_folder(name: str, out: str | Path | None = None, root: str | Path = 
 
 
 def check_new(folder: Path) -> None:
-    """Refuse a folder that holds files of anyone; what a run that was killed before it began left behind is none.
+    """Refuse a folder that holds files, other than those of a run that was killed before it began.
 
     Raises:
         UserError: it does.
@@ -221,7 +222,7 @@ def read_recipe(folder: str | Path) -> Recipe:
     """
     path = Path(folder) / RECIPE_FILE
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        if path.exists() and not path.is_file():  # reading a pipe would wait forever
             raise UserError(f"{path}: not a regular file")
         return from_dict(json.loads(path.read_text(encoding="utf-8")))
     except UserError:

@@ -1,9 +1,9 @@
-"""One run folder, one training: a lock that names who holds it and that goes with its process, however it ends.
+"""One training per run folder: a lock that names its holder and ends with its process, however that ends.
 
 The lock is a POSIX record lock on `<folder>/.lock`.  The kernel drops it when the process ends, by SIGKILL too, so
 there is no stale lock to clear; loader processes forked from the trainer do not inherit it and cannot hold it longer;
-and NFS passes it on to other machines.  The file's content is for people: who holds the lock.  A file without a lock on
-it means nothing and is taken over.
+and NFS passes it on to other machines.  The file's content tells people who holds the lock.  A file without a
+lock on it means nothing and is taken over.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from doublehead.engine.errors import UserError
+from doublehead.errors import UserError
 
 try:
     import fcntl
@@ -34,7 +34,7 @@ class FolderLock:
     """The right to write into a run's folder.
 
     Args:
-        folder: is made if it is not there.
+        folder: created if missing.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -47,17 +47,17 @@ class FolderLock:
         """Take the lock.
 
         Returns:
-            None, or why this system gives no locks there: then nothing keeps a second training out.
+            None, or why the file system has no locks: then nothing prevents a second training.
 
         Raises:
-            UserError: another process has it (the message names host, process and since when), or the folder cannot
-                be written.
+            UserError: another process holds it (the message names host, process and time), or the folder cannot be
+                written.
         """
         key = Path(os.path.realpath(self.folder))
         before = _HELD.setdefault(key, self)
         if before is not self and before._pid == os.getpid():
             raise UserError(f"{self.folder} is in use by another training of this process: one folder, one training")
-        _HELD[key] = self  # what a process that was forked inherited says nothing
+        _HELD[key] = self  # an entry inherited by a forked process means nothing
         try:
             missing = self._take()
         except BaseException as error:
@@ -78,7 +78,7 @@ class FolderLock:
         self._close()
 
     def _take(self) -> str | None:
-        """Lock the file that stands in the folder, and write down who did; why not, where there are no locks."""
+        """Lock the folder's lock file and write this process's name into it; returns why, where there are no locks."""
         if fcntl is None:
             return "this system has no POSIX locks"
         for _ in range(100):
@@ -103,7 +103,7 @@ class FolderLock:
         return None
 
     def _is_current(self) -> bool:
-        """Whether the locked file is still the one in the folder: its last holder may have removed it meanwhile."""
+        """Whether the locked file is still the one in the folder: its previous holder may have removed it."""
         try:
             there, mine = os.stat(self._path), os.fstat(self._file)
         except FileNotFoundError:
@@ -123,7 +123,7 @@ def _myself() -> dict[str, Any]:
 
 
 def _holder(file: int) -> dict[str, Any]:
-    """Who wrote the lock file; empty if that cannot be told."""
+    """The holder named in the lock file; empty if unknown."""
     for _ in range(20):  # its holder writes just after locking
         with contextlib.suppress(OSError, ValueError):
             holder = json.loads(os.pread(file, 4096, 0))

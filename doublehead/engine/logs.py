@@ -1,4 +1,4 @@
-"""What a training says: a JSONL log, TensorBoard events, a progress line, counted warnings."""
+"""Output of a training: a JSONL log, TensorBoard events, a progress bar, counted warnings."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from doublehead.engine.errors import UserError
 from doublehead.engine.events import EventFile
 from doublehead.engine.files import replacing, write_text
+from doublehead.errors import UserError
 
 LOG_FILE = "log.jsonl"
 BOARD_FOLDER = "tensorboard"
@@ -26,7 +26,7 @@ Record = dict[str, Any]
 
 
 def read_log(path: str | Path) -> list[Record]:
-    """The records of a JSONL log; a last line cut short by a killed process is left out.
+    """The records of a JSONL log; a last line truncated by a killed process is left out.
 
     Raises:
         UserError: a line before the last is not a record.
@@ -39,13 +39,13 @@ def read_log(path: str | Path) -> list[Record]:
 
 
 def _parse_log(data: bytes) -> tuple[list[Record], list[tuple[int, str]]]:
-    """The records, and number and fault of every other line; a last line that is cut short is neither."""
+    """The records, and number and defect of every other line; a truncated last line is neither."""
     lines = data.splitlines()
     records, foreign = [], []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            reason = _fault(record)
+            reason = _defect(record)
         except (ValueError, RecursionError) as error:  # of bytes that are not UTF-8 too
             if number == len(lines) and not data.endswith(b"\n"):
                 break
@@ -57,8 +57,8 @@ def _parse_log(data: bytes) -> tuple[list[Record], list[tuple[int, str]]]:
     return records, foreign
 
 
-def _fault(record: Any) -> str | None:
-    """What keeps a JSON value from being a record."""
+def _defect(record: Any) -> str | None:
+    """Why a JSON value is no record; None: it is one."""
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return "not an object with a step"
     for name, value in record.items():
@@ -69,10 +69,10 @@ def _fault(record: Any) -> str | None:
 
 
 def check_log(folder: Path) -> None:
-    """Refuse a folder in which something else stands in the place of a log, before the run touches anything.
+    """Refuse a folder in which a log cannot be written because something else has its name.
 
     Raises:
-        UserError: names it.
+        UserError: names what is in the way.
     """
     if (path := folder / LOG_FILE).exists() and not path.is_file():
         raise UserError(f"{path} is not a file, where the run's log belongs: move it away")
@@ -103,7 +103,7 @@ class RunLog:
             self._board = EventFile(folder / BOARD_FOLDER, step + 1)
 
     def write(self, record: Record) -> None:
-        """Append one record; its numbers go to TensorBoard as scalars too."""
+        """Append one record, and its numbers as TensorBoard scalars."""
         numbers = {_board_name(k): v for k, v in record.items() if k not in ("step", "time") and v is not None}
         with _writing(self.path):
             line = (json.dumps(record) + "\n").encode()
@@ -113,12 +113,12 @@ class RunLog:
             self._board.write(record["step"], numbers)
 
     def close(self) -> None:
-        """Close both."""
+        """Close both files."""
         self._file.close()
         self._board.close()
 
     def _earlier(self) -> list[Record]:
-        """The records of the earlier part; a log with other lines is kept beside, as it was."""
+        """The records of the earlier part; a log with other lines is copied first."""
         if not self.path.exists():
             return []
         data = self.path.read_bytes()
@@ -159,7 +159,7 @@ def _board_name(name: str) -> str:
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere (a file, a CI log) a plain line now and then."""
+    """A progress bar on a terminal; elsewhere (a file, a CI log) a plain line every few seconds."""
 
     def __init__(self, total: int, done: int, shown: bool, every: float = 15.0) -> None:
         self._bar = tqdm(total=total, initial=done, unit="step", disable=None if shown else True, dynamic_ncols=True)
@@ -219,7 +219,7 @@ def counted_warnings(shown: bool = True) -> Iterator[Counter]:
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", ImportWarning)
         warnings.simplefilter("ignore", ResourceWarning)
-        # Pillow's, of images of many pixels: they are held against `max_pixels`.
+        # Pillow's warning about large images: `max_pixels` is the limit here.
         warnings.filterwarnings("ignore", message=r"Image size .* decompression bomb")
         warnings.showwarning = count
         yield counts

@@ -12,9 +12,7 @@ from torch import nn
 from doublehead.config import TrainConfig
 from doublehead.engine.schedule import learning_rate
 
-__all__ = ["OPTIMIZERS", "WeightAverage", "build_optimizer", "learning_rate", "seed_step", "set_learning_rate"]
-
-OPTIMIZERS = ("sgd", "adamw")
+__all__ = ["WeightAverage", "build_optimizer", "learning_rate", "seed_step", "set_learning_rate"]
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -65,8 +63,8 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
 class WeightAverage:
     """Exponential moving average of a model's parameters; buffers are copied.
 
-    The decay grows as (1 + n) / (10 + n) up to `decay`, so that the first weights, which are
-    random, are soon forgotten.
+    The decay grows as (1 + n) / (10 + n) up to `decay`, so that the random initial
+    weights are soon forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

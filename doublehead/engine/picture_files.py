@@ -1,4 +1,4 @@
-"""The files of a detection: which pictures to read, and what is left in the folder of the results."""
+"""Files of a detection: the pictures to read, and the results in their folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wm
 HOW_TO_SPLIT = "make pictures of a video first: ffmpeg -i VIDEO frames/%06d.jpg"
 JSON_FILE = "detections.json"
 LONGEST_NAME = 255
-"""Bytes of a file's name."""
+"""Most bytes of a file's name."""
 Entry = dict[str, Any]
 
 
@@ -24,7 +24,7 @@ def find_pictures(names: Sequence[str], leave_out: Path) -> tuple[list[Path], li
     """Expand files, folders and patterns, each picture once, in order; and the names that match nothing.
 
     Args:
-        leave_out: pictures found in this folder are those of an earlier call, not input.
+        leave_out: pictures in this folder are results of an earlier call, not input.
     """
     files: dict[Path, Path] = {}
     unmatched = []
@@ -44,7 +44,7 @@ def find_pictures(names: Sequence[str], leave_out: Path) -> tuple[list[Path], li
 
 
 def _real(path: Path) -> Path:
-    """The path without symbolic links; where they lead round in a circle, `Path.resolve` raises on older Pythons."""
+    """The path without symbolic links; for circular links `Path.resolve` raises on older Pythons."""
     return Path(os.path.realpath(path))
 
 
@@ -78,7 +78,7 @@ def output_names(files: Sequence[Path], folder: Path) -> list[str]:
 
 
 def _named(stem: str, ending: str) -> str:
-    """Both together, cut to what file systems take."""
+    """Stem and ending, the stem cut to the length that file systems accept."""
     while len(os.fsencode(stem + ending)) > LONGEST_NAME:
         stem = stem[:-1]
     return stem + ending
@@ -87,9 +87,9 @@ def _named(stem: str, ending: str) -> str:
 def write_results(
     folder: Path, classes: list[str], entries: list[Entry], unreadable: list[Entry], files: Sequence[Path]
 ) -> None:
-    """Write `detections.json`, and remove the annotated pictures that only an earlier one in its place lists.
+    """Write `detections.json`, and remove annotated pictures that only the file it replaces lists.
 
-    Where no picture could be read, as after a mistyped name, what an earlier call left stays as it is.
+    If no picture could be read, as after a mistyped name, the results of an earlier call stay.
     """
     if not entries and earlier_pictures(folder):
         print(f"no picture was read: the results of an earlier call stay in {folder}")
@@ -105,8 +105,8 @@ def write_results(
 
 
 def earlier_pictures(folder: Path) -> list[str]:
-    """The annotated pictures that a `detections.json` in the folder lists: plain names alone."""
-    if not (folder / JSON_FILE).is_file():  # a pipe would be waited for without end
+    """The annotated pictures that a `detections.json` in the folder lists; only plain names count."""
+    if not (folder / JSON_FILE).is_file():  # reading a pipe would wait forever
         return []
     try:
         content = json.loads((folder / JSON_FILE).read_text("utf-8"))

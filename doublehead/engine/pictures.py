@@ -17,9 +17,9 @@ from doublehead.engine.files import write_bytes
 
 Colour = tuple[int, int, int]
 JPEG_SIDE = 65_500
-"""Pixels of a side that libjpeg writes at most."""
+"""Longest side in pixels that libjpeg writes."""
 LONGEST_NAME = 60
-"""Letters of a class's name that are drawn."""
+"""Most characters of a class name that are drawn."""
 
 
 def to_picture(image: torch.Tensor) -> Image.Image:
@@ -33,7 +33,7 @@ def from_picture(picture: Image.Image) -> torch.Tensor:
 
 
 def class_colour(label: int) -> Colour:
-    """A bright colour for label 1, 2, ...; neighbours differ much (golden-ratio steps of hue)."""
+    """A bright colour for label 1, 2, ...; consecutive labels differ clearly (golden-ratio steps of hue)."""
     hue = (label * 0.618034) % 1
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.85 if label % 2 else 0.6, 1.0)
     return round(255 * red), round(255 * green), round(255 * blue)
@@ -72,7 +72,7 @@ def draw_boxes(
 
 
 def _shown(name: str) -> str:
-    """A class's name in one line of bounded length: fonts draw no line break, and no picture is that wide."""
+    """A class name as one line of bounded length, without characters that fonts cannot draw."""
     short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
     return "".join(letter if letter.isprintable() else " " for letter in short)
 
@@ -142,14 +142,14 @@ def detection_grid(
         left, top = lefts[number % columns], tops[number // columns]
         truth = draw_boxes(picture, target["boxes"] * scale, target["labels"], classes)
         boxes, scores = output["boxes"].cpu() * scale, output["scores"].cpu()
-        found = draw_boxes(picture, boxes, output["labels"].cpu(), classes, scores, threshold)
+        detected = draw_boxes(picture, boxes, output["labels"].cpu(), classes, scores, threshold)
         sheet.paste(truth, (left, top))
-        sheet.paste(found, (left + side + gap, top))
+        sheet.paste(detected, (left + side + gap, top))
     return sheet
 
 
 def save_picture(path: str | Path, picture: Image.Image) -> None:
-    """Write a picture atomically; the format follows the name's ending.  What JPEG cannot hold is scaled down."""
+    """Write a picture atomically, in the format of its ending.  A picture too large for JPEG is scaled down."""
     kind = Image.registered_extensions()[Path(path).suffix.lower()]
     if kind == "JPEG" and max(picture.size) > JPEG_SIDE:
         factor = JPEG_SIDE / max(picture.size)

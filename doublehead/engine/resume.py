@@ -1,7 +1,4 @@
-"""What a resumed run has to have in common with the run that was stopped, and the refusal of everything else.
-
-All of it is looked at before anything in the folder changes.
-"""
+"""Checks that a resumed run continues the stopped one, all made before anything in the folder changes."""
 
 from __future__ import annotations
 
@@ -16,11 +13,11 @@ import safetensors
 
 from doublehead.config import Recipe, to_dict
 from doublehead.engine.checkpoint import MODEL_FILE, STATE_FILE
-from doublehead.engine.errors import UserError
 from doublehead.engine.files import RECIPE_FILE, read_recipe
+from doublehead.errors import UserError
 
-#: Fields that may differ from one part of a run to the next.  Of the others some have left their mark in the state
-#: (the model, the optimiser and its settings), some number the images (seed, batch size, data).
+#: Fields that may change when a run is resumed.  The others shaped the state (the model, the optimiser and its
+#: settings), or decide the order of the images (seed, batch size, data).
 MAY_CHANGE = (
     "name", "about", "model.backbone.weights", "model.head.fused", "model.head.recompute", "model.detection",
     "data.root", "data.val_split", "data.val_images", "data.workers",
@@ -32,8 +29,8 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-#: Stands in the folder until the run's first state does.  A model without a state is then one whose saving was cut
-#: short, and not one that somebody wants to keep.
+#: Marks a folder until its first state is saved: a model without a state is then from an interrupted save, not one that
+#: somebody wants to keep.
 UNSAVED_MARK = ".unsaved"
 
 
@@ -46,13 +43,13 @@ def mark_unsaved(folder: Path, unsaved: bool) -> None:
 
 
 def resume_command(folder: str | Path, processes: int = 1) -> str:
-    """The command line that goes on with the run in `folder`."""
+    """The command that resumes the run in `folder`."""
     start = "python -m" if processes == 1 else f"torchrun --nproc-per-node {processes} -m"
     return f"{start} doublehead.train --resume {shlex.quote(str(folder))}"
 
 
 def identity(recipe: Recipe, dataset: Any) -> dict[str, Any]:
-    """What a training state remembers of its run, to know it again: plain values."""
+    """What a training state stores to recognise its run: plain values."""
     files = "".join(f"{name}\n{size}\n" for name, size in zip(dataset.file_names, dataset.image_sizes, strict=True))
     return {
         "recipe": _fixed(recipe),
@@ -63,7 +60,7 @@ def identity(recipe: Recipe, dataset: Any) -> dict[str, Any]:
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
-    """Refuse a folder that holds no training to go on with, or one of another recipe.
+    """Refuse a folder without a training to resume, or with one of another recipe.
 
     A run that was stopped before its first state begins again.
 
@@ -83,7 +80,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
 
 
 def check_recipe(folder: Path, before: dict[str, Any], recipe: Recipe) -> None:
-    """Refuse a recipe that differs from the run's where a resumed run must not.
+    """Refuse a recipe that differs from the run's in a field that must not change.
 
     Args:
         before: fields of the run's recipe, by name.
@@ -103,7 +100,7 @@ def check_recipe(folder: Path, before: dict[str, Any], recipe: Recipe) -> None:
 
 
 def changes(before: Recipe, now: Recipe) -> list[str]:
-    """What differs between two parts of one run: `train.lr 0.01 -> 0.001`."""
+    """Differences between two parts of one run: `train.lr 0.01 -> 0.001`."""
     old, new = (dict(_flat("", to_dict(recipe))) for recipe in (before, now))
     return [f"{name} {old[name]} -> {value}" for name, value in new.items() if old[name] != value]
 
@@ -151,7 +148,7 @@ def _flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _classes_of_model(path: Path) -> list[str] | None:
-    """What the model beside a state says of its classes; None if there is none, or it says nothing."""
+    """The classes in the description of the model beside a state; None if there is no model, or no description."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             classes = json.loads((file.metadata() or {})["classes"])

@@ -1,4 +1,4 @@
-"""A whole training run: data, model, trainer, and the folder that keeps what came of it.
+"""A whole training run: data, model, trainer, and the folder of its results.
 
 `runs/<name>/` holds `recipe.json`, `model.safetensors` (to use), `state.pt` (to continue from),
 `log.jsonl`, `tensorboard/`, and after the last step `metrics.json`, `curves.png` and
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from doublehead.config import ModelConfig, Recipe, to_dict
+from doublehead.config import ModelConfig, Recipe, check, to_dict
 from doublehead.data import build_dataset, build_loader
 from doublehead.engine import checkpoint, pictures
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import PeerFailed, PeerLostError, PeerStopped, UserError, config_errors
+from doublehead.engine.errors import PeerFailed, PeerLostError, PeerStopped
 from doublehead.engine.evaluator import evaluate, format_metrics, predict_images
 from doublehead.engine.files import RECIPE_FILE, check_new, read_recipe, write_json
 from doublehead.engine.lock import FolderLock
@@ -32,10 +32,11 @@ from doublehead.engine.resume import changes, check_folder, check_state, identit
 from doublehead.engine.schedule import notes, notes_of_more_steps
 from doublehead.engine.signals import Stopped, StopSignals
 from doublehead.engine.trainer import Hooks, Trainer, check_config, micro_batch_size
+from doublehead.errors import UserError, config_errors
 
 METRICS_FILE = "metrics.json"
 PICTURES = 8  # images in detections.png
-_STOPS = (Stopped, KeyboardInterrupt, PeerStopped, PeerLostError)  # the run itself is well: it can go on
+_STOPS = (Stopped, KeyboardInterrupt, PeerStopped, PeerLostError)  # nothing is wrong with the run: it can be resumed
 
 
 def train(recipe: Recipe, folder: Path, world: World, resume: bool = False) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def train(recipe: Recipe, folder: Path, world: World, resume: bool = False) -> d
         Stopped: after SIGTERM or Ctrl-C.
     """
     parts: list[Run] = []
-    with StopSignals() as signals:  # around the error's way out too: torchrun sends SIGTERM as soon as one process died
+    with StopSignals() as signals:  # also while an error is handled: torchrun sends SIGTERM as soon as one process died
         try:
             with signals.ending_at_once(), _locked(folder, world):
                 world.on_main(lambda: check_folder(folder, recipe) if resume else check_new(folder))
@@ -86,7 +87,7 @@ def _locked(folder: Path, world: World) -> Iterator[None]:
 
 
 def _cause(error: BaseException, world: World) -> BaseException:
-    """What this process ends with: `error`, unless it is but the effect of another process's end."""
+    """The exception to end with: `error`, unless another process's end is its cause."""
     try:
         world.give_way(error)
     except (PeerFailed, PeerLostError) as other:
@@ -95,7 +96,7 @@ def _cause(error: BaseException, world: World) -> BaseException:
 
 
 def _progress(folder: Path, steps: tuple[int, int | None] | None, total: int) -> str:
-    """What a stopped run has saved, and how to go on.  `steps`: done and saved; None: it had not begun."""
+    """What a stopped run has saved, and how to resume it.  `steps`: done and saved; None: it had not begun."""
     command = resume_command(folder, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if not (folder / RECIPE_FILE).exists():
         return " before the first step: nothing is saved; start it again with the same command"
@@ -109,7 +110,7 @@ def _progress(folder: Path, steps: tuple[int, int | None] | None, total: int) ->
 
 
 class Run(Hooks):
-    """The parts of one run, and the trainer's hooks that record it."""
+    """One run: its data, model and trainer, and the hooks that record it."""
 
     def __init__(self, recipe: Recipe, folder: Path, world: World, resume: bool = False) -> None:
         from doublehead.models import build_detector  # only here: it brings torchvision
@@ -117,7 +118,8 @@ class Run(Hooks):
         self.recipe, self.folder, self.world = recipe, folder, world
         self.saved_step: int | None = None  # the step of the state on disk
         with config_errors():
-            check_config(recipe.train, world)  # before the data is read: that may take minutes
+            check(recipe)  # before the data is read: that may take minutes
+            check_config(recipe.train, world)
             self.training = build_dataset(recipe.data, "train", recipe.train.horizontal_flip)
             self.validation = build_dataset(recipe.data, "val", classes=self.training.classes)
             self._batches(0)  # refuses what a loader does
@@ -153,7 +155,7 @@ class Run(Hooks):
     # ------------------------------------------------------------------ resuming
 
     def _read_state(self) -> dict[str, Any] | None:
-        """The state to go on from, which is this run's; None if it was stopped before its first one."""
+        """This run's state to continue from; None if it was stopped before its first one."""
         path = self.folder / checkpoint.STATE_FILE
         if not path.exists():
             return None
@@ -180,7 +182,7 @@ class Run(Hooks):
             self._save_model()
 
     def _machine(self) -> dict[str, Any]:
-        """What sums are split over: their rounding depends on it, and so do a run's bits."""
+        """What sums are split over: rounding depends on it, and so do the exact results of a run."""
         return {"processes": self.world.size, "threads": torch.get_num_threads(), "device": self.world.device.type}
 
     # ------------------------------------------------------------------ hooks
@@ -198,7 +200,7 @@ class Run(Hooks):
         path = self.folder / checkpoint.STATE_FILE
 
         def write() -> None:
-            # The model first: a state of the last step then proves that the model is of it too.
+            # The model first: a state of the last step then proves that the model was saved as well.
             self._save_model()
             checkpoint.save_state(path, state)
             self.saved_step = state["step"]
@@ -262,7 +264,7 @@ class Run(Hooks):
         pictures.save_picture(self.folder / "detections.png", sheet)
 
     def _say_start(self, state: dict[str, Any] | None) -> None:
-        """What is going to be trained, on what, and where; and what is worth a note.  Nothing is written yet."""
+        """Print what is trained, on what data and device, and notes.  Nothing is written yet."""
         recipe, config, model = self.recipe, self.recipe.train, self.trainer.model
         weights = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -293,7 +295,7 @@ class Run(Hooks):
         before, now = state["machine"], self._machine()
         if before != now:
             changed = ", ".join(f"{before[name]} -> {now[name]} {name}" for name in now if before[name] != now[name])
-            yield f"{changed}: the run goes on, but not with the very bits it would have had"
+            yield f"{changed}: the run goes on, but its results will not be bit-identical"
         if self.trainer.average and state["average"] is None:
             yield "the state has no averaged weights: their average begins with this part of the run"
         if (self.folder / RECIPE_FILE).exists():
@@ -304,7 +306,7 @@ class Run(Hooks):
 
 
 def _start(config: ModelConfig, state: dict[str, Any] | None) -> ModelConfig:
-    """What to build: a resumed model needs no file of a backbone, its state has all weights."""
+    """The model to build: a resumed one needs no backbone file, as its state has all weights."""
     if state is None:
         return config
     return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=None))

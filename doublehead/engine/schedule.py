@@ -1,4 +1,4 @@
-"""The learning rate of each step; and what follows when the number of steps is changed, and what is said then."""
+"""The learning rate of each step, and how the schedule follows a changed number of steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def scaled(config: TrainConfig, steps: int, warmup: bool = True) -> TrainConfig:
-    """`config`, whose milestones (and warm-up) belong to `steps` steps, with the same schedule over its own steps."""
+    """`config` with its milestones (and warm-up), made for `steps` steps, scaled to its own number of steps."""
     changes = {"milestones": tuple(max(1, milestone * config.steps // steps) for milestone in config.milestones)}
     if warmup:
         changes["warmup_steps"] = config.warmup_steps * config.steps // steps
@@ -32,7 +32,7 @@ def describe(config: TrainConfig) -> str:
 
 
 def notes(config: TrainConfig) -> Iterator[str]:
-    """Parts of the schedule that lie behind the end."""
+    """Notes on parts of the schedule that lie after the last step."""
     late = [str(milestone) for milestone in config.milestones if milestone >= config.steps]
     if late:
         yield (
@@ -47,7 +47,7 @@ def notes(config: TrainConfig) -> Iterator[str]:
 
 
 def notes_of_more_steps(config: TrainConfig, before: TrainConfig, step: int) -> Iterator[str]:
-    """What a resume at `step` with more steps than `before` should know: its rate may have fallen already."""
+    """Notes on resuming at `step` with more steps than `before`: the rate may have dropped already."""
     passed = [str(milestone) for milestone in config.milestones if milestone <= step]
     if config.steps > before.steps and config.milestones == before.milestones and passed:
         rate = learning_rate(step, config)

@@ -1,6 +1,6 @@
-"""What a nested value has to look like: small checks that combine, and one line about the first thing that is wrong.
+"""Checks of nested values from files: small checks that combine, and a one-line message about the first mismatch.
 
-A check takes a value and the name of its place, and raises `Mismatch` if the value is not what belongs there.
+A check takes a value and its path in the file, such as `optimizer.state`, and raises `Mismatch` if it does not fit.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int6
 
 
 class Mismatch(ValueError):
-    """The message names the place, what is there and what belongs there."""
+    """The message names the path, what was expected and what came."""
 
 
-def wrong(place: str, value: Any, wanted: str) -> Mismatch:
-    """The error for a value in the place of another."""
-    return Mismatch(f"{place}: expected {wanted}, got {described(value)}")
+def wrong(path: str, value: Any, wanted: str) -> Mismatch:
+    """The error for a `value` at `path` that is not as wanted."""
+    return Mismatch(f"{path}: expected {wanted}, got {described(value)}")
 
 
 def described(value: Any) -> str:
@@ -41,9 +41,9 @@ def described(value: Any) -> str:
 def whole(least: int = -(2**63)) -> Check:
     """A whole number of at least `least` that fits 64 bits."""
 
-    def check(value: Any, place: str) -> None:
+    def check(value: Any, path: str) -> None:
         if type(value) is not int or not least <= value < 2**63:
-            raise wrong(place, value, "a whole number" + (f" of at least {least}" if least > -(2**63) else ""))
+            raise wrong(path, value, "a whole number" + (f" of at least {least}" if least > -(2**63) else ""))
 
     return check
 
@@ -51,42 +51,42 @@ def whole(least: int = -(2**63)) -> Check:
 def number(least: float = -math.inf) -> Check:
     """A finite number of at least `least`."""
 
-    def check(value: Any, place: str) -> None:
-        good = type(value) in (int, float) and abs(value) < 2**1000 and math.isfinite(value) and value >= least
-        if not good:
-            raise wrong(place, value, "a finite number" + (f" of at least {least:g}" if least > -math.inf else ""))
+    def check(value: Any, path: str) -> None:
+        fits = type(value) in (int, float) and abs(value) < 2**1000 and math.isfinite(value) and value >= least
+        if not fits:
+            raise wrong(path, value, "a finite number" + (f" of at least {least:g}" if least > -math.inf else ""))
 
     return check
 
 
-def text(value: Any, place: str) -> None:
+def text(value: Any, path: str) -> None:
     """Text that is not empty."""
     if type(value) is not str or not value.strip():
-        raise wrong(place, value, "text")
+        raise wrong(path, value, "text")
 
 
-def anything(value: Any, place: str) -> None:
-    """Whatever is there."""
+def anything(value: Any, path: str) -> None:
+    """Any value."""
 
 
 def either(first: Check, second: Check) -> Check:
-    """What one of the two accepts; the message is the second's."""
+    """What one of the two checks accepts; the message is the second's."""
 
-    def check(value: Any, place: str) -> None:
+    def check(value: Any, path: str) -> None:
         try:
-            first(value, place)
+            first(value, path)
         except Mismatch:
-            second(value, place)
+            second(value, path)
 
     return check
 
 
 def exactly(expected: Any) -> Check:
-    """That very value, of that type."""
+    """This value, of the same type."""
 
-    def check(value: Any, place: str) -> None:
+    def check(value: Any, path: str) -> None:
         if type(value) is not type(expected) or value != expected:
-            raise wrong(place, value, described(expected))
+            raise wrong(path, value, described(expected))
 
     return check
 
@@ -95,33 +95,33 @@ nothing = exactly(None)
 
 
 def entries(wanted: Mapping[Any, Check], optional: Mapping[Any, Check] | None = None, others: bool = True) -> Check:
-    """A dictionary with these entries; `others`: whether it may have more."""
+    """A dictionary with these entries; `others`: whether further ones are allowed."""
 
-    def check(value: Any, place: str) -> None:
+    def check(value: Any, path: str) -> None:
         if not isinstance(value, dict):
-            raise wrong(place, value, "a dictionary")
+            raise wrong(path, value, "a dictionary")
         missing = [name for name in wanted if name not in value]
         if missing:
-            raise Mismatch(f"{_joined(place, missing[0])} is missing{_more(missing)}")
-        strange = [name for name in value if name not in wanted and name not in (optional or {})]
-        if strange and not others:
-            raise Mismatch(f"{_joined(place, strange[0])} does not belong there{_more(strange)}")
+            raise Mismatch(f"{_joined(path, missing[0])} is missing{_more(missing)}")
+        unknown = [name for name in value if name not in wanted and name not in (optional or {})]
+        if unknown and not others:
+            raise Mismatch(f"{_joined(path, unknown[0])} does not belong there{_more(unknown)}")
         for name, inner in {**wanted, **(optional or {})}.items():
             if name in value:
-                inner(value[name], _joined(place, name))
+                inner(value[name], _joined(path, name))
 
     return check
 
 
 def each(inner: Check, names: Check = text) -> Check:
-    """A dictionary of any length, whose names and values are all of one kind."""
+    """A dictionary of any length whose names and values all pass one check."""
 
-    def check(value: Any, place: str) -> None:
+    def check(value: Any, path: str) -> None:
         if not isinstance(value, dict):
-            raise wrong(place, value, "a dictionary")
+            raise wrong(path, value, "a dictionary")
         for name, content in value.items():
-            names(name, f"a name in {place}")
-            inner(content, _joined(place, name))
+            names(name, f"a name in {path}")
+            inner(content, _joined(path, name))
 
     return check
 
@@ -129,11 +129,11 @@ def each(inner: Check, names: Check = text) -> Check:
 def items(inner: Check, count: int | None = None) -> Check:
     """A list (or tuple) of `count` such items; None: of any number."""
 
-    def check(value: Any, place: str) -> None:
+    def check(value: Any, path: str) -> None:
         if not isinstance(value, (list, tuple)) or count not in (None, len(value)):
-            raise wrong(place, value, "a list" if count is None else f"a list of {count}")
+            raise wrong(path, value, "a list" if count is None else f"a list of {count}")
         for index, content in enumerate(value):
-            inner(content, f"{place}[{index}]")
+            inner(content, f"{path}[{index}]")
 
     return check
 
@@ -144,13 +144,13 @@ def tensor(shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Check:
     `dtype`: None: any floating-point type.
     """
 
-    def check(value: Any, place: str) -> None:
+    def check(value: Any, path: str) -> None:
         kind = "floating-point numbers" if dtype is None else str(dtype).removeprefix("torch.")
-        plain(value, place)
+        plain(value, path)
         if value.shape != shape or (not value.is_floating_point() if dtype is None else value.dtype != dtype):
-            raise wrong(place, value, f"a tensor {tuple(shape)} of {kind}")
+            raise wrong(path, value, f"a tensor {tuple(shape)} of {kind}")
         if not is_finite(value):
-            raise wrong(place, _NotFinite(value), "finite numbers")
+            raise wrong(path, _NotFinite(value), "finite numbers")
 
     return check
 
@@ -160,19 +160,19 @@ def like(example: torch.Tensor) -> Check:
     return tensor(tuple(example.shape), example.dtype)
 
 
-def plain(value: Any, place: str) -> None:
-    """A tensor as training makes them: dense real numbers.
+def plain(value: Any, path: str) -> None:
+    """A dense tensor of real numbers, as training makes them.
 
-    A file can also name sparse, quantised or nested tensors, tensors without data, and views that are much larger than
-    what is stored of them.
+    A file can also hold sparse, quantised or nested tensors, tensors without data, and views that are much larger than
+    their storage.
     """
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
-        raise wrong(place, value if not isinstance(value, torch.Tensor) else type(value), "a tensor")
+        raise wrong(path, value if not isinstance(value, torch.Tensor) else type(value), "a tensor")
     if value.layout != torch.strided or value.is_meta or value.dtype not in _REAL:
-        found = ", ".join(map(str, (value.layout, value.device, value.dtype)))
-        raise wrong(place, found, "a dense tensor of plain numbers")
+        kind = ", ".join(map(str, (value.layout, value.device, value.dtype)))
+        raise wrong(path, kind, "a dense tensor of plain numbers")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise wrong(place, value, "a tensor no larger than what the file has of it")
+        raise wrong(path, value, "a tensor no larger than its data in the file")
 
 
 def is_finite(value: torch.Tensor) -> bool:
@@ -193,10 +193,10 @@ class _NotFinite:
         return self._text
 
 
-def _joined(place: str, name: Any) -> str:
+def _joined(path: str, name: Any) -> str:
     name = str(name) if str(name).isprintable() else repr(name)
     name = name if len(name) <= 80 else f"{name[:77]}..."
-    return f"{place}.{name}" if place else name
+    return f"{path}.{name}" if path else name
 
 
 def _more(names: list) -> str:

@@ -1,4 +1,4 @@
-"""Stop on request: SIGTERM and the first Ctrl-C let the running step end and its state be saved."""
+"""Stop on request: after SIGTERM or a first Ctrl-C the running step ends and its state is saved."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from doublehead.errors import Abandoned
+
 
 class Stopped(SystemExit):
     """A stop was asked for; the process exits with 128 + the signal's number (143, or 130 for Ctrl-C).
 
-    Not 0, so that what waits for a finished training does not go on without one.
+    Not 0, so that scripts do not take a stopped training for a finished one.
     """
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(128 + (signal_number or signal.SIGTERM))  # 0: another process got the signal
-
-
-class Abandoned(KeyboardInterrupt):
-    """A second Ctrl-C: the process ends in the middle of a step, by the signal itself."""
 
 
 class StopSignals:
@@ -45,7 +43,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def ending_at_once(self) -> Iterator[None]:
-        """Inside, nothing is there to be saved: a signal ends the process through `Stopped`."""
+        """Inside, there is nothing to save: a signal raises `Stopped` at once."""
         self._at_once = True
         try:
             if self.received:
@@ -56,7 +54,7 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._at_once:
-            # Once is enough: on the way out a second signal must not cut short what is being cleared away.
+            # Only once: a second signal must not interrupt the clean-up.
             self._at_once = False
             self.received = self.received or number
             raise Stopped(number)

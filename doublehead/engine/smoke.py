@@ -1,4 +1,4 @@
-"""Does a recipe run?  A few steps of it on small generated pictures, then one detection."""
+"""Smoke test of a recipe: a few steps on small generated pictures, then one detection."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SIDE = 64
 
 @dataclass(frozen=True)
 class Smoke:
-    """What came of it."""
+    """The result of a smoke test."""
 
     parameters: int
     losses: list[float]
-    """The whole loss of each step."""
+    """Total loss of each step."""
     detections: int
-    """In one picture; the threshold is lowered to 0, as two steps teach nothing."""
+    """Detections in one picture; the score threshold is 0, as two steps teach nothing."""
     seconds: float
 
 
@@ -61,7 +61,7 @@ def smoke(recipe: Recipe) -> Smoke:
     """Train `smoke_recipe(recipe)` and detect once; nothing is written.
 
     Raises:
-        RuntimeError: a loss is not finite, a trained weight has no gradient's effect, or no detection comes out.
+        RuntimeError: a loss is not finite, a trained weight did not change, or nothing was detected.
     """
     begun = time.monotonic()
     recipe = smoke_recipe(recipe)
@@ -80,11 +80,11 @@ def smoke(recipe: Recipe) -> Smoke:
     trainer.fit()
     _check(recipe.name, hooks.losses, before, model)
     image, _ = build_dataset(recipe.data, "val")[0]
-    (found,) = predict_images(model, [image], torch.device("cpu"))
-    if not len(found["boxes"]) or not bool(torch.isfinite(found["scores"]).all()):
+    (detections,) = predict_images(model, [image], torch.device("cpu"))
+    if not len(detections["boxes"]) or not bool(torch.isfinite(detections["scores"]).all()):
         raise RuntimeError(f"{recipe.name}: no usable detection comes out, though every score is accepted")
     parameters = sum(p.numel() for p in model.parameters())
-    return Smoke(parameters, hooks.losses, len(found["boxes"]), time.monotonic() - begun)
+    return Smoke(parameters, hooks.losses, len(detections["boxes"]), time.monotonic() - begun)
 
 
 class _Losses(Hooks):

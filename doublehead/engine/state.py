@@ -1,4 +1,4 @@
-"""What a training state holds: `STATE` for every one, `of_trainer` for the one that a trainer can go on with."""
+"""Checks of a training state: `STATE` for any one, `trainer_state` for one that a given trainer can continue from."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ STATE = entries(
     },
     optional={"run": _RUN},  # of the data and recipe; the first versions had none
 )
-"""Every state in a file, whatever was trained."""
+"""Any state in a file, whatever was trained."""
 
 
-def of_trainer(trainer: Any) -> Check:
-    """A state that `trainer` can go on with: its model's tensors, its optimiser's parameters."""
+def trainer_state(trainer: Any) -> Check:
+    """A state that `trainer` can continue from: its model's tensors, its optimiser's parameters."""
     model = entries({name: like(tensor) for name, tensor in trainer.model.state_dict().items()}, others=False)
     wanted = entries(
         {
@@ -67,56 +67,56 @@ def of_trainer(trainer: Any) -> Check:
             "evaluated_step": whole(-1),
             "seconds": number(0),
             "model": model,
-            "optimizer": entries({"state": anything, "param_groups": _of_groups(trainer.optimizer)}),
+            "optimizer": entries({"state": anything, "param_groups": _param_groups(trainer.optimizer)}),
             "scaler": either(exactly({}), _SCALER),  # empty unless amp was fp16
             "average": either(nothing, entries({"updates": whole(0), "model": model})),
             "losses": _LOSSES,
         }
     )
-    memory = _memory(trainer.optimizer)
+    memory = _optimizer_memory(trainer.optimizer)
 
-    def check(state: Any, place: str = "") -> None:
-        wanted(state, place)
+    def check(state: Any, path: str = "") -> None:
+        wanted(state, path)
         whole(0)(state["step"] - state["evaluated_step"], "the number of steps since the last evaluation")
-        # Before the first step there is none, nor when fp16 has overflowed at every step so far.
+        # Empty before the first step, and while fp16 has overflowed at every step so far.
         begun = state["step"] > 0 and not (state["scaler"] and state["optimizer"]["state"] == {})
         (memory if begun else exactly({}))(state["optimizer"]["state"], "optimizer.state")
 
     return check
 
 
-def _memory(optimizer: torch.optim.Optimizer) -> Check:
-    """What an optimiser of this kind remembers of all these parameters after a step."""
-    of_parameter = _of_parameter_adamw
+def _optimizer_memory(optimizer: torch.optim.Optimizer) -> Check:
+    """What the optimiser holds for each of its parameters after a step."""
+    memory_of = _adamw_memory
     if isinstance(optimizer, torch.optim.SGD):
         if not any(group["momentum"] for group in optimizer.param_groups):
-            return anything  # nothing that would count
-        of_parameter = _of_parameter_sgd
+            return anything  # without momentum its state changes nothing
+        memory_of = _sgd_memory
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return entries({index: of_parameter(parameter) for index, parameter in enumerate(parameters)}, others=False)
+    return entries({index: memory_of(parameter) for index, parameter in enumerate(parameters)}, others=False)
 
 
-def _of_parameter_sgd(parameter: nn.Parameter) -> Check:
+def _sgd_memory(parameter: nn.Parameter) -> Check:
     return entries({"momentum_buffer": like(parameter)}, others=False)
 
 
-def _of_parameter_adamw(parameter: nn.Parameter) -> Check:
+def _adamw_memory(parameter: nn.Parameter) -> Check:
     moment = like(parameter)
     return entries({"step": tensor(()), "exp_avg": moment, "exp_avg_sq": moment}, others=False)
 
 
-def _of_groups(optimizer: torch.optim.Optimizer) -> Check:
-    checks = [_of_group(group) for group in optimizer.state_dict()["param_groups"]]
+def _param_groups(optimizer: torch.optim.Optimizer) -> Check:
+    checks = [_param_group(group) for group in optimizer.state_dict()["param_groups"]]
 
-    def check(value: Any, place: str) -> None:
-        items(anything, len(checks))(value, place)
+    def check(value: Any, path: str) -> None:
+        items(anything, len(checks))(value, path)
         for row, (group, check_group) in enumerate(zip(value, checks, strict=True)):
-            check_group(group, f"{place}[{row}]")
+            check_group(group, f"{path}[{row}]")
 
     return check
 
 
-def _of_group(group: Mapping[str, Any]) -> Check:
+def _param_group(group: Mapping[str, Any]) -> Check:
     """Settings like those of `group`; switches that another version of PyTorch does not know may be missing."""
     switches = {name: _switch for name, value in group.items() if value is None or isinstance(value, bool)}
     wanted = {name: _setting(value) for name, value in group.items() if name not in switches}
@@ -124,9 +124,9 @@ def _of_group(group: Mapping[str, Any]) -> Check:
 
 
 def _numbers(expected: list[int]) -> Check:
-    def check(value: Any, place: str) -> None:
-        items(whole(0), len(expected))(value, place)
-        exactly(expected)(list(value), place)
+    def check(value: Any, path: str) -> None:
+        items(whole(0), len(expected))(value, path)
+        exactly(expected)(list(value), path)
 
     return check
 

@@ -1,7 +1,7 @@
-"""Work in threads around a model: in order, ahead of it by so much and no more, and ending cleanly.
+"""Threads that work around a model: results in order, bounded read-ahead, clean shutdown.
 
-Reading and drawing are done by threads (decoders and encoders let other Python code run meanwhile), the model by the
-thread that asks for results.  Whatever a thread raises is raised there, in its turn.
+Threads read and draw (decoders and encoders release the GIL); the thread that asks for results runs the model.
+An exception of a thread is raised there when its result is due.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 
 def default_threads() -> int:
-    """How many threads to read with, and how many to draw with: half of the processors, one at least, eight at most."""
+    """Number of threads that read, and of those that draw: half of the processors, from 1 to 8."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, processors // 2))
 
@@ -31,8 +31,8 @@ def default_threads() -> int:
 def in_order(function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int) -> Iterator[R]:
     """`map(function, items)` in threads, with results in the order of `items`.
 
-    `items` is advanced by the caller's thread, and by at most `ahead` beyond the result that is waited for.  When the
-    iterator is closed, or anything raises, what has not begun is dropped and what has is waited for.
+    The caller's thread advances `items`, at most `ahead` items beyond the result that is due.  When the iterator is
+    closed, or anything raises, calls that have not started are dropped, and running ones are waited for.
     """
     waiting = deque()
     executor = ThreadPoolExecutor(threads)
@@ -48,7 +48,7 @@ def in_order(function: Callable[[T], R], items: Iterable[T], threads: int, ahead
 
 
 class Uploader:
-    """Brings images to the model's device while the model works: from pinned memory, on a CUDA stream of its own."""
+    """Copies images to the model's device while the model runs: from pinned memory, on a separate CUDA stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -58,23 +58,23 @@ class Uploader:
         """Start the copy, in any thread; give the result to `receive`, in the model's thread.
 
         Returns:
-            The image on the host, the one on the device, and when the latter is there.
+            The image on the host, the one on the device, and the event of the finished copy.
         """
         if self.stream is None:
             return image, image.to(self.device), None
         image = image.pin_memory()
         with torch.cuda.stream(self.stream):
             copy = image.to(self.device, non_blocking=True)
-            there = torch.cuda.Event()
-            there.record(self.stream)
-        return image, copy, there
+            uploaded = torch.cuda.Event()
+            uploaded.record(self.stream)
+        return image, copy, uploaded
 
-    def receive(self, copy: Tensor, there: torch.cuda.Event | None) -> Tensor:
+    def receive(self, copy: Tensor, uploaded: torch.cuda.Event | None) -> Tensor:
         """The image on the device, for the current stream, which waits for it; the host does not."""
-        if there is not None:
+        if uploaded is not None:
             current = torch.cuda.current_stream(self.device)
-            current.wait_event(there)
-            copy.record_stream(current)  # its memory belongs to the other stream, which must not reuse it too early
+            current.wait_event(uploaded)
+            copy.record_stream(current)  # keeps the other stream from reusing its memory too early
         return copy
 
 

@@ -1,4 +1,4 @@
-"""The losses of a training: their means for the log, and the guard against NaN and infinity."""
+"""Losses of a training: their means for the log, and the check for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MOST_PENDING = 50
 
 
 @dataclass
-class _Noted:
+class _StepLosses:
     """One step's losses, still on the device, and the images they came from."""
 
     step: int
@@ -26,15 +26,15 @@ class _Noted:
 class LossTracker:
     """Notes each step's losses without waiting for the device.
 
-    On the CPU every step is checked before its optimizer step.  On CUDA the values are looked at
-    together: before each log record and each save, at the latest after 50 steps.
+    On the CPU every step is checked before its optimizer step.  On CUDA several steps are checked
+    together: before each log record and each save, and at least every 50 steps.
     """
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._sums: dict[str, torch.Tensor] = {}  # since the last `take_means`
         self._steps = 0
-        self._pending: list[_Noted] = []  # not yet known to be finite
+        self._pending: list[_StepLosses] = []  # not yet known to be finite
 
     def note(self, step: int, losses: dict[str, torch.Tensor], image_ids: list[int]) -> None:
         """Note the losses (detached scalars, the same names each time) of step `step`.
@@ -46,12 +46,12 @@ class LossTracker:
             # In float64 a few float32 values add up exactly, in any order: a resumed run logs the same means.
             self._sums[name] = self._sums.get(name, 0) + value.double()
         self._steps += 1
-        self._pending.append(_Noted(step, image_ids, list(losses), torch.stack(list(losses.values()))))
+        self._pending.append(_StepLosses(step, image_ids, list(losses), torch.stack(list(losses.values()))))
         if self._world.device.type == "cpu" or len(self._pending) >= _MOST_PENDING:
             self.check()
 
     def check(self) -> None:
-        """Look at everything noted since the last look; waits for the device.
+        """Check the losses noted since the last check; waits for the device.
 
         Raises:
             NonFiniteLossError: on every process, when any of them met NaN or infinity.
@@ -61,7 +61,7 @@ class LossTracker:
         if not self._world.any(report is not None):
             return
         reports = [report for report in self._world.gather(report) if report]
-        step = min(report[0] for report in reports)  # later steps, other processes' too, caught it from this one
+        step = min(report[0] for report in reports)  # later ones, on other processes too, follow from it
         first = [report for report in reports if report[0] == step]
         raise NonFiniteLossError(
             f"the loss is not finite at step {step + 1}: {'; '.join(report[1] for report in first)}; "
@@ -79,7 +79,7 @@ class LossTracker:
         return dict(zip(names, means, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been summed so far, meant over the processes; called on all of them."""
+        """What has been summed so far, averaged over the processes; call it on all of them."""
         sums = {name: self._world.mean(value) for name, value in self._sums.items()}
         return {"sums": sums, "steps": self._steps}
 
@@ -89,7 +89,7 @@ class LossTracker:
         self._steps = state["steps"]
 
 
-def _first_bad(pending: list[_Noted]) -> tuple[int, str, list[int]] | None:
+def _first_bad(pending: list[_StepLosses]) -> tuple[int, str, list[int]] | None:
     """Step, losses and images of the first step with a value that is not finite."""
     if not pending:
         return None

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,11 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from doublehead.config import TrainConfig
+from doublehead.config import TrainConfig, check
 from doublehead.engine.distributed import World
-from doublehead.engine.errors import NonFiniteLossError, UserError
+from doublehead.engine.errors import NonFiniteLossError
 from doublehead.engine.optim import (
-    OPTIMIZERS,
     WeightAverage,
     build_optimizer,
     learning_rate,
@@ -33,15 +31,15 @@ from doublehead.engine.optim import (
 )
 from doublehead.engine.schema import is_finite
 from doublehead.engine.signals import Stopped, StopSignals
-from doublehead.engine.state import of_trainer as state_of
+from doublehead.engine.state import trainer_state
 from doublehead.engine.tracker import LossTracker
+from doublehead.errors import UserError
 
-MOST_IMAGES = 65536  # of a step; a batch beyond any use is a slip of the hand, and would be read for hours
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Hooks:
-    """What happens beside the steps, called on every process; a bare trainer does nothing."""
+    """Callbacks of a trainer, called on every process; these do nothing."""
 
     def on_step(self) -> None:
         """After each optimizer step."""
@@ -65,7 +63,7 @@ class Trainer:
         batches: `batches(start)` yields (images, targets) with `micro_batch_size(config, world)` images
             each, without end, beginning with micro-batch `start` of the run.
         world: the processes.
-        hooks: what to do beside the steps.
+        hooks: callbacks.
 
     Raises:
         ValueError: a field of `config` is out of range, or `batch_size` cannot be divided.
@@ -97,7 +95,7 @@ class Trainer:
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The weights that count: the averaged ones where averaging is on."""
+        """The model to evaluate and save: the averaged weights where averaging is on."""
         return self.average.model if self.average else self.model
 
     def fit(self) -> None:
@@ -237,15 +235,15 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any], source: str | Path = "the training state") -> None:
         """Continue from what `state_dict` gave; `source` is its name in messages.
 
-        A state without averaged weights begins the average anew from its weights; one whose averaged weights are not
-        asked for any more loses them.
+        If the state has no averaged weights, averaging starts from its weights; if averaging is off now, the state's
+        averaged weights are dropped.
 
         Raises:
             UserError: the state is incomplete or damaged, or belongs to another model or optimiser; nothing of it
                 was taken.
         """
         try:
-            state_of(self)(state)
+            trainer_state(self)(state)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:  # empty unless amp was fp16
@@ -255,54 +253,22 @@ class Trainer:
             elif self.average:  # averaging begins with this part of the run
                 self.average.model.load_state_dict(state["model"])
             self.losses.load_state_dict(state["losses"])
-        except (RuntimeError, ValueError, KeyError) as error:  # PyTorch's own, and those of `state_of`
+        except (RuntimeError, ValueError, KeyError) as error:  # PyTorch's own, and those of `trainer_state`
             raise UserError(f"{source} does not fit this recipe: {error}") from error
         self.step, self.evaluated_step = state["step"], state["evaluated_step"]
         self.earlier_seconds = state["seconds"]
 
 
 def check_config(config: TrainConfig, world: World) -> None:
-    """Refuse what cannot be trained.
+    """Check the values of `config`, and that these processes can train with it.
 
     Raises:
         ValueError: names the field, its value and what is accepted.
     """
-    least = {
-        "steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "eval_every": 0, "checkpoint_every": 0,
-        "warmup_steps": 0, "seed": 0, "lr": 0, "momentum": 0, "weight_decay": 0, "bias_lr_factor": 0, "gamma": 0,
-        "warmup_factor": 0,
-    }  # fmt: skip
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if not _is_number(value, whole=isinstance(getattr(TrainConfig, name), int)) or not value >= bound:
-            raise ValueError(f"train.{name} is {value!r}, at least {bound} is accepted")
-    if config.batch_size > MOST_IMAGES:
-        raise ValueError(f"train.batch_size is {config.batch_size}, at most {MOST_IMAGES} is accepted")
-    if config.optimizer not in OPTIMIZERS:
-        raise ValueError(f"train.optimizer is {config.optimizer!r}, one of {', '.join(OPTIMIZERS)} is accepted")
-    if not config.momentum < 1:
-        raise ValueError(f"train.momentum is {config.momentum}, less than 1 is accepted")
-    milestones = config.milestones if isinstance(config.milestones, (tuple, list)) else [None]
-    if not all(_is_number(milestone, whole=True) and milestone >= 0 for milestone in milestones):
-        raise ValueError(f"train.milestones are {config.milestones}, numbers of steps, at least 0, are accepted")
-    if not (_is_number(config.horizontal_flip) and 0 <= config.horizontal_flip <= 1):
-        raise ValueError(f"train.horizontal_flip is {config.horizontal_flip!r}, a probability from 0 to 1 is accepted")
-    if config.amp not in AMP_TYPES:
-        raise ValueError(f"train.amp is {config.amp!r}, one of {', '.join(AMP_TYPES)} is accepted")
-    if config.ema_decay is not None and not (_is_number(config.ema_decay) and 0 <= config.ema_decay < 1):
-        raise ValueError(f"train.ema_decay is {config.ema_decay!r}: it must lie in [0, 1)")
-    if config.clip_grad_norm is not None and not (_is_number(config.clip_grad_norm) and config.clip_grad_norm > 0):
-        raise ValueError(f"train.clip_grad_norm is {config.clip_grad_norm!r}, a positive number or None is accepted")
+    check(config, "train")
     if config.sync_batch_norm and world.size > 1 and world.device.type != "cuda":
         raise ValueError("train.sync_batch_norm needs CUDA: PyTorch has no synchronised batch norm for the CPU")
     micro_batch_size(config, world)
-
-
-def _is_number(value: Any, whole: bool = False) -> bool:
-    """A finite number, as options and JSON give them."""
-    if isinstance(value, int):
-        return not isinstance(value, bool)
-    return isinstance(value, float) and not whole and math.isfinite(value)
 
 
 def micro_batch_size(config: TrainConfig, world: World) -> int:

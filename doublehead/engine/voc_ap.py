@@ -20,22 +20,22 @@ def voc_ap50(ground_truth: dict[str, Any], detections: list[dict[str, Any]]) -> 
 
     Args:
         ground_truth: a COCO dictionary (`categories`, `annotations` with `bbox` xywh in pixels);
-            annotations with `iscrowd` or `ignore` are VOC's difficult ones: finding them is
-            neither right nor wrong, missing them is no loss.
+            annotations with `iscrowd` or `ignore` are VOC's difficult ones, which count neither
+            as hits nor as misses.
         detections: COCO results: `image_id, category_id, bbox` xywh, `score`.
 
     Returns:
-        Category name -> AP in [0, 1], or None where no box of the category is to be found.
+        Category name -> AP in [0, 1], or None for a category without ground-truth boxes.
     """
     truths: dict[int, dict[int, list]] = defaultdict(lambda: defaultdict(list))
     for annotation in ground_truth["annotations"]:
         difficult = bool(annotation.get("iscrowd") or annotation.get("ignore"))
         truths[annotation["category_id"]][annotation["image_id"]].append((annotation["bbox"], difficult))
-    found = defaultdict(list)
+    by_category = defaultdict(list)
     for detection in detections:
-        found[detection["category_id"]].append(detection)
+        by_category[detection["category_id"]].append(detection)
     return {
-        category["name"]: _category_ap(truths[category["id"]], found[category["id"]])
+        category["name"]: _category_ap(truths[category["id"]], by_category[category["id"]])
         for category in ground_truth["categories"]
     }
 
@@ -45,7 +45,7 @@ def _category_ap(truths: dict[int, list], detections: list[dict[str, Any]]) -> f
     if wanted == 0:
         return None
     used: set[tuple[int, int]] = set()
-    hits = []  # 1 right, 0 wrong, in the order of falling score; difficult ones leave no mark
+    hits = []  # 1: true positive, 0: false positive, by falling score; matches with difficult ones are left out
     for detection in sorted(detections, key=lambda d: -d["score"]):
         image = detection["image_id"]
         index, iou = _best_match(detection["bbox"], truths.get(image, []))

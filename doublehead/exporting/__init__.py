@@ -1,4 +1,4 @@
-"""Detectors as programs that need no model code: written by `python -m doublehead.export`, opened by `load`.
+"""Detectors as programs that need no model code: written by `doublehead export`, opened by `load`.
 
 Opening an AOTInductor package needs torch and `doublehead.ops`, an ONNX file onnxruntime; neither needs torchvision.
 """

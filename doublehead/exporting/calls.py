@@ -1,4 +1,4 @@
-"""Calls of opened programs that may come from several threads, and from processes forked since."""
+"""Calls an opened program safely from several threads and from forked processes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Call = Callable[[Tensor, Tensor], Sequence[Tensor]]
 class PackageCall:
     """An AOTInductor package: one call at a time, in the process that opened it.
 
-    Of two calls at once, the second waits within the package for the first, and keeps Python's lock, which the first
-    needs to dispatch operators: both would stand still.  Waiting here keeps nothing.  In a forked process the threads
-    of OpenMP are gone, which compiled code would wait for.
+    Two concurrent calls would deadlock: the second waits inside the package while it holds Python's GIL, which the
+    first needs to dispatch operators.  So calls wait here, on a lock that releases the GIL.  In a forked process the
+    OpenMP threads, for which compiled code would wait, no longer exist.
     """
 
     def __init__(self, compiled: Call) -> None:
@@ -36,18 +36,18 @@ class PackageCall:
 
 
 class SessionCall:
-    """An ONNX session, which takes several calls at once; a forked process gets one of its own.
+    """An ONNX session, which allows concurrent calls; a forked process opens its own session.
 
     Args:
-        open_session: makes a session.
-        session: the one that is open already.
+        open_session: opens another session.
+        session: the open session.
     """
 
     def __init__(self, open_session: Callable[[], Any], session: Any) -> None:
         self._open, self._session, self._process = open_session, session, os.getpid()
 
     def __call__(self, pixels: Tensor, sizes: Tensor) -> list[Tensor]:
-        if os.getpid() != self._process:  # the old one's threads are not here; its memory is left alone
+        if os.getpid() != self._process:  # the old session's threads do not exist here; its memory is never freed
             self._kept, self._session, self._process = self._session, self._open(), os.getpid()
         results = self._session.run(None, {"pixels": pixels.detach().numpy(), "sizes": sizes.detach().numpy()})
         return [torch.from_numpy(result) for result in results]

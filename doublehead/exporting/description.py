@@ -1,4 +1,4 @@
-"""What a user of an exported detector has to know, as JSON beside the program."""
+"""The description of an exported detector for its user, stored as JSON with the program."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-import doublehead
-
 from ..config import ImageConfig, Recipe, to_dict
+from ..version import __version__
 
 FORMAT = "doublehead.exported/1"
 INPUTS = ("pixels", "sizes")
@@ -33,18 +32,18 @@ def describe(
     """
     Args:
         kind: "aoti" or "onnx".
-        recipe: of the model; with the read-out that was exported.
+        recipe: the model's recipe, with the exported read-out.
         classes: label i is `classes[i - 1]`.
         category_ids: label i is category `category_ids[i - 1]` of the data set.
-        shape: of the pixels, (B, 3, H, W).
+        shape: the pixels' shape, (B, 3, H, W).
         device: "cpu" or "cuda".
-        dynamic_batch: fewer images than B will do.
+        dynamic_batch: whether the program accepts fewer than B images.
     """
     batch, slots = shape[0], recipe.model.detection.max_detections
     return {
         "format": FORMAT,
         "kind": kind,
-        "doublehead": doublehead.__version__,
+        "doublehead": __version__,
         "torch": torch.__version__,
         "device": device,
         "machine": machine(device),
@@ -69,18 +68,18 @@ def describe(
 
 
 def image_config(description: dict[str, Any]) -> ImageConfig:
-    """The configuration of the image transform that the model was made with."""
+    """The image configuration of the exported model."""
     values = description["preprocessing"]
     fields = {field.name for field in dataclasses.fields(ImageConfig)}
     return ImageConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in fields})
 
 
 MOST_VALUES = 2**33
-"""Numbers in a batch of pixels that are believed; 32 GB."""
+"""The largest number of pixel values in a batch that is accepted: 32 GB."""
 
 
 def flaw_of(description: dict[str, Any]) -> str | None:
-    """What keeps a description that was read from a file from being used; None: nothing."""
+    """Why a description that was read from a file is invalid; None: it is valid."""
     try:
         shapes = [description["inputs"][name]["shape"] for name in INPUTS]
         classes, dynamic = description["classes"], description["dynamic_batch"]
@@ -90,18 +89,18 @@ def flaw_of(description: dict[str, Any]) -> str | None:
         return f"{error} ({type(error).__name__})"
     pixels, sizes = shapes
     if not all(isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape) for shape in shapes):
-        return "the inputs' shapes are no lists of whole numbers"
+        return "the inputs' shapes are not lists of positive integers"
     if len(pixels) != 4 or pixels[1] != 3 or sizes != [pixels[0], 2] or math.prod(pixels) > MOST_VALUES:
         return f"the inputs' shapes are {shapes}"
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        return "the classes are no list of names"
+        return "the classes are not a list of names"
     if type(dynamic) is not bool or not all(isinstance(text, str) for text in texts):
-        return "a field is of another type"
+        return "a field has the wrong type"
     return None
 
 
 def machine(device: str) -> str:
-    """The instructions that compiled code may use here: "AVX2", "sm_90"."""
+    """The instruction set of this machine for compiled code: "AVX2", "sm_90"."""
     if device == "cuda":
         return "sm_{}{}".format(*torch.cuda.get_device_capability())
     return torch.backends.cpu.get_cpu_capability()

@@ -1,4 +1,4 @@
-"""Opens what `python -m doublehead.export` wrote: by torch and `doublehead.ops` or onnxruntime, without model code."""
+"""Opens what `doublehead export` wrote: by torch and `doublehead.ops` or onnxruntime, without model code."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.errors import UserError
+from ..errors import UserError
 from .calls import Call, PackageCall, SessionCall
 from .description import FORMAT, NAME, flaw_of, image_config, machine
 from .package import read_description
 
 
 class ExportedDetections(NamedTuple):
-    """Best score first, zeros in empty slots."""
+    """Detections of a batch, best score first, with zeros in empty slots."""
 
     boxes: Tensor
     """`Tensor[B, D, 4]`, float32: (x1, y1, x2, y2) in pixels of the input."""
@@ -27,21 +27,21 @@ class ExportedDetections(NamedTuple):
     labels: Tensor
     """`Tensor[B, D]`, int64: label i is `classes[i - 1]`; 0 in empty slots."""
     count: Tensor
-    """`Tensor[B]`, int64: filled slots of each image."""
+    """`Tensor[B]`, int64: the number of detections in each image."""
 
 
 class ExportedDetector:
-    """A detector in a file, ready to be called.
+    """An opened detector.
 
-    Several threads may call it; a package works on one call at a time.  In a process that was forked after opening, an
-    ONNX file works, and a package refuses.
+    Several threads may call it; a package runs one call at a time.  In a process forked after opening, an ONNX file
+    works, and a package raises an error.
 
     Attributes:
-        description: what the exporter noted: "classes", "preprocessing", "inputs", "outputs", "device", ...
+        description: the exporter's description: "classes", "preprocessing", "inputs", "outputs", "device", ...
         classes: label i is `classes[i - 1]`.
-        shape: (B, H, W) of the pixels it takes, exactly; B is the most where `dynamic_batch`.
-        dynamic_batch: whether fewer images will do.
-        device: where it runs.
+        shape: (B, H, W) of the pixels it takes, exactly; with `dynamic_batch`, B is the maximum.
+        dynamic_batch: whether fewer than B images are accepted.
+        device: the device on which it runs.
     """
 
     def __init__(self, call: Call, description: dict[str, Any], device: torch.device) -> None:
@@ -53,12 +53,12 @@ class ExportedDetector:
         self._transform = None
 
     def __call__(self, pixels: Tensor, sizes: Tensor) -> ExportedDetections:
-        """Detect in a prepared batch.
+        """Detect objects in a prepared batch.
 
         Args:
             pixels: `Tensor[B, 3, H, W]`, float32 on `device`: resized and normalised as `description["preprocessing"]`
                 says, at the top left, zeros beyond each image.
-            sizes: `Tensor[B, 2]`, float32: (height, width) of each image; zeros where there is none.
+            sizes: `Tensor[B, 2]`, float32: (height, width) of each image; zeros for missing images.
 
         Raises:
             ValueError: another shape, dtype or device.
@@ -76,7 +76,7 @@ class ExportedDetector:
         return ExportedDetections(*self._call(pixels.contiguous(), sizes.contiguous()))
 
     def detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Detect in images of any size, with the model's own preprocessing; this needs torchvision.
+        """Detect objects in images of any size, with the model's own preprocessing; this needs torchvision.
 
         Args:
             images: up to B, each `Tensor[3, H, W]`, RGB, float in 0..1 or uint8.
@@ -87,7 +87,7 @@ class ExportedDetector:
         Raises:
             ValueError: too many images, malformed ones, or one that after resizing is larger than (H, W).
         """
-        from ..models import Detections  # only here: they bring torchvision
+        from ..models import Detections  # imported here because they need torchvision
         from ..models.images import ImageTransform
 
         batch, *canvas = self.shape
@@ -119,13 +119,13 @@ def load(path: str | Path, device_index: int = 0) -> ExportedDetector:
     A package holds compiled code, which runs when it is opened: open only files that you trust.
 
     Args:
-        path: of a package (.pt2) or an ONNX file, which `python -m doublehead.export` wrote.
-        device_index: which GPU, for a package made for CUDA.  ONNX runs on the CPU here; for other execution providers
-            make an `onnxruntime.InferenceSession` of the file yourself.
+        path: a package (.pt2) or an ONNX file, which `doublehead export` wrote.
+        device_index: the GPU's index, for a package made for CUDA.  ONNX files run on the CPU; for other
+            execution providers create an `onnxruntime.InferenceSession` yourself.
 
     Raises:
-        UserError: no such file, not one of this library, damaged, made for another device or kind of machine, or
-            onnxruntime is missing.
+        UserError: the file does not exist, is not from this library, is damaged, or was made for another device or
+            kind of machine; or onnxruntime is missing.
     """
     path = Path(path)
     if not path.is_file():
@@ -169,7 +169,7 @@ def _load_onnx(path: Path) -> ExportedDetector:
 
     try:
         session = open_session()
-    except Exception as error:  # onnxruntime's own classes, one for each kind of failure
+    except Exception as error:  # onnxruntime has its own exception class for each kind of failure
         raise UserError(f"{path}: neither a package nor an ONNX file ({str(error).splitlines()[0]})") from error
     note = session.get_modelmeta().custom_metadata_map.get(NAME)
     description = _checked(path, _parsed(note))
@@ -178,7 +178,7 @@ def _load_onnx(path: Path) -> ExportedDetector:
 
 def _checked(path: Path, description: dict[str, Any] | None) -> dict[str, Any]:
     if description is None:
-        raise UserError(f"{path}: not a detector that python -m doublehead.export wrote, or damaged")
+        raise UserError(f"{path}: not a detector that `doublehead export` wrote, or damaged")
     if description.get("format") != FORMAT:
         raise UserError(f"{path}: written in {description.get('format')}, this version reads {FORMAT}")
     if (flaw := flaw_of(description)) is not None:

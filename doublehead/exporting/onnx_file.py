@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from ..engine.errors import UserError
+from ..errors import UserError
 from .description import INPUTS, NAME, OUTPUTS
 from .onnx_operators import decompositions, translations
 from .program import DetectorProgram
 
 OPSET = 18
 OPTIMIZE = True
-"""Fold constants and simplify the graph; onnxruntime does so too when it opens a file, other runtimes may not."""
+"""Whether to fold constants and simplify the graph; onnxruntime does so on opening, other runtimes may not."""
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
@@ -23,7 +23,7 @@ NEEDED = ("onnx", "onnxscript", "onnxruntime")
 def check_installed() -> None:
     """
     Raises:
-        UserError: one of the packages is missing.
+        UserError: a required package is missing.
     """
     from importlib.util import find_spec
 
@@ -37,7 +37,7 @@ def write_onnx(
     """Write `program` (plain, on the CPU) with its description to `path`, weights inside.
 
     Raises:
-        UserError: an operator of the model has no form in ONNX.
+        UserError: an operator of the model cannot be expressed in ONNX.
     """
     levels = len(program.detector.config.rpn.anchor_sizes)
     with torch.no_grad():
@@ -60,4 +60,4 @@ def write_onnx(
 def _check_operators(exported: torch.export.ExportedProgram) -> None:
     names = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
     if ours := sorted(name for name in names if name.startswith("doublehead.")):
-        raise UserError(f"--format onnx: {', '.join(ours)} has no form in ONNX; --format aoti takes any model")
+        raise UserError(f"--format onnx: {', '.join(ours)} cannot be expressed in ONNX; --format aoti takes any model")

@@ -1,15 +1,15 @@
-"""Our operators in the words of ONNX.
+"""Translates our operators to ONNX.
 
-Everything but RoIAlign and the suppression itself is plain arithmetic, written in PyTorch, which the exporter knows.
-These two become operators of ONNX, whose shapes depend on data in between, but not at the ends.
+Everything except RoIAlign and the suppression itself is plain PyTorch arithmetic, which the exporter supports.  These
+two become ONNX operators; intermediate shapes depend on the data there, but inputs and outputs have fixed shapes.
 
-Where ONNX's operators differ from ours:
+Differences between ONNX's operators and ours:
 
-- RoiAlign wants finite boxes: a box that is not pools zeros, as here, without being given to it.
-- NonMaxSuppression compares IoUs with the threshold in float32, here in float64: an IoU that rounds to the threshold
-  itself may be decided otherwise.  Boxes of equal score stand in no order there; onnxruntime takes the lower index
-  first, as here.  A box with its corners swapped is a box there, and has a negative area here; a NaN score is dropped
-  there, and comes first here.  A detector makes neither.
+- RoiAlign needs finite boxes.  Other boxes are not passed to it and pool zeros, as here.
+- NonMaxSuppression compares IoUs with the threshold in float32, ours in float64: an IoU that rounds to the threshold
+  may be decided differently.  ONNX defines no order for boxes with equal scores; onnxruntime takes the lower index
+  first, as here.  ONNX accepts boxes with swapped corners, which have a negative area here, and drops NaN scores, which
+  come first here.  A detector produces neither.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..ops.boxes import clip_boxes, decode_boxes
+from ..ops.detections.arguments import DetectionArguments
 from ..ops.detections.reference import class_scores, large
-from ..ops.roi_align import reference as roi_align
+from ..ops.roi_align import compatibility
+from ..ops.roi_align.pooling import Pooling
+from ..ops.roi_align.reference import box_levels, sampled_boxes
 
 LOWEST = torch.finfo(torch.float32).min
-"""Score of what does not exist."""
+"""The score of an empty slot."""
 
 # ---------------------------------------------------------------------------------------------
-# The two that are ONNX's: shapes for tracing, translations for the exporter
+# The two ONNX operators: shapes for tracing, translations for the exporter
 
 _LIBRARY = torch.library.Library("doublehead_onnx", "DEF")
 _LIBRARY.define("nms_mask(Tensor boxes, Tensor scores, float iou_threshold, int max_output) -> Tensor")
@@ -72,51 +75,52 @@ def _roi_align_some(
 
 
 def translations() -> dict[Callable, Callable]:
-    """For `torch.onnx.export`."""
+    """The translation table for `torch.onnx.export`."""
     operators = torch.ops.doublehead_onnx
     return {operators.nms_mask.default: _nms_mask, operators.roi_align_some.default: _roi_align_some}
 
 
 # ---------------------------------------------------------------------------------------------
-# Ours, made of these two and of plain PyTorch
+# Our operators, composed of these two and plain PyTorch
 
 
 def decompositions(levels: int) -> dict[Any, Callable]:
-    """For `ExportedProgram.run_decompositions`.
+    """The decompositions for `ExportedProgram.run_decompositions`.
 
     Args:
-        levels: the RPN's, which are the groups of its suppression.
+        levels: the number of the RPN's levels, which are the groups of its suppression.
     """
     ours = torch.ops.doublehead
     return {
-        ours.multiscale_roi_align.default: multiscale_roi_align,
+        ours.pyramid_roi_align.default: lambda features, rois, *pooling: roi_align(features, rois, Pooling(*pooling)),
+        ours.multiscale_roi_align.default: lambda features, rois, *pooling: roi_align(  # of older programs
+            features, rois, compatibility.pooling_of(*pooling)
+        ),
         ours.detections.default: detections,
         ours.nms_padded.default: lambda *arguments: nms_padded(*arguments[:5], levels),
     }
 
 
-def multiscale_roi_align(
-    features, rois, spatial_scales, box_scales, output_size, sampling_ratio, aligned, canonical_size, canonical_level,
-    level_rule,
-):  # fmt: skip
+def roi_align(features: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> list[Tensor]:
     """`doublehead.ops.multiscale_roi_align`: every level pools its own boxes."""
-    levels = roi_align.box_levels(rois[:, 1:], spatial_scales, canonical_size, canonical_level, level_rule)
+    levels = box_levels(rois[:, 1:], pooling)
     outputs = []
-    for box_scale in box_scales:
-        boxes = roi_align.sampled_boxes(rois[:, 1:], box_scale, level_rule)
+    for box_scale in pooling.box_scales:
+        boxes = sampled_boxes(rois[:, 1:], box_scale, pooling.end_offset)
         finite = (boxes.abs() < float("inf")).all(1)
         sampled = torch.cat([rois[:, :1], boxes], 1)
-        output = features[0].new_zeros(rois.shape[0], features[0].shape[1], *output_size)
-        for level, (feature, scale) in enumerate(zip(features, spatial_scales, strict=True)):
+        output = features[0].new_zeros(rois.shape[0], features[0].shape[1], *pooling.output_size)
+        for level, (feature, scale) in enumerate(zip(features, pooling.spatial_scales, strict=True)):
             output = torch.ops.doublehead_onnx.roi_align_some(
-                output, (levels == level) & finite, sampled, feature, output_size, scale, sampling_ratio, aligned
-            )
+                output, (levels == level) & finite, sampled, feature, pooling.output_size, scale,
+                pooling.sampling_ratio, pooling.aligned,
+            )  # fmt: skip
         outputs.append(output)
     return outputs
 
 
 def nms_padded(boxes, scores, groups, iou_threshold, max_output, number_of_groups):
-    """`doublehead.ops.nms_padded` for groups below `number_of_groups`, which are ONNX's classes."""
+    """`doublehead.ops.nms_padded` for groups 0 .. `number_of_groups` - 1, which become ONNX's classes."""
     members = groups[:, None] == torch.arange(number_of_groups, device=groups.device)[:, None]
     by_group = torch.where(members, scores[:, None], LOWEST)
     kept = torch.ops.doublehead_onnx.nms_mask(boxes, by_group, iou_threshold, max_output).amax(1) > 0
@@ -125,22 +129,20 @@ def nms_padded(boxes, scores, groups, iou_threshold, max_output, number_of_group
     return torch.where(found, indices, -1), found.sum(1)
 
 
-def detections(
-    logits, deltas, proposals, valid, sizes, fusion, score_threshold, nms_iou, max_detections, min_size, least_side,
-    box_weights,
-):  # fmt: skip
-    """`doublehead.ops.detections`: every class of an image is suppressed as an image of its own."""
-    scores = class_scores(logits, fusion)[..., 1:]
+def detections(*arguments):
+    """`doublehead.ops.detections`: each class of an image is suppressed as a separate image."""
+    args = DetectionArguments(*arguments)
+    scores = class_scores(args.logits, args.fusion)[..., 1:]
     batch, rois, classes = scores.shape
-    decoded = decode_boxes(deltas[:, :, 1:], proposals[:, :, None], box_weights).flatten(1, 2)
-    boxes = clip_boxes(decoded, sizes, least_side)
-    sound = large(boxes, min_size) & (decoded.abs() < float("inf")).all(-1)
-    candidate = (scores > score_threshold) & valid[..., None] & sound.view(batch, rois, classes)
+    decoded = decode_boxes(args.deltas[:, :, 1:], args.proposals[:, :, None], args.box_weights).flatten(1, 2)
+    boxes = clip_boxes(decoded, args.sizes, args.least_side)
+    usable = large(boxes, args.min_size) & (decoded.abs() < float("inf")).all(-1)
+    candidate = (scores > args.score_threshold) & args.valid[..., None] & usable.view(batch, rois, classes)
     of_class = boxes.view(batch, rois, classes, 4).transpose(1, 2).flatten(0, 1)
     by_class = torch.where(candidate, scores, LOWEST).transpose(1, 2).reshape(batch * classes, 1, rois)
-    mask = torch.ops.doublehead_onnx.nms_mask(of_class, by_class, nms_iou, max_detections)
+    mask = torch.ops.doublehead_onnx.nms_mask(of_class, by_class, args.nms_iou, args.max_detections)
     kept = mask.view(batch, classes, rois).transpose(1, 2).flatten(1) > 0  # ties: by RoI, then by class
-    best, indices = _best(torch.where(kept, scores.flatten(1), LOWEST), max_detections)
+    best, indices = _best(torch.where(kept, scores.flatten(1), LOWEST), args.max_detections)
     found = best > LOWEST / 2
     labels = torch.arange(1, classes + 1, device=boxes.device).repeat(rois)[indices]
     found_boxes = boxes.gather(1, indices[..., None].expand(-1, -1, 4))
@@ -153,7 +155,7 @@ def detections(
 
 
 def _best(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The best `number` of each row, and where they stand; rows that are shorter are filled up."""
+    """The best `number` scores of each row and their indices; shorter rows are padded."""
     best, indices = scores.topk(min(number, scores.shape[1]), dim=1)
     missing = number - best.shape[1]
     return pad(best, (0, missing), value=LOWEST), pad(indices, (0, missing))

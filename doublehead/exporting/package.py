@@ -1,4 +1,4 @@
-"""AOTInductor packages: the detector compiled ahead of time, for one shape, one device and one kind of machine."""
+"""AOTInductor packages: detectors compiled ahead of time for one shape, one device and one kind of machine."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..engine.errors import UserError
+from ..errors import UserError
 from .description import INPUTS, NAME
 
 INDUCTOR_OPTIONS: dict[str, Any] = {}
-"""Further settings of `torch._inductor.config`, such as {"max_autotune": True}."""
+"""Further settings for `torch._inductor.config`, such as {"max_autotune": True}."""
 
 ENTRY = f"extra/{NAME}.json"
 LONGEST = 64 << 20
-"""Bytes of a description that are read; it names the classes, and is some kilobytes long."""
+"""The size limit of a description in bytes; usual ones have some kilobytes."""
 
 
 def write_package(
     program: nn.Module, example: tuple[torch.Tensor, torch.Tensor], description: dict[str, Any], path: Path
 ) -> None:
-    """Compile `program` and write the package with its description to `path`.
+    """Compile `program`, and write it as a package with its description to `path`.
 
-    Our operators stay calls of `torch.ops.doublehead`: `doublehead.ops` must be imported where the package runs.
+    The package calls `torch.ops.doublehead`, so `doublehead.ops` must be imported where it runs.
 
     Args:
         program: `DetectorProgram`.
-        example: its inputs; their shapes and device become the package's.  Where the description says "dynamic_batch",
-            at least 2 images, and it takes any number up to that.
+        example: its inputs; the package takes their shapes and device.  If the description says "dynamic_batch", they
+            have at least 2 images, and the package takes any number up to that.
         path: ends in .pt2.
     """
     shapes = None

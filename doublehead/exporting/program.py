@@ -1,21 +1,19 @@
-"""What is exported: the detector as a function of tensors, and an input to trace and to check it with."""
+"""The exported program: the detector as a function of tensors, and an example input to trace and check it."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..models import Detector, ImageBatch
-from ..models.conv_tower import ConvTower
 from .description import OUTPUTS
 
 
 class DetectorProgram(nn.Module):
-    """(pixels, sizes) -> (boxes, scores, labels, count), of a copy of the detector.
+    """(pixels, sizes) -> (boxes, scores, labels, count), computed by a copy of the detector.
 
     Args:
         detector: the static core.
@@ -28,10 +26,9 @@ class DetectorProgram(nn.Module):
         super().__init__()
         self.detector = copy.deepcopy(detector).to(device).eval().requires_grad_(False)
         if plain:
-            self.detector.detection = dataclasses.replace(self.detector.detection, skip=False)
-            for module in self.detector.modules():
-                if isinstance(module, ConvTower):
-                    module.fused = False
+            self.detector.readout = self.detector.readout.replace(skip=False)
+            for head in self.detector.heads.values():
+                head.tower.plain()
 
     def forward(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
@@ -48,7 +45,7 @@ class DetectorProgram(nn.Module):
 def example_input(
     batch: int, height: int, width: int, device: str | torch.device = "cpu", seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Random pixels of images that leave some padding, the same for the same seed."""
+    """Random images with some padding, and their sizes; deterministic for a seed."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(batch, 3, height, width, generator=generator)
     sizes = torch.tensor([height, width]) - torch.arange(batch)[:, None] % 3 * 8
@@ -60,10 +57,10 @@ def example_input(
 
 
 def differences(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
-    """In what two programs' detections differ beyond rounding, in words; None: in nothing.
+    """Describe how two programs' detections differ beyond rounding; None: they do not.
 
-    Order does not count: scores may be nearly the same.  Nor does one detection in fifty, which rounding may have moved
-    over a threshold.
+    The order is ignored, as scores may be nearly equal.  So is one detection in fifty, which rounding may have moved
+    across a threshold.
     """
     found, expected = ([tensor.cpu() for tensor in outputs] for outputs in (found, expected))
     for image, (number, wanted) in enumerate(zip(found[3].tolist(), expected[3].tolist(), strict=True)):

@@ -1,1 +1,1 @@
-"""Weights and conventions of other projects, one file each."""
+"""Other projects: conversion of their weights, and faster operators for their models; one package each."""

@@ -22,7 +22,7 @@ COCO = {
     77: "cell phone", 78: "microwave", 79: "oven", 80: "toaster", 81: "sink", 82: "refrigerator", 84: "book",
     85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear", 89: "hair drier", 90: "toothbrush",
 }  # fmt: skip
-"""COCO's 80 categories by their ids, which leave out 10 numbers from 1 to 90."""
+"""COCO's 80 categories by id; ten of the ids from 1 to 90 are not used."""
 VOC = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -33,14 +33,15 @@ VOC = (
 def name_classes(number: int, given: Sequence[str] | None) -> tuple[list[str], list[int]]:
     """Names and category ids of `number` classes (without background): label i is `names[i - 1]`.
 
-    torchvision's COCO models have a row for every id from 1 to 90.  All are kept, as softmax runs over all; the ten
-    that COCO never used are called "unused 12", ...  A data set is matched by names, so that it needs not know them.
+    torchvision's COCO models have a row for every id from 1 to 90.  All rows are kept, because softmax runs over all of
+    them; the ten that COCO never used are called "unused 12", ...  Data sets are matched by name, so they do not need
+    to know these.
 
     Args:
-        given: names; None: COCO's for 80 and 90, Pascal VOC's for 20, else "class 1", ...
+        given: the names; None: COCO's for 80 and 90 classes, Pascal VOC's for 20, otherwise "class 1", ...
 
     Raises:
-        ConversionError: another number of names, or one twice.
+        ConversionError: the wrong number of names, or a name that occurs twice.
     """
     if given is not None:
         names = [clean_name(name) for name in given]
@@ -64,7 +65,7 @@ def name_classes(number: int, given: Sequence[str] | None) -> tuple[list[str], l
 
 
 def data_of(names: Sequence[str]) -> DataConfig:
-    """Where a model with these classes is evaluated if nothing is said: on COCO or Pascal VOC."""
+    """The data set on which a model with these classes is evaluated by default: COCO or Pascal VOC."""
     if set(COCO.values()) <= set(names):
         return DataConfig("coco", "data/coco", "train2017", "val2017")
     if set(names) == set(VOC):
@@ -73,10 +74,10 @@ def data_of(names: Sequence[str]) -> DataConfig:
 
 
 def read_names(path: str | Path) -> list[str]:
-    """Class names, one a line; blank lines at the end are left out.
+    """Read class names, one per line; blank lines at the end are ignored.
 
     Raises:
-        ConversionError: the file cannot be read, or is no UTF-8 text.
+        ConversionError: the file cannot be read, or is not UTF-8 text.
     """
     try:
         text = Path(path).read_text("utf-8-sig")

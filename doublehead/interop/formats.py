@@ -1,4 +1,4 @@
-"""Which project a checkpoint is from, and the model of this library that it becomes."""
+"""Finds the project a checkpoint comes from, and builds the corresponding model of this library."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ PROJECTS: dict[str, Project] = {
 
 
 class Converted(NamedTuple):
-    """A foreign checkpoint as a model of this library, and how it came about."""
+    """A foreign checkpoint as a model of this library, and how it was converted."""
 
     model: nn.Module
-    """In eval mode, with the checkpoint's weights, in float32."""
+    """The model in eval mode, with the checkpoint's weights, in float32."""
     recipe: Recipe
     classes: list[str]
     """Label i is `classes[i - 1]`."""
@@ -49,16 +49,17 @@ def convert(
     """Rebuild the model of a foreign checkpoint.
 
     Args:
-        checkpoint: what `read_checkpoint` gave.
-        project: one of `PROJECTS`; None: found by the tensors' names.
-        style: of the backbone, `caffe` (BGR, stride in the 1x1 convolutions) or `pytorch`; None: what the checkpoint
-            says, else the project's usual one.
-        classes: names, without background; None: the checkpoint's, else those of COCO or Pascal VOC by their number.
-        settings: changes of the recipe, such as "model.backbone.norm_eps=1e-5".
+        checkpoint: the result of `read_checkpoint`.
+        project: one of `PROJECTS`; None: recognised by the tensors' names.
+        style: the backbone's style, `caffe` (BGR, stride in the 1x1 convolutions) or `pytorch`; None: the one the
+            checkpoint states, otherwise the project's usual one.
+        classes: names, without background; None: the checkpoint's, otherwise those of COCO or Pascal VOC, chosen by
+            the number of classes.
+        settings: changes to the recipe, such as "model.backbone.norm_eps=1e-5".
 
     Raises:
-        ConversionError: the kind of model is not known or not supported, tensors are missing, unknown or of wrong
-            shape, or an argument does not fit; the message names them.
+        ConversionError: the kind of model is unknown or unsupported, tensors are missing, unknown or have the wrong
+            shape, or an argument does not match the checkpoint; the message names them.
     """
     source = find_project(checkpoint, project)
     plan = source.plan(checkpoint, style)
@@ -79,10 +80,10 @@ def convert(
 
 
 def find_project(checkpoint: Checkpoint, name: str | None) -> Project:
-    """The project that `name` says, or whose names the most tensors have.
+    """The project called `name`; None: the one whose name patterns match the most tensors.
 
     Raises:
-        ConversionError: none.
+        ConversionError: there is none.
     """
     if name is not None:
         if name not in PROJECTS:
@@ -104,7 +105,7 @@ def find_project(checkpoint: Checkpoint, name: str | None) -> Project:
 
 
 def _name(source: Project, plan: Plan) -> str:
-    """As recipes are called: "mmdet-double-head-r50-fpn"."""
+    """The recipe's name, such as "mmdet-double-head-r50-fpn"."""
     kind = {"fc": "faster-rcnn"}.get(plan.config.head.kind, plan.config.head.kind)
     return f"{source.name}-{kind}-{plan.config.backbone.name.replace('resnet', 'r')}-fpn".replace("_", "-")
 
@@ -116,4 +117,4 @@ def _build(recipe: Recipe, plan: Plan) -> nn.Module:
     try:
         return build_detector(dataclasses.replace(recipe.model, backbone=backbone), plan.num_classes)
     except ValueError as error:
-        raise ConversionError(f"the recipe makes no model: {error}") from error
+        raise ConversionError(f"the recipe cannot be built: {error}") from error

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..engine.errors import CheckpointError
+from ..errors import CheckpointError
 from ..weights import WeightsError, is_caffe2, read_file, take_state
 from ..weights.entries import AVERAGED_KEYS
 
@@ -34,34 +34,34 @@ ENTRY_REASONS = {
     "loops": "where the training stood",
     "callbacks": "states of the trainer's callbacks",
     "__author__": "a note",
-    **dict.fromkeys(AVERAGED_KEYS, "an average of the weights beside the weights"),
+    **dict.fromkeys(AVERAGED_KEYS, "an additional average of the weights"),
 }
 
 
 @dataclass
 class Checkpoint:
-    """What was read."""
+    """The contents of a checkpoint file."""
 
     path: Path
     tensors: dict[str, Tensor]
-    """The weights, by the source's names."""
+    """The weights, under the source project's names."""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """MMDetection's notes on the training."""
+    """MMDetection's metadata about the training."""
     ignored: dict[str, str] = field(default_factory=dict)
-    """Entries of the file beside the weights -> why they are not needed."""
+    """Other entries of the file -> why they are not needed."""
     notes: list[str] = field(default_factory=list)
-    """What was noticed while reading."""
+    """Remarks about the file, for the report."""
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the weights of `path`: what torch.save, pickle.dump or safetensors wrote.
+    """Read the weights in `path`, a file written by torch.save, pickle.dump or safetensors.
 
-    The weights may be the whole file or an entry of it, such as "model" or "state_dict"; what wrappers put into the
-    names ("module.", "_orig_mod.", Lightning's "model.") is dropped.
+    The weights may be the whole file or one of its entries, such as "model" or "state_dict".  Prefixes that wrappers
+    add to names ("module.", "_orig_mod.", Lightning's "model.") are removed.
 
     Raises:
-        CheckpointError: no such file, truncated, no checkpoint, a pickle that names code, or no tensors in it; the
-            message says which.
+        CheckpointError: the file does not exist, is truncated, is not a checkpoint, is a pickle that refers to code,
+            or holds no tensors; the message says which.
     """
     path = Path(path)
     try:
@@ -70,13 +70,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         state = take_state(path, content)
     except WeightsError as error:
         raise CheckpointError(str(error)) from error
-    meta = state.beside.get("meta")
-    ignored = {name: ENTRY_REASONS.get(name, "not weights of the model") for name in state.beside} | state.dropped
+    meta = state.others.get("meta")
+    ignored = {name: ENTRY_REASONS.get(name, "not weights of the model") for name in state.others} | state.dropped
     return Checkpoint(path, state.tensors, meta if isinstance(meta, Mapping) else {}, ignored, state.notes)
 
 
 def _refuse_caffe2(path: Path, content: Any) -> None:
-    """Detectors under Caffe2's names, and ResNets, which are no detectors."""
+    """Refuse detectors with Caffe2's names, and ResNets, which are not detectors."""
     if isinstance(content, Mapping) and content.get("matching_heuristics"):
         raise CheckpointError(
             f"{path}: weights with Caffe2's names, which Detectron2 matches by guessing; save the model once in "

@@ -1,8 +1,8 @@
-"""Brings a foreign model's tensors under this library's names: tables of rules, and nothing left over.
+"""Renames a foreign model's tensors to this library's names by a table of rules; no tensor may be left over.
 
-Each project has a table `(source pattern -> target pattern, change)` and one of tensors that are not needed, with the
-reason.  In a pattern `*` stands for one part of a dotted name and `**` for one or more; what they matched in the source
-fills those of the target, in order.
+Each project has a table `(source pattern -> target pattern, change)`, and another of tensors that are not needed, with
+the reason.  In a pattern `*` matches one part of a dotted name and `**` one or more; the matched parts replace the
+wildcards of the target, in order.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..engine.errors import UserError
+from ..errors import UserError
 from .loading import Checkpoint
 
 COUNTER = "num_batches_tracked"
 SHOWN = 8
-"""How many names an error lists."""
+"""The number of names that an error message lists."""
 
 
 class ConversionError(UserError):
-    """The checkpoint cannot be converted; the message names the tensor or what kind of model it is."""
+    """The checkpoint cannot be converted; the message names the tensor or the kind of model."""
 
 
 class Rule(NamedTuple):
-    """Tensors to take over."""
+    """Tensors to copy."""
 
     source: str
     target: str
     change: Callable[[Tensor], Tensor] | None = None
-    """What is done to the tensor; None: nothing."""
+    """A function applied to the tensor; None: the tensor is copied as it is."""
 
 
 class Unneeded(NamedTuple):
@@ -46,7 +46,7 @@ class Unneeded(NamedTuple):
 
 
 class Foreign(NamedTuple):
-    """A tensor that shows that the model is of a kind which cannot be converted."""
+    """A tensor that identifies a kind of model which cannot be converted."""
 
     source: str
     kind: str
@@ -57,25 +57,25 @@ class Plan:
     """How one checkpoint becomes a model of this library."""
 
     kind: str
-    """What it was found to be, for people."""
+    """The kind of model, as shown to the user."""
     config: ModelConfig
     num_classes: int
-    """With background."""
+    """The number of classes, with background."""
     rules: Sequence[Rule]
     unneeded: Sequence[Unneeded] = ()
     classes: Sequence[str] | None = None
-    """Names, where the checkpoint has them."""
+    """The class names, where the checkpoint has them."""
     guessed: dict[str, str] = field(default_factory=dict)
-    """Field of `config`, dotted -> where its value is from, as the weights cannot tell it."""
+    """Dotted field of `config` that the weights do not determine -> where its value comes from."""
     cells: dict[str, Tensor] = field(default_factory=dict)
-    """Name of a source tensor -> anchors of a cell, `Tensor[A, 4]` of one level, that the model's must equal."""
+    """Name of a source tensor -> the cell anchors of one level, `Tensor[A, 4]`, which the model's must equal."""
 
 
 class Mapped(NamedTuple):
-    """The outcome of the rules."""
+    """The result of applying the rules."""
 
     tensors: dict[str, Tensor]
-    """By this library's names."""
+    """The tensors, under this library's names."""
     sources: dict[str, str]
     """This library's name -> the source's."""
     unneeded: dict[str, str]
@@ -83,7 +83,7 @@ class Mapped(NamedTuple):
 
 
 def refuse(kinds: Iterable[Foreign], names: Iterable[str], accepted: str) -> None:
-    """Raise ConversionError if a name shows that the model is of another kind."""
+    """Raise ConversionError if a name identifies one of these kinds."""
     names = list(names)
     for pattern, kind in kinds:
         found = next((name for name in names if matches(pattern, name)), None)
@@ -92,10 +92,10 @@ def refuse(kinds: Iterable[Foreign], names: Iterable[str], accepted: str) -> Non
 
 
 def map_tensors(tensors: Mapping[str, Tensor], rules: Sequence[Rule], unneeded: Sequence[Unneeded]) -> Mapped:
-    """Leave out what is not needed, and apply the first rule that matches each of the other names.
+    """Leave out tensors that are not needed, and apply the first matching rule to each of the others.
 
     Raises:
-        ConversionError: names that nothing matches, or two for one place.
+        ConversionError: a name that no rule matches, or two tensors with the same target.
     """
     mapped = Mapped({}, {}, {})
     unknown = []
@@ -119,15 +119,15 @@ def map_tensors(tensors: Mapping[str, Tensor], rules: Sequence[Rule], unneeded: 
 def complete(
     wanted: Mapping[str, Tensor], mapped: Mapped, rules: Sequence[Rule], source: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The mapped tensors as the state of a model, which must want exactly these.
+    """The mapped tensors as the state_dict of a model; they must be exactly the ones it needs.
 
-    Counters of batches may be missing: they start at 0, and matter to training alone.
+    Batch counters may be missing: they start at 0, and only matter in training.
 
     Args:
-        wanted: the model's state; shapes and types are looked at, so that it may be on the device "meta".
+        wanted: the model's state_dict; only shapes and dtypes are used, so it may be on the device "meta".
 
     Raises:
-        ConversionError: tensors missing, too many, of another shape or not finite, by the source's names.
+        ConversionError: tensors are missing, superfluous, not finite or have the wrong shape; by the source's names.
     """
     tensors = dict(mapped.tensors)
     for name in wanted.keys() - tensors.keys():
@@ -145,7 +145,7 @@ def complete(
     problems += [f"without a place in this model: {_list(extra)}"] if extra else []
     problems += [f"of wrong shape: {'; '.join(shapes[:SHOWN])}"] if shapes else []
     if not problems:
-        broken = [mapped.sources[name] for name in mapped.tensors if not _sound(tensors[name], wanted[name])]
+        broken = [mapped.sources[name] for name in mapped.tensors if not _is_valid(tensors[name], wanted[name])]
         problems += [f"NaN, infinity or whole numbers in place of weights: {_list(broken)}"] if broken else []
     if problems:
         raise ConversionError(f"the tensors do not make a whole model: {'. '.join(problems)}")
@@ -153,10 +153,10 @@ def complete(
 
 
 def check_cells(cells: Mapping[str, Tensor], model_cells: Tensor) -> None:
-    """Compare the anchors that the checkpoint holds with the model's, `Tensor[levels, A, 4]`.
+    """Compare the anchors in the checkpoint with the model's, `Tensor[levels, A, 4]`.
 
     Raises:
-        ConversionError: they differ, so that the recipe needs other sizes.
+        ConversionError: they differ: the recipe needs other sizes or aspect ratios.
     """
     if cells and len(cells) != len(model_cells):
         raise ConversionError(f"anchors of {len(cells)} levels in the checkpoint, of {len(model_cells)} in the recipe")
@@ -169,7 +169,7 @@ def check_cells(cells: Mapping[str, Tensor], model_cells: Tensor) -> None:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether `name` is one that `pattern` stands for."""
+    """Whether `pattern` matches `name`."""
     return _compiled(pattern).fullmatch(name) is not None
 
 
@@ -196,13 +196,13 @@ def _target_of(name: str, rules: Sequence[Rule]) -> tuple[str | None, Callable[[
 
 
 def _source_of(target: str, rules: Sequence[Rule]) -> str:
-    """What the source calls the tensor that would become `target`."""
+    """The source's name for the tensor that would become `target`."""
     found = (_translate(target, rule.target, rule.source) for rule in rules)
     return next((name for name in found if name is not None), target)
 
 
-def _sound(tensor: Tensor, wanted: Tensor) -> bool:
-    """Whether `tensor` is of the kind of `wanted`, and finite in its type (float64 has larger numbers than float32)."""
+def _is_valid(tensor: Tensor, wanted: Tensor) -> bool:
+    """Whether both are floating point or neither is, and `tensor` is finite after a cast to the dtype of `wanted`."""
     return tensor.is_floating_point() == wanted.is_floating_point() and bool(tensor.to(wanted.dtype).isfinite().all())
 
 
@@ -212,11 +212,11 @@ def _list(names: Sequence[str]) -> str:
 
 
 class Project(NamedTuple):
-    """A foreign project: how its checkpoints are known, and how they are read."""
+    """A foreign project: how its checkpoints are recognised and converted."""
 
     name: str
-    """What `--format` calls it."""
+    """The name for `--format`."""
     signs: Sequence[str]
-    """Patterns of names that only this project's models have."""
+    """Patterns of tensor names that only this project's models have."""
     plan: Callable[[Checkpoint, str | None], Plan]
-    """From a checkpoint and a backbone's style (`caffe`, `pytorch`, None) to the plan; raises ConversionError."""
+    """Makes the plan from a checkpoint and a backbone style (`caffe`, `pytorch`, None); raises ConversionError."""

@@ -1,4 +1,4 @@
-"""This library's names for a detector's tensors, as the projects' tables use them."""
+"""This library's names for a detector's tensors, for the projects' tables of rules."""
 
 BODY = "detector.backbone.body"
 LATERAL = "detector.backbone.fpn.inner_blocks"

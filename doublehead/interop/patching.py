@@ -1,15 +1,17 @@
-"""Replacing functions and methods of an installed package, and putting them back."""
+"""Replaces functions and methods of an installed package, and puts them back."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 
 def import_or_explain(name: str, caller: str, advice: str) -> ModuleType:
-    """Import a module of somebody else's.
+    """Import a module of another project.
 
     Raises:
         ImportError: it cannot be imported; the message says what to do.
@@ -21,10 +23,9 @@ def import_or_explain(name: str, caller: str, advice: str) -> ModuleType:
 
 
 def replace_everywhere(packages: Sequence[str], functions: Mapping[Callable, Callable]) -> None:
-    """In all loaded modules of these packages, let names of the old functions mean the new ones.
+    """Rebind every name of an old function to the new one, in all loaded modules of these packages.
 
-    Modules hold functions under names of their own (`from x import f`), so replacing them where they are defined does
-    not reach those that use them.
+    Replacing a function only where it is defined would miss the modules that imported it (`from x import f`).
 
     Args:
         packages: names of top-level packages.
@@ -40,12 +41,12 @@ def replace_everywhere(packages: Sequence[str], functions: Mapping[Callable, Cal
 
 
 class Patch:
-    """Some functions and methods of a package, and ours for them.
+    """Replacements for functions and methods of a package.
 
     Args:
         packages: names of the top-level packages in which functions are replaced.
-        functions: theirs -> ours.
-        methods: (class, name of the method) -> ours; an instance made before or after has it alike.
+        functions: original -> replacement.
+        methods: (class, name of the method) -> replacement; existing instances get it too.
     """
 
     def __init__(
@@ -65,7 +66,27 @@ class Patch:
             setattr(kind, name, ours)
 
     def undo(self) -> None:
-        """Also in modules loaded since."""
+        """Put the originals back, also in modules loaded since `apply`."""
         replace_everywhere(self.packages, {ours: theirs for theirs, ours in self.functions.items()})
         for (kind, name), theirs in self.original_methods.items():
             setattr(kind, name, theirs)
+
+
+def renamed(old: str, new: Callable[[], None]) -> Callable[[], None]:
+    """The function `new` under its former name: the first call gives a DeprecationWarning that names the new one.
+
+    Args:
+        old: the former name, dotted; the new one differs in its last part.
+    """
+    warned = False
+
+    @functools.wraps(new)
+    def alias() -> None:
+        nonlocal warned
+        if not warned:
+            warned = True
+            better = f"{old.rpartition('.')[0]}.{new.__name__}"
+            warnings.warn(f"{old} is now called {better}", DeprecationWarning, stacklevel=2)
+        new()
+
+    return alias

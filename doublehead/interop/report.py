@@ -1,4 +1,4 @@
-"""What a conversion did, for people to read."""
+"""The report of a conversion, for the user."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONVENTIONS = (
     "detection.score_threshold", "detection.nms_iou", "detection.max_detections", "detection.min_size",
     "legacy_boxes",
 )  # fmt: skip
-"""Fields of the model that say how a source's weights are to be read."""
+"""Fields of the model that describe the source's conventions."""
 CONVENTIONS_OF_CONV_HEADS = ("roi.conv_box_scale", "head.conv_dim", "head.conv_blocks", "head.shortcut_relu")
 CONVENTIONS_OF_NON_LOCAL = ("head.non_local.pairwise", "head.non_local.groups", "head.non_local.scale",
                             "head.non_local.relu_after", "head.non_local.inner_dim")  # fmt: skip
@@ -27,7 +27,7 @@ CONVENTIONS_OF_EXT = ("detection.readout", "detection.fusion")
 
 
 def describe(checkpoint: Checkpoint, converted: Converted) -> str:
-    """The report: what it is, which tensors were left out and why, and the conventions of the recipe."""
+    """The report: the kind of model, the tensors that were left out and why, and the recipe's conventions."""
     return "\n".join(
         [
             f"{checkpoint.path}: {converted.plan.kind}, {len(converted.classes)} classes: {_some(converted.classes)}",

@@ -1,4 +1,4 @@
-"""What names and shapes tell of a model: which ResNet, how many classes, how wide."""
+"""Infers a model's ResNet, number of classes and layer widths from its tensors' names and shapes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ RESNETS = {
     (True, (3, 4, 6, 3)): "resnet50",
     (True, (3, 4, 23, 3)): "resnet101",
 }
-"""(bottlenecks, blocks of the four stages) -> name."""
+"""(whether its blocks are bottlenecks, number of blocks in each of the four stages) -> name."""
 
 
 def find_resnet(tensors: Mapping[str, Tensor], stages: Sequence[str]) -> str:
-    """The name of the ResNet, by its blocks.
+    """The name of the ResNet, recognised by its blocks.
 
     Args:
-        stages: what the names of the four stages' tensors begin with, such as "backbone.layer1.".
+        stages: the prefixes of the four stages' tensors, such as "backbone.layer1.".
 
     Raises:
         ConversionError: another backbone.
@@ -31,7 +31,7 @@ def find_resnet(tensors: Mapping[str, Tensor], stages: Sequence[str]) -> str:
     ]
     counts = tuple(map(len, blocks))
     if 0 in counts:
-        raise ConversionError(f"the backbone is no ResNet with a pyramid: no tensor {stages[counts.index(0)]}*")
+        raise ConversionError(f"the backbone is not a ResNet with a pyramid: no tensor {stages[counts.index(0)]}*")
     first = f"{stages[0]}0."
     bottleneck = f"{first}conv3.weight" in tensors
     second = tensors.get(f"{first}conv2.weight")
@@ -46,10 +46,10 @@ def find_resnet(tensors: Mapping[str, Tensor], stages: Sequence[str]) -> str:
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, ...]:
-    """The shape of a tensor that tells the model's widths.
+    """The shape of a tensor from which a layer width is read.
 
     Raises:
-        ConversionError: it is missing or has not `dims` dimensions.
+        ConversionError: it is missing or does not have `dims` dimensions.
     """
     if name not in tensors:
         raise ConversionError(f"the tensors do not make a whole model: missing: {name}")
@@ -66,20 +66,20 @@ def count_classes(
     background_regressed: bool,
     agnostic_rows: int | None = None,
 ) -> int:
-    """How many classes there are, with background.
+    """The number of classes, with background.
 
     Args:
         classifier, regressor: names of the layers.
         background_regressed: whether the regressor has rows for the background.
-        agnostic_rows: how many rows a class-agnostic regressor has; None: there is none in this project.
+        agnostic_rows: the number of rows of a class-agnostic regressor; None: this project has none.
 
     Raises:
-        ConversionError: too few, or a regressor whose rows do not go with it.
+        ConversionError: too few classes, or a regressor whose number of rows does not match.
     """
     classes = shape_of(tensors, f"{classifier}.weight", 2)[0]
     rows = shape_of(tensors, f"{regressor}.weight", 2)[0]
     if classes < 2:
-        raise ConversionError(f"'{classifier}.weight' has {classes} rows: no class beside the background")
+        raise ConversionError(f"'{classifier}.weight' has {classes} rows: no class besides the background")
     expected = 4 * (classes if background_regressed else classes - 1)
     if rows not in (expected, agnostic_rows):
         agnostic = ", as a class-agnostic regressor has" if rows in (4, 8) else ""
@@ -91,37 +91,37 @@ def count_classes(
 
 
 def is_class_agnostic(tensors: Mapping[str, Tensor], regressor: str, classes: int, agnostic_rows: int) -> bool:
-    """Whether the regressor has its `agnostic_rows` for more than one class (`classes`: with background)."""
+    """Whether the regressor has `agnostic_rows` rows for more than one class (`classes` includes the background)."""
     return classes > 2 and shape_of(tensors, f"{regressor}.weight", 2)[0] == agnostic_rows
 
 
 def agnostic_rules(rules: Sequence[Rule]) -> list[Rule]:
-    """The rules of a model whose regressor is class-agnostic: its last box is taken as it is."""
+    """The rules for a model with a class-agnostic regressor: its last box is copied as it is."""
     return [rule._replace(change=last_box) if rule.target.endswith(".regressor.*") else rule for rule in rules]
 
 
 def last_box(rows: Tensor) -> Tensor:
-    """Of a class-agnostic regressor's rows the last four; where there are more, the others are the background's."""
+    """The last four rows of a class-agnostic regressor; further rows belong to the background."""
     return rows[-4:].clone()
 
 
 def pooled_side(columns: int, channels: int, name: str) -> int:
-    """The side of the map that an fc layer with so many input columns looks at.
+    """The side of the pooled map that an fc layer with this many input columns takes.
 
     Raises:
-        ConversionError: no square map has so many values.
+        ConversionError: no square map has this many values.
     """
     side = round((columns / channels) ** 0.5)
     if side < 1 or side * side * channels != columns:
-        raise ConversionError(f"{name!r} has {columns} columns, which are no square map of {channels} channels")
+        raise ConversionError(f"{name!r} has {columns} columns, which do not form a square map of {channels} channels")
     return side
 
 
 def background_first(rows: Tensor) -> Tensor:
-    """A classifier's rows, the last of which is the background: it comes to the front."""
+    """A classifier's rows with the background, which is last here, moved to the front."""
     return torch.cat((rows[-1:], rows[:-1]))
 
 
 def with_background_box(rows: Tensor) -> Tensor:
-    """A regressor's rows, of which the background has none: four zeros come to the front (they are never read)."""
+    """A regressor's rows with four rows of zeros for the background put in front; they are never read."""
     return torch.cat((torch.zeros_like(rows[:4]), rows))

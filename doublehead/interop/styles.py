@@ -1,4 +1,4 @@
-"""The two families of pretrained ResNets that other projects start from, and what their images look like."""
+"""The two families of pretrained ResNets that other projects start from, and the image format of each."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from ..config import ImageConfig
 
 ANY_WIDTH = 1e-12
-"""As `min_size`: drops boxes of no width or height, and no others."""
+"""A value for `min_size` that drops only boxes of zero width or height."""
 PIXELS = {
     "caffe": ([103.530, 116.280, 123.675], [1.0, 1.0, 1.0]),
     "pytorch": ([123.675, 116.280, 103.530], [58.395, 57.120, 57.375]),
 }
-"""Style -> mean and standard deviation of values 0 .. 255; `caffe` in the order BGR, `pytorch` RGB."""
+"""Style -> mean and standard deviation of pixel values in 0 .. 255; `caffe` in BGR order, `pytorch` in RGB."""
 
 
 def image_config(
@@ -23,14 +23,14 @@ def image_config(
     channel_order: str | None = None,
     scale: tuple[int, int] | None = None,
 ) -> ImageConfig:
-    """The images that a network of this style wants.
+    """The image configuration for a network of this style.
 
     Args:
-        resize: whose way.
+        resize: the project whose resizing is used.
         style: `caffe` or `pytorch`.
-        mean, std: of values 0 .. 255 in the network's order; None: those of the style.
-        channel_order: None: that of the style.
-        scale: (short side, longest side) in pixels; None: 800 and 1333, as all these projects have it.
+        mean, std: of pixel values in 0 .. 255, in the network's channel order; None: the style's.
+        channel_order: `rgb` or `bgr`; None: the style's.
+        scale: (short side, longest side) in pixels; None: 800 and 1333, the default of all these projects.
     """
     short, longest = scale or (800, 1333)
     return ImageConfig(

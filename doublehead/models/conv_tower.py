@@ -3,7 +3,7 @@
 Plain modules define it. `ConvTower` runs them in one of three ways, with the same results:
 
 - inference: batch norms folded, all blocks in one operator (`doublehead.ops.conv_head`);
-- training: blocks with fused batch norm, ReLU and residual, which remember less (`doublehead.ops.conv_head.training`);
+- training: blocks with fused batch norm, ReLU and residual, which remember less (`conv_training`);
 - plain: module by module. For everything else: gradients in eval mode, synchronised or frozen batch norms, training
   under torch.compile (which fuses by itself), or `fused=False`.
 """
@@ -19,15 +19,16 @@ from torch.utils.checkpoint import checkpoint
 from ..config import HeadConfig, NonLocalConfig
 from ..ops import NonLocalBlock
 from ..ops.batch_norm.op import track_statistics
-from ..ops.conv_head import Block, conv_head, training
-from .folding import FoldedWeights, compute_dtype, fold_norm
+from ..ops.conv_head import Block, conv_head
+from . import conv_training as training
+from .folding import FoldedWeights, fold_norm, layer_dtype, needs_grad
 
 
 class ResidualBlock(nn.Module):
     """What the two kinds of residual block share: their layers in training."""
 
     def layers(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-        """Convolutions with their norms, in the order of `doublehead.ops.conv_head.training`."""
+        """Convolutions with their norms, in the order of `conv_training`."""
         raise NotImplementedError
 
     def train_rows(self, x: Tensor, size: Sequence[int], recompute: bool) -> Tensor:
@@ -153,11 +154,12 @@ class ConvTower(nn.Sequential):
 
     @property
     def blocks(self) -> list[nn.Module]:
+        """Residual and non-local blocks, in order."""
         return list(self)[:-2]
 
     def forward(self, x: Tensor, count: Tensor | None = None) -> Tensor:
         """`count`: `Tensor[]` int64: only the first `count` RoIs matter, the rest may hold anything.  None: all."""
-        if self.folds(x):
+        if self.can_skip(x):
             return self._infer(x, count)
         if self._trains_fused():
             return self._train(x)
@@ -167,12 +169,21 @@ class ConvTower(nn.Sequential):
         self._folded.forget()
         return super().train(mode)
 
-    def folds(self, x: Tensor) -> bool:
-        """Whether `x` goes through the folded operator: inference, without gradients."""
+    def can_skip(self, x: Tensor) -> bool:
+        """Whether `x` goes through the folded operator, which leaves out RoIs: inference, without gradients."""
         if not self.fused or self.training or not self._plain_norms():
             return False
-        needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        return not needs_grad
+        return not needs_grad(self, x)
+
+    def plain(self) -> ConvTower:
+        """Run every layer as a module of its own from now on; returns the tower."""
+        self.fused = False
+        return self
+
+    def held_tensors(self) -> list[Tensor]:
+        """The folded weights, and those of the non-local blocks where these run by themselves."""
+        inner = (block.held_tensors() for block in self.blocks if isinstance(block, NonLocalBlock))
+        return [*self._folded.tensors(), *(tensor for tensors in inner for tensor in tensors)]
 
     def _trains_fused(self) -> bool:
         norms = self._norms()
@@ -191,16 +202,20 @@ class ConvTower(nn.Sequential):
         return all(type(norm) is nn.BatchNorm2d and norm.track_running_stats and norm.affine for norm in self._norms())
 
     def _infer(self, x: Tensor, count: Tensor | None) -> Tensor:
-        dtype, size = compute_dtype(x), x.shape[2:]
+        dtype = layer_dtype(x)
         tensors = [*self.parameters(), *self.buffers()]
         if torch.compiler.is_compiling():  # part of the graph; torch 2.11 does not trace the lambda below
             kinds, folded = self._fold(dtype)
         else:
             kinds, folded = self._folded.get(tensors, dtype, lambda: self._fold(dtype))
         x = x.to(dtype, memory_format=torch.channels_last)
-        non_local = [block for block in self.blocks if isinstance(block, NonLocalBlock)]
-        attention = attention_arguments(non_local[0], size) if non_local else {}
-        return conv_head(x, folded, kinds, count, **attention)
+        non_local = next((block for block in self.blocks if isinstance(block, NonLocalBlock)), None)
+        if non_local is None:
+            return conv_head(x, folded, kinds, count)
+        groups, softmax, scale = non_local.attention(x.shape[2] * x.shape[3])
+        return conv_head(
+            x, folded, kinds, count, groups=groups, softmax=softmax, scale=scale, relu=non_local.relu_after
+        )
 
     def _fold(self, dtype: torch.dtype) -> tuple[list[Block], list[Tensor]]:
         kinds, folded = [], []
@@ -216,7 +231,7 @@ class ConvTower(nn.Sequential):
         return kinds, folded
 
     def _train(self, x: Tensor) -> Tensor:
-        dtype, (number, _, *size) = compute_dtype(x), x.shape
+        dtype, (number, _, *size) = layer_dtype(x), x.shape
         rows = x.to(dtype).permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # a view of channels-last maps
         for block in self.blocks:
             if isinstance(block, ResidualBlock):
@@ -255,14 +270,6 @@ def fold_non_local(block: NonLocalBlock) -> tuple[Block, list[Tensor]]:
     weight = torch.cat([layer.weight.flatten(1) for layer in layers])
     out, bias = fold_norm(block.out, block.norm)
     return Block.NON_LOCAL, [weight, torch.cat([layer.bias for layer in layers]), out.flatten(1), bias]
-
-
-def attention_arguments(block: NonLocalBlock, size: Sequence[int]) -> dict[str, int | bool | float]:
-    """How `conv_head` is told of the block's attention on maps of `size` (H, W)."""
-    softmax = block.pairwise == "embedded_gaussian"
-    width = block.theta.out_channels // block.groups
-    scale = (width**-0.5 if block.scale else 1.0) if softmax else 1 / (size[0] * size[1])
-    return {"groups": block.groups, "softmax": softmax, "scale": scale, "relu": block.relu_after}
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int) -> tuple[nn.Module, nn.Module]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..config import DetectionConfig, Fusion, ModelConfig, ReadOut
+from ..config import DetectionConfig, Fusion, ModelConfig, ReadOutName
 from .backbone import build_backbone
-from .detections import Sources, detect, resolve_sources
+from .detections import detect
 from .graph import DetectorGraphs, make_bucket
 from .heads import Heads
 from .images import ImageTransform
 from .inference import HeadsResult, run_heads, run_heads_for_each
 from .losses import head_losses, sample_rois
+from .readout import ReadOut, Sources, resolve_readout, resolve_sources
 from .roi_pooling import RoIPooling
 from .rpn import RPN
 from .structures import Detections, ImageBatch, Proposals, Targets
@@ -49,11 +49,11 @@ class Detector(nn.Module):
         self.num_classes = num_classes
         backbone = build_backbone(config.backbone)
         self.backbone = backbone.body
-        self.least_side = 1.0 if config.legacy_boxes else 0.0
-        self.rpn = RPN(config.rpn, backbone.channels, backbone.map_strides, self.least_side)
+        self.min_side = 1.0 if config.legacy_boxes else 0.0
+        self.rpn = RPN(config.rpn, backbone.channels, backbone.map_strides, self.min_side)
         self.heads = Heads(config.head, config.roi, backbone.channels, num_classes, backbone.conv5)
         self.roi_pooling = RoIPooling(config.roi, self.heads.box_scales.values(), backbone.strides)
-        self.set_readout(config.detection.readout, config.detection.fusion)
+        self.readout = resolve_readout(config)
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> Detections | dict[str, Tensor]:
         """Detect, or with `targets` compute the weighted losses (their sum is the objective)."""
@@ -66,46 +66,67 @@ class Detector(nn.Module):
         return losses | head_losses(outputs, rois, self.config)
 
     def _detect(self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
-        heads = run_heads(self.heads, self.roi_pooling, features, proposals, self.sources, self.detection)
-        return self._read_out(heads, proposals, sizes, self.sources, self.detection)
+        heads = run_heads(self.heads, self.roi_pooling, features, proposals, self.readout)
+        return self._read_out(heads, proposals, sizes, self.readout)
 
-    def detect_each(self, images: ImageBatch, readouts: Sequence[tuple[Sources, DetectionConfig]]) -> list[Detections]:
+    def detect_each(self, images: ImageBatch, readouts: Sequence[ReadOut]) -> list[Detections]:
         """Detections of several read-outs (see `resolve_readout`); backbone and proposals are computed once for all."""
         features = self.backbone(images.pixels)
         proposals, _ = self.rpn(images, features)
         results = run_heads_for_each(self.heads, self.roi_pooling, features, proposals, readouts)
         return [
-            self._read_out(heads, proposals, images.sizes, *readout)
+            self._read_out(heads, proposals, images.sizes, readout)
             for heads, readout in zip(results, readouts, strict=True)
         ]
 
-    def _read_out(
-        self, heads: HeadsResult, proposals: Proposals, sizes: Tensor, sources: Sources, config: DetectionConfig
-    ) -> Detections:
-        found = detect(
-            heads.outputs, sources, heads.proposals, sizes, config, self.config.roi.box_weights, self.least_side
-        )
+    def _read_out(self, heads: HeadsResult, proposals: Proposals, sizes: Tensor, readout: ReadOut) -> Detections:
+        detections = detect(heads.outputs, readout, heads.proposals, sizes, self.config.roi.box_weights, self.min_side)
         # Not `_replace`: torch 2.11's compiler cannot trace it.
-        return Detections(*found[:4], rois=proposals.valid.sum(1), box_rois=heads.box_rois)
+        return Detections(*detections[:4], rois=proposals.valid.sum(1), box_rois=heads.box_rois)
 
-    def set_readout(self, readout: ReadOut, fusion: Fusion | None = None, ext_gate: float | None = None) -> None:
+    @property
+    def readout(self) -> ReadOut:
+        """How the heads are read out; to change it, assign another `ReadOut`.
+
+        Raises:
+            TypeError: something else is assigned.
+            ValueError: the heads were not trained for it (see `resolve_sources`), or its sources are another model's.
+        """
+        return self._readout
+
+    @readout.setter
+    def readout(self, readout: ReadOut) -> None:
+        if not isinstance(readout, ReadOut):
+            raise TypeError(f"readout: expected a ReadOut, as of resolve_readout, got {type(readout).__name__}")
+        name, fusion = readout.detection.readout, readout.detection.fusion
+        sources = resolve_sources(self.config.head.kind, name, fusion, self.config.loss)
+        if readout.sources != sources:
+            raise ValueError(f"readout: expected {sources} for {name!r} with fusion {fusion!r}, got {readout.sources}")
+        self._readout = readout
+
+    @property
+    def sources(self) -> Sources:
+        """Which heads give the classes and the boxes; read-only, see `readout`."""
+        return self._readout.sources
+
+    @property
+    def detection(self) -> DetectionConfig:
+        """The thresholds and options of the read-out; read-only, see `readout`."""
+        return self._readout.detection
+
+    def set_readout(self, readout: ReadOutName, fusion: Fusion | None = None, ext_gate: float | None = None) -> None:
         """Choose how an Ext model is read out; see `DetectionConfig`.  None: as configured.
 
         Raises:
             ValueError: the heads were not trained for it (see `resolve_sources`), or a gate outside of 0 .. 1.
         """
-        self.sources, self.detection = self.resolve_readout(readout, fusion, ext_gate)
+        self.readout = self.resolve_readout(readout, fusion, ext_gate)
 
     def resolve_readout(
-        self, readout: ReadOut, fusion: Fusion | None = None, ext_gate: float | None = None
-    ) -> tuple[Sources, DetectionConfig]:
+        self, readout: ReadOutName, fusion: Fusion | None = None, ext_gate: float | None = None
+    ) -> ReadOut:
         """What `set_readout` would set, without setting it; raises as it does."""
-        fusion = fusion or self.config.detection.fusion
-        sources = resolve_sources(self.config.head.kind, readout, fusion, self.config.loss)
-        ext_gate = self.config.detection.ext_gate if ext_gate is None else ext_gate
-        if not 0 <= ext_gate < 1:
-            raise ValueError(f"detection.ext_gate: expected 0 (off) or a score below 1, got {ext_gate}")
-        return sources, dataclasses.replace(self.config.detection, readout=readout, fusion=fusion, ext_gate=ext_gate)
+        return resolve_readout(self.config, readout, fusion, ext_gate)
 
 
 class DoubleHeadRCNN(nn.Module):
@@ -143,7 +164,7 @@ class DoubleHeadRCNN(nn.Module):
             "scores" `Tensor[n]`, best first.
 
         Raises:
-            TypeError: images or targets that are no tensors, as arrays, lists and PIL images.
+            TypeError: images or targets that are not tensors, such as arrays, lists and PIL images.
             ValueError: targets missing in training, or malformed images or targets.
         """
         batch, after = self.transform(images)
@@ -168,18 +189,16 @@ class DoubleHeadRCNN(nn.Module):
                 "group_norm"
             )
 
-    def set_readout(self, readout: ReadOut, fusion: Fusion | None = None, ext_gate: float | None = None) -> None:
+    def set_readout(self, readout: ReadOutName, fusion: Fusion | None = None, ext_gate: float | None = None) -> None:
         """Choose how an Ext model is read out: see `Detector.set_readout`."""
         self.detector.set_readout(readout, fusion, ext_gate)
 
-    def detect_each(
-        self, images: Sequence[Tensor], readouts: Sequence[tuple[Sources, DetectionConfig]]
-    ) -> list[list[dict[str, Tensor]]]:
+    def detect_each(self, images: Sequence[Tensor], readouts: Sequence[ReadOut]) -> list[list[dict[str, Tensor]]]:
         """Detections of `images`, in eval mode, in several read-outs of an Ext model at the price of about one.
 
         Args:
-            images: as of `forward`.
-            readouts: what `Detector.resolve_readout` gave.
+            images: as in `forward`.
+            readouts: results of `Detector.resolve_readout`.
 
         Returns:
             For each read-out what `forward` gives for the images after its `set_readout`, with "rois" and "box_rois",
@@ -192,10 +211,10 @@ class DoubleHeadRCNN(nn.Module):
             [
                 output | {"rois": rois, "box_rois": box_rois}
                 for output, rois, box_rois in zip(
-                    self.transform.detections(found, before, after), found.rois, found.box_rois, strict=True
+                    self.transform.detections(result, before, after), result.rois, result.box_rois, strict=True
                 )
             ]
-            for found in each
+            for result in each
         ]
 
     def compile_graph(self, batch: int, height: int, width: int, dtype: torch.dtype | None = None) -> None:
@@ -216,8 +235,8 @@ class DoubleHeadRCNN(nn.Module):
         While the model is not on a CUDA device it runs eagerly.  Not for several threads or streams at once.
 
         Args:
-            batch: images, at most.
-            height, width: of the padded batch in pixels, at most; multiples of `image.size_divisible`.  An image is
+            batch: the most images.
+            height, width: the largest padded batch, in pixels; multiples of `image.size_divisible`.  An image is
                 resized first, as `image.min_size` and `max_size` say.
             dtype: float16 or bfloat16: recorded under autocast, and replayed so whatever the autocast of the call;
                 None: the autocast that is on now, if any.  float32: none.
@@ -238,7 +257,7 @@ class DoubleHeadRCNN(nn.Module):
         self._graphs.clear()
 
     def train(self, mode: bool = True) -> DoubleHeadRCNN:
-        """As of every module; graphs give their memory back, and are recorded anew when inference needs them."""
+        """Set the mode; training frees the graphs' memory, and inference records them anew when it needs them."""
         if mode:
             self._graphs.release()
         return super().train(mode)

@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops._folded import FoldedWeights, compute_dtype
+from ..ops._dtypes import layer_dtype
+from ..ops._folded import FoldedWeights
 
-__all__ = ["FoldedWeights", "compute_dtype", "fold_norm"]
+__all__ = ["FoldedWeights", "fold_norm", "layer_dtype", "needs_grad"]
+
+
+def needs_grad(module: nn.Module, x: Tensor) -> bool:
+    """Whether a backward may follow the call of `module` on `x`: folded weights have no gradients."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
 
 
 def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

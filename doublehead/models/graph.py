@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..ops._fallback import fallbacks
 from ..ops._library import why_reference
-from .folding import FoldedWeights
 from .structures import Detections, ImageBatch
 
 CAPTURING_DEVICES = ("cuda",)
@@ -36,7 +35,7 @@ class Bucket(NamedTuple):
     height: int
     width: int
     dtype: torch.dtype | None
-    """Of autocast; None: the weights' own."""
+    """Autocast's dtype; None: that of the weights."""
 
     def holds(self, pixels: Tensor) -> bool:
         """Whether a batch `Tensor[B, 3, H, W]` fits in."""
@@ -61,14 +60,14 @@ def record(run: Run, device: torch.device, pool: Any = None) -> Recording:
     Args:
         run: works in fixed memory, without waiting for the device; is called some times before.
         device: a CUDA device.
-        pool: that of a living graph, to share its memory; None: a new one.
+        pool: memory pool of a living graph, to share; None: a new one.
 
     Raises:
         RuntimeError: an operator runs in plain PyTorch that cannot be recorded; says which ones do, and why.
     """
-    why = why_reference("multiscale_roi_align")
+    why = why_reference("pyramid_roi_align")
     if why is not None:
-        raise RuntimeError(_unrecordable([("multiscale_roi_align", why)]))
+        raise RuntimeError(_unrecordable([("pyramid_roi_align", why)]))
     with torch.cuda.device(device), fallbacks() as fallen:
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
@@ -94,7 +93,7 @@ def _unrecordable(fallen: list[tuple[str, str]]) -> str:
     lines = "".join(f"\n{name}: {reason}" for name, reason in dict.fromkeys(fallen))
     return (
         "compile_graph cannot record a graph: operators run in plain PyTorch, which may wait for the device "
-        f"(python -m doublehead.info says more):{lines}"
+        f"(`doublehead info` says more):{lines}"
     )
 
 
@@ -124,13 +123,13 @@ class Snapshot:
                             f"the model outside of torch.inference_mode()"
                         )
                     self._tensors.append((owner, name, tensor, tensor._version, tensor.data_ptr()))
-        self._options = _options(detector)
+        self._readout = detector.readout
 
     def unchanged(self, detector: nn.Module) -> bool:
         """Whether the detector would compute the same."""
         return (
             self._modules[0] is detector
-            and self._options == _options(detector)
+            and self._readout == detector.readout
             and all(owner.get(name) is child for owner, name, child in self._children)
             and all(
                 owner.get(name) is tensor and tensor._version == version and tensor.data_ptr() == address
@@ -149,8 +148,8 @@ class CapturedBucket:
     Args:
         detector: the static core, in eval mode.
         bucket: the shape.
-        device: of its weights.
-        pool: of another recording on this device, or None.
+        device: where its weights are.
+        pool: memory pool of another recording on this device, or None.
     """
 
     def __init__(self, detector: nn.Module, bucket: Bucket, device: torch.device, pool: Any = None) -> None:
@@ -165,9 +164,7 @@ class CapturedBucket:
         self.snapshot = Snapshot(detector)
         self.recording = record(run, device, pool)
         # The next call in another dtype, or `train()`, replaces the folded weights, which the graph goes on reading.
-        self._kept_alive = [
-            value._made for m in detector.modules() for value in vars(m).values() if isinstance(value, FoldedWeights)
-        ]
+        self._kept_alive = [tensor for head in detector.heads.values() for tensor in head.tower.held_tensors()]
 
     def __call__(self, images: ImageBatch) -> Detections:
         """As `detector(images)` with `images` padded to this bucket; the results are the caller's."""
@@ -210,7 +207,7 @@ class DetectorGraphs:
         self._buckets = dict.fromkeys(self._buckets)
 
     def clear(self) -> None:
-        """As if there had never been one."""
+        """Forget all buckets."""
         self._buckets = {}
 
     def __call__(self, detector: nn.Module, images: ImageBatch) -> Detections:
@@ -288,7 +285,3 @@ def fill(buffers: ImageBatch, images: ImageBatch) -> None:
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
     # Without the cache: an autocast around this call must not find casts there that only a replay fills.
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
-
-
-def _options(detector: nn.Module) -> tuple:
-    return detector.sources, detector.detection

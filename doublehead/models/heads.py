@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from ..config import HeadConfig, HeadKind, RoIConfig
+from ..config import HeadConfig, RoIConfig
 from .conv_tower import ConvTower
-from .folding import FoldedWeights, compute_dtype
+from .readout import BRANCHES, Branch
 from .structures import at_least_float32
-
-
-class Branch(NamedTuple):
-    """One head of a kind: its tower, and the tasks it is trained for."""
-
-    tower: Literal["fc", "conv", "conv5"]
-    classifies: bool
-    regresses: bool
-
-
-BRANCHES: dict[HeadKind, dict[str, Branch]] = {
-    "fc": {"fc": Branch("fc", True, True)},
-    "conv": {"conv": Branch("conv", True, True)},
-    "double_fc": {"fc_1": Branch("fc", True, False), "fc_2": Branch("fc", False, True)},
-    "double_conv": {"conv_1": Branch("conv", True, False), "conv_2": Branch("conv", False, True)},
-    "double_head": {"fc": Branch("fc", True, False), "conv": Branch("conv", False, True)},
-    "double_head_reverse": {"fc": Branch("fc", False, True), "conv": Branch("conv", True, False)},
-    "double_head_ext": {"fc": Branch("fc", True, True), "conv": Branch("conv", True, True)},
-    "conv5": {"conv5": Branch("conv5", True, True)},
-}
-"""Branch name -> branch, for every kind of PAPER Table 1, Ext, and the C4 baseline of Table 4."""
+from .towers import Conv5Tower, FCTower, Tower
 
 
 class HeadOutput(NamedTuple):
@@ -45,57 +23,11 @@ class HeadOutput(NamedTuple):
     """`Tensor[N, classes, 4]`, encoded boxes of every class; of a class-agnostic regressor an expanded view of one."""
 
 
-class FCTower(nn.Sequential):
-    """Two fully connected layers: `Tensor[N, C, S, S]` -> `Tensor[N, dim]`.
-
-    At inference without gradients a channels-last map is used as it lies: not the map is reordered but, once, the
-    columns of the first weight.
-    """
-
-    def __init__(self, channels: int, size: int, dim: int) -> None:
-        layers = nn.Linear(channels * size * size, dim), nn.Linear(dim, dim)
-        for layer in layers:
-            nn.init.kaiming_uniform_(layer.weight, a=1)
-            nn.init.zeros_(layer.bias)
-        super().__init__(nn.Flatten(), layers[0], nn.ReLU(), layers[1], nn.ReLU())
-        self._folded = FoldedWeights()
-
-    def forward(self, x: Tensor) -> Tensor:
-        needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        if needs_grad or not x.is_contiguous(memory_format=torch.channels_last):
-            return super().forward(x)
-        dtype = compute_dtype(x)
-        if torch.compiler.is_compiling():  # part of the graph; torch 2.11 does not trace the lambda below
-            folded = self._fold(dtype, x.shape[1:])
-        else:
-            kind = (dtype, x.shape[1:])
-            folded = self._folded.get(self.parameters(), kind, lambda: self._fold(dtype, x.shape[1:]))
-        weight1, bias1, weight2, bias2 = folded
-        cells = x.to(dtype).permute(0, 2, 3, 1).flatten(1)
-        return linear(linear(cells, weight1, bias1).relu_(), weight2, bias2).relu_()
-
-    def train(self, mode: bool = True) -> FCTower:
-        self._folded.forget()
-        return super().train(mode)
-
-    def _fold(self, dtype: torch.dtype, shape: torch.Size) -> list[Tensor]:
-        first, second = self[1], self[3]
-        weight = first.weight.unflatten(1, shape).permute(0, 2, 3, 1).flatten(1)
-        return [tensor.to(dtype) for tensor in (weight, first.bias, second.weight, second.bias)]
-
-
-class Conv5Tower(nn.Sequential):
-    """A ResNet's last stage and the average over cells: `Tensor[N, C, S, S]` -> `Tensor[N, 2 C]`."""
-
-    def __init__(self, conv5: nn.Module) -> None:
-        super().__init__(conv5, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
 class Head(nn.Module):
     """A tower with a linear classifier, a linear box regressor (of each class, or of all), or both."""
 
     def __init__(
-        self, branch: Branch, tower: nn.Module, dim: int, num_classes: int, class_agnostic_boxes: bool = False
+        self, branch: Branch, tower: Tower, dim: int, num_classes: int, class_agnostic_boxes: bool = False
     ) -> None:
         super().__init__()
         self.tower = tower
@@ -107,9 +39,9 @@ class Head(nn.Module):
     def forward(self, x: Tensor, count: Tensor | None = None) -> HeadOutput:
         """`Tensor[N, C, S, S]` -> logits and deltas, at least fp32.
 
-        `count`: `Tensor[]` int64: only the first `count` RoIs matter; a conv tower may leave out the rest.  None: all.
+        `count`: `Tensor[]` int64: only the first `count` RoIs matter (see `Tower`).  None: all.
         """
-        vector = self.tower(x, count) if isinstance(self.tower, ConvTower) else self.tower(x)
+        vector = self.tower(x, count)
         logits = at_least_float32(self.classifier(vector)) if self.classifier is not None else None
         if self.regressor is None:
             return HeadOutput(logits, None)
@@ -123,7 +55,7 @@ class Heads(nn.ModuleDict):
     Args:
         config: kind, widths, depth.
         roi: how RoIs are pooled.
-        channels: of the pooled maps.
+        channels: width of the pooled maps.
         num_classes: classes with background.
         conv5: the ResNet's last stage, where the backbone has no pyramid.
 
@@ -158,7 +90,7 @@ class Heads(nn.ModuleDict):
     ) -> dict[str, HeadOutput]:
         """Box scale -> `Tensor[N, C, S, S]` becomes branch name -> `HeadOutput`.
 
-        `names`: of the branches to run; None: all.  `count`: as in `Head`.
+        `names`: the branches to run; None: all.  `count`: as in `Head`.
         """
         run = [name for name in self if names is None or name in names]
         return {name: self[name](pooled[self.box_scales[name]], count) for name in run}

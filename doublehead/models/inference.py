@@ -7,10 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..config import DetectionConfig
-from .conv_tower import ConvTower
-from .detections import Sources
 from .heads import HeadOutput, Heads
+from .readout import ReadOut
 from .roi_pooling import RoIPooling
 from .selection import Selection, bring_to_front, may_be_detected, restore, select_boxes
 from .structures import Proposals
@@ -32,8 +30,7 @@ def run_heads(
     pooling: RoIPooling,
     features: Sequence[Tensor],
     proposals: Proposals,
-    sources: Sources,
-    config: DetectionConfig,
+    readout: ReadOut,
 ) -> HeadsResult:
     """Run the branches a read-out needs; the last of them, where it may be, on a selection of the RoIs.
 
@@ -45,10 +42,9 @@ def run_heads(
         heads, pooling: the detector's.
         features: pyramid levels, `Tensor[B, C, H, W]` each.
         proposals: `[B, R]`.
-        sources: the branches needed.
-        config: thresholds.
+        readout: the branches needed, and its thresholds.
     """
-    (result,) = run_heads_for_each(heads, pooling, features, proposals, [(sources, config)])
+    (result,) = run_heads_for_each(heads, pooling, features, proposals, [readout])
     return result
 
 
@@ -57,24 +53,26 @@ def run_heads_for_each(
     pooling: RoIPooling,
     features: Sequence[Tensor],
     proposals: Proposals,
-    readouts: Sequence[tuple[Sources, DetectionConfig]],
+    readouts: Sequence[ReadOut],
 ) -> list[HeadsResult]:
     """`run_heads` for several read-outs of the same heads, each equal to the bit to one that runs by itself.
 
     A branch runs once on all RoIs for all read-outs that need it there.  Those that run it on a selection of the RoIs
     do so here too, although a run on all may be at hand: on another number of RoIs matrix products round differently.
     """
-    selecting = [_selects(heads, features, *readout) for readout in readouts]
+    selecting = [_selects(heads, features, readout) for readout in readouts]
     on_all: list[str] = []
-    for (sources, _), selects in zip(readouts, selecting, strict=True):
+    for readout, selects in zip(readouts, selecting, strict=True):
+        sources = readout.sources
         on_all += sources.classes[:1] if selects else (*sources.classes, sources.boxes)
     scales = sorted({heads.box_scales[name] for name in on_all})
     outputs = heads(pooling(features, proposals.boxes, scales), set(on_all))
     done: dict[tuple, tuple[dict[str, HeadOutput], Tensor]] = {}
     results = []
-    for (sources, config), selects in zip(readouts, selecting, strict=True):
+    for readout, selects in zip(readouts, selecting, strict=True):
+        sources, least = readout.sources, readout.least_score
         own, ran, kept = outputs, proposals.valid, proposals
-        logits, least = outputs[sources.classes[0]].logits, _least_score(sources, config)
+        logits = outputs[sources.classes[0]].logits
         if selects:
             key = (sources.classes[0], sources.boxes, least)
             if key not in done:
@@ -82,26 +80,16 @@ def run_heads_for_each(
                 done[key] = _run_selected(heads, pooling, features, proposals, sources.boxes, passes), passes
             selected, ran = done[key]
             own = outputs | selected
-        if _gated(sources, config):
+        if readout.gated:
             passes = proposals.valid & may_be_detected(logits, least).view_as(proposals.valid)
             kept = Proposals(proposals.boxes, passes)
         results.append(HeadsResult(own, kept, ran.sum(1)))
     return results
 
 
-def _gated(sources: Sources, config: DetectionConfig) -> bool:
-    return config.ext_gate > 0 and len(sources.classes) == 2
-
-
-def _selects(heads: Heads, features: Sequence[Tensor], sources: Sources, config: DetectionConfig) -> bool:
+def _selects(heads: Heads, features: Sequence[Tensor], readout: ReadOut) -> bool:
     """Whether the head that gives the boxes runs on a selection of the RoIs."""
-    skips = config.skip and sources.boxes not in sources.classes
-    tower = heads[sources.boxes].tower
-    return (_gated(sources, config) or skips) and isinstance(tower, ConvTower) and tower.folds(features[0])
-
-
-def _least_score(sources: Sources, config: DetectionConfig) -> float:
-    return config.ext_gate if _gated(sources, config) else config.score_threshold
+    return readout.skips and heads[readout.sources.boxes].tower.can_skip(features[0])
 
 
 def _run_selected(

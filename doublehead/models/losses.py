@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, smooth_l1_loss
 
-from ..config import HeadKind, LossConfig, ModelConfig, RoIConfig
+from ..config import ModelConfig, RoIConfig
 from ..ops.boxes import encode_boxes
-from .heads import BRANCHES, HeadOutput
+from .heads import HeadOutput
 from .matching import match, sample
+from .readout import task_weights
 from .structures import Proposals, RoISamples, Targets, gather_rows
 
 
@@ -32,22 +33,6 @@ def sample_rois(proposals: Proposals, targets: Targets, config: RoIConfig) -> Ro
     matched = matched.gather(1, indices)
     labels = targets.labels.gather(1, matched) * (state.gather(1, indices) == 1)
     return RoISamples(gather_rows(boxes, indices), drawn, labels, gather_rows(targets.boxes, matched))
-
-
-def task_weights(kind: HeadKind, config: LossConfig) -> dict[str, tuple[float, float]]:
-    """Branch name -> weights of its classification and of its regression loss (Equations 1-3).
-
-    Only Ext divides a head's weight between two tasks (by `l_fc`, `l_conv`).  In every other kind
-    each task has its tower's whole weight, `w_fc` or `w_conv`, as in Table 1.
-    """
-    weights = {}
-    for name, branch in BRANCHES[kind].items():
-        share = (float(branch.classifies), float(branch.regresses))
-        if kind == "double_head_ext":
-            share = (config.l_fc, 1 - config.l_fc) if branch.tower == "fc" else (1 - config.l_conv, config.l_conv)
-        whole = config.w_fc if branch.tower == "fc" else config.w_conv
-        weights[name] = (whole * share[0], whole * share[1])
-    return weights
 
 
 def head_losses(outputs: dict[str, HeadOutput], rois: RoISamples, config: ModelConfig) -> dict[str, Tensor]:

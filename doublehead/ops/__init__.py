@@ -1,8 +1,8 @@
 """Operators on boxes and features.  They need torch alone.
 
 `roi_align`, `MultiScaleRoIAlign`, `nms` and `batched_nms` take torchvision's arguments and give torchvision's results.
-`non_local`, `batch_norm_act`, `fused_conv` and `conv_head` are what a conv-head is made of, `fuse_scores` and
-`detections` what follows the heads; `image_batch` is what comes before them all.
+A conv-head consists of `non_local`, `batch_norm_act`, `fused_conv` and `conv_head`; `fuse_scores` and `detections`
+follow the heads; `image_batch` prepares the network's input.
 """
 
 from . import _library
@@ -14,13 +14,15 @@ from .fused_conv import fused_conv
 from .image_batch import image_batch
 from .nms import batched_nms, nms, nms_padded
 from .non_local import BatchNorm, NonLocalBlock, non_local
-from .roi_align import MultiScaleRoIAlign, multiscale_roi_align, roi_align
+from .roi_align import AddedTo, LevelRule, MultiScaleRoIAlign, multiscale_roi_align, roi_align
 from .score_fusion import fuse_scores
 
 _library.define_missing_kernels()
 
 __all__ = [
+    "AddedTo",
     "BatchNorm",
+    "LevelRule",
     "MultiScaleRoIAlign",
     "NonLocalBlock",
     "batch_norm_act",

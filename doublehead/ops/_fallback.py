@@ -1,8 +1,8 @@
-"""When the reference takes a kernel's place: why, said once for each operator and reason.
+"""Why the reference serves a call in place of a kernel; each reason is warned of once for each operator.
 
-Reasons are found where they can be known: for the whole machine and each GPU before the first launch (`refusal`), for
-one call by the launch function, which raises `Fallback`, and for a kernel that does not build or fit by its error
-(`reason_of`).  An error that leaves the GPU unusable, such as an illegal access, is no reason: it is raised.
+What holds for the whole machine or for a GPU is known before the first launch (`refusal`).  A launch function raises
+`Fallback` for a call that its kernel does not serve.  A kernel that does not build or fit says so by its error
+(`reason_of`).  An error that leaves the GPU unusable, such as an illegal access, is raised.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from collections.abc import Iterator
 import torch
 
 OLDEST_CAPABILITY = (8, 0)
-"""Of a GPU for the Triton kernels: older ones lack bfloat16 and asynchronous copies, and the tiles do not fit them."""
+"""The oldest GPU that runs the Triton kernels: older ones lack bfloat16 and asynchronous copies, and the tiles do not
+fit them."""
 
 NO_TRITON = "Triton is not installed; `pip install triton` brings what the kernel needs"
 
@@ -27,7 +28,7 @@ NO_COMPILER = (
     "environment variable CC"
 )
 
-_LAUNCH_ERRORS = (  # of loading and launching, which leave the GPU as it was
+_LAUNCH_ERRORS = (  # errors of loading and launching that leave the GPU usable
     "no kernel image",
     "device kernel image is invalid",
     "unsupported toolchain",
@@ -37,11 +38,11 @@ _LAUNCH_ERRORS = (  # of loading and launching, which leave the GPU as it was
 
 
 class Fallback(Exception):  # noqa: N818  (an answer to the caller, not an error)
-    """A launch function raises it for a call that its kernel does not serve: the reference then does.
+    """Raised by a launch function for a call that its kernel does not serve; the reference serves it.
 
     Args:
-        reason: what is so, and what to do about it; the same text for all calls that it holds for, not one that
-            names this call's numbers: each text is warned of once, and nothing is formatted in a call.
+        reason: the reason, and what to do about it.  A constant text, without this call's numbers: each text is warned
+            of once, and no call formats one.
     """
 
     def __init__(self, reason: str) -> None:
@@ -54,7 +55,7 @@ _LISTENERS: list[list[tuple[str, str]]] = []
 
 
 def warn_fallback(name: str, reason: str, device: str = "cuda") -> None:
-    """Warns that operator `name` runs in plain PyTorch on `device`, once for each operator and reason."""
+    """Warns that the operator runs in plain PyTorch on `device`, once for each operator and reason."""
     for heard in _LISTENERS:
         heard.append((name, reason))
     if (name, reason) in _WARNED:
@@ -65,7 +66,7 @@ def warn_fallback(name: str, reason: str, device: str = "cuda") -> None:
 
 @contextlib.contextmanager
 def fallbacks() -> Iterator[list[tuple[str, str]]]:
-    """Lists the (operator, reason) of every call inside that the reference serves, warned of before or not."""
+    """Lists the (operator, reason) of each call inside that the reference serves, whether warned of before or not."""
     heard: list[tuple[str, str]] = []
     _LISTENERS.append(heard)
     try:
@@ -75,18 +76,18 @@ def fallbacks() -> Iterator[list[tuple[str, str]]]:
 
 
 class Refusals:
-    """Why no Triton kernel can run on a GPU; found out once, as it does not change."""
+    """Why no Triton kernel can run on a GPU; looked up once, as it does not change."""
 
     def __init__(self) -> None:
-        self._found: dict[int | None, str | None] = {}
+        self._reasons: dict[int | None, str | None] = {}
 
     def __call__(self, index: int | None = None) -> str | None:
-        """The reason on GPU `index`, or None.  Without an index: of the whole machine, without touching a GPU."""
+        """The reason for GPU `index`, or None; without an index that for the whole machine, without touching a GPU."""
         try:
-            return self._found[index]
+            return self._reasons[index]
         except KeyError:
             reason = no_triton() if index is None else self() or too_old(index) or no_start()
-            self._found[index] = reason
+            self._reasons[index] = reason
             return reason
 
 
@@ -94,12 +95,12 @@ refusal = Refusals()
 
 
 def no_triton() -> str | None:
-    """Whether Triton is missing."""
+    """The reason if Triton is missing, else None."""
     return None if importlib.util.find_spec("triton") is not None else NO_TRITON
 
 
 def too_old(index: int) -> str | None:
-    """Whether GPU `index` is older than the kernels can use; AMD's have no such limit."""
+    """The reason if GPU `index` is too old for the kernels, else None; AMD's GPUs have no such limit."""
     if torch.version.hip is not None:
         return None
     major, minor = torch.cuda.get_device_capability(index)
@@ -110,7 +111,7 @@ def too_old(index: int) -> str | None:
 
 
 def no_start() -> str | None:
-    """Whether Triton cannot build its driver here; one that is in Triton's cache needs no compiler."""
+    """The reason if Triton cannot build its driver, else None; a driver in Triton's cache needs no compiler."""
     try:
         _start_triton()
     except Exception as error:
@@ -125,7 +126,7 @@ def _start_triton() -> None:
 
 
 def c_compiler() -> str | None:
-    """The C compiler that Triton would take, None if there is none."""
+    """The C compiler that Triton would use, or None."""
     named = os.environ.get("CC")
     if named is not None:
         return shutil.which(named)
@@ -133,7 +134,7 @@ def c_compiler() -> str | None:
 
 
 def reason_of(error: BaseException) -> str | None:
-    """Why a kernel cannot be built or launched, of the error; None if it says anything else, and must be raised."""
+    """Why a kernel cannot be built or launched, from its error; None for any other error, which must be raised."""
     built = _no_build(error)
     if built is not None:
         return built
@@ -145,7 +146,7 @@ def reason_of(error: BaseException) -> str | None:
 
 
 def _no_build(error: BaseException) -> str | None:
-    """Of an error from Triton's compilation of C: a compiler or its headers are missing, or a place to write."""
+    """The reason if Triton could not compile C: no compiler, no headers, or no folder to write in; else None."""
     no_compiler = isinstance(error, RuntimeError) and "Failed to find C compiler" in str(error)
     if no_compiler or (isinstance(error, (OSError, subprocess.CalledProcessError)) and c_compiler() is None):
         return NO_COMPILER
@@ -161,6 +162,6 @@ def _is_tritons(error: BaseException) -> bool:
 
 
 def _summary(error: BaseException) -> str:
-    """The error's kind and last line, where Triton says what is wrong."""
+    """The error's type and last line, where Triton says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1][:200]}" if lines else type(error).__name__

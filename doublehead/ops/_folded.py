@@ -9,38 +9,35 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ._library import is_functorch_tensor
+
 STREAMING_DEVICES = ("cuda",)
-"""Types of device where what was called is not yet done, but queued on a stream."""
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """In which dtype a layer would run on `x`: autocast's where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+"""Types of device that queue work on streams: a call returns before its work is done."""
 
 
 class FoldedWeights:
-    """Remembers what was made from some tensors, until one of them changes.
+    """Caches what was computed from some tensors, until one of them changes.
 
     A change is another tensor, other memory, or an operation in place, which raises PyTorch's version counter:
-    optimizers, `load_state_dict` and `copy_` do.  Writing through `.data` or by a captured CUDA graph does not; then
-    call `forget`.  While torch.compile or export traces, nothing is remembered: the preparation becomes part of the
-    graph.  So it does where a CUDA graph is captured and nothing is remembered yet, or no longer: what it makes has no
+    optimizers, `load_state_dict` and `copy_` do.  Writing through `.data` or by a captured CUDA graph does not; call
+    `forget` after it.  While torch.compile or export traces, nothing is cached: the computation becomes part of the
+    graph.  The same holds while a CUDA graph is captured and the cache is empty or out of date: the result has no
     contents before the graph runs.
 
-    Streams and threads may share it: on another CUDA stream than the one it was made on, work waits for it.  A capture
-    does not wait: `torch.cuda.graph` synchronises the device before it begins, and who captures by other means must.
+    Streams and threads may share the cache: work on another CUDA stream than the one that filled it waits for it.  A
+    capture does not wait: `torch.cuda.graph` synchronises the device before it begins; whoever captures by other means
+    must do so too.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Prepare anew at the next call."""
+        """Empties the cache: the next call computes again."""
         self._fold: _Fold | None = None
 
     def get(self, tensors: Iterable[Tensor], kind: Any, make: Callable[[], Any]) -> Any:
-        """What `make()` gives for these tensors and this `kind` (dtype, ...), remembered."""
+        """The result of `make()` for these tensors and this `kind` (dtype, ...), from the cache if it is there."""
         if torch.compiler.is_compiling():
             return make()
         tensors = list(tensors)
@@ -48,25 +45,25 @@ class FoldedWeights:
             with torch.no_grad():
                 return make()
         fold = self._fold  # read once: another thread may replace it
-        if fold is not None and fold.made_from(tensors, kind):
-            if fold.written is not None:
-                fold.written.wait()
-            return fold.made
+        if fold is not None and fold.comes_from(tensors, kind):
+            if fold.event is not None:
+                fold.event.wait()
+            return fold.result
         with torch.inference_mode(False), torch.no_grad():
-            made = make()
+            result = make()
         device = tensors[0].device if tensors else None
         on_streams = device is not None and device.type in STREAMING_DEVICES
         if on_streams and torch.cuda.is_current_stream_capturing():
-            return made
-        # Aliases keep the memory alive: nothing else can come to lie at the same address.
-        seen = [(tensor.detach(), tensor._version) for tensor in tensors]
-        self._fold = _Fold(seen, kind, made, _Written(device, made) if on_streams else None)
-        return made
+            return result
+        # The aliases keep the memory alive, so that no other tensor gets the same address.
+        sources = [(tensor.detach(), tensor._version) for tensor in tensors]
+        self._fold = _Fold(sources, kind, result, _WriteEvent(device, result) if on_streams else None)
+        return result
 
-    @property
-    def _made(self) -> Any:
-        """What is remembered, or None."""
-        return None if self._fold is None else self._fold.made
+    def tensors(self) -> list[Tensor]:
+        """The cached tensors, for a caller that keeps them alive beyond the next `get` or `forget`."""
+        fold = self._fold
+        return [] if fold is None else list(_tensors_in(fold.result))
 
     def __deepcopy__(self, memo: dict) -> FoldedWeights:
         return FoldedWeights()
@@ -79,65 +76,62 @@ class FoldedWeights:
 
 
 class _Fold(NamedTuple):
-    """What was made, and from what."""
+    """A cached result and the tensors that it comes from."""
 
-    seen: list[tuple[Tensor, int]]
+    sources: list[tuple[Tensor, int]]
+    """Each tensor with its version."""
     kind: Any
-    made: Any
-    written: _Written | None
-    """None: on a device without streams, where what is made is there."""
+    result: Any
+    event: _WriteEvent | None
+    """None on a device without streams, where the result is complete."""
 
-    def made_from(self, tensors: list[Tensor], kind: Any) -> bool:
+    def comes_from(self, tensors: list[Tensor], kind: Any) -> bool:
         return (
             kind == self.kind
-            and len(tensors) == len(self.seen)
+            and len(tensors) == len(self.sources)
             and all(
-                tensor.data_ptr() == seen.data_ptr() and tensor._version == version
-                for tensor, (seen, version) in zip(tensors, self.seen, strict=True)
+                tensor.data_ptr() == source.data_ptr() and tensor._version == version
+                for tensor, (source, version) in zip(tensors, self.sources, strict=True)
             )
         )
 
 
-class _Written:
-    """When tensors are written, on the stream that is current now; other streams are made to wait for it.
+class _WriteEvent:
+    """The moment when tensors are written on the stream that is current now; other streams wait for it.
 
-    The allocator is told of the other streams too: else it could give the tensors' memory away, once they are
+    The other streams are recorded with the allocator too: otherwise it could reuse the tensors' memory, once they are
     forgotten, while kernels there still read them.
     """
 
-    def __init__(self, device: torch.device, made: Any) -> None:
+    def __init__(self, device: torch.device, result: Any) -> None:
         stream = torch.cuda.current_stream(device)
-        self._device, self._tensors = device, list(_tensors_in(made))
+        self._device, self._tensors = device, list(_tensors_in(result))
         self._done = torch.cuda.Event()
         self._done.record(stream)
-        self._safe = {stream.cuda_stream}
+        self._ordered = {stream.cuda_stream}
         """Streams whose further work comes after the writing."""
 
     def wait(self) -> None:
-        """Makes what the current stream does from here on wait; the host does not."""
+        """Makes further work on the current stream wait; the host does not."""
         stream = torch.cuda.current_stream(self._device)
-        if stream.cuda_stream in self._safe or torch.cuda.is_current_stream_capturing():
+        if stream.cuda_stream in self._ordered or torch.cuda.is_current_stream_capturing():
             return
         stream.wait_event(self._done)
         for tensor in self._tensors:
             tensor.record_stream(stream)
-        self._safe.add(stream.cuda_stream)
+        self._ordered.add(stream.cuda_stream)
 
 
-def _tensors_in(made: Any) -> Iterator[Tensor]:
-    if isinstance(made, Tensor):
-        yield made
-    elif isinstance(made, (list, tuple)):
-        for part in made:
+def _tensors_in(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, (list, tuple)):
+        for part in result:
             yield from _tensors_in(part)
 
 
 def _untraceable(tensor: Tensor) -> bool:
-    """Has the tensor no version counter (made in inference mode), no memory (inside torch.func's transforms) or no
-    contents (fake)?
+    """Whether the tensor has no version counter (inference mode), no memory (torch.func's transforms) or no contents
+    (fake tensors).
     """
-    return (
-        tensor.is_inference()
-        or isinstance(tensor, FakeTensor)
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
+    return tensor.is_inference() or isinstance(tensor, FakeTensor) or is_functorch_tensor(tensor)

@@ -1,16 +1,17 @@
 """The operator library `torch.ops.doublehead`: definitions, and the loader of the compiled parts.
 
-Python owns the schemas. Each operator's op.py calls `define` with its schema, its reference (plain PyTorch, which
-serves every device that has no kernel of its own) and its fake (shapes alone). The compiled parts, `doublehead._C` for
-the CPU and `doublehead._C_cuda` for CUDA, only add kernels for their device. Without them everything works, on the
+Python owns the schemas.  Each operator's op.py calls `define` with its schema, its reference (plain PyTorch, which
+serves every device that has no kernel of its own) and its fake (shapes alone).  The compiled parts, `doublehead._C` for
+the CPU and `doublehead._C_cuda` for CUDA, only add kernels for their device.  Without them everything works, on the
 reference.
+
+Whatever the package needs of PyTorch's dispatcher and its internals (`torch._C`) is here, and nowhere else.
 """
 
 import contextlib
 import functools
 import importlib
 import importlib.util
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 
@@ -18,8 +19,9 @@ import torch
 
 from . import _fallback
 from ._fallback import Fallback, warn_fallback
+from ._fork import one_thread_if_forked
 
-__all__ = ["Fallback", "warn_fallback"]  # for the rooms, beside what is defined here
+__all__ = ["Fallback", "one_thread_if_forked", "warn_fallback"]  # for the rooms, beside what is defined here
 
 NAMESPACE = "doublehead"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -33,32 +35,73 @@ REFERENCES: dict[str, Callable] = {}
 #: operator -> the launcher of its Triton kernel, which takes the reference where the kernel cannot be used.
 TRITON_KERNELS: dict[str, Callable] = {}
 
+#: operator -> what makes its schema's arguments into those of its Python functions; see `define`.
+PACKERS: dict[str, Callable[..., tuple]] = {}
+
 #: operators with a path of their own for the CPU in plain PyTorch.
 CPU_KERNELS: set[str] = set()
 
-#: "_C" or "_C_cuda" -> why it is not loaded; a part that is loaded is not listed.
+#: "_C" or "_C_cuda" -> why it is not loaded; loaded parts are not listed.
 UNLOADED: dict[str, str] = {}
 
 
-def define(schema: str, *, reference: Callable, fake: Callable) -> torch._ops.OpOverload:
+def define(
+    schema: str, *, reference: Callable, fake: Callable, pack: Callable[..., tuple] | None = None
+) -> torch._ops.OpOverload:
     """Defines an operator and returns it, bound: `torch.ops.doublehead.<name>.default`.
 
     Args:
         schema: "name(Tensor input, ...) -> Tensor", functional: no argument is written to.
-        reference: its definition in plain PyTorch, for any device; takes the schema's arguments by position.
+        reference: its definition in plain PyTorch, for any device.
         fake: the same arguments -> empty results of the right shape, dtype and memory format.
+        pack: the schema's arguments, by position -> those of `reference`, `fake` and the operator's other Python
+            kernels.  A schema is flat; here what belongs together becomes one tuple with names.  PyTorch leaves out
+            arguments at the end that have the schema's default, so `pack` has the same defaults.  None: all functions
+            take the schema's arguments by position.
     """
     name = schema.partition("(")[0]
+    if pack is not None:
+        PACKERS[name] = pack
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    reference = _taking_schema_arguments(name, reference)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _taking_schema_arguments(name, fake), lib=LIBRARY)
     SCHEMAS[name], REFERENCES[name] = schema, reference
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def define_composite(schema: str, function: Callable) -> None:
+    """Defines an operator that is nothing but calls of others, from which it has its shapes and its gradient.
+
+    Args:
+        schema: as in `define`.
+        function: takes the schema's arguments by position.
+    """
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(schema.partition("(")[0], function, "CompositeImplicitAutograd")
+
+
+def _taking_schema_arguments(name: str, function: Callable) -> Callable:
+    """`function`, which takes packed arguments, called with the schema's."""
+    pack = PACKERS.get(name)
+    if pack is None:
+        return function
+
+    @functools.wraps(function)
+    def with_packed(*arguments):
+        return function(*pack(*arguments))
+
+    return with_packed
+
+
 def define_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Gives the operator its gradient, in the words of `torch.library.register_autograd`."""
+    """Gives the operator its gradient; the arguments are those of `torch.library.register_autograd`."""
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def define_vmap(name: str, rule: Callable) -> None:
+    """Says what the operator does under `torch.vmap`; the rule is that of `torch.library.register_vmap`."""
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", rule, lib=LIBRARY)
 
 
 def define_autocast(name: str, kernel: Callable) -> None:
@@ -84,51 +127,15 @@ def define_cpu_kernel(name: str, kernel: Callable) -> None:
 
     It may read values back, and work on as much as they ask for: on the CPU that costs nothing.
     """
+    kernel = _taking_schema_arguments(name, kernel)
 
     @functools.wraps(kernel)
-    def answer(*arguments):
+    def serve(*arguments):
         with one_thread_if_forked():
             return kernel(*arguments)
 
     CPU_KERNELS.add(name)
-    LIBRARY.impl(name, answer, "CPU")
-
-
-class _Process:
-    """Whether this process is a forked child.  Its parent's threads are not in it, but OpenMP waits for them."""
-
-    forked = False
-
-
-def _note_fork() -> None:
-    _Process.forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-_NOTHING = contextlib.nullcontext()
-
-
-def one_thread_if_forked() -> contextlib.AbstractContextManager:
-    """In a forked child, torch's operators run in this thread alone inside: else they may wait for ever.
-
-    PyTorch's own DataLoader does the same for its workers.  The compiled kernels look after themselves.
-    """
-    if torch.compiler.is_compiling() or not _Process.forked:
-        return _NOTHING
-    return _one_thread()
+    LIBRARY.impl(name, serve, "CPU")
 
 
 def define_triton_kernel(name: str, module: str, function: str) -> None:
@@ -137,10 +144,11 @@ def define_triton_kernel(name: str, module: str, function: str) -> None:
     Args:
         name: of the operator.
         module: that launches the kernel; it is imported at the first call, as it imports Triton.
-        function: of that module; takes the operator's arguments by position.  It raises `Fallback` for a call that
+        function: of that module; takes the arguments that the reference takes.  It raises `Fallback` for a call that
             its kernel does not serve.
     """
     unbuilt: dict[tuple, str] = {}  # calls whose kernel does not build -> why; building takes seconds
+    pack = PACKERS.get(name)
 
     def launch(*arguments):
         device = _device_of(arguments)
@@ -150,8 +158,9 @@ def define_triton_kernel(name: str, module: str, function: str) -> None:
             reason = unbuilt.get(_signature(arguments))
         if reason is None:
             try:
-                with torch.cuda.device(device) if cuda else _NOTHING:
-                    return getattr(importlib.import_module(module), function)(*arguments)
+                with torch.cuda.device(device) if cuda else contextlib.nullcontext():
+                    kernel = getattr(importlib.import_module(module), function)
+                    return kernel(*arguments) if pack is None else kernel(*pack(*arguments))
             except Fallback as answer:
                 reason = answer.reason
             except Exception as error:
@@ -167,7 +176,7 @@ def define_triton_kernel(name: str, module: str, function: str) -> None:
 
 
 def define_missing_kernels() -> None:
-    """Lets the reference serve, with a warning, what `_C_cuda` would if it were loaded.  Call it when all is defined.
+    """Lets the reference serve, with a warning, what `_C_cuda` would serve.  To be called when all is defined.
 
     Where torch has no CUDA there is nothing to warn of.
     """
@@ -189,8 +198,8 @@ def _with_warning(name: str, reference: Callable) -> Callable:
 
 
 def no_cuda_part() -> str:
-    """Why `_C_cuda` serves nothing, as a reason to warn of."""
-    return f"_C_cuda is not loaded: {UNLOADED['_C_cuda']}; `python -m doublehead.info` says how it can be built"
+    """The reason to warn of where `_C_cuda` is not loaded."""
+    return f"_C_cuda is not loaded: {UNLOADED['_C_cuda']}; `doublehead info` says how it can be built"
 
 
 def _tensors(arguments: Iterable) -> Iterator[torch.Tensor]:
@@ -201,35 +210,38 @@ def _tensors(arguments: Iterable) -> Iterator[torch.Tensor]:
 
 
 def _device_of(arguments: Iterable) -> torch.device | None:
-    """The first tensor's device; its GPU is made the current one, as Triton launches there, whatever the tensors'."""
+    """The first tensor's device.  Triton launches on the current GPU, wherever the tensors are."""
     first = next(_tensors(arguments), None)
     return None if first is None else first.device
 
 
 def _signature(arguments: Iterable) -> tuple:
-    """What calls have in common that the same kernel serves: where, dtypes, and shapes but for the number of rows."""
+    """What calls of one compiled kernel have in common: devices, dtypes, and shapes without the number of rows."""
     return tuple((tensor.device, tensor.dtype, *tensor.shape[1:]) for tensor in _tensors(arguments))
 
 
-@contextlib.contextmanager
-def enable_autograd():
-    """Records gradients even inside a kernel, where torch has switched autograd off.
+def below_autograd() -> contextlib.AbstractContextManager:
+    """Operators called inside skip autograd's layers of the dispatcher: no gradient is recorded, and calls are shorter.
 
-    For a reference that is itself the gradient of another reference, taken by `torch.autograd.grad`. Inputs that may
-    have been made in inference mode must be cloned inside.
+    For functions that have no gradient, or record it by an autograd function of their own.  Not while tracing.
     """
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
-        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
-    included = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.inference_mode(False), torch.enable_grad():
-        yield
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def in_functorch_transform() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, ...) is active."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_functorch_tensor(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is a transform's wrapper, which has no memory of its own."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def native(name: str, device: str) -> bool:
-    """Whether operator `name` has a kernel of its own for the kind of device; else the reference serves it.
+    """Whether operator `name` has a kernel of its own for this type of device; otherwise the reference serves it.
 
-    A single GPU can still be too old for it, or a single call: `why_reference` says so of a GPU.
+    A certain GPU or call may still be refused: `why_reference` says why for a GPU.
     """
     if device == "cuda":
         return why_reference(name) is None
@@ -238,7 +250,7 @@ def native(name: str, device: str) -> bool:
 
 
 def why_reference(name: str, index: int | None = None) -> str | None:
-    """Why the reference serves CUDA tensors for operator `name`, on GPU `index` or everywhere; None: a kernel does."""
+    """Why the reference serves operator `name` on CUDA, on GPU `index` or on all; None: a kernel serves it."""
     if name in TRITON_KERNELS:
         return _fallback.refusal(index)
     if "_C_cuda" in UNLOADED:
@@ -251,7 +263,7 @@ def _registered(name: str, key: str) -> bool:
 
 
 def language(name: str, device: str) -> str:
-    """What the kernel is written in: "C++", "CUDA", "Triton" or "PyTorch"."""
+    """The language of the kernel: "C++", "CUDA", "Triton" or "PyTorch"."""
     if device == "cuda":
         return "Triton" if name in TRITON_KERNELS else "CUDA"
     return "PyTorch" if name in CPU_KERNELS else "C++"
@@ -271,7 +283,7 @@ def _load(part: str) -> None:
     if importlib.util.find_spec(module) is None:
         UNLOADED[part] = "it is not built"
         if part == "_C_cuda":
-            return  # no accident: most machines have no CUDA compiler, and `python -m doublehead.info` says why
+            return  # no accident: most machines have no CUDA compiler, and `doublehead info` says why
     else:
         try:
             importlib.import_module(module)

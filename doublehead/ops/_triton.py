@@ -1,4 +1,4 @@
-"""What the launchers of Triton kernels share: how exact a product is, what a kernel may be given, and sizes of tiles.
+"""What the launchers of Triton kernels share: the precision of products, alignment, and sizes of tiles.
 
 Imports torch alone.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 MULTIPLE = 16
-"""What Triton asks of an argument before it loads 16 bytes at once: bytes of a pointer, elements of a width."""
+"""Triton loads 16 bytes at once if pointers (in bytes) and widths (in elements) are multiples of this."""
 
 
 def convolution_precision(dtype: torch.dtype) -> str:
@@ -38,14 +38,14 @@ UNALIGNED = (
     "a number of channels is no multiple of 16, or a tensor begins at an address that is none; the kernel would load "
     "element by element and be slower"
 )
-"""The reason of a `Fallback` where not `aligned`."""
+"""The reason for a `Fallback` if the arguments are not `aligned`."""
 
 
 def aligned(*values: Tensor | int | None) -> bool:
     """Whether widths (ints) are multiples of 16 and tensors begin at multiples of 16 bytes.  None is aligned.
 
-    Elsewhere Triton loads element by element: kernels with matrix products then need more registers than there are, and
-    are slower than what they replace.
+    Otherwise Triton loads element by element: kernels with matrix products then spill registers, and are slower than
+    what they replace.
     """
     return all(
         (value.data_ptr() if isinstance(value, Tensor) else value) % MULTIPLE == 0
@@ -55,5 +55,5 @@ def aligned(*values: Tensor | int | None) -> bool:
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is at least `n`."""
+    """The smallest power of two that is at least `n`."""
     return 1 << (n - 1).bit_length() if n > 1 else 1

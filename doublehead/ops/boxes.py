@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._errors import ArgumentValueError, check_tensor
+from ._checks import ArgumentValueError, check_tensor
+from ._dtypes import box_dtype
 
 Weights = Sequence[float]
 
@@ -30,7 +31,8 @@ def box_area(boxes: Tensor) -> Tensor:
         TypeError: not a tensor.
         ValueError: the last dimension is not 4.
     """
-    x1, y1, x2, y2 = _corners(boxes, _compute_dtype(boxes=boxes))
+    _check_last("boxes", boxes, 4)
+    x1, y1, x2, y2 = _corners(boxes, box_dtype(boxes))
     return (x2 - x1) * (y2 - y1)
 
 
@@ -52,7 +54,9 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
         check_tensor(name, tensor, "a Tensor[..., N, 4]")
         if tensor.dim() < 2:
             raise ArgumentValueError(f"{name} must have shape [..., N, 4], got {list(tensor.shape)}")
-    dtype = _compute_dtype(a=a, b=b)
+    for name, tensor in (("a", a), ("b", b)):
+        _check_last(name, tensor, 4)
+    dtype = box_dtype(a, b)
     ax1, ay1, ax2, ay2 = _corners(a[..., :, None, :], dtype)
     bx1, by1, bx2, by2 = _corners(b[..., None, :, :], dtype)
     width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
@@ -77,7 +81,9 @@ def encode_boxes(reference: Tensor, proposals: Tensor, weights: Weights = (1.0, 
         ValueError: a last dimension, or the number of weights, is not 4.
     """
     wx, wy, ww, wh = _four_weights(weights)
-    dtype = _compute_dtype(reference=reference, proposals=proposals)
+    _check_last("reference", reference, 4)
+    _check_last("proposals", proposals, 4)
+    dtype = box_dtype(reference, proposals)
     px, py, pw, ph = _centre_and_size(proposals, dtype)
     rx, ry, rw, rh = _centre_and_size(reference, dtype)
     return torch.stack(
@@ -103,7 +109,9 @@ def decode_boxes(
         ValueError: a last dimension, or the number of weights, is not 4.
     """
     wx, wy, ww, wh = _four_weights(weights)
-    dtype = _compute_dtype(deltas=deltas, boxes=boxes)
+    _check_last("deltas", deltas, 4)
+    _check_last("boxes", boxes, 4)
+    dtype = box_dtype(deltas, boxes)
     x, y, width, height = _centre_and_size(boxes, dtype)
     dx, dy, dw, dh = _corners(deltas, dtype)
     centre_x, centre_y = dx / wx * width + x, dy / wy * height + y
@@ -137,15 +145,6 @@ def clip_boxes(boxes: Tensor, sizes: Tensor, least_side: float = 0.0) -> Tensor:
     low = torch.minimum(boxes[..., :2].clamp(min=0), limits[..., :2] - least_side)
     high = torch.minimum(boxes[..., 2:].clamp(min=least_side), limits[..., 2:])
     return torch.cat((low, high), dim=-1)
-
-
-def _compute_dtype(**tensors: Tensor) -> torch.dtype:
-    """Of boxes or deltas, which are checked by their names."""
-    dtype = torch.float32
-    for name, tensor in tensors.items():
-        _check_last(name, tensor, 4)
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
 
 
 def _corners(boxes: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:

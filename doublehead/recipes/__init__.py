@@ -1,4 +1,4 @@
-"""Every named recipe: `python -m doublehead.train NAME`.
+"""Every named recipe: `doublehead train NAME`.
 
 - `small`: what a CPU trains in minutes, to try the library and to check it;
 - `paper`: a recipe for every row of the paper's Tables 1 to 6;

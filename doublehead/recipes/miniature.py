@@ -1,8 +1,8 @@
 """The paper in miniature: all head kinds on generated pictures, a few minutes each on one core.
 
-As the paper starts every detector from one ImageNet ResNet, all of these start from one backbone: that of the
-demonstration, `python -m doublehead.train shapes-ext --out runs/miniature/start`.  Its batch norms, stem and first
-stage stay frozen, as in the paper.
+The paper starts every detector from the same ImageNet ResNet; these all start from the backbone of the demonstration,
+`doublehead train shapes-ext --out runs/miniature/start`.  Its batch norms, stem and first stage stay frozen,
+as in the paper.
 """
 
 from __future__ import annotations

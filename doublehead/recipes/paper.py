@@ -1,9 +1,9 @@
-"""A recipe for every row of the paper's Tables 1 to 6 (which row is which: `doublehead.paper`).
+"""A recipe for every row of the paper's Tables 1 to 6 (`doublehead.paper` says which is which).
 
 All follow PAPER section 5.1: COCO 2017 (train 118k, val 5k), 8 images a step, 180k steps.  Where text and the authors'
 release differ, heads and training follow the release, which gave the published numbers: the conv-head pools boxes
 enlarged 1.3 times, the non-local block is the release's, and the RPN ignores anchors that cross the image's border.
-Images, backbone and boxes are torchvision's, whose ImageNet weights are at hand.
+Images, backbone and boxes follow torchvision, whose ImageNet weights are available.
 
 `double-head-ext-r50-fpn-text` follows the text in its heads instead, and `double-head-ext-r50-fpn-release` the release
 in everything.  docs/other-projects.md has all conventions of all recipes in one table.
@@ -33,22 +33,22 @@ from doublehead.paper import rows_of
 COCO = DataConfig("coco", "data/coco", "train2017", "val2017", workers=4)
 VOC07 = DataConfig("voc", "data/VOCdevkit/VOC2007", "trainval", "test", workers=4)
 VOC_TRAINING = TrainConfig(steps=9000, milestones=(6000, 8000))
-"""The paper gives no schedule for VOC07; this one is ours: 14 passes over its 5011 images, dropped at 2/3 and 8/9."""
+"""Our schedule, as the paper gives none for VOC07: 14 passes over its 5011 images, milestones at 2/3 and 8/9."""
 
 UNWEIGHTED = LossConfig(w_fc=1.0, w_conv=1.0)
 PLAIN = NonLocalConfig(enabled=False)
 RPN = RPNConfig(straddle=0.0)
 MSRA_R50 = "R-50.pkl"
-"""The ResNet-50 the release starts from: MSRA's weights under Caffe2's names.  It is looked for where the command runs,
-and never fetched; `doublehead.models.backbone.MSRA_SOURCE` says where it is."""
+"""The ResNet-50 the release starts from: MSRA's weights with Caffe2's names.  The file is expected in the current
+folder and never downloaded; `doublehead.models.backbone.MSRA_SOURCE` says where it is."""
 MSRA_MEAN = (102.9801, 115.9465, 122.7717)
-"""Of blue, green and red, 0 .. 255."""
+"""The mean of blue, green and red, in 0 .. 255."""
 
 HEADS = "follows the {} in heads and training, torchvision in images, backbone and boxes"
 
 
 def paper_recipes() -> list[Recipe]:
-    """Every recipe of Tables 1 to 6, Ext as the text has it, and Ext as the release has it in everything."""
+    """Every recipe of Tables 1 to 6, and Ext following the text, and following the release in everything."""
     return [*_single_heads(), *_double_heads(), *_depths(), *_ext(), *_c4(), *_voc(), _release()]
 
 
@@ -61,7 +61,7 @@ def _single_heads() -> list[Recipe]:
 
 
 def _double_heads() -> list[Recipe]:
-    """Table 1: without non-local blocks, with loss weights 1 and with the paper's 2.0 and 2.5; and those of Table 4."""
+    """Table 1, without non-local blocks, with loss weights 1 and the paper's 2.0 and 2.5; and Table 4."""
     kinds: dict[str, HeadKind] = {
         "double-fc": "double_fc",
         "double-conv": "double_conv",
@@ -81,7 +81,7 @@ def _double_heads() -> list[Recipe]:
 
 
 def _depths() -> list[Recipe]:
-    """Table 2 but for K = 0 (`faster-rcnn-r50-fpn`), K = 5 (Table 1) and 5 with non-local blocks (Table 4)."""
+    """Table 2 except for K = 0 (`faster-rcnn-r50-fpn`), K = 5 (Table 1) and 5 with non-local blocks (Table 4)."""
     plain = [
         _fpn(f"double-head-k{blocks}-r50-fpn", HeadConfig("double_head", conv_blocks=blocks, non_local=PLAIN))
         for blocks in (1, 2, 3, 4, 6, 7)
@@ -93,7 +93,7 @@ def _depths() -> list[Recipe]:
 
 
 def _ext() -> list[Recipe]:
-    """Ext; the fusions of Table 3 are one training read out in four ways."""
+    """Ext; the fusions of Table 3 are four read-outs of one training."""
     head = HeadConfig("double_head_ext")
     recipes = [
         _fpn("double-head-ext-r50-fpn", head),
@@ -115,10 +115,10 @@ def _ext() -> list[Recipe]:
 
 
 def _release() -> Recipe:
-    """Ext with the release's conventions throughout: those that `convert` gives a checkpoint of the release.
+    """Ext with the conventions that `convert` gives a checkpoint of the release.
 
-    One is left out: the release keeps 2000 proposals of the batch of two images that a GPU has, in training.  The rule
-    changes with the batch, and on larger ones it costs AP; here 1000 are kept of each image.
+    There is one exception: in training, the release keeps 2000 proposals per GPU, from a batch of two images.  That
+    rule depends on the batch size and costs AP with larger batches; here 1000 are kept for each image.
     """
     model = ModelConfig(
         backbone=BackboneConfig("resnet50", norm_eps=0.0, weights=MSRA_R50, stride_in_1x1=True),
@@ -138,7 +138,7 @@ def _release() -> Recipe:
 
 
 def _c4() -> list[Recipe]:
-    """Faster R-CNN without a pyramid (Table 4), settings of the release's C4 configuration (maskrcnn-benchmark)."""
+    """Faster R-CNN without a pyramid (Table 4), with the settings of the release's C4 configuration."""
     recipes = []
     for depth in (50, 101):
         model = ModelConfig(

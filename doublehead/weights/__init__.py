@@ -1,7 +1,7 @@
-"""Reads files of weights that others wrote: nothing in them is executed, and no memory but what they fill is read.
+"""Reads files of weights safely: nothing in them is executed, and no memory beyond their data is allocated or read.
 
-A leaf: it knows PyTorch and numpy, and nothing of the models.  `read_file` gives what a file holds, `take_state` the
-weights in it, `resnet_state` those of a ResNet; `read_plain` gives everything, as torch.load does.
+This package depends on PyTorch and numpy, not on the models.  `read_file` returns the contents of a file, `take_state`
+the weights in it, `resnet_state` those of a ResNet; `read_plain` returns everything, like torch.load.
 """
 
 from .entries import State, take_state

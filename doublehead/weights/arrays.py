@@ -1,6 +1,7 @@
-"""numpy's arrays and numbers in a pickle, without numpy's own makers, which take strides and pointers from it.
+"""Reads numpy's arrays and numbers from a pickle without numpy's own constructors, which would trust its strides.
 
-Accepted: plain numbers, as many bytes as the shape needs.  Refused: structures, objects, strings, dates, views.
+Plain numbers with exactly as many bytes as the shape needs are accepted; structured types, objects, strings, dates and
+views are refused.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .pickles import Function, Refused, StandIn, Unpickler, brief
+from .pickles import Function, Placeholder, Refused, Unpickler, brief
 
 MODULES = ("numpy.core", "numpy._core")
-"""Where numpy 1 and 2 keep their makers of arrays."""
+"""The modules of the array constructors in numpy 1 and 2."""
 MOST_DIMENSIONS = 32
 _CODE = re.compile(r"[<>=|]?(b1|i1|i2|i4|i8|u1|u2|u4|u8|f2|f4|f8|\?)")
 
 
-class NumpyDtype(StandIn):
+class NumpyDtype(Placeholder):
     """`numpy.dtype` of plain numbers."""
 
     __slots__ = ("numpy",)
 
-    def __init__(self, machine: Unpickler, code: Any, align: Any = False, copy: Any = False) -> None:
+    def __init__(self, unpickler: Unpickler, code: Any, align: Any = False, copy: Any = False) -> None:
         if isinstance(code, bytes):
             code = code.decode("latin1")
         if type(code) is not str or not _CODE.fullmatch(code):
@@ -34,7 +35,7 @@ class NumpyDtype(StandIn):
         self.numpy = np.dtype(code)
 
     def build(self, state: Any) -> None:
-        """(version, byte order, and what only structured types have)."""
+        """Take the state: (version, byte order, and fields that only structured types set)."""
         plain = (None, None, None, -1, -1, 0)
         if type(state) is not tuple or len(state) < 8 or state[2:8] != plain or any(state[8:]):
             raise Refused("has a structured numpy.dtype, where plain real numbers are accepted")
@@ -45,26 +46,27 @@ class NumpyDtype(StandIn):
             self.numpy = self.numpy.newbyteorder(order)
 
 
-class NumpyArray(StandIn):
-    """A numpy array: its bytes and what they mean."""
+class NumpyArray(Placeholder):
+    """A numpy array: its bytes, dtype and shape."""
 
     __slots__ = ("data", "dtype", "shape", "order", "axes")
 
-    def __init__(self, machine: Unpickler, kind: Any = None, shape: Any = None, code: Any = None) -> None:
-        """`_reconstruct(numpy.ndarray, (0,), b"b")`: as numpy calls it, an empty array that is filled later."""
+    def __init__(self, unpickler: Unpickler, kind: Any = None, shape: Any = None, code: Any = None) -> None:
+        """`_reconstruct(numpy.ndarray, (0,), b"b")`: as numpy calls it, for an empty array that is filled later."""
         if kind is not NDARRAY or shape != (0,) or code not in (b"b", "b"):
             raise Refused("calls numpy._core.multiarray._reconstruct as numpy itself never does")
         self.data = None
 
     def build(self, state: Any) -> None:
-        """(version, shape, dtype, whether Fortran's order, data)."""
+        """Take the state: (version, shape, dtype, whether it is in Fortran order, data)."""
         if type(state) is not tuple or len(state) not in (4, 5) or self.data is not None:
             raise Refused("has a numpy array with an unknown state")
         shape, dtype, fortran, data = state[-4:]
         self.set(data, dtype, shape, "F" if fortran else "C")
 
     def set(self, data: Any, dtype: Any, shape: Any, order: str, axes: Any = None) -> None:
-        """
+        """Set the contents.
+
         Raises:
             Refused: there are more or fewer bytes than the shape needs.
         """
@@ -80,7 +82,7 @@ class NumpyArray(StandIn):
         self.data, self.dtype, self.shape, self.order, self.axes = data, dtype.numpy, shape, order, axes
 
     def tensor(self) -> Tensor:
-        """The array as a tensor of its own.
+        """The array as a tensor with its own memory.
 
         Raises:
             Refused: it was never filled.
@@ -100,16 +102,16 @@ def _are_axes(axes: Any, number: int) -> bool:
     return (
         type(axes) is tuple
         and len(axes) == number
-        and all(type(axis) is int for axis in axes)  # comparing tuples of tuples may take forever
+        and all(type(axis) is int for axis in axes)  # nested tuples may take exponential time to compare
         and sorted(axes) == list(range(number))
     )
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
-    """`value` as the shape of an array that may exist.
+    """`value` as the shape of an array.
 
     Raises:
-        Refused: it is none.
+        Refused: it is not a valid shape.
     """
     if type(value) is int:
         value = (value,)
@@ -122,28 +124,28 @@ def shape_of(value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _scalar(machine: Unpickler, dtype: Any, data: Any = None) -> NumpyArray:
-    """A numpy number, as an array without dimensions."""
-    found = NumpyArray(machine, NDARRAY, (0,), b"b")
+def _scalar(unpickler: Unpickler, dtype: Any, data: Any = None) -> NumpyArray:
+    """A numpy scalar, as a zero-dimensional array."""
+    found = NumpyArray(unpickler, NDARRAY, (0,), b"b")
     found.set(data, dtype, (), "C")
     return found
 
 
-def _from_buffer(machine: Unpickler, data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> NumpyArray:
-    """An array as protocol 5 writes it."""
+def _from_buffer(unpickler: Unpickler, data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> NumpyArray:
+    """An array in the form of pickle protocol 5."""
     if order not in ("C", "F", "K") or (order == "K") != (axes is not None):
         raise Refused("has a numpy array in an unknown order")
-    found = NumpyArray(machine, NDARRAY, (0,), b"b")
+    found = NumpyArray(unpickler, NDARRAY, (0,), b"b")
     found.set(data, dtype, shape, "F" if order == "F" else "C", axes)
     return found
 
 
-class _NdArray(StandIn):
-    """The class itself, which a pickle may name but not call."""
+class _NdArray(Placeholder):
+    """The class `numpy.ndarray`, which a pickle may refer to but not call."""
 
     __slots__ = ()
 
-    def call(self, machine: Unpickler, *arguments: Any) -> Any:
+    def call(self, unpickler: Unpickler, *arguments: Any) -> Any:
         raise Refused("calls numpy.ndarray as numpy itself never does")
 
 

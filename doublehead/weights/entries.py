@@ -1,4 +1,4 @@
-"""The weights among what a training left in a file, under the names that the model itself gives them."""
+"""Finds the weights among the entries of a training checkpoint, and restores the model's own names for them."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from .values import TensorReader, kind_of
 from .wrappers import COUNTERS, WRAPPERS, without_wrappers
 
 STATE_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "weights")
-"""Where training checkpoints keep the weights: Detectron2, maskrcnn-benchmark `model`, MMDetection, Lightning and timm
-`state_dict`."""
+"""The entries in which training checkpoints keep the weights: `model` in Detectron2 and maskrcnn-benchmark,
+`state_dict` in MMDetection, Lightning and timm."""
 AVERAGED_KEYS = ("model_ema", "ema_state_dict", "state_dict_ema", "ema_model", "ema")
-"""Where some keep an average of them; taken only where there is nothing else."""
+"""The entries for averaged weights, which are used only if there are no others."""
 OUTER = {"model": "a trainer's module, such as Lightning's"}
-"""Parts that only count in front of all names."""
+"""Prefixes that are removed only if all names have them -> their origin."""
 LONGEST_NAME = 1000
 
 
 @dataclass
 class State:
-    """The weights of a file, and what was beside them."""
+    """The weights in a file, and its other entries."""
 
     tensors: dict[str, Tensor]
-    """By their names in the model, without what wrappers put in front; float16 and bfloat16 as float32."""
-    beside: dict[str, Any] = field(default_factory=dict)
-    """Other entries of the file."""
+    """The weights under the model's own names, without wrappers' prefixes; float16 and bfloat16 become float32."""
+    others: dict[str, Any] = field(default_factory=dict)
+    """The other entries of the file."""
     dropped: dict[str, str] = field(default_factory=dict)
-    """Tensors that a wrapper added -> what they are."""
+    """Tensors that a wrapper added -> their meaning."""
     notes: list[str] = field(default_factory=list)
-    """What was noticed, for people."""
+    """Remarks for the user."""
 
 
 def take_state(path: str | Path, content: Any) -> State:
-    """The weights in `content`, which `read_file` gave: the whole of it, or the entry where trainers put them.
+    """The weights in `content`, the result of `read_file`: all of it, or the entry in which trainers keep them.
 
     Raises:
-        WeightsError: there are none, or something else is among them.
+        WeightsError: there are no weights, or other values are among them.
     """
     path = Path(path)
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds {kind_of(content)}, not a dictionary of weights")
     state, found, notes = content, State({}), []
     while (key := _state_key(state)) is not None:
-        found.beside |= {shown(name): value for name, value in state.items() if name != key}
+        found.others |= {shown(name): value for name, value in state.items() if name != key}
         if key in AVERAGED_KEYS:
             notes.append(f"the weights are the entry {key!r}: an average, as there are no others")
         state = state[key]
@@ -83,9 +83,9 @@ def _read_all(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def unwrapped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
-    """Tensors without what wrappers put into their names, the tensors that wrappers added, and notes on both.
+    """The tensors without wrappers' parts in their names, the tensors that wrappers added, and remarks on both.
 
-    Wrappers may be stacked in any order ("module._orig_mod.") and stand inside a name ("backbone._orig_mod.").
+    Wrappers may be nested in any order ("module._orig_mod.") and occur inside a name ("backbone._orig_mod.").
     """
     found, notes = dict(tensors), []
     dropped = {
@@ -108,12 +108,12 @@ def unwrapped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 def _outer_part(tensors: Mapping[str, Tensor]) -> str | None:
     parts = {name.partition(".")[0] for name in tensors}
     part = parts.pop() if len(parts) == 1 else None
-    whole = any("." not in name for name in tensors)  # nothing would be left of it
+    whole = any("." not in name for name in tensors)  # its name would become empty
     return part if part is not None and (part in WRAPPERS or part in OUTER) and not whole else None
 
 
 def some(names: Iterable[str], most: int = 5) -> str:
-    """The first of the names, for a message."""
+    """The first names, for a message."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(name[:80] for name in names[:most]) + more

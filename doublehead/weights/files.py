@@ -1,4 +1,4 @@
-"""One file of weights, of whatever kind: torch.save, pickle or safetensors."""
+"""Reads a file of weights of any kind: torch.save, pickle or safetensors."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .torch_files import MAGIC, read_archive, read_old_file
 
 PICKLE_NAMES: dict[tuple[str, str], Any] = {**names.NAMES, **arrays.NAMES}
 OWN_FORMAT = "doublehead.model/"
-"""What the header of this library's own models says."""
+"""The prefix of the format in the header of this library's own models."""
 OWN_NAMES = "detector.backbone."
-"""What names in them begin with."""
+"""The prefix of tensor names in this library's own models."""
 
 
 def read_file(path: str | Path) -> Any:
-    """What the file holds: dictionaries, lists and plain values; tensors and arrays in them as stand-ins, which
+    """The contents of a file: dictionaries, lists and plain values, and placeholders for tensors and arrays, which
     `entries.take_state` reads.
 
     Raises:
-        WeightsError: no such file, truncated, of another kind, or a pickle that names code or does what none of weights
-            does; the message says which.
+        WeightsError: the file does not exist, is truncated or of another kind, or is a pickle that refers to code or
+            has operations that no file of weights needs; the message says which.
     """
     path = Path(path)
     if path.is_dir():
@@ -46,12 +46,12 @@ def read_file(path: str | Path) -> Any:
         raise refusal(path, error) from error
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # a damaged file raises nearly everything
+    except Exception as error:  # a damaged file may raise almost anything
         raise WeightsError(f"{path}: truncated or damaged ({first_line(error)})") from error
 
 
 def refusal(path: Path, error: Refused) -> WeightsError:
-    """The error for a file that does what it must not."""
+    """The error for a file with forbidden contents."""
     return WeightsError(f"{path}: {error}; damaged, or not a file of weights. Nothing of it was used")
 
 
@@ -65,15 +65,15 @@ def _reader(path: Path, head: bytes) -> Any:
     if head and (head[:1] == b"\x80" or head[:1] in b"(}]c"):
         return _read_pickle
     if head.startswith(b"version https://git-lfs"):
-        raise WeightsError(f"{path}: a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`")
+        raise WeightsError(f"{path}: a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
     if head.lstrip()[:1] == b"<":
-        raise WeightsError(f"{path}: a web page, not a checkpoint: the download went wrong")
+        raise WeightsError(f"{path}: a web page, not a checkpoint: the download failed")
     what = "an empty file" if not head else "not a file of torch.save, pickle or safetensors"
     raise WeightsError(f"{path}: not a checkpoint ({what})")
 
 
 def is_safetensors(path: str | Path) -> bool:
-    """Whether a file begins as safetensors do: the length of the header, then the header, which is JSON."""
+    """Whether a file begins like safetensors: with the length of the header, and the header as JSON."""
     if not Path(path).is_file():
         return False
     with open(path, "rb") as file:
@@ -86,7 +86,7 @@ def is_own_model(path: str | Path) -> bool:
     Raises:
         WeightsError: it is damaged, or no safetensors file.
     """
-    import safetensors  # only here: models themselves need PyTorch and torchvision alone
+    import safetensors  # imported here because models need only PyTorch and torchvision
 
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -115,5 +115,5 @@ def _read_pickle(path: Path) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line."""
+    """An error's first line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,14 +1,14 @@
-"""Names that pickles of weights may have beside arrays and tensors, and what stands for them.
+"""The names, besides arrays and tensors, that pickles of weights may refer to, and the placeholder for each.
 
-Trainers put logs, arguments and paths beside the weights.  Objects of the classes listed here are dropped unread; any
-other name is refused, as what a file does with it is code.
+Trainers save logs, arguments and paths with the weights.  Objects of the classes listed here are dropped unread.  Any
+other name is refused, because it may execute code.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .pickles import Function, Inert, NamesCode, Refused, StandIn, Unpickler, brief, key
+from .pickles import Function, Inert, NamesCode, Placeholder, Refused, Unpickler, brief, key
 
 INERT = Inert()
 INERT_CLASSES = {
@@ -34,54 +34,54 @@ INERT_CLASSES = {
     "torch.serialization": ("_get_layout",),
     "torch.torch_version": ("TorchVersion",),
 }  # fmt: skip
-"""Module -> classes of logs, settings and plain values, whose objects say nothing of the weights."""
+"""Module -> classes of logs, settings and plain values, whose objects do not matter for the weights."""
 
 
-def _encode(machine: Unpickler, text: Any, encoding: Any = "latin1") -> bytes:
-    """`_codecs.encode`, by which pickles of protocol 2 write bytes, for that encoding alone."""
+def _encode(unpickler: Unpickler, text: Any, encoding: Any = "latin1") -> bytes:
+    """`_codecs.encode`, which pickles of protocol 2 use to store bytes; only for latin1."""
     if encoding not in ("latin1", "latin-1"):
         raise NamesCode(f"_codecs.encode({brief(encoding)})")
-    return _bytes(machine, text, encoding)
+    return _bytes(unpickler, text, encoding)
 
 
-def _bytes(machine: Unpickler, content: Any = b"", encoding: Any = "latin1") -> bytes:
-    """`bytes` and `bytearray` of what the pickle holds; never of a number, which would be so many zeros."""
+def _bytes(unpickler: Unpickler, content: Any = b"", encoding: Any = "latin1") -> bytes:
+    """`bytes` and `bytearray` of data in the pickle; not of a number, which would allocate that many zeros."""
     if type(content) not in (str, bytes) or encoding not in ("latin1", "latin-1"):
         raise Refused(f"makes bytes of a {type(content).__name__}")
-    machine.spend(len(content))
+    unpickler.spend(len(content))
     return content.encode("latin1") if isinstance(content, str) else content
 
 
-def _set(machine: Unpickler, items: Any = ()) -> set[Any]:
+def _set(unpickler: Unpickler, items: Any = ()) -> set[Any]:
     if type(items) not in (list, tuple):
         raise Refused(f"makes a set of a {type(items).__name__}")
-    machine.spend(len(items))
+    unpickler.spend(len(items))
     return set(map(key, items))
 
 
-def _dictionary(machine: Unpickler, items: Any = ()) -> dict[Any, Any]:
-    """`OrderedDict()`, filled later, or of pairs, as Python 2 wrote it; `Counter` of a dictionary."""
+def _dictionary(unpickler: Unpickler, items: Any = ()) -> dict[Any, Any]:
+    """`OrderedDict()`, which is filled later, or `OrderedDict(pairs)`, from Python 2; `Counter(dictionary)`."""
     if type(items) is dict:
         return items
     if type(items) not in (list, tuple) or any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in items):
         raise Refused("makes a dictionary of something else than pairs")
-    machine.spend(len(items))
+    unpickler.spend(len(items))
     return {key(name): value for name, value in items}
 
 
-def _default_dictionary(machine: Unpickler, factory: Any = None) -> dict[Any, Any]:
+def _default_dictionary(unpickler: Unpickler, factory: Any = None) -> dict[Any, Any]:
     return {}
 
 
-def _getattr(machine: Unpickler, owner: Any, name: Any) -> Inert:
-    """`getattr`, by which a log of mmengine names its own methods, and which gives nothing."""
+def _getattr(unpickler: Unpickler, owner: Any, name: Any) -> Inert:
+    """`getattr`, which a log of mmengine uses for its own methods; the result is dropped."""
     if not isinstance(owner, Inert):
         raise NamesCode(f"getattr(..., {brief(name)})")
     return INERT
 
 
-def _reconstructor(machine: Unpickler, kind: Any, base: Any = None, state: Any = None) -> StandIn:
-    """`copyreg._reconstructor`, by which protocols 0 and 1 make objects, for those that are dropped."""
+def _reconstructor(unpickler: Unpickler, kind: Any, base: Any = None, state: Any = None) -> Placeholder:
+    """`copyreg._reconstructor`, which protocols 0 and 1 use to make objects; only for dropped ones."""
     if not isinstance(kind, Inert):
         raise Refused(f"makes an object of a {type(kind).__name__}")
     return INERT

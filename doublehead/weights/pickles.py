@@ -1,9 +1,9 @@
-"""A machine that runs pickles of weights, and can do nothing else.
+"""A restricted unpickler for weights.
 
-A pickle is a program.  Python's own machine runs whatever it names, and its C version allocates what a few bytes claim;
-PyTorch's `weights_only` makes tensors of memory that the file does not fill.  This one builds plain values and the
-stand-ins of this package: names are looked up in a table, what they stand for is data, and bytes are taken only
-where the file has them.
+A pickle is a program.  Python's unpickler runs whatever a pickle refers to, and its C version allocates as much memory
+as a few bytes claim; PyTorch's `weights_only` creates tensors from memory that the file does not fill.  This unpickler
+builds plain values and the placeholders of this package only: names are looked up in a table of harmless entries, and
+no more bytes are allocated than the file holds.
 """
 
 from __future__ import annotations
@@ -20,52 +20,52 @@ INERT_MODULES = (
     "torch.optim.", "torch.amp.", "torch.cuda.amp.", "omegaconf.", "pytorch_lightning.", "lightning.",
     "lightning_fabric.", "torchvision.transforms.",
 )  # fmt: skip
-"""What the names of modules begin with whose objects are dropped unread: optimizers and schedules saved whole, and a
-trainer's settings and callbacks."""
+"""Prefixes of modules whose objects are dropped unread: whole optimizers and schedules, and a trainer's settings and
+callbacks."""
 LONGEST_SHOWN = 200
-"""Characters of a name that a message shows."""
+"""The number of characters of a name that a message shows."""
 MOST_OBJECTS = 2_000_000
-"""Containers that a pickle may make, and objects that it may note: a byte of it makes up to 300 in memory."""
+"""Limit on a pickle's containers and memo entries; one byte of it may take up to 300 bytes of memory."""
 BUFFER = 1 << 16
-"""Bytes that a file may make beside those that it holds."""
+"""The number of bytes that a pickle may create in addition to its own length."""
 
 
 class WeightsError(ValueError):
-    """A file of weights cannot be read; the message names it and says why."""
+    """A file of weights cannot be read; the message names the file and the reason."""
 
 
 class Refused(Exception):
-    """What a pickle does that no file of weights does."""
+    """A pickle does something that no file of weights needs."""
 
 
 class NamesCode(Refused):
-    """A pickle names something that is not in the table."""
+    """A pickle refers to a name that is not in the table."""
 
 
-class StandIn:
-    """What a pickle gets for a class, a function or an object: data that the machine itself handles."""
+class Placeholder:
+    """A placeholder for a class, a function or an object in a pickle."""
 
     __slots__ = ()
 
-    def call(self, machine: Unpickler, *arguments: Any) -> Any:
-        """The object of a class, or a function's result."""
+    def call(self, unpickler: Unpickler, *arguments: Any) -> Any:
+        """The result of calling the class or function."""
         raise Refused(f"calls a {type(self).__name__}")
 
     def build(self, state: Any) -> None:
-        """Take an object's state."""
+        """Set the object's state."""
         raise Refused(f"sets the state of a {type(self).__name__}")
 
     def fill(self) -> None:
-        """Called where a pickle appends items, or sets them."""
+        """Called when a pickle appends or sets items."""
         raise Refused(f"sets items of a {type(self).__name__}")
 
 
-class Inert(StandIn):
-    """A class that is known to be harmless, its objects, and what these hold: nothing."""
+class Inert(Placeholder):
+    """A class known to be harmless, and its objects; their contents are dropped."""
 
     __slots__ = ()
 
-    def call(self, machine: Unpickler, *arguments: Any) -> Inert:
+    def call(self, unpickler: Unpickler, *arguments: Any) -> Inert:
         return self
 
     def build(self, state: Any) -> None:
@@ -75,29 +75,29 @@ class Inert(StandIn):
         pass
 
 
-class Function(StandIn):
-    """A function of ours in the place of one that a pickle names."""
+class Function(Placeholder):
+    """A function of this package that replaces the one a pickle refers to."""
 
     __slots__ = ("function",)
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
-    def call(self, machine: Unpickler, *arguments: Any) -> Any:
-        return self.function(machine, *arguments)
+    def call(self, unpickler: Unpickler, *arguments: Any) -> Any:
+        return self.function(unpickler, *arguments)
 
 
 class Unpickler(pickle._Unpickler):
     """Runs one pickle of `file`.
 
     Args:
-        file: at the pickle's begin.
-        length: of the file in bytes; nothing is read beyond it, and about as many bytes are made.
-        names: (module, name) -> stand-in or plain value; modules by their names in Python 3.
-        storage: what a persistent id stands for.
+        file: positioned at the start of the pickle.
+        length: the file's length in bytes; nothing is read beyond it, and about as many bytes are created at most.
+        names: (module, name) -> placeholder or plain value; modules have their Python 3 names.
+        storage: resolves persistent ids.
 
     Raises:
-        Refused: (from `load`) the pickle names or does what is not known here.
+        Refused: (from `load`) the pickle refers to an unknown name or has an unknown operation.
     """
 
     dispatch = dict(pickle._Unpickler.dispatch)
@@ -115,7 +115,7 @@ class Unpickler(pickle._Unpickler):
         self._objects = 0
 
     def spend(self, number: int) -> None:
-        """Note bytes that are made of those in the file: a pickle may name the same ones again and again."""
+        """Count bytes created from those in the file, which a pickle may use any number of times."""
         self._left -= number
         if self._left < 0:
             raise Refused("makes more data than the file holds")
@@ -139,7 +139,7 @@ class Unpickler(pickle._Unpickler):
         raise Refused("has an extension code of copyreg")
 
     def _call(self, callee: Any, arguments: Any) -> Any:
-        if not isinstance(callee, StandIn) or type(arguments) is not tuple:
+        if not isinstance(callee, Placeholder) or type(arguments) is not tuple:
             raise Refused(f"calls a {type(callee).__name__}")
         try:
             return callee.call(self, *arguments)
@@ -161,9 +161,9 @@ class Unpickler(pickle._Unpickler):
     def load_build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
-        if isinstance(target, StandIn):
+        if isinstance(target, Placeholder):
             target.build(state)
-        elif type(target) is not dict:  # an OrderedDict's attributes, such as a state_dict's _metadata, are not needed
+        elif type(target) is not dict:  # attributes of an OrderedDict, such as a state_dict's _metadata, are ignored
             raise Refused(f"sets the state of a {type(target).__name__}")
 
     def load_appends(self) -> None:
@@ -176,7 +176,7 @@ class Unpickler(pickle._Unpickler):
         target = self.stack[-1]
         if type(target) is list:
             target.extend(items)
-        elif isinstance(target, StandIn):
+        elif isinstance(target, Placeholder):
             target.fill()
         else:
             raise Refused(f"appends to a {type(target).__name__}")
@@ -192,13 +192,13 @@ class Unpickler(pickle._Unpickler):
         target = self.stack[-1]
         if type(target) is dict:
             target.update(pairs(items))
-        elif isinstance(target, StandIn):
+        elif isinstance(target, Placeholder):
             target.fill()
         else:
             raise Refused(f"sets items of a {type(target).__name__}")
 
     def load_dict(self) -> None:
-        items = self.pop_mark()  # it also renews `append`
+        items = self.pop_mark()  # this also rebinds `append`
         self.append(pairs(items))
 
     def load_additems(self) -> None:
@@ -214,10 +214,10 @@ class Unpickler(pickle._Unpickler):
 
     def load_bytearray8(self) -> None:
         (number,) = unpack("<Q", self.read(8))
-        self.append(self.read(number))  # bytes will do; Python's would make room for as many as are claimed
+        self.append(self.read(number))  # bytes suffice; Python's own would allocate as many as are claimed
 
     def count(self) -> None:
-        """Note a container, or an entry of the memo."""
+        """Count a container or memo entry."""
         self._objects += 1
         if self._objects > MOST_OBJECTS:
             raise Refused(f"makes more than {MOST_OBJECTS:,} objects")
@@ -237,9 +237,9 @@ class Unpickler(pickle._Unpickler):
 
 
 def _counted(run: Callable[[Unpickler], None]) -> Callable[[Unpickler], None]:
-    def counted(machine: Unpickler) -> None:
-        machine.count()
-        run(machine)
+    def counted(unpickler: Unpickler) -> None:
+        unpickler.count()
+        run(unpickler)
 
     return counted
 
@@ -252,27 +252,27 @@ for _opcode in (
 
 
 def key(value: Any) -> Any:
-    """`value`, which becomes a key: hashing tuples in tuples without end would overflow the stack, or take forever.
+    """Check a dictionary key; hashing deeply nested tuples would overflow the stack or take exponential time.
 
     Raises:
-        Refused: it is no plain value.
+        Refused: it is not a plain value.
     """
     parts = value if type(value) is tuple else (value,)
     if any(type(part) is int and part.bit_length() > 64 for part in parts):
-        raise Refused("has a huge number as a key")  # many of one hash would take forever, and so would showing one
-    if isinstance(value, StandIn) or all(type(part) in SCALARS for part in parts):
+        raise Refused("has a huge number as a key")  # equal hashes would take quadratic time, and so would printing one
+    if isinstance(value, Placeholder) or all(type(part) in SCALARS for part in parts):
         return value
     raise Refused(f"has a {type(value).__name__} as a key")
 
 
 def shown(name: Any) -> str:
-    """A name as it may be shown: control characters, which could write on a terminal, are escaped."""
+    """A name for display, with control characters escaped."""
     name = name if isinstance(name, str) else str(name)
     return name if name.isprintable() else repr(name)[1:-1]
 
 
 def brief(value: Any) -> str:
-    """An argument as a message shows it: a tuple that holds another twice, and so on, is small, its text endless."""
+    """An argument for a message; the text of a small nested tuple could be exponentially long."""
     return repr(value[:40]) if type(value) in (str, bytes) else f"a {type(value).__name__}"
 
 
@@ -282,7 +282,7 @@ def pairs(items: list[Any]) -> dict[Any, Any]:
 
 
 class _Bounded:
-    """A file that allocates for no more bytes than it has."""
+    """A file that never allocates more bytes than it has."""
 
     def __init__(self, file: BinaryIO, length: int) -> None:
         self._file, self._length = file, length
@@ -295,5 +295,5 @@ class _Bounded:
 
 
 def unpickle(content: bytes, names: Mapping[tuple[str, str], Any], storage: Callable[[Any], Any] | None = None) -> Any:
-    """What a pickle in memory holds; raises as `Unpickler.load` does."""
+    """The contents of a pickle in memory; raises like `Unpickler.load`."""
     return Unpickler(io.BytesIO(content), len(content), names, storage).load()

@@ -1,7 +1,7 @@
-"""The ResNet in a file, by torchvision's names: its own, timm's, MMPretrain's, Detectron2's and Caffe2's (MSRA).
+"""Reads a ResNet of torchvision, timm, MMPretrain, Detectron2 or Caffe2 (MSRA), with torchvision's names.
 
-Caffe2's names (Detectron's R-50.pkl) are of He et al.'s own weights: BGR, stride in the 1x1 convolutions, and batch
-norms as a scale and a bias, without epsilon.
+Files with Caffe2's names (Detectron's R-50.pkl) hold He et al.'s own weights: for BGR images, with the stride in the
+1x1 convolutions, and batch norms as a scale and a bias, without epsilon.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .pickles import WeightsError
 _BRANCHES = {"branch1": ("downsample.0", "downsample.1")} | {
     f"branch2{letter}": (f"conv{layer}", f"bn{layer}") for layer, letter in enumerate("abc", 1)
 }
-"""Caffe2's name of a convolution -> torchvision's of it and of its norm."""
+"""Caffe2's name of a convolution -> torchvision's names of the convolution and its norm."""
 _BLOCK = re.compile(r"res([2-5])_(\d+)_(branch1|branch2[abc])_(w|bn_s|bn_b)")
 _STEM = {"conv1_w": "conv1.weight", "res_conv1_bn_s": "bn1.weight", "res_conv1_bn_b": "bn1.bias",
          "conv1_bn_s": "bn1.weight", "conv1_bn_b": "bn1.bias"}  # fmt: skip
 _PARTS = {"bn_s": "weight", "bn_b": "bias"}
 _CAFFE2_UNNEEDED = re.compile(r"(pred|fc1000|last_out)_[wb]|conv1_b|.*_momentum|lr|model_iter")
-"""The classifier, what an optimizer left, and a bias of the first convolution, which Detectron and what came of it
-leave out too: the norm behind it has one."""
+"""The classifier, optimizer state, and the bias of the first convolution, which Detectron and its successors ignore
+too: the following norm has one."""
 _DETECTRON2_BLOCK = re.compile(r"res([2-5])\.(\d+)\.(shortcut|conv[123])(\.norm)?\.(\w+)")
 _DETECTRON2_STEM = re.compile(r"stem\.conv1(\.norm)?\.(\w+)")
 _CLASSIFIER = ("fc.", "head.", "classifier.", "stem.fc.", "linear.")
@@ -38,19 +38,20 @@ class ResNetState(NamedTuple):
     """A ResNet's weights."""
 
     tensors: dict[str, Tensor]
-    """By torchvision's names, without a classifier."""
+    """The weights under torchvision's names, without a classifier."""
     caffe2: bool
-    """Under Caffe2's names, and so for BGR, with the stride in the 1x1 convolutions."""
+    """Whether the file has Caffe2's names: its network takes BGR, with the stride in the 1x1 convolutions."""
 
 
 def resnet_state(path: str | Path, content: Any, norm_eps: float) -> ResNetState:
-    """The ResNet in `content`, which `read_file` gave.
+    """The ResNet in `content`, the result of `read_file`.
 
     Args:
-        norm_eps: of the norms that will have the weights; those of Caffe2 have none: their variance cancels it.
+        norm_eps: the epsilon of the norms that get the weights.  Caffe2's norms have none, so their variance is set to
+            cancel it.
 
     Raises:
-        WeightsError: there is none, or more than a ResNet and its classifier, or tensors are not finite.
+        WeightsError: there is no ResNet, or more than one and its classifier, or tensors are not finite.
     """
     if is_caffe2(content):
         tensors = _from_caffe2(path, _caffe2_blobs(content), norm_eps)
@@ -66,7 +67,7 @@ def resnet_state(path: str | Path, content: Any, norm_eps: float) -> ResNetState
 
 
 def is_caffe2(content: Any) -> bool:
-    """Whether a file of `read_file` has Caffe2's names: {"blobs": ...} of the first Detectron, or these alone."""
+    """Whether the result of `read_file` has Caffe2's names: directly, or in {"blobs": ...} as in Detectron."""
     if not isinstance(content, Mapping):
         return False
     return isinstance(content.get("blobs"), Mapping) or "conv1_w" in _caffe2_blobs(content)
@@ -108,16 +109,16 @@ def caffe2_name(name: str) -> str | None:
 
 
 def _torchvision_names(path: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what stands before the ResNet's names ("backbone."), and without a classifier.
+    """The tensors without a prefix of the ResNet's names ("backbone.") and without a classifier.
 
     Raises:
-        WeightsError: it is no ResNet, or not one alone.
+        WeightsError: they are not a ResNet, or more than one.
     """
     if "stem.conv1.weight" in tensors:
         tensors = {_from_detectron2(name): tensor for name, tensor in tensors.items()}
     prefixes = {name.removesuffix(_SIGN) for name in tensors if f".{name}".endswith(f".{_SIGN}")}
     if not prefixes and "conv1.weight" in tensors:
-        prefixes = {""}  # a part of one, or a smaller one: loading says what is missing
+        prefixes = {""}  # incomplete or smaller; loading reports what is missing
     if len(prefixes) != 1:
         what = "several ResNets" if prefixes else "no ResNet with torchvision's, Detectron2's or Caffe2's names"
         raise WeightsError(f"{path}: {what} in it (its tensors begin with {some(tensors)})")
@@ -126,14 +127,14 @@ def _torchvision_names(path: str | Path, tensors: Mapping[str, Tensor]) -> dict[
     others = [name for name in tensors if not name.startswith((prefix, *_CLASSIFIER))]
     if others:
         raise WeightsError(
-            f"{path}: more than a ResNet: {some(others)}. A detector of another project: python -m "
-            "doublehead.convert makes a model.safetensors of it, which is accepted"
+            f"{path}: more than a ResNet: {some(others)}. A detector of another project: "
+            "doublehead convert makes a model.safetensors of it, which is accepted"
         )
     return {name: tensor for name, tensor in mine.items() if not name.startswith(_CLASSIFIER)}
 
 
 def _from_detectron2(name: str) -> str:
-    """Detectron2's name of a tensor in torchvision's terms."""
+    """torchvision's name for a tensor of Detectron2."""
     if found := _DETECTRON2_STEM.fullmatch(name):
         return f"{'bn1' if found[1] else 'conv1'}.{found[2]}"
     if found := _DETECTRON2_BLOCK.fullmatch(name):

@@ -1,4 +1,4 @@
-"""PyTorch's tensors in a pickle: where their numbers lie in the file, read when they are asked for."""
+"""PyTorch's tensors in a pickle: their positions in the file, from which they are read on demand."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from .arrays import shape_of
-from .pickles import Function, Inert, Refused, StandIn, Unpickler
+from .pickles import Function, Inert, Placeholder, Refused, Unpickler
 
 DTYPES = {
     name: getattr(torch, name)
     for name in ("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64", "float16",
                  "bfloat16", "float32", "float64")
 }  # fmt: skip
-"""Types of the numbers that are accepted."""
+"""The accepted dtypes."""
 STORAGES = {
     "BoolStorage": "bool", "ByteStorage": "uint8", "CharStorage": "int8", "ShortStorage": "int16",
     "IntStorage": "int32", "LongStorage": "int64", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
@@ -44,7 +44,7 @@ OTHER_TENSORS = {
 
 
 class Unusable(Inert):
-    """A tensor that is not weights of any model here: nothing, but it knows what it was."""
+    """A tensor of a kind that no model here has; only its description is kept."""
 
     __slots__ = ("what",)
 
@@ -52,8 +52,8 @@ class Unusable(Inert):
         self.what = what
 
 
-class StorageKind(StandIn):
-    """`torch.FloatStorage` and its like; `dtype` None: a type that is not accepted."""
+class StorageKind(Placeholder):
+    """`torch.FloatStorage` and its like; `dtype` None: the type is not accepted."""
 
     __slots__ = ("dtype", "name")
 
@@ -63,31 +63,31 @@ class StorageKind(StandIn):
 
 @dataclass
 class Storage:
-    """Numbers in a file."""
+    """A tensor storage in a file."""
 
     path: Path
     kind: StorageKind
     number: int
-    """How many."""
+    """The number of elements."""
     begin: int | None = None
-    """Where they begin in the file; None: nowhere yet."""
+    """The offset of the data in the file; None: not known yet."""
     swapped: bool = False
-    """Written by a machine of the other byte order."""
+    """Whether the data have the other byte order."""
     crc: int = 0
-    """Of the bytes; 0: not known."""
+    """The checksum of the bytes; 0: unknown."""
     bytes: Tensor | None = None
-    """What was read."""
+    """The bytes, once they have been read."""
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The length in bytes."""
         return self.number * self.kind.dtype.itemsize
 
     def read(self) -> Tensor:
         """The bytes, `Tensor[size]` uint8.
 
         Raises:
-            Refused: the file has them not, or others than were written.
+            Refused: the file does not have them, or they are damaged.
         """
         if self.bytes is None:
             if self.begin is None or self.begin + self.size > self.path.stat().st_size:
@@ -103,8 +103,8 @@ class Storage:
         return self.bytes
 
 
-class LazyTensor(StandIn):
-    """Where the numbers of a tensor are, in a storage."""
+class LazyTensor(Placeholder):
+    """A tensor's position in a storage."""
 
     __slots__ = ("dtype", "offset", "size", "storage", "stride")
 
@@ -112,17 +112,17 @@ class LazyTensor(StandIn):
         self.storage, self.dtype, self.offset, self.size, self.stride = storage, dtype, offset, size, stride
 
     def build(self, state: Any) -> None:
-        pass  # a tensor's attributes are no weights
+        pass  # a tensor's attributes are not needed
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.size
 
     def tensor(self) -> Tensor:
-        """Read it.
+        """Read the tensor.
 
         Raises:
-            Refused: the storage has not all its numbers, or not the file's.
+            Refused: the storage is too small, or its data are missing or damaged.
         """
         width = self.dtype.itemsize
         number = 1
@@ -140,7 +140,7 @@ class LazyTensor(StandIn):
         return flat.view(self.dtype).as_strided(self.size, self.stride, self.offset)
 
 
-def _make(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any, metadata: Any = None) -> StandIn:
+def _lazy_tensor(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any, metadata: Any = None) -> Placeholder:
     if type(storage) is not Storage:
         raise Refused("has a tensor without a storage")
     if isinstance(dtype, Unusable):
@@ -157,44 +157,44 @@ def _make(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any, metadat
     return LazyTensor(storage, dtype, offset, size, stride)
 
 
-def _rebuild(machine: Unpickler, storage: Any, offset: Any, size: Any, stride: Any, grad: Any = False,
-             hooks: Any = None, metadata: Any = None) -> StandIn:  # fmt: skip
+def _rebuild(unpickler: Unpickler, storage: Any, offset: Any, size: Any, stride: Any, grad: Any = False,
+             hooks: Any = None, metadata: Any = None) -> Placeholder:  # fmt: skip
     """`_rebuild_tensor` and `_rebuild_tensor_v2`."""
     dtype = storage.kind.dtype if type(storage) is Storage else None
-    return _make(storage, dtype, offset, size, stride, metadata)
+    return _lazy_tensor(storage, dtype, offset, size, stride, metadata)
 
 
-def _rebuild_v3(machine: Unpickler, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any,
-                dtype: Any, metadata: Any = None) -> StandIn:  # fmt: skip
-    return _make(storage, dtype, offset, size, stride, metadata)
+def _rebuild_v3(unpickler: Unpickler, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any,
+                dtype: Any, metadata: Any = None) -> Placeholder:  # fmt: skip
+    return _lazy_tensor(storage, dtype, offset, size, stride, metadata)
 
 
-def _same(machine: Unpickler, tensor: Any, *more: Any) -> Any:
-    """A parameter: its tensor."""
+def _parameter(unpickler: Unpickler, tensor: Any, *more: Any) -> Any:
+    """`torch._utils._rebuild_parameter`: the parameter's tensor."""
     if not isinstance(tensor, (LazyTensor, Unusable)):
         raise Refused(f"makes a parameter of a {type(tensor).__name__}")
     return tensor
 
 
-def _rebuild_from_type(machine: Unpickler, function: Any, kind: Any, arguments: Any, state: Any = None) -> Any:
-    """A tensor with attributes, which are dropped."""
+def _rebuild_from_type(unpickler: Unpickler, function: Any, kind: Any, arguments: Any, state: Any = None) -> Any:
+    """`torch._tensor._rebuild_from_type_v2`: a tensor with attributes, which are dropped."""
     if type(arguments) is not tuple or function not in _REBUILDERS:
         raise Refused("makes a tensor in an unknown way")
-    return function.call(machine, *arguments)
+    return function.call(unpickler, *arguments)
 
 
-def _size(machine: Unpickler, sizes: Any = ()) -> tuple[int, ...]:
+def _size(unpickler: Unpickler, sizes: Any = ()) -> tuple[int, ...]:
     return shape_of(sizes)
 
 
 _UTILS = {
     **{name: Function(_rebuild) for name in ("_rebuild_tensor", "_rebuild_tensor_v2")},
     "_rebuild_tensor_v3": Function(_rebuild_v3),
-    **{name: Function(_same) for name in ("_rebuild_parameter", "_rebuild_parameter_with_state")},
+    **{name: Function(_parameter) for name in ("_rebuild_parameter", "_rebuild_parameter_with_state")},
     **{name: Unusable(what) for name, what in OTHER_TENSORS.items()},
 }
 _REBUILDERS = list(_UTILS.values())
-_PARAMETER = Function(_same)
+_PARAMETER = Function(_parameter)
 
 NAMES: dict[tuple[str, str], Any] = {
     **{("torch._utils", name): function for name, function in _UTILS.items()},

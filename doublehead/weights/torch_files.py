@@ -1,4 +1,4 @@
-"""Files of torch.save: an archive of records, or, before PyTorch 1.6, pickles and then the tensors' bytes."""
+"""Reads files of torch.save: a zip archive, or, before PyTorch 1.6, pickles followed by the tensors' bytes."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .pickles import Refused, Unpickler, unpickle
 from .tensors import Storage, StorageKind
 
 MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
-"""The number that the pickles of an old file begin with, as a pickle writes it."""
+"""The magic number at the start of an old file, in its pickled form."""
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
 NAMES: dict[tuple[str, str], Any] = {**names.NAMES, **arrays.NAMES, **tensors.NAMES}
 _LOCAL_HEADER = 30
-"""Bytes of a record's own header before its name."""
+"""The length of a record's local header, without its name."""
 
 
 def read_archive(path: Path) -> Any:
-    """What a file of torch.save holds, tensors as `LazyTensor`.
+    """The contents of a file of torch.save, with tensors as `LazyTensor`.
 
     Raises:
-        Refused: it is another archive, or does what no file of weights does.
-        Exception: nearly any, of a damaged file.
+        Refused: it is another kind of archive, or has operations that no file of weights needs.
+        Exception: a damaged file may raise almost any.
     """
     length = path.stat().st_size
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
@@ -62,16 +62,16 @@ def read_archive(path: Path) -> Any:
             return _typed(storages[key], kind, number)
 
         program = content(pickled[0])
-        if zlib.crc32(program) != (records[pickled[0]].CRC or zlib.crc32(program)):  # PyTorch can write without it: 0
+        if zlib.crc32(program) != (records[pickled[0]].CRC or zlib.crc32(program)):  # 0: written without a CRC
             raise Refused("has other names or shapes than were written (CRC): a damaged copy")
         return unpickle(program, NAMES, storage)
 
 
 def _begin(file: Any, info: zipfile.ZipInfo, length: int) -> int:
-    """Where a record's bytes begin in the file.
+    """The offset of a record's data in the file.
 
     Raises:
-        Refused: it is compressed, or lies outside of the file.
+        Refused: the record is compressed, or lies outside the file.
     """
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise Refused("is a compressed archive, which torch.save never writes: unpack it, or save it again")
@@ -86,7 +86,7 @@ def _begin(file: Any, info: zipfile.ZipInfo, length: int) -> int:
 
 
 def read_old_file(path: Path) -> Any:
-    """As `read_archive`, of a file of PyTorch before 1.6 (or of `_use_new_zipfile_serialization=False`)."""
+    """Like `read_archive`, for files of PyTorch before 1.6 (or of `_use_new_zipfile_serialization=False`)."""
     length = path.stat().st_size
     storages: dict[str, Storage] = {}
 
@@ -102,7 +102,7 @@ def read_old_file(path: Path) -> Any:
         little = system.get("little_endian", True) if isinstance(system, Mapping) else True
         content = Unpickler(file, length, NAMES, storage).load()
         keys = Unpickler(file, length, {}).load()
-        if type(keys) is not list or any(type(key) is not str for key in keys):  # others may take forever to hash
+        if type(keys) is not list or any(type(key) is not str for key in keys):  # nested keys may hash forever
             raise Refused("has no list of its tensors")
         for key in keys:
             found = storages[key]
@@ -120,7 +120,7 @@ def read_old_file(path: Path) -> Any:
 
 
 def _parts(pid: Any) -> tuple[StorageKind, str, int]:
-    """("storage", kind, key, device, how many numbers), and in old files a view of another storage."""
+    """Take apart ("storage", kind, key, device, number of elements) and, in old files, a view of another storage."""
     if type(pid) is not tuple or not 5 <= len(pid) <= 6 or pid[0] not in ("storage", b"storage") or any(pid[5:]):
         raise Refused("refers to something else than a storage of its own")
     kind, key, _, number = pid[1:5]
@@ -130,10 +130,10 @@ def _parts(pid: Any) -> tuple[StorageKind, str, int]:
 
 
 def _typed(storage: Storage, kind: StorageKind, number: int) -> Storage:
-    """The storage, which must be called what it was called before.
+    """The storage, if all references agree on its type and length.
 
     Raises:
-        Refused: it is not.
+        Refused: they do not.
     """
     if storage.kind is not kind or storage.number != number:
         raise Refused("calls a storage by two types or lengths")

@@ -1,4 +1,4 @@
-"""From what a pickle left to tensors and plain values."""
+"""Turns the contents of a pickle into tensors and plain values."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 from .arrays import NumpyArray
 from .files import first_line, read_file, refusal
-from .pickles import SCALARS, Inert, Refused, StandIn, WeightsError, shown
+from .pickles import SCALARS, Inert, Placeholder, Refused, WeightsError, shown
 from .tensors import DTYPES, LazyTensor, Unusable
 
 MOST_COPIES = 16
-"""How much more data the tensors may seem than the file is long: they may share theirs, but not without end."""
+"""Limit on the ratio of the tensors' total size to the file's length; tensors may share data."""
 SLACK = 1 << 20
 DEEPEST = 100
-"""How many containers may stand in each other."""
+"""Limit on the depth of nested containers."""
 
 
 class TensorReader:
-    """Reads the tensors of one file, of no more data than it has."""
+    """Reads the tensors of one file, from no more data than the file has."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._length = path, path.stat().st_size
@@ -30,16 +30,16 @@ class TensorReader:
         self._seen: dict[int, Tensor] = {}
 
     def read(self, name: str, value: Any) -> Tensor | None:
-        """`value` as a tensor, dense, real, on the CPU; None: it is none.
+        """`value` as a dense, real tensor on the CPU; None: it is not a tensor.
 
         Args:
-            name: where it is in the file, for messages.
-            value: from `read_file`; it must stay alive as long as this reader.
+            name: its name in the file, for messages.
+            value: from `read_file`; it must live as long as this reader.
 
         Raises:
-            WeightsError: its data are not in the file, or it is of a kind that no model here has.
+            WeightsError: its data are not in the file, or no model here has tensors of this kind.
         """
-        if id(value) not in self._seen:  # the same object may be in many places
+        if id(value) not in self._seen:  # an object may occur several times
             tensor = self._convert(name, value)
             if tensor is None:
                 return None
@@ -65,29 +65,28 @@ class TensorReader:
                 value = value.tensor()
             except Refused as error:
                 raise refusal(self._path, Refused(f"{name!r}: {error}")) from error
-            except Exception as error:  # shapes that PyTorch does not take
+            except Exception as error:  # shapes that PyTorch does not accept
                 raise WeightsError(f"{self._path}: {name!r} is damaged ({first_line(error)})") from error
         if not isinstance(value, Tensor):
             return None
         if value.dtype not in DTYPES.values():
             raise WeightsError(f"{self._path}: {name!r} is of {value.dtype}, where plain numbers are accepted")
-        return value.view(torch.uint8).ne(0) if value.dtype == torch.bool else value  # any byte may stand in the file
+        return value.view(torch.uint8).ne(0) if value.dtype == torch.bool else value  # bytes may exceed 1
 
 
 def read_plain(path: str | Path) -> Any:
-    """Everything in a file, as `torch.load(weights_only=True)` gives it: tensors and arrays as tensors on the CPU, in
-    their types and strides; dictionaries, lists, tuples, sets and plain values.  An OrderedDict is a dictionary.
+    """Everything in a file, like `torch.load(weights_only=True)`: tensors and arrays as tensors on the CPU, with their
+    dtypes and strides; dictionaries, lists, tuples, sets and plain values.  An OrderedDict becomes a dictionary.
 
-    Every number of every tensor is in memory of its own: training in place changes that one alone, whatever the
-    tensors share in the file.
+    Tensors never share memory, even if they do in the file, so in-place training of one changes no other.
 
     Raises:
-        WeightsError: as `read_file`, or something else is in it.
+        WeightsError: see `read_file`; or the file holds other values.
     """
     path = Path(path)
     content, reader = read_file(path), TensorReader(path)
     left = MOST_COPIES * path.stat().st_size
-    taken: set[int] = set()  # memory, by its address
+    taken: set[int] = set()  # addresses of memory in use
 
     def plain(value: Any, name: str, depth: int) -> Any:
         nonlocal left
@@ -96,7 +95,7 @@ def read_plain(path: str | Path) -> Any:
             raise refusal(path, Refused("has many times more values than bytes"))
         if depth > DEEPEST:
             raise refusal(path, Refused("has containers in containers without end"))
-        if isinstance(value, (dict, set, frozenset)) and any(isinstance(key, StandIn) for key in value):
+        if isinstance(value, (dict, set, frozenset)) and any(isinstance(key, Placeholder) for key in value):
             raise WeightsError(f"{path}: {name!r} has a key that is neither text nor a number")
         if type(value) is dict:
             return {key: plain(item, f"{name}.{key}" if name else shown(key), depth + 1) for key, item in value.items()}
@@ -117,12 +116,12 @@ def read_plain(path: str | Path) -> Any:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements lie each in its own place and without gaps; only then a copy has the same strides."""
+    """Whether the elements neither overlap nor leave gaps; only then does a copy have the same strides."""
     return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def kind_of(value: Any) -> str:
-    """What `value` is, in some words."""
+    """A short description of the kind of `value`."""
     known = ((NumpyArray, "a numpy array"), (LazyTensor, "a tensor"), (Unusable, "a tensor of another kind"),
              (Inert, "an object of a class that is dropped unread"))  # fmt: skip
     return next((text for kind, text in known if isinstance(value, kind)), f"a {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""What PyTorch's wrappers of models do to the names of their tensors."""
+"""Removes what PyTorch's model wrappers add to tensor names."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ WRAPPERS = {
     "_fsdp_wrapped_module": "FullyShardedDataParallel",
     "_checkpoint_wrapped_module": "activation checkpointing",
 }
-"""Parts of names that a wrapper puts in, at the front or where a part of the model was wrapped -> the wrapper."""
+"""Name part that a wrapper adds, in front or where it wraps a submodule -> the wrapper."""
 COUNTERS = {"n_averaged": "how many weights an average was made of"}
-"""Tensors that a wrapper adds -> what they are."""
+"""Tensor that a wrapper adds -> its meaning."""
 
 
 def without_wrappers(name: str) -> str:
-    """The name that the model itself gives a tensor."""
+    """The model's own name for a tensor."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)

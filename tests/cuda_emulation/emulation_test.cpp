@@ -1,4 +1,4 @@
-// Kernels with and without the mistakes that emulation.h is to find; tests/test_cuda_emulation.py runs them.
+// Kernels with and without the mistakes that emulation.h is to find; tests/cuda_emulation/test_emulation.py runs them.
 #include "emulation.h"
 
 // Every thread reads what its neighbour wrote.

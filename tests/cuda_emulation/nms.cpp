@@ -1,10 +1,10 @@
-// The CUDA kernels of non-maximum suppression, emulated: the steps are csrc/nms/steps.h's, only sorting is the host's.
+// The CUDA kernels of non-maximum suppression, emulated: the steps are csrc/nms/cuda/steps.h's, only sorting is the host's.
 #include "emulation.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "nms/steps.h"
+#include "nms/cuda/steps.h"
 
 namespace {
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from engine_standin import finish, launch, one_thread  # noqa: F401 (a fixture)
 from PIL import Image
-from test_train_cli import OPTIONS, assert_same, contents, train
 
 from doublehead.engine.checkpoint import load_state
+from tests.support.engine_standin import finish, launch, one_thread  # noqa: F401 (a fixture)
+from tests.support.training_runs import OPTIONS, assert_same, contents, train
 
 PAGE = 4096
 ROOM = 1 << 24

@@ -6,8 +6,9 @@ import signal
 import time
 
 import pytest
-from engine_standin import finish, one_thread  # noqa: F401 (a fixture)
-from test_train_cli import assert_same, contents, train
+
+from tests.support.engine_standin import finish, one_thread  # noqa: F401 (a fixture)
+from tests.support.training_runs import assert_same, contents, train
 
 VARIANTS = {
     "average-accumulate-evaluate": "--train.ema-decay 0.9 --train.accumulate 2 --train.eval-every 5",

@@ -25,7 +25,7 @@ pytestmark = [
 
 
 def command(name: str, *arguments) -> list[str]:
-    return [sys.executable, "-m", f"doublehead.{name}", *map(str, arguments)]
+    return [sys.executable, "-m", "doublehead", name, *map(str, arguments)]
 
 
 def sample(pid: int) -> tuple[int, int, int]:

@@ -1,5 +1,9 @@
-"""Detectron2: its models made faster, or their weights brought here."""
+"""Detectron2: patches its process to use our operators, or converts its weights."""
 
-from .accelerate import accelerate, restore
+from ..patching import renamed
+from .patch import patch, unpatch
 
-__all__ = ["accelerate", "restore"]
+accelerate = renamed("doublehead.interop.detectron2.accelerate", patch)
+restore = renamed("doublehead.interop.detectron2.restore", unpatch)
+
+__all__ = ["patch", "unpatch"]

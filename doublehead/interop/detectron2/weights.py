@@ -1,7 +1,7 @@
-"""Detectron2's Faster R-CNN with a pyramid, and the box branch of its Mask and Keypoint R-CNN.
+"""Converts Detectron2's Faster R-CNN with a pyramid, and the box branch of its Mask and Keypoint R-CNN.
 
-Its published models (.pkl) start from ResNets of Caffe2: channels BGR, stride in the 1x1 convolutions ("caffe").
-Models on torchvision's ResNets take RGB and have it in the 3x3 ("pytorch").
+Its published models (.pkl) start from Caffe2's ResNets: BGR images, stride in the 1x1 convolutions ("caffe").  Models
+on torchvision's ResNets take RGB images and have the stride in the 3x3 convolutions ("pytorch").
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ FOREIGN = (
 
 
 def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
-    """How a Detectron2 model is converted."""
+    """The plan for converting a Detectron2 model."""
     tensors = checkpoint.tensors
     refuse(FOREIGN, tensors, ACCEPTED)
     backbone = find_resnet(tensors, [f"{BOTTOM}.res{stage}." for stage in (2, 3, 4, 5)])
@@ -129,10 +129,10 @@ def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
 
 
 def read_cells(tensors: Mapping[str, Tensor]) -> tuple[tuple[float, ...], tuple[float, ...], dict[str, Tensor]]:
-    """Sizes, aspect ratios and the anchors of a cell, where the checkpoint holds them; else Detectron2's defaults.
+    """Anchor sizes, aspect ratios and cell anchors from the checkpoint; where it has none, Detectron2's defaults.
 
     Raises:
-        ConversionError: several sizes on a level, or other ratios on each.
+        ConversionError: several sizes on one level, or aspect ratios that differ between levels.
     """
     names = sorted(
         (name for name in tensors if name.startswith(f"{CELLS}.")), key=lambda name: int(name.rpartition(".")[2])

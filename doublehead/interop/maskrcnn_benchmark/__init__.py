@@ -1,1 +1,1 @@
-"""maskrcnn-benchmark and the authors' release of Double-Head R-CNN: their weights brought here."""
+"""Converts weights of maskrcnn-benchmark and of the authors' release of Double-Head R-CNN."""

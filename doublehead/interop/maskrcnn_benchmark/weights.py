@@ -1,8 +1,8 @@
-"""maskrcnn-benchmark, and the authors' release of Double-Head R-CNN, which is a fork of it.
+"""Converts maskrcnn-benchmark's models, and those of the authors' release of Double-Head R-CNN, a fork of it.
 
-Read: the release's Double-Head (which always holds all four outputs, so that it becomes `double_head_ext`), and
+Supported are the release's Double-Head (which always holds all four outputs, so that it becomes `double_head_ext`), and
 Faster R-CNN with a pyramid, with the box branch of Mask and Keypoint R-CNN.  The networks start from Caffe2's ResNets:
-channels BGR, stride in the 1x1 convolutions, batch norms without epsilon.
+BGR images, stride in the 1x1 convolutions, batch norms without epsilon.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PREDICTOR = "roi_heads.box.predictor"
 STACKS = f"{EXTRACTOR}.shared_nonlocal"
 CELLS = "rpn.anchor_generator.cell_anchors"
 AGNOSTIC_ROWS = 8
-"""Of a class-agnostic regressor: background, which is never read, and all classes (CLS_AGNOSTIC_BBOX_REG)."""
+"""Rows of a class-agnostic regressor (CLS_AGNOSTIC_BBOX_REG): the background's (never read) and all classes'."""
 COMMON_RULES = (
     Rule("backbone.body.stem.*.*", f"{BODY}.*.*"),
     Rule("backbone.body.layer*.**", f"{BODY}.layer*.**"),
@@ -78,7 +78,7 @@ FOREIGN = (
 
 
 def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
-    """How a model of maskrcnn-benchmark or of the authors' fork is converted."""
+    """The plan for converting a model of maskrcnn-benchmark or of the authors' fork."""
     tensors = checkpoint.tensors
     refuse(FOREIGN, tensors, ACCEPTED)
     if style is not None:
@@ -136,7 +136,7 @@ def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
 
 
 def count_all_classes(tensors: Mapping[str, Tensor], double: bool) -> int:
-    """How many classes the predictor has; those of a Double-Head must agree."""
+    """The number of classes; the two predictors of a Double-Head must agree."""
     names = [("cls_score", "bbox_pred"), ("cls_score_fc", "bbox_pred_fc")] if double else [("cls_score", "bbox_pred")]
     counts = {
         count_classes(tensors, f"{PREDICTOR}.{classifier}", f"{PREDICTOR}.{regressor}", True, AGNOSTIC_ROWS)
@@ -148,10 +148,10 @@ def count_all_classes(tensors: Mapping[str, Tensor], double: bool) -> int:
 
 
 def read_stacks(tensors: Mapping[str, Tensor]) -> tuple[int, bool]:
-    """How many stacks of (non-local block, bottleneck) follow the first block, and whether they have the former.
+    """The number of stacks of (non-local block, bottleneck) after the first block, and whether the former exist.
 
     Raises:
-        ConversionError: stacks without bottlenecks or batch norm.
+        ConversionError: a stack has no bottleneck or no batch norm.
     """
     prefix = f"{STACKS}."
     numbers = {name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)}
@@ -165,20 +165,20 @@ def read_stacks(tensors: Mapping[str, Tensor]) -> tuple[int, bool]:
 
 
 def stack_rules(stacks: int, attention: bool) -> list[Rule]:
-    """Of the stacks, which follow the first block of the tower."""
+    """The rules for the stacks, which follow the first block of the tower."""
     rules = []
     for stack in range(stacks):
-        source, place = f"{STACKS}.{stack}", 1 + stack * (1 + attention)
+        source, index = f"{STACKS}.{stack}", 1 + stack * (1 + attention)
         if attention:
-            block = f"{CONV_TOWER}.{place}"
+            block = f"{CONV_TOWER}.{index}"
             rules += [Rule(f"{source}.{layer}.*", f"{block}.{layer}.*") for layer in ("theta", "phi", "g")]
             rules += [Rule(f"{source}.W.0.*", f"{block}.out.*"), Rule(f"{source}.W.bn.*", f"{block}.norm.*")]
-        rules.append(Rule(f"{source}.ffconv.bottleneck.*.*", f"{CONV_TOWER}.{place + attention}.residual.*.*"))
+        rules.append(Rule(f"{source}.ffconv.bottleneck.*.*", f"{CONV_TOWER}.{index + attention}.residual.*.*"))
     return rules
 
 
 def read_cells(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The anchors of a cell on every level; here boxes end one pixel further."""
+    """The cell anchors of every level, with this library's box ends: one pixel further than the source's."""
     names = sorted(
         (name for name in tensors if name.startswith(f"{CELLS}.")), key=lambda name: int(name.rpartition(".")[2])
     )

@@ -1,5 +1,9 @@
-"""MMDetection: its models made faster, or their weights brought here."""
+"""MMDetection: patches its process to use our operators, or converts its weights."""
 
-from .accelerate import accelerate, restore
+from ..patching import renamed
+from .patch import patch, unpatch
 
-__all__ = ["accelerate", "restore"]
+accelerate = renamed("doublehead.interop.mmdet.accelerate", patch)
+restore = renamed("doublehead.interop.mmdet.restore", unpatch)
+
+__all__ = ["patch", "unpatch"]

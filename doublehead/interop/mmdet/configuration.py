@@ -1,7 +1,7 @@
-"""What the text of an MMDetection configuration says of a model's conventions.
+"""Reads a model's conventions from the text of its MMDetection configuration.
 
-A checkpoint's notes hold the whole configuration as text.  It is searched, never run; values are taken where they are
-written once or always the same.
+A checkpoint's metadata holds the whole configuration as text.  The text is searched, never executed; a value is used
+only if all its occurrences agree.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ UNSUPPORTED = {
     r"""type=["']GN["']""": "group normalisation",
     r"\bcenter_offset=(?!0(?:\.0*)?\b)": "anchors that are moved off the cells",
 }
-"""What a configuration may ask for and this library has not."""
+"""Pattern in a configuration -> the feature it asks for, which this library does not have."""
 
 
 class Configuration(NamedTuple):
-    """What was found; None: nothing."""
+    """The values found; None: not stated."""
 
     style: str | None = None
-    """Of the backbone: `caffe` or `pytorch`."""
+    """The backbone's style: `caffe` or `pytorch`."""
     mean: list[float] | None = None
-    """Of values 0 .. 255, in the network's order."""
+    """The mean of pixel values in 0 .. 255, in the network's channel order; so is `std`."""
     std: list[float] | None = None
     channel_order: str | None = None
     image_scale: tuple[int, int] | None = None
@@ -39,10 +39,10 @@ class Configuration(NamedTuple):
 
 
 def read_configuration(meta: Mapping[str, Any]) -> Configuration:
-    """Search the configuration in a checkpoint's notes (3.x: `cfg`, 2.x: `config`).
+    """Search the configuration in a checkpoint's metadata (3.x: `cfg`, 2.x: `config`).
 
     Raises:
-        ConversionError: it asks for something that this library has not.
+        ConversionError: it asks for a feature that this library does not have.
     """
     text = next((meta[key] for key in ("cfg", "config") if isinstance(meta.get(key), str)), "")
     for pattern, what in UNSUPPORTED.items():
@@ -68,10 +68,10 @@ def read_configuration(meta: Mapping[str, Any]) -> Configuration:
 
 
 def class_names(meta: Mapping[str, Any]) -> list[str] | None:
-    """The class names in a checkpoint's notes (3.x: `dataset_meta`, 2.x: `CLASSES`); None: there are none."""
+    """The class names in a checkpoint's metadata (3.x: `dataset_meta`, 2.x: `CLASSES`); None: there are none."""
     notes = meta.get("dataset_meta")
-    places = [notes, meta] if isinstance(notes, Mapping) else [meta]
-    found = next((place[key] for place in places for key in ("classes", "CLASSES") if place.get(key)), None)
+    mappings = [notes, meta] if isinstance(notes, Mapping) else [meta]
+    found = next((mapping[key] for mapping in mappings for key in ("classes", "CLASSES") if mapping.get(key)), None)
     if isinstance(found, str):
         return [found]
     texts = isinstance(found, Sequence) and all(isinstance(name, str) for name in found)
@@ -79,12 +79,12 @@ def class_names(meta: Mapping[str, Any]) -> list[str] | None:
 
 
 def _only(pattern: str, text: str) -> str | None:
-    """The group that every match has; None: there is no match, or they differ."""
+    """The captured text if all matches agree; None: there is no match, or they differ."""
     found = {match[1] for match in re.finditer(pattern, text)}
     return found.pop() if len(found) == 1 else None
 
 
 def _numbers(field: str, text: str) -> list[float] | None:
-    """The numbers of a list or tuple, as `_only`."""
+    """The numbers in a list or tuple assigned to `field`; None: there is none, or they differ."""
     inside = _only(rf"\b{field}=[\[(]([\d\s.,]+)[\])]", text)
     return None if inside is None else [float(number) for number in re.findall(r"\d+\.?\d*", inside)]

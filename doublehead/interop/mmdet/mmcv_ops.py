@@ -1,6 +1,7 @@
-"""mmcv's RoIAlign and NMS, by their own call signatures, on this library's operators.
+"""mmcv's RoIAlign and NMS, with mmcv's signatures, on this library's operators.
 
-Each function here makes the fast one from the one it stands in for, to which it passes what it does not serve.
+Each `make_*` function takes mmcv's function and returns its replacement, which passes calls that it does not support on
+to mmcv's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ... import ops
 
 
-def make_roi_align(theirs: Callable) -> Callable:
+def make_roi_align(original: Callable) -> Callable:
     def roi_align(
         input: Tensor,
         rois: Tensor,
@@ -25,16 +26,16 @@ def make_roi_align(theirs: Callable) -> Callable:
         aligned: bool = True,
     ) -> Tensor:
         if pool_mode != "avg":
-            return theirs(input, rois, output_size, spatial_scale, sampling_ratio, pool_mode, aligned)
+            return original(input, rois, output_size, spatial_scale, sampling_ratio, pool_mode, aligned)
         return ops.roi_align(input, rois.detach(), output_size, spatial_scale, sampling_ratio, aligned).contiguous()
 
     return roi_align
 
 
-def make_layer_forward(theirs: Callable) -> Callable:
+def make_layer_forward(original: Callable) -> Callable:
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
         if self.pool_mode != "avg":
-            return theirs(self, input, rois)
+            return original(self, input, rois)
         return ops.roi_align(
             input, rois.detach(), self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned
         ).contiguous()
@@ -43,16 +44,16 @@ def make_layer_forward(theirs: Callable) -> Callable:
 
 
 def make_extractor_forward(extractor: type, layer: type) -> Callable:
-    """For `SingleRoIExtractor`: all levels in one call."""
-    theirs, level_rule = vars(extractor)["forward"], extractor.map_roi_levels
+    """The `forward` of `SingleRoIExtractor`, with all levels in one call."""
+    original, level_rule = vars(extractor)["forward"], extractor.map_roi_levels
 
     def forward(self, feats: Sequence[Tensor], rois: Tensor, roi_scale_factor: float | None = None) -> Tensor:
         layers = list(self.roi_layers)[: len(feats)]
         if not _served(layers, layer) or type(self).map_roi_levels is not level_rule:
-            return theirs(self, feats, rois, roi_scale_factor)
+            return original(self, feats, rois, roi_scale_factor)
         first = layers[0]
         scales = [each.spatial_scale for each in layers]
-        expand = 1.0 if roi_scale_factor is None or len(feats) == 1 else roi_scale_factor  # as theirs does
+        expand = 1.0 if roi_scale_factor is None or len(feats) == 1 else roi_scale_factor  # as mmdet does
         (pooled,) = ops.multiscale_roi_align(
             feats,
             rois.detach(),
@@ -65,13 +66,13 @@ def make_extractor_forward(extractor: type, layer: type) -> Callable:
             canonical_level=round(-np.log2(scales[0])),
             level_rule="mmdet",
         )
-        return pooled.contiguous()  # theirs is, whatever the features' memory format
+        return pooled.contiguous()  # as mmdet's is, whatever the features' memory format
 
     return forward
 
 
 def _served(layers: Sequence[nn.Module], kind: type) -> bool:
-    """Average RoIAlign on maps of which each is half as large as the one before."""
+    """Whether the layers are average RoIAligns with equal settings, each level half as large as the one before."""
     first = layers[0]
     return all(
         type(layer) is kind
@@ -83,7 +84,7 @@ def _served(layers: Sequence[nn.Module], kind: type) -> bool:
     )
 
 
-def make_nms(theirs: Callable) -> Callable:
+def make_nms(original: Callable) -> Callable:
     def nms(
         boxes: Tensor | np.ndarray,
         scores: Tensor | np.ndarray,
@@ -96,7 +97,7 @@ def make_nms(theirs: Callable) -> Callable:
     ) -> tuple[Tensor, Tensor] | tuple[np.ndarray, np.ndarray]:
         iou_threshold = iou_thr if iou_threshold is None else iou_threshold  # the former is mmcv's old name
         if offset != 0 or iou_threshold is None:
-            return theirs(boxes, scores, iou_threshold, offset, score_threshold, max_num)
+            return original(boxes, scores, iou_threshold, offset, score_threshold, max_num)
         arrays = isinstance(boxes, np.ndarray)
         boxes, scores = (torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in (boxes, scores))
         kept = _suppress(boxes, scores, None, iou_threshold, score_threshold, max_num)
@@ -106,7 +107,7 @@ def make_nms(theirs: Callable) -> Callable:
     return nms
 
 
-def make_batched_nms(theirs: Callable) -> Callable:
+def make_batched_nms(original: Callable) -> Callable:
     def batched_nms(
         boxes: Tensor, scores: Tensor, idxs: Tensor, nms_cfg: dict | None, class_agnostic: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -117,8 +118,8 @@ def make_batched_nms(theirs: Callable) -> Callable:
         score_threshold, max_num = options.pop("score_threshold", 0), options.pop("max_num", -1)
         many = len(boxes) >= options.pop("split_thr", 10000)
         if kind != "nms" or offset != 0 or iou_threshold is None or options or boxes.shape[-1] != 4:
-            return theirs(boxes, scores, idxs, nms_cfg, class_agnostic)
-        groups = None if agnostic and not many else idxs  # of many boxes mmcv suppresses class by class, whatever asked
+            return original(boxes, scores, idxs, nms_cfg, class_agnostic)
+        groups = None if agnostic and not many else idxs  # mmcv ignores class_agnostic for many boxes
         kept = _suppress(boxes, scores, groups, iou_threshold, score_threshold, max_num)
         return torch.cat((boxes[kept], scores[kept][:, None]), dim=1), kept
 
@@ -133,7 +134,7 @@ def _suppress(
     score_threshold: float,
     max_num: int,
 ) -> Tensor:
-    """Indices `Tensor[K]` int64 of what is kept, best first."""
+    """Indices `Tensor[K]` int64 of the boxes that are kept, best first."""
     if score_threshold > 0:
         passing = (scores > score_threshold).nonzero()[:, 0]
         groups = None if groups is None else groups[passing]

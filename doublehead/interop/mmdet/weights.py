@@ -65,7 +65,7 @@ UNNEEDED = (
     Unneeded(f"backbone.**.{COUNTER}", "counts batches in training; frozen norms have none"),
     Unneeded("roi_head.mask_head.**", "the mask branch"),
     Unneeded("data_preprocessor.*", "normalisation, which the recipe has"),
-    Unneeded("ema_*", "an average of the weights beside the weights"),
+    Unneeded("ema_*", "an additional average of the weights"),
 )
 FOREIGN = (
     Foreign("bbox_head.retina_cls.*", "a RetinaNet of MMDetection"),
@@ -84,7 +84,7 @@ FOREIGN = (
 
 
 def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
-    """How an MMDetection model is converted."""
+    """The plan for converting an MMDetection model."""
     tensors = checkpoint.tensors
     refuse(FOREIGN, tensors, ACCEPTED)
     backbone = find_resnet(tensors, [f"backbone.layer{stage}." for stage in (1, 2, 3, 4)])
@@ -140,7 +140,7 @@ def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
 
 
 def guessed(found: Configuration, style: str | None, double: bool) -> dict[str, str]:
-    """Fields that the checkpoint says nothing of, and where their values are from."""
+    """Fields that the checkpoint does not state -> where their values come from."""
     of_style = "--style" if style else "as MMDetection's default; another: --style caffe"
     sources = {
         "backbone.stride_in_1x1": (found.style, of_style),
@@ -155,12 +155,12 @@ def guessed(found: Configuration, style: str | None, double: bool) -> dict[str, 
 
 
 def bottleneck_rules(blocks: int) -> list[Rule]:
-    """Of the conv branch's bottlenecks, which follow the first block of the tower."""
+    """The rules for the conv branch's bottlenecks, which follow the first block of the tower."""
     return [
-        Rule(f"{HEAD}.conv_branch.{block}.{source}{layer}.*", f"{CONV_TOWER}.{block + 1}.residual.{place}.*")
+        Rule(f"{HEAD}.conv_branch.{block}.{source}{layer}.*", f"{CONV_TOWER}.{block + 1}.residual.{index}.*")
         for block in range(blocks)
         for layer in (1, 2, 3)
-        for source, place in (("conv", 3 * layer - 3), ("bn", 3 * layer - 2))
+        for source, index in (("conv", 3 * layer - 3), ("bn", 3 * layer - 2))
     ]
 
 

@@ -1,4 +1,4 @@
-"""torchvision's detectors: made faster where they are, or their weights brought here."""
+"""torchvision's detectors: accelerates models in place, or converts their weights."""
 
 from .weights import convert_faster_rcnn, faster_rcnn_config
 

@@ -1,4 +1,4 @@
-"""torchvision's Faster, Mask and Keypoint R-CNN made faster where they are, and back."""
+"""Accelerates torchvision's Faster, Mask and Keypoint R-CNN in place, and restores them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ORIGINAL = {ours: theirs for theirs, ours in ACCELERATED.items()} | {ChannelsLas
 
 POOLS = ("box_roi_pool", "mask_roi_pool", "keypoint_roi_pool")
 BOX_CLIP = math.log(1000 / 16)
-"""The bound of dw and dh that `doublehead.ops.detections` decodes with, torchvision's default."""
+"""The limit of dw and dh in `doublehead.ops.detections`: torchvision's default."""
 
 WRAPPERS = {
     "DataParallel": "give model.module",
@@ -46,10 +46,7 @@ WRAPPERS = {
 
 
 def accelerate(model: nn.Module) -> nn.Module:
-    """Replace a torchvision detector's slow parts by this library's operators, in place.
-
-    See `doublehead.accelerate`, which is this function.
-    """
+    """Replace slow parts of a torchvision detector with this library's operators, in place: `doublehead.accelerate`."""
     swaps = _swaps(model)  # everything is checked before anything is changed
     for module, ours in swaps:
         module.__class__ = ours
@@ -57,7 +54,7 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `accelerate`.  See `doublehead.restore`, which is this function."""
+    """Undo `accelerate`: this is `doublehead.restore`."""
     _check_model(model)
     for module in model.modules():
         if type(module) in ORIGINAL:
@@ -66,7 +63,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def _swaps(model: nn.Module) -> list[tuple[nn.Module, type]]:
-    """The modules to change and their new classes; what is changed already is checked and left out.
+    """The modules to change and their new classes; modules that are changed already are checked and left out.
 
     Raises:
         TypeError, ValueError: see `doublehead.accelerate`.
@@ -77,7 +74,7 @@ def _swaps(model: nn.Module) -> list[tuple[nn.Module, type]]:
     for name, theirs in needed:
         module = _attribute(model, name)
         if module is None and name.endswith(POOLS[1:]) or isinstance(module, OurMultiScaleRoIAlign):
-            continue  # there is no such head; or pooling is ours by its owner's choice
+            continue  # no such head, or a pooler the user built from our class
         _check_module(name, module, theirs)
     for name in ("rpn.box_coder", "roi_heads.box_coder"):
         _check_coder(name, _attribute(model, name))
@@ -86,7 +83,7 @@ def _swaps(model: nn.Module) -> list[tuple[nn.Module, type]]:
 
     heads = model.roi_heads
     own = [model.rpn, heads, *(getattr(heads, name) for name in POOLS)]
-    if _known_layers(model.backbone, model.rpn.head):  # others may not bear channels-last memory
+    if _known_layers(model.backbone, model.rpn.head):  # other layers may not support channels-last memory
         own += [model.transform, *model.backbone.modules()]
     swaps = {module: ACCELERATED[type(module)] for module in own if type(module) in ACCELERATED}
     if heads.box_roi_pool in swaps and _known_layers(heads.box_head, heads.box_predictor):
@@ -115,8 +112,8 @@ def _check_module(name: str, module: object, theirs: type) -> None:
     if ORIGINAL.get(type(module), type(module)) is not theirs:
         got = f"{type(module).__module__}.{type(module).__qualname__}"
         raise TypeError(
-            f"model.{name} must be torchvision's {theirs.__name__} itself, got {got}: what a class of somebody else's "
-            "does cannot be known; the model is left as it is"
+            f"model.{name} must be torchvision's {theirs.__name__} itself, got {got}, whose "
+            "behaviour is unknown; the model is left as it is"
         )
     methods = {method for method, value in vars(theirs).items() if callable(value)} | {"forward"}
     if replaced := sorted(methods & set(vars(module))):

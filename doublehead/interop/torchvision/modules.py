@@ -1,7 +1,7 @@
-"""torchvision's modules with a method or two replaced by this library's operators.
+"""torchvision's modules with some methods replaced by this library's operators.
 
-Each class adds behaviour and no state to its parent, so that an existing module becomes one, and its parent again, by
-`module.__class__ = ...`.
+Each class adds behaviour but no state to its parent, so assigning `module.__class__` converts an existing module, and
+converts it back.
 """
 
 from __future__ import annotations
@@ -20,23 +20,22 @@ from ...ops import clip_boxes, decode_boxes, detections, multiscale_roi_align, n
 from ...ops.roi_align.arguments import rois_of_list
 
 MIN_DETECTION_SIZE = 1e-2
-"""Pixels: torchvision removes detections that are narrower or lower."""
+"""Pixels: torchvision removes detections whose width or height is smaller."""
 
 
 class AcceleratedMultiScaleRoIAlign(MultiScaleRoIAlign):
-    """All levels and images in one call, without reading anything back."""
+    """Pools all levels and images in one call, without a device-to-host copy."""
 
     keeps_format = False
-    """Whether channels-last features give channels-last maps; heads that are not known may count on torchvision's,
-    which are contiguous whatever the features are."""
+    """Whether channels-last features give channels-last maps; unknown heads may rely on contiguous ones."""
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         features = [feature for name, feature in x.items() if name in self.featmap_names]
-        if self.scales is None or self.map_levels is None:  # torchvision's guess from the first call, kept as it is
+        if self.scales is None or self.map_levels is None:  # torchvision infers these in the first call and keeps them
             self.scales, self.map_levels = _setup_scales(
                 features, image_shapes, self.canonical_scale, self.canonical_level
             )
-        if not _successive(self.scales, len(features)):  # boxes of a level that is left out pool zeros
+        if not _successive(self.scales, len(features)):  # boxes of a missing level pool zeros
             return super().forward(x, boxes, image_shapes)
         (pooled,) = multiscale_roi_align(
             features,
@@ -51,16 +50,16 @@ class AcceleratedMultiScaleRoIAlign(MultiScaleRoIAlign):
 
 
 class ChannelsLastMultiScaleRoIAlign(AcceleratedMultiScaleRoIAlign):
-    """For heads of torchvision's own, which bear it: to flatten the maps, or convolve them, is work enough."""
+    """Keeps channels-last maps, for torchvision's own heads: they flatten or convolve maps in any memory format."""
 
     keeps_format = True
 
 
 class AcceleratedRPN(RegionProposalNetwork):
-    """At inference only the best anchors of each level are decoded; NMS works on the whole batch, level by level."""
+    """Decodes only the best anchors of each level at inference; one NMS call serves the whole batch."""
 
     def forward(self, images, features: dict[str, Tensor], targets=None) -> tuple[list[Tensor], dict[str, Tensor]]:
-        if self.training:  # the losses want every anchor; proposals come from filter_proposals
+        if self.training:  # the losses need every anchor; proposals come from filter_proposals
             return super().forward(images, features, targets)
         maps = list(features.values())
         logits, deltas = self.head(maps)
@@ -97,7 +96,7 @@ class AcceleratedRPN(RegionProposalNetwork):
         return self._suppress(*(torch.cat(parts, 1) for parts in (candidates, scores, levels)), image_shapes)
 
     def _best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and indices of the best of one level's anchors `Tensor[B, N]`, `Tensor[B, K]` each."""
+        """Scores and indices, `Tensor[B, K]` each, of the best among one level's anchors `Tensor[B, N]`."""
         best, index = logits.topk(min(self.pre_nms_top_n(), logits.shape[1]), dim=1)
         return _at_least_float32(best).sigmoid(), index
 
@@ -107,16 +106,16 @@ class AcceleratedRPN(RegionProposalNetwork):
         """Boxes `Tensor[B, N, 4]` with scores and levels `[B, N]` -> each image's proposals and their scores."""
         boxes = clip_boxes(candidates, _sizes(image_shapes, candidates.device))
         sides = boxes[..., 2:] - boxes[..., :2]
-        sound = (sides >= self.min_size).all(-1) & (scores >= self.score_thresh)
-        groups = torch.where(sound, levels, -1)
+        valid = (sides >= self.min_size).all(-1) & (scores >= self.score_thresh)
+        groups = torch.where(valid, levels, -1)
         slots = min(self.post_nms_top_n(), groups.shape[1])
         kept, counts = nms_padded(boxes, scores, groups, self.nms_thresh, slots)
-        kept = [row[:count] for row, count in zip(kept, counts.tolist(), strict=True)]  # the only wait for the device
+        kept = [row[:count] for row, count in zip(kept, counts.tolist(), strict=True)]  # the only host synchronisation
         return tuple([of_image[row] for of_image, row in zip(values, kept, strict=True)] for values in (boxes, scores))
 
 
 class AcceleratedRoIHeads(RoIHeads):
-    """Scores, decoding, thresholds and NMS of all images in one operator, which decodes only what can be kept."""
+    """Scores, decoding, thresholds and NMS of all images in one operator, which decodes only possible detections."""
 
     def postprocess_detections(
         self,
@@ -126,7 +125,7 @@ class AcceleratedRoIHeads(RoIHeads):
         image_shapes: list[tuple[int, int]],
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         if torch.is_grad_enabled() and (class_logits.requires_grad or box_regression.requires_grad):
-            # Somebody may differentiate detections; the operator has no gradient.
+            # The caller may differentiate detections; the operator has no gradient.
             return super().postprocess_detections(class_logits, box_regression, proposals, image_shapes)
         rois = [len(of_image) for of_image in proposals]
         deltas = box_regression.unflatten(1, (class_logits.shape[1], 4))
@@ -142,12 +141,12 @@ class AcceleratedRoIHeads(RoIHeads):
             min_size=MIN_DETECTION_SIZE,
             box_weights=self.box_coder.weights,
         )
-        counts = counts.tolist()  # the only wait for the device
+        counts = counts.tolist()  # the only host synchronisation
         return tuple([row[:count] for row, count in zip(of, counts, strict=True)] for of in (boxes, scores, labels))
 
 
 class AcceleratedTransform(GeneralizedRCNNTransform):
-    """The batch in channels-last memory: convolutions on a CPU and pooling are faster, the numbers the same."""
+    """Makes the batch channels-last on a CPU: convolutions and pooling are faster, with the same results."""
 
     def forward(self, images, targets=None):
         images, targets = super().forward(images, targets)
@@ -157,10 +156,10 @@ class AcceleratedTransform(GeneralizedRCNNTransform):
 
 
 class AcceleratedFrozenBatchNorm2d(FrozenBatchNorm2d):
-    """One pass in place of two."""
+    """Normalises in one pass instead of two."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.weight.dtype:  # under autocast torchvision's widens the map, and so changes what follows
+        if x.dtype != self.weight.dtype:  # under autocast torchvision's promotes the map, which affects later layers
             return super().forward(x)
         return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
@@ -171,17 +170,17 @@ def _successive(scales: list[float], levels: int) -> bool:
 
 
 def _rows(values: Tensor, index: Tensor) -> Tensor:
-    """Boxes of each image by their number: `[B, N, 4]`, `[B, K]` -> `[B, K, 4]`."""
+    """Select boxes of each image by index: `[B, N, 4]`, `[B, K]` -> `[B, K, 4]`."""
     return values.gather(1, index[..., None].expand(-1, -1, 4))
 
 
 def _pad(values: list[Tensor]) -> Tensor:
-    """Each image's `Tensor[R, ...]` -> `Tensor[B, most R, ...]`, zeros behind the last."""
+    """Each image's `Tensor[R, ...]` -> `Tensor[B, max R, ...]`, padded with zeros."""
     return values[0][None] if len(values) == 1 else pad_sequence(list(values), batch_first=True)
 
 
 def _sizes(image_shapes: list[tuple[int, int]], device: torch.device) -> Tensor:
-    """`Tensor[B, 2]` on the device, without waiting for it."""
+    """`Tensor[B, 2]` on the device, without a host synchronisation."""
     sizes = torch.tensor([(int(height), int(width)) for height, width in image_shapes], dtype=torch.float32)
     return sizes.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else sizes.to(device)
 

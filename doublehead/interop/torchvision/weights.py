@@ -1,8 +1,8 @@
-"""torchvision's Faster R-CNN: its configuration and its state_dict in this library's terms.
+"""Converts torchvision's Faster R-CNN: its configuration and its state_dict.
 
-Read: `fasterrcnn_resnet50_fpn` (version 1), others of its builders on a plain ResNet, and the box branch of Mask and
-Keypoint R-CNN.  Files from before torchvision 0.13, the published COCO weights among them, name the pyramid's and the
-RPN's convolutions without the last number.
+Supported are `fasterrcnn_resnet50_fpn` (version 1), the other builders on a plain ResNet, and the box branch of Mask
+and Keypoint R-CNN.  Files from before torchvision 0.13, such as the published COCO weights, lack the last number in the
+names of the pyramid's and the RPN's convolutions.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ FOREIGN = (
 
 
 def plan(checkpoint: Checkpoint, style: str | None) -> Plan:
-    """How a torchvision detector is converted."""
+    """The plan for converting a torchvision detector."""
     tensors = checkpoint.tensors
     refuse(FOREIGN, tensors, ACCEPTED)
     if style is not None:
@@ -121,7 +121,7 @@ def faster_rcnn_config(
     Args:
         norm: "batch_norm" for a model built without pretrained weights, as torchvision does.
         norm_eps: 0.0 for the published COCO_V1 weights.
-        backbone, fpn_channels, fc_dim, output_size: of another builder.
+        backbone, fpn_channels, fc_dim, output_size: for other builders.
     """
     return ModelConfig(
         backbone=BackboneConfig(backbone, norm, norm_eps, weights=None, frozen_stages=0, fpn_channels=fpn_channels),

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .arguments import ApplyArguments, BackwardArguments, ForwardArguments
 
 ROWS, CHANNELS = 32, 64  # a tile of the sums: 128-byte lines of 16-bit values
 APPLY_ROWS, APPLY_CHANNELS = 16, 128
@@ -181,10 +182,10 @@ def _apply_grid(rows: int, channels: int) -> tuple[int, int]:
     return triton.cdiv(rows, APPLY_ROWS), triton.cdiv(channels, APPLY_CHANNELS)
 
 
-def batch_norm_act(x, weight, bias, residual, relu, eps) -> tuple[Tensor, Tensor, Tensor]:
-    if x.dtype == torch.float64:
-        return reference.batch_norm_act(x, weight, bias, residual, relu, eps)
-    x = x.contiguous()
+def batch_norm_act(args: ForwardArguments) -> tuple[Tensor, Tensor, Tensor]:
+    if args.x.dtype == torch.float64:
+        return reference.batch_norm_act(args)
+    x = args.x.contiguous()
     rows, channels = x.shape
     parts, part_rows = parts_of(rows)
     means, squares = (x.new_empty((parts, channels), dtype=torch.float32) for _ in range(2))
@@ -193,30 +194,31 @@ def batch_norm_act(x, weight, bias, residual, relu, eps) -> tuple[Tensor, Tensor
         x, means, squares, rows, channels, part_rows, ROWS=ROWS, CHANNELS=CHANNELS, num_warps=WARPS
     )
     join_statistics_kernel[(triton.cdiv(channels, CHANNELS),)](
-        x, means, squares, mean, invstd, rows, channels, part_rows, parts, eps, CHANNELS=CHANNELS, num_warps=1
+        x, means, squares, mean, invstd, rows, channels, part_rows, parts, args.eps, CHANNELS=CHANNELS, num_warps=1
     )
-    return batch_norm_act_apply(x, mean, invstd, weight, bias, residual, relu), mean, invstd
+    y = batch_norm_act_apply(ApplyArguments(x, mean, invstd, args.weight, args.bias, args.residual, args.relu))
+    return y, mean, invstd
 
 
-def batch_norm_act_apply(x, mean, invstd, weight, bias, residual, relu) -> Tensor:
-    if x.dtype == torch.float64:
-        return reference.batch_norm_act_apply(x, mean, invstd, weight, bias, residual, relu)
-    x = x.contiguous()
+def batch_norm_act_apply(args: ApplyArguments) -> Tensor:
+    if args.x.dtype == torch.float64:
+        return reference.batch_norm_act_apply(args)
+    x, residual = args.x.contiguous(), args.residual
     rows, channels = x.shape
     y = torch.empty_like(x)
     apply_kernel[_apply_grid(rows, channels)](
-        x, None if residual is None else residual.contiguous(), mean, invstd, weight, bias, y, rows, channels,
-        RESIDUAL=residual is not None, RELU=relu, ROWS=APPLY_ROWS, CHANNELS=APPLY_CHANNELS, num_warps=WARPS,
+        x, None if residual is None else residual.contiguous(), args.mean, args.invstd, args.weight, args.bias, y,
+        rows, channels,
+        RESIDUAL=residual is not None, RELU=args.relu, ROWS=APPLY_ROWS, CHANNELS=APPLY_CHANNELS, num_warps=WARPS,
     )  # fmt: skip
     return y
 
 
-def batch_norm_act_backward(
-    grad, x, y, mean, invstd, weight, eps, residual=True
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if x.dtype == torch.float64:
-        return reference.batch_norm_act_backward(grad, x, y, mean, invstd, weight, residual)
-    grad, x = grad.contiguous(), x.contiguous()
+def batch_norm_act_backward(args: BackwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if args.x.dtype == torch.float64:
+        return reference.batch_norm_act_backward(args)
+    grad, x = args.grad.contiguous(), args.x.contiguous()
+    y, mean, invstd, weight = args.y, args.mean, args.invstd, args.weight
     rows, channels = x.shape
     parts, part_rows = parts_of(rows)
     grad_weights, grad_biases = (x.new_empty((parts, channels), dtype=torch.float32) for _ in range(2))
@@ -229,7 +231,7 @@ def batch_norm_act_backward(
         grad_weights, grad_biases, grad_weight, grad_bias, channels, parts,
         CHANNELS=CHANNELS, PARTS=MOST_PARTS, num_warps=2 * WARPS,
     )  # fmt: skip
-    grad_x, grad_residual = torch.empty_like(x), torch.empty_like(x) if residual else None
+    grad_x, grad_residual = torch.empty_like(x), torch.empty_like(x) if args.residual else None
     gradient_kernel[_apply_grid(rows, channels)](
         grad, x, y, mean, invstd, weight, grad_weight, grad_bias, grad_x, grad_residual, rows, channels,
         RELU=y is not None, ROWS=APPLY_ROWS, CHANNELS=APPLY_CHANNELS, num_warps=WARPS,

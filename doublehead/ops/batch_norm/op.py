@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._errors import check_tensor
+from .._checks import check_shape, check_tensor
+from .._dtypes import accumulation_dtype
 from .._library import define, define_autocast, define_autograd, define_cpu_kernel, define_triton_kernel
 from . import reference
+from .arguments import ApplyArguments, BackwardArguments, ForwardArguments
 
 
 def batch_norm_act(
@@ -50,7 +52,7 @@ def batch_norm_act(
 def batch_norm_act_apply(
     x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
 ) -> Tensor:
-    """`batch_norm_act` with given statistics, without gradient: what a backward pass recomputes in place of saving it.
+    """`batch_norm_act` with given statistics and without gradient, for a backward pass that recomputes the result.
 
     Arguments and errors are those of `batch_norm_act`; returns `Tensor[M, C]`.
     """
@@ -108,8 +110,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> 
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     for name, tensor in (("weight", weight), ("bias", bias)):
         check_tensor(name, tensor, "a Tensor[C]")
-        if tensor.shape != x.shape[1:]:
-            raise ValueError(f"{name} must have shape [C] = {list(x.shape[1:])}, got {list(tensor.shape)}")
+        check_shape(name, tensor, x.shape[1:], "[C]")
     if residual is not None:
         check_tensor("residual", residual, "a Tensor[M, C] or None")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
@@ -123,15 +124,16 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> 
 
 
 def _statistics_like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape[1], dtype=accumulation_dtype(x.dtype))
 
 
-def _reference_backward(grad, x, y, mean, invstd, weight, eps, residual=True):
-    return reference.batch_norm_act_backward(grad, x, y, mean, invstd, weight, residual)
+def _fake(args: ForwardArguments) -> tuple[Tensor, Tensor, Tensor]:
+    return args.x.new_empty(args.x.shape), _statistics_like(args.x), _statistics_like(args.x)
 
 
-def _fake_backward(grad, x, y, mean, invstd, weight, eps, residual=True):
-    grad_residual = x.new_empty(x.shape if residual else (0,))
+def _fake_backward(args: BackwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = args.x
+    grad_residual = x.new_empty(x.shape if args.residual else (0,))
     return x.new_empty(x.shape), _statistics_like(x), _statistics_like(x), grad_residual
 
 
@@ -139,19 +141,22 @@ _forward = define(
     "batch_norm_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, bool relu, float eps) "
     "-> (Tensor, Tensor, Tensor)",
     reference=reference.batch_norm_act,
-    fake=lambda x, *_: (x.new_empty(x.shape), _statistics_like(x), _statistics_like(x)),
+    fake=_fake,
+    pack=lambda *arguments: (ForwardArguments(*arguments),),
 )
 _apply = define(
     "batch_norm_act_apply(Tensor x, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, Tensor? residual, "
     "bool relu) -> Tensor",
     reference=reference.batch_norm_act_apply,
-    fake=lambda x, *_: x.new_empty(x.shape),
+    fake=lambda args: args.x.new_empty(args.x.shape),
+    pack=lambda *arguments: (ApplyArguments(*arguments),),
 )
 _backward = define(
     "batch_norm_act_backward(Tensor grad, Tensor x, Tensor? y, Tensor mean, Tensor invstd, Tensor weight, float eps, "
     "bool residual=True) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference=_reference_backward,
+    reference=reference.batch_norm_act_backward,
     fake=_fake_backward,
+    pack=lambda *arguments: (BackwardArguments(*arguments),),
 )
 
 
@@ -180,7 +185,7 @@ define_autocast("batch_norm_act", _forward)  # any dtype will do: the computatio
 
 
 # ---------------------------------------------------------------------------------------------
-# CPU: ATen's own kernels, which are as fast as memory. They want a map; rows are one of M x 1 cells, channels-last.
+# CPU: ATen's own kernels, which are as fast as memory.  They take maps: rows are a map of M x 1 cells, channels-last.
 
 
 def _as_map(rows: Tensor) -> Tensor:
@@ -197,29 +202,30 @@ def _finish(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     return y.relu_() if relu else y
 
 
-def _cpu(x, weight, bias, residual, relu, eps):
-    weight, bias = (parameter.to(_statistics_like(x).dtype) for parameter in (weight, bias))
-    y, mean, invstd = torch.native_batch_norm(_as_map(x), weight, bias, None, None, True, 0.0, eps)
-    return _finish(_as_rows(y), residual, relu), mean, invstd
+def _cpu(args: ForwardArguments):
+    weight, bias = (parameter.to(_statistics_like(args.x).dtype) for parameter in (args.weight, args.bias))
+    y, mean, invstd = torch.native_batch_norm(_as_map(args.x), weight, bias, None, None, True, 0.0, args.eps)
+    return _finish(_as_rows(y), args.residual, args.relu), mean, invstd
 
 
-def _cpu_apply(x, mean, invstd, weight, bias, residual, relu):
-    scale = invstd * weight
-    shift = bias - mean * scale
-    y = torch.addcmul(shift, x.to(scale.dtype), scale)
-    return _finish(y, residual, relu).to(x.dtype)
+def _cpu_apply(args: ApplyArguments):
+    scale = args.invstd * args.weight
+    shift = args.bias - args.mean * scale
+    y = torch.addcmul(shift, args.x.to(scale.dtype), scale)
+    return _finish(y, args.residual, args.relu).to(args.x.dtype)
 
 
-def _cpu_backward(grad, x, y, mean, invstd, weight, eps, residual=True):
-    grad = grad.contiguous()
-    if y is not None:
-        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+def _cpu_backward(args: BackwardArguments):
+    grad = args.grad.contiguous()
+    if args.y is not None:
+        grad = torch.ops.aten.threshold_backward(grad, args.y, 0)
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-        _as_map(grad), _as_map(x), weight.to(mean.dtype), None, None, mean, invstd, True, eps, [True, True, True]
-    )
-    if not residual:
-        return _as_rows(grad_x), grad_weight, grad_bias, x.new_empty(0)
-    return _as_rows(grad_x), grad_weight, grad_bias, grad.clone() if y is None else grad
+        _as_map(grad), _as_map(args.x), args.weight.to(args.mean.dtype), None, None, args.mean, args.invstd, True,
+        args.eps, [True, True, True],
+    )  # fmt: skip
+    if not args.residual:
+        return _as_rows(grad_x), grad_weight, grad_bias, args.x.new_empty(0)
+    return _as_rows(grad_x), grad_weight, grad_bias, grad.clone() if args.y is None else grad
 
 
 define_cpu_kernel("batch_norm_act", _cpu)

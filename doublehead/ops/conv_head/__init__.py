@@ -1,4 +1,4 @@
-"""The conv-head at inference: all its blocks, with batch norm folded into the weights, and the average of its cells."""
+"""The conv-head at inference: all blocks, with batch norms folded into the weights, and the average over cells."""
 
 from .op import Block, conv_head
 

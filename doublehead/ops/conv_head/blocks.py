@@ -1,10 +1,9 @@
-"""The blocks of a conv-head, as the operator is told of them."""
+"""The blocks of a conv-head, as the operator takes them."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,8 +16,8 @@ class Block(enum.IntEnum):
     """
 
     WIDENING = 0
-    """relu(W [relu(3x3(x)), x]): 3x3 weight, bias; W `Tensor[out, 2 * in]`, which is the residual's 1x1 beside the
-    shortcut's, and the sum of their biases."""
+    """relu(W [relu(3x3(x)), x]): 3x3 weight, bias; W `Tensor[out, 2 * in]`, the 1x1 of the residual beside that of the
+    shortcut, and the sum of their biases."""
     WIDENING_SHORTCUT_RELU = 1
     """relu(1x1(relu(3x3(x))) + relu(shortcut(x))), MMDetection's: 3x3, 1x1, shortcut, each weight and bias."""
     BOTTLENECK = 2
@@ -31,17 +30,8 @@ TENSORS = {Block.WIDENING: 4, Block.WIDENING_SHORTCUT_RELU: 6, Block.BOTTLENECK:
 """How many weights and biases a block takes."""
 
 
-class Attention(NamedTuple):
-    """How all non-local blocks of the head pair their cells; see `non_local_attention`."""
-
-    groups: int
-    softmax: bool
-    scale: float
-    relu: bool
-
-
 def each_block(blocks: Sequence[int], tensors: Sequence[Tensor]) -> Iterator[tuple[Block, Sequence[Tensor]]]:
-    """Every block with its own tensors."""
+    """Each block with its tensors."""
     begin = 0
     for block in map(Block, blocks):
         yield block, tensors[begin : begin + TENSORS[block]]

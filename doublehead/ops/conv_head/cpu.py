@@ -1,50 +1,51 @@
 """The folded conv-head on the CPU: PyTorch's matrix products on a few RoIs at a time.
 
-What costs on a CPU beside the products is memory: new pages for every intermediate map. So a few RoIs go through all
-blocks before the next few, and their intermediate maps, which lie in buffers used again and again, stay in the cache.
+Beside the products, memory costs time on a CPU: new pages for every intermediate map.  So a few RoIs go through all
+blocks before the next few, and their intermediate maps, in buffers that are reused, stay in the cache.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
 from ..non_local.reference import non_local_attention
-from .blocks import Attention, Block, each_block
+from .arguments import ConvHeadArguments
+from .blocks import Block, each_block
 
 CHUNK = 32
 """RoIs at a time: their widest maps are 32 x 49 x 1536 numbers, 9 MiB in float32."""
 
 
-def conv_head(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int], count: Tensor | None, *attention) -> Tensor:
+def conv_head(head: ConvHeadArguments) -> Tensor:
     """As `reference.conv_head`; RoIs from `count` on are not computed at all."""
+    x, count = head.x, head.count
     number = len(x) if count is None else min(max(int(count), 0), len(x))
-    vectors = x.new_zeros((len(x), tensors[-1].shape[0]))
+    vectors = x.new_zeros((len(x), head.tensors[-1].shape[0]))
     buffers = _Buffers(x)
     with torch.no_grad():
         for begin in range(0, number, CHUNK):
             end = min(begin + CHUNK, number)
-            vectors[begin:end] = _chunk(x[begin:end], tensors, blocks, Attention(*attention), buffers)
+            vectors[begin:end] = _chunk(x[begin:end], head, buffers)
     return vectors
 
 
 class _Buffers:
-    """Memory by name, made once."""
+    """Named memory, allocated once."""
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
-        self._made: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
 
     def rows(self, name: str, rows: int, channels: int) -> Tensor:
-        if name not in self._made or self._made[name].numel() < rows * channels:
-            self._made[name] = self._like.new_empty(rows * channels)
-        return self._made[name][: rows * channels].view(rows, channels)
+        if name not in self._buffers or self._buffers[name].numel() < rows * channels:
+            self._buffers[name] = self._like.new_empty(rows * channels)
+        return self._buffers[name][: rows * channels].view(rows, channels)
 
 
-def _chunk(x: Tensor, tensors, blocks, attention: Attention, buffers: _Buffers) -> Tensor:
+def _chunk(x: Tensor, head: ConvHeadArguments, buffers: _Buffers) -> Tensor:
+    """All blocks and the average for the maps `x`, a part of `head.x`."""
     number, channels, height, width = x.shape
     cells = height * width
     rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
@@ -62,11 +63,11 @@ def _chunk(x: Tensor, tensors, blocks, attention: Attention, buffers: _Buffers) 
 
     def non_local(rows: Tensor, qkv_weight, qkv_bias, out_weight, out_bias) -> Tensor:
         qkv = product("qkv", rows, qkv_weight, qkv_bias).view(number, cells, -1)
-        mixed = non_local_attention(qkv, attention.groups, attention.softmax, attention.scale)
+        mixed = non_local_attention(qkv, head.attention)
         y = add_product(mixed.view(len(rows), -1), rows, out_weight, out_bias)
-        return y.relu_() if attention.relu else y
+        return y.relu_() if head.relu else y
 
-    for block, own in each_block(blocks, tensors):
+    for block, own in each_block(head.blocks, head.tensors):
         if block == Block.WIDENING:
             both = buffers.rows("both", len(rows), 2 * rows.shape[1])
             torch.cat((conv3(rows, own[0], own[1]), rows), dim=1, out=both)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from .._errors import check_tensor
+from .._checks import check_count, check_same_dtype, check_tensor
 from .._library import define, define_autocast, define_autograd, define_cpu_kernel, define_triton_kernel
 from . import cpu, reference
+from .arguments import pack
 from .blocks import TENSORS, Block
 
 
@@ -26,16 +26,16 @@ def conv_head(
 ) -> Tensor:
     """All blocks of a conv-head and the average over cells, for inference: batch norms are folded into the weights.
 
-    Every convolution is one matrix product with its bias, residual and ReLU done at the end of it; the first block's
-    residual branch and shortcut are one product; the last one's end takes the average.  `count` stays on the device, so
-    that a captured CUDA graph serves any number of RoIs: rows from `count` on cost next to nothing.
+    Each convolution is one matrix product that ends with its bias, residual and ReLU; the first block's residual branch
+    and shortcut are one product; the last product ends with the average.  `count` stays on the device, so that a
+    captured CUDA graph serves any number of RoIs: rows from `count` on cost next to nothing.
 
     Args:
         x: `Tensor[N, C, H, W]`, float16, bfloat16, float32 or float64; channels-last is used without a copy.
         tensors: folded weights and biases of all blocks, one after the other: see `Block`; in the dtype of x.
         blocks: kinds of block, in order.
         count: `Tensor[]` int64 on the device of x: only the first `count` RoIs are computed.  None: all.
-        groups, softmax, scale: of the non-local blocks' attention: see `non_local_attention`.
+        groups, softmax, scale: the attention of the non-local blocks; see `Attention`.
         relu: whether non-local blocks end with ReLU.
 
     Returns:
@@ -63,17 +63,16 @@ def _check(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int], count: T
         raise ValueError(f"tensors must be {wanted} weights and biases for these blocks, got {len(tensors)}")
     for index, tensor in enumerate(tensors):
         check_tensor(f"tensors[{index}]", tensor, "a tensor")
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"tensors[{index}] must have the dtype of x, {x.dtype}, got {tensor.dtype}")
-    if count is not None and (count.dim() != 0 or count.dtype != torch.int64):
-        raise ValueError(f"count must be a Tensor[] of int64, got {list(count.shape)} {count.dtype}")
+        check_same_dtype(f"tensors[{index}]", tensor, "x", x)
+    check_count(count)
 
 
 _op = define(
     "conv_head(Tensor x, Tensor[] tensors, int[] blocks, Tensor? count, int groups, bool softmax, float scale, "
     "bool relu) -> Tensor",
     reference=reference.conv_head,
-    fake=lambda x, tensors, *_: x.new_empty((x.shape[0], tensors[-1].shape[0])),
+    fake=lambda head: head.x.new_empty((head.x.shape[0], head.tensors[-1].shape[0])),
+    pack=pack,
 )
 
 

@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from ..non_local.attention import Attention
 from ..non_local.reference import non_local_attention
-from .blocks import Attention, Block, each_block
+from .arguments import ConvHeadArguments
+from .blocks import Block, each_block
 
 
-def conv_head(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int], count: Tensor | None, *attention) -> Tensor:
-    """Block after block on maps `Tensor[N, C, H, W]`, then the average of each map's cells.
-
-    Args:
-        x: `Tensor[N, C, H, W]`.
-        tensors: weights and biases of all blocks: see `Block`.
-        blocks: kinds of block, in order.
-        count: `Tensor[]` int64: only the first `count` maps matter, the result of the others is zero.  None: all.
-        attention: `Attention`'s fields.
-    Returns:
-        `Tensor[N, dim]`.
-    """
+def conv_head(head: ConvHeadArguments) -> Tensor:
+    """Block after block on maps `Tensor[N, C, H, W]`, then the average of each map's cells: `Tensor[N, dim]`."""
+    x = head.x
     apply = {
         Block.WIDENING: _widening,
         Block.WIDENING_SHORTCUT_RELU: _widening_shortcut_relu,
         Block.BOTTLENECK: _bottleneck,
-        Block.NON_LOCAL: lambda x, *own: _non_local(x, *own, Attention(*attention)),
+        Block.NON_LOCAL: lambda x, *own: _non_local(x, *own, head.attention, head.relu),
     }
-    for block, own in each_block(blocks, tensors):
+    for block, own in each_block(head.blocks, head.tensors):
         x = apply[block](x, *own)
     vectors = x.mean((2, 3))
-    if count is None:
+    if head.count is None:
         return vectors
-    return torch.where(torch.arange(len(vectors), device=x.device)[:, None] < count, vectors, 0.0)
+    return torch.where(torch.arange(len(vectors), device=x.device)[:, None] < head.count, vectors, 0.0)
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -58,9 +49,9 @@ def _bottleneck(x, weight1, bias1, weight3, bias3, weight2, bias2):
     return (_conv(inner, weight2, bias2) + x).relu()
 
 
-def _non_local(x, qkv_weight, qkv_bias, out_weight, out_bias, attention: Attention):
+def _non_local(x, qkv_weight, qkv_bias, out_weight, out_bias, attention: Attention, relu: bool):
     qkv = _conv(x, qkv_weight, qkv_bias).flatten(2).transpose(1, 2).contiguous()  # [N, H*W, 3*D]
-    mixed = non_local_attention(qkv, attention.groups, attention.softmax, attention.scale)
+    mixed = non_local_attention(qkv, attention)
     mixed = mixed.transpose(1, 2).reshape(len(x), mixed.shape[2], *x.shape[2:])
     y = _conv(mixed, out_weight, out_bias) + x
-    return y.relu() if attention.relu else y
+    return y.relu() if relu else y

@@ -1,12 +1,11 @@
 """Triton kernels of the detections: from a RoI's logits to its few candidates, and from kept candidates to the result.
 
-Between the two works `nms_padded`.  Nothing waits for the device, and sizes depend on shapes and options alone.
+`nms_padded` runs between the two.  Nothing waits for the device, and sizes depend on shapes and options alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -17,6 +16,7 @@ from .._triton import next_power_of_2
 from ..nms import nms_padded
 from ..score_fusion.kernel import fuse, serves, softmax_row, warps
 from . import reference
+from .arguments import DetectionArguments
 
 #: Detections written by one program of the second kernel.
 BLOCK_DETECTIONS = 128
@@ -26,7 +26,7 @@ MAX_LOG_RATIO = tl.constexpr(math.log(1000 / 16))
 
 
 def candidate_slots(classes: int, fusion: str, score_threshold: float) -> int:
-    """Slots that surely hold every foreground class of a RoI whose score exceeds the threshold, and at least one.
+    """The number of slots that hold all foreground classes of a RoI whose scores exceed the threshold; at least one.
 
     With probabilities f and c of two heads, a score is at most f + c, or for one head, "none" and "average" the scores
     of a row sum to at most 1.  So the scores sum to at most `total` = 2 or 1, and fewer than total / threshold exceed
@@ -103,14 +103,14 @@ def _candidates(
 
     number = takes_part.to(tl.int32)
     rank = tl.cumsum(number, 0) - 1
-    takes_part &= rank < slots  # true by `candidate_slots`; were it not, no other row may suffer
-    place = row * slots + rank
-    tl.store(boxes + place * 4, x1, mask=takes_part)
-    tl.store(boxes + place * 4 + 1, y1, mask=takes_part)
-    tl.store(boxes + place * 4 + 2, x2, mask=takes_part)
-    tl.store(boxes + place * 4 + 3, y2, mask=takes_part)
-    tl.store(scores + place, score, mask=takes_part)
-    tl.store(groups + place, label, mask=takes_part)
+    takes_part &= rank < slots  # always, by `candidate_slots`; a guard for the other rows
+    target = row * slots + rank
+    tl.store(boxes + target * 4, x1, mask=takes_part)
+    tl.store(boxes + target * 4 + 1, y1, mask=takes_part)
+    tl.store(boxes + target * 4 + 2, x2, mask=takes_part)
+    tl.store(boxes + target * 4 + 3, y2, mask=takes_part)
+    tl.store(scores + target, score, mask=takes_part)
+    tl.store(groups + target, label, mask=takes_part)
 
     slot = tl.arange(0, BLOCK_SLOTS)
     unused = (slot >= tl.sum(number, 0)) & (slot < slots)
@@ -124,73 +124,45 @@ def _gather(
 ):
     """The detections of one image: candidates `kept`, zeros where that is -1."""
     image = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < detections
-    target = image * detections + place
+    position = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = position < detections
+    target = image * detections + position
     index = tl.load(kept + target, mask=inside, other=-1)
-    found = index >= 0
+    exists = index >= 0
     source = image * candidates + index
-    tl.store(kept_scores + target, tl.load(scores + source, mask=found, other=0.0), mask=inside)
-    tl.store(kept_labels + target, tl.load(groups + source, mask=found, other=0), mask=inside)
+    tl.store(kept_scores + target, tl.load(scores + source, mask=exists, other=0.0), mask=inside)
+    tl.store(kept_labels + target, tl.load(groups + source, mask=exists, other=0), mask=inside)
     corner = tl.arange(0, 4)[None, :]
-    box = tl.load(boxes + source[:, None] * 4 + corner, mask=found[:, None], other=0.0)
+    box = tl.load(boxes + source[:, None] * 4 + corner, mask=exists[:, None], other=0.0)
     tl.store(kept_boxes + target[:, None] * 4 + corner, box, mask=inside[:, None])
 
 
-def detections(
-    logits: Sequence[Tensor],
-    deltas: Tensor,
-    proposals: Tensor,
-    valid: Tensor,
-    sizes: Tensor,
-    fusion: str,
-    score_threshold: float,
-    nms_iou: float,
-    max_detections: int,
-    min_size: float,
-    least_side: float,
-    box_weights: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launches the kernels; arguments and results as in `reference.detections`."""
-    in_float32 = serves(*logits) and torch.float64 not in (deltas.dtype, proposals.dtype)
-    if not in_float32 or logits[0].shape[-1] == 1 or max_detections == 0:
-        return reference.detections(
-            logits, deltas, proposals, valid, sizes, fusion, score_threshold, nms_iou, max_detections, min_size,
-            least_side, box_weights,
-        )  # fmt: skip
-    fusion = fusion if len(logits) == 2 else "none"
-    boxes, scores, groups = candidates(
-        logits, deltas, proposals, valid, sizes, fusion, score_threshold, min_size, least_side, box_weights
-    )
-    rois = logits[0].shape[1]  # a class has a box of each at most
-    kept, count = nms_padded(boxes, scores, groups, nms_iou, max_detections, rois)
+def detections(args: DetectionArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launches the kernels; results as in `reference.detections`."""
+    in_float32 = serves(*args.logits) and torch.float64 not in (args.deltas.dtype, args.proposals.dtype)
+    if not in_float32 or args.logits[0].shape[-1] == 1 or args.max_detections == 0:
+        return reference.detections(args)
+    boxes, scores, groups = candidates(args)
+    rois = args.logits[0].shape[1]  # a class has a box of each at most
+    kept, count = nms_padded(boxes, scores, groups, args.nms_iou, args.max_detections, rois)
     return *gather(kept, boxes, scores, groups), count
 
 
-def candidates(
-    logits: Sequence[Tensor],
-    deltas: Tensor,
-    proposals: Tensor,
-    valid: Tensor,
-    sizes: Tensor,
-    fusion: str,
-    score_threshold: float,
-    min_size: float,
-    least_side: float,
-    box_weights: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What of all RoIs and classes takes part: boxes `[B, R * S, 4]`, scores and groups (class, or -1) `[B, R * S]`."""
+def candidates(args: DetectionArguments) -> tuple[Tensor, Tensor, Tensor]:
+    """The candidates of all RoIs and classes: boxes `[B, R * S, 4]`, scores and groups (class, or -1) `[B, R * S]`."""
+    logits, device = args.logits, args.deltas.device
+    fusion = args.fusion if len(logits) == 2 else "none"
     batch, rois, classes = logits[0].shape
-    slots = candidate_slots(classes, fusion, score_threshold)
-    shape, device = (batch, rois * slots), deltas.device
+    slots = candidate_slots(classes, fusion, args.score_threshold)
+    shape = (batch, rois * slots)
     boxes = torch.empty((*shape, 4), dtype=torch.float32, device=device)
     scores = torch.empty(shape, dtype=torch.float32, device=device)
     groups = torch.empty(shape, dtype=torch.int64, device=device)
     block = next_power_of_2(classes)
     _candidates[(batch * rois,)](
-        logits[0].contiguous(), logits[-1].contiguous(), deltas.contiguous(), proposals.contiguous(),
-        valid.contiguous().view(torch.uint8), sizes.contiguous(), boxes, scores, groups, rois, classes, slots,
-        score_threshold, min_size, least_side, *box_weights,
+        logits[0].contiguous(), logits[-1].contiguous(), args.deltas.contiguous(), args.proposals.contiguous(),
+        args.valid.contiguous().view(torch.uint8), args.sizes.contiguous(), boxes, scores, groups, rois, classes,
+        slots, args.score_threshold, args.min_size, args.least_side, *args.box_weights,
         FUSION=fusion, BLOCK_CLASSES=block, BLOCK_SLOTS=next_power_of_2(slots), num_warps=warps(block),
         enable_fp_fusion=False,  # boxes as PyTorch computes them: no product and sum in one rounding
     )  # fmt: skip

@@ -7,11 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._errors import check_tensor, refuse
-from .._library import define, define_autocast, define_autograd, define_cpu_kernel, define_triton_kernel
-from ..score_fusion.op import check_floating, check_fusion
-from ..score_fusion.reference import compute_dtype
+from .._checks import (
+    check_choice,
+    check_float,
+    check_not_negative,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    refuse,
+)
+from .._dtypes import box_dtype, score_dtype
+from .._library import below_autograd, define, define_autocast, define_autograd, define_cpu_kernel, define_triton_kernel
+from ..score_fusion.reference import FUSIONS
 from . import cpu, reference
+from .arguments import DetectionArguments
 
 
 def detections(
@@ -34,9 +43,9 @@ def detections(
     A candidate is a foreground class (class 0 is background) of a valid RoI.  Its score is the softmax of the logits,
     with two classifiers fused as in `fuse_scores`; its box is the proposal moved by the class's deltas (`decode_boxes`)
     and clipped to the image.  Candidates take part whose score exceeds `score_threshold`, whose box is finite before it
-    is clipped, and at least `min_size` wide and high after.  So a NaN or infinity removes what is made of it and
-    disturbs no other: a NaN or +inf logit all classes of its RoI, a delta its class, a proposal its RoI; -inf is a
-    class that is excluded.
+    is clipped, and at least `min_size` wide and high after.  So a NaN or infinity removes what depends on it
+    and nothing else: a NaN or +inf logit all classes of its RoI, a delta its class, a proposal its RoI; -inf excludes a
+    class.
 
     Nothing depends on the data in shape and nothing is read back from the device, so the operator compiles with
     `fullgraph=True` and exports.  It is not differentiable.  16-bit inputs are computed in float32.
@@ -73,21 +82,20 @@ def detections(
         refuse("logits", logits, "a list of 1 or 2 Tensor[B, R, C]")
     logits = tuple(logits)
     _check_tensors(logits, deltas, proposals, valid, sizes)
-    check_fusion("fusion", fusion)
+    check_choice("fusion", fusion, FUSIONS)
     if score_threshold != score_threshold:  # torch.compile cannot trace math.isnan of a float it does not know
         raise ValueError("score_threshold must be a number, got nan")
-    if max_detections < 0:
-        raise ValueError(f"max_detections must be >= 0, got {max_detections}")
+    check_not_negative("max_detections", max_detections)
     if len(box_weights) != 4 or not all(box_weights):
         raise ValueError(f"box_weights must be 4 numbers other than 0 (dx, dy, dw, dh), got {tuple(box_weights)}")
-    arguments = (
+    args = DetectionArguments(
         logits, deltas, proposals, valid, sizes, fusion, score_threshold, nms_iou, max_detections, min_size,
         least_side, tuple(box_weights),
     )  # fmt: skip
     if torch.compiler.is_compiling():
-        return _detections(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():  # there is no gradient to record, and it is the shorter way
-        return _detections(*arguments)
+        return _detections(*args)
+    with below_autograd():  # there is no gradient to record, and the call is shorter
+        return _detections(*args)
 
 
 def _check_tensors(logits: Sequence[Tensor], deltas: Tensor, proposals: Tensor, valid: Tensor, sizes: Tensor) -> None:
@@ -107,14 +115,10 @@ def _check_tensors(logits: Sequence[Tensor], deltas: Tensor, proposals: Tensor, 
     }
     for name, (tensor, letters, shape) in others.items():
         check_tensor(name, tensor, f"a Tensor{letters}")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must have shape {letters} = {list(shape)} like logits[0], got {list(tensor.shape)}"
-            )
-        if tensor.device != first.device:
-            raise ValueError(f"{name} must be on the device of logits[0], {first.device}, got {tensor.device}")
+        check_shape(name, tensor, shape, letters, "logits[0]")
+        check_same_device(name, tensor, "logits[0]", first)
         if name not in ("valid", "sizes"):
-            check_floating(name, tensor)
+            check_float(name, tensor)
     if valid.dtype != torch.bool:
         raise TypeError(f"valid must be bool, got {valid.dtype}")
     if sizes.dtype.is_complex or sizes.dtype == torch.bool:
@@ -125,15 +129,13 @@ def _check_tensors(logits: Sequence[Tensor], deltas: Tensor, proposals: Tensor, 
 # Registration
 
 
-def _fake(
-    logits, deltas, proposals, valid, sizes, fusion, score_threshold, nms_iou, max_detections, min_size, least_side,
-    box_weights,
-):  # fmt: skip
+def _fake(args: DetectionArguments):
+    deltas, number = args.deltas, args.max_detections
     batch = deltas.shape[0]
     return (
-        deltas.new_empty((batch, max_detections, 4), dtype=compute_dtype(deltas, proposals)),
-        deltas.new_empty((batch, max_detections), dtype=compute_dtype(*logits)),
-        deltas.new_empty((batch, max_detections), dtype=torch.int64),
+        deltas.new_empty((batch, number, 4), dtype=box_dtype(deltas, args.proposals)),
+        deltas.new_empty((batch, number), dtype=score_dtype(*args.logits)),
+        deltas.new_empty((batch, number), dtype=torch.int64),
         deltas.new_empty((batch,), dtype=torch.int64),
     )
 
@@ -145,6 +147,7 @@ _detections = define(
     " -> (Tensor boxes, Tensor scores, Tensor labels, Tensor count)",
     reference=reference.detections,
     fake=_fake,
+    pack=lambda *arguments: (DetectionArguments(*arguments),),
 )
 
 

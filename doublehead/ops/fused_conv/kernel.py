@@ -17,13 +17,14 @@ from torch import Tensor
 from .._library import Fallback
 from .._triton import UNALIGNED, aligned, convolution_precision
 from . import reference
+from .arguments import FusedConvArguments
 
 MOST_CELLS_OF_MEAN = 64
-"""Larger maps are averaged after the product: their cells do not fit one tile."""
+"""Larger maps are averaged after the product, as their cells do not fit one tile."""
 
 
 class Tile(NamedTuple):
-    """Sizes of a tile and how it is worked on."""
+    """The sizes of a tile, and its warps and pipeline stages."""
 
     m: int
     n: int
@@ -33,7 +34,7 @@ class Tile(NamedTuple):
 
 
 def tile_of(dtype: torch.dtype, mean: bool, capability: tuple[int, int]) -> Tile:
-    """A fixed table, so that results do not depend on a race between configurations."""
+    """The tile from a fixed table: with autotuning, results would depend on timings."""
     if dtype == torch.float32:  # on sm_100 the residual of the large tile would spill
         return Tile(64, 64, 32, 4, 3) if mean or capability >= (10, 0) else Tile(128, 128, 32, 8, 3)
     return Tile(64, 128, 64, 4, 3) if mean else Tile(128, 128, 64, 8, 3)
@@ -42,17 +43,17 @@ def tile_of(dtype: torch.dtype, mean: bool, capability: tuple[int, int]) -> Tile
 def most_registers(
     dtype: torch.dtype, mean: bool, residual: bool, count: bool, capability: tuple[int, int]
 ) -> int | None:
-    """How many registers a thread may use, if that is limited.
+    """The limit of registers for each thread, or None.
 
-    With 128, two blocks of 256 threads share a multiprocessor; left to itself the compiler takes some more, and
-    there is one. Only sm_90 keeps the sum in few enough registers: elsewhere, and for other variants, some spill.
+    With 128, two blocks of 256 threads share a multiprocessor; without a limit the compiler takes a few more, and only
+    one block fits.  Only sm_90 keeps the sum in few enough registers: elsewhere, and for other variants, some spill.
     """
     fits = capability == (9, 0) and dtype != torch.float32 and not mean and (count or not residual)
     return 128 if fits else None
 
 
 def serves(dtype: torch.dtype) -> bool:
-    """Whether the kernel is the best there is: exact float32 would leave the tensor cores, where cuBLAS is faster."""
+    """Whether the kernel is the fastest choice: exact float32 does without tensor cores, and there cuBLAS is faster."""
     return dtype != torch.float64 and (dtype != torch.float32 or convolution_precision(dtype) == "tf32")
 
 
@@ -148,37 +149,37 @@ def fused_conv_kernel(
 
 
 def _capability(x: Tensor) -> tuple[int, int]:
-    """Of the GPU; in Triton's interpreter there is none."""
+    """The GPU's compute capability; (0, 0) in Triton's interpreter."""
     return torch.cuda.get_device_capability(x.device) if x.is_cuda and torch.version.hip is None else (0, 0)
 
 
-def fused_conv(x, weight, bias, second, residual, count, size, relu, mean, fill=True) -> Tensor:
-    """The operator's arguments, in order; without `fill`, maps from `count` on may be left unwritten."""
-    height, width = size
-    rows, channels = x.shape
-    cells = height * width
-    if not serves(x.dtype) or rows >= 2**31:
-        return reference.fused_conv(x, weight, bias, second, residual, count, size, relu, mean)
-    if mean and cells > MOST_CELLS_OF_MEAN:
-        maps = fused_conv(x, weight, bias, second, residual, count, size, relu, False)
-        return maps.view(-1, cells, len(weight)).mean(1)
-    x, second, residual = (tensor if tensor is None else tensor.contiguous() for tensor in (x, second, residual))
-    memory_format = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
-    weight = weight.contiguous(memory_format=memory_format)
-    if not aligned(
-        x, second, residual, weight, bias, channels, None if second is None else second.shape[1], len(weight)
-    ):
+def fused_conv(conv: FusedConvArguments, fill: bool = True) -> Tensor:
+    """Launches the kernel; without `fill`, maps from `conv.count` on may be left unwritten."""
+    height, width = conv.size
+    rows, channels = conv.x.shape
+    cells, outputs = height * width, len(conv.weight)
+    if not serves(conv.x.dtype) or rows >= 2**31:
+        return reference.fused_conv(conv)
+    if conv.mean and cells > MOST_CELLS_OF_MEAN:
+        return fused_conv(conv._replace(mean=False)).view(-1, cells, outputs).mean(1)
+    x, second, residual = (
+        tensor if tensor is None else tensor.contiguous() for tensor in (conv.x, conv.second, conv.residual)
+    )
+    second_channels = 0 if second is None else second.shape[1]
+    memory_format = torch.channels_last if conv.weight.dim() == 4 else torch.contiguous_format
+    weight = conv.weight.contiguous(memory_format=memory_format)
+    if not aligned(x, second, residual, weight, conv.bias, channels, second_channels, outputs):
         raise Fallback(UNALIGNED)
     capability, precision = _capability(x), convolution_precision(x.dtype)
-    tile = tile_of(x.dtype, mean, capability)
-    out = x.new_empty((rows // cells if mean else rows, len(weight)))
-    tiles = rows // cells if mean else triton.cdiv(rows, tile.m)
+    tile = tile_of(x.dtype, conv.mean, capability)
+    tiles = rows // cells if conv.mean else triton.cdiv(rows, tile.m)
+    out = x.new_empty((rows // cells if conv.mean else rows, outputs))
     if out.numel():
-        fused_conv_kernel[(triton.cdiv(len(weight), tile.n) * tiles,)](
-            x, second, weight, bias, residual, count, out, rows, channels,
-            0 if second is None else second.shape[1], len(weight), height, width,
-            TAPS=9 if weight.dim() == 4 else 1, RELU=relu, MEAN=mean, FILL=fill, PRECISION=precision,
+        fused_conv_kernel[(triton.cdiv(outputs, tile.n) * tiles,)](
+            x, second, weight, conv.bias, residual, conv.count, out, rows, channels, second_channels, outputs,
+            height, width,
+            TAPS=9 if weight.dim() == 4 else 1, RELU=conv.relu, MEAN=conv.mean, FILL=fill, PRECISION=precision,
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
-            maxnreg=most_registers(x.dtype, mean, residual is not None, count is not None, capability),
+            maxnreg=most_registers(x.dtype, conv.mean, residual is not None, conv.count is not None, capability),
         )  # fmt: skip
     return out

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._errors import check_tensor
+from .._checks import check_count, check_same_dtype, check_shape, check_tensor
 from .._library import define, define_autograd, define_cpu_kernel, define_triton_kernel
 from . import reference
+from .arguments import FusedConvArguments
 
 
 def fused_conv(
@@ -74,17 +75,17 @@ def _check(x, weight, bias, size, second, residual, count) -> None:
         "residual": (residual, (x.shape[0], out)),
     }
     for name, (tensor, shape) in shapes.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+        if tensor is not None:
+            check_shape(name, tensor, shape)
     for name, tensor in (("weight", weight), *((name, tensor) for name, (tensor, _) in shapes.items())):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
-    if count is not None and (count.dim() != 0 or count.dtype != torch.int64):
-        raise ValueError(f"count must be a Tensor[] of int64, got {list(count.shape)} {count.dtype}")
+        if tensor is not None:
+            check_same_dtype(name, tensor, "x", x)
+    check_count(count)
 
 
-def _fake(x, weight, bias, second, residual, count, size, relu, mean):
-    return x.new_empty((x.shape[0] // (size[0] * size[1]) if mean else x.shape[0], weight.shape[0]))
+def _fake(conv: FusedConvArguments):
+    number, outputs = conv.x.shape[0], conv.weight.shape[0]
+    return conv.x.new_empty((number // (conv.size[0] * conv.size[1]) if conv.mean else number, outputs))
 
 
 _op = define(
@@ -92,6 +93,7 @@ _op = define(
     "bool relu, bool mean) -> Tensor",
     reference=reference.fused_conv,
     fake=_fake,
+    pack=lambda *arguments: (FusedConvArguments(*arguments),),
 )
 
 
@@ -99,13 +101,14 @@ def _no_gradient(ctx, grad):
     raise RuntimeError("fused_conv has no gradient: it is for inference, with batch norms folded into its weights")
 
 
-def _cpu(x, weight, bias, second, residual, count, size, relu, mean):
-    if weight.dim() == 4 or second is not None or residual is None or count is not None:
-        return reference.fused_conv(x, weight, bias, second, residual, count, size, relu, mean)
-    y = torch.addmm(residual, x, weight.t())  # the sum costs no pass of its own
-    y = y if bias is None else y.add_(bias)
-    y = y.relu_() if relu else y
-    return y.view(len(x) // (size[0] * size[1]), size[0] * size[1], len(weight)).mean(1) if mean else y
+def _cpu(conv: FusedConvArguments) -> Tensor:
+    if conv.weight.dim() == 4 or conv.second is not None or conv.residual is None or conv.count is not None:
+        return reference.fused_conv(conv)
+    y = torch.addmm(conv.residual, conv.x, conv.weight.t())  # the sum costs no pass of its own
+    y = y if conv.bias is None else y.add_(conv.bias)
+    y = y.relu_() if conv.relu else y
+    cells = conv.size[0] * conv.size[1]
+    return y.view(len(y) // cells, cells, y.shape[1]).mean(1) if conv.mean else y
 
 
 define_cpu_kernel("fused_conv", _cpu)

@@ -1,45 +1,29 @@
-"""An image batch on the CPU: the reference's arithmetic, at the new size alone and written straight into the batch."""
+"""The image batch on the CPU: the reference's arithmetic, only at the new size and written straight into the batch."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .reference import compute_dtype, memory_format, white_of
+from .._dtypes import resizing_dtype
+from .arguments import ImageBatchArguments, each_image, empty_batch
+from .reference import white_of
 
 
-def image_batch(
-    images: Sequence[Tensor],
-    sizes: Sequence[int],
-    height: int,
-    width: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    swap: bool,
-    rounded: bool,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:
-    """Arguments as in `reference.image_batch`."""
-    batch = torch.empty(
-        (len(images), 3, height, width),
-        dtype=dtype,
-        device=images[0].device,
-        memory_format=memory_format(channels_last),
-    )
-    for image, slot, new_height, new_width in zip(images, batch, sizes[::2], sizes[1::2], strict=True):
-        values = interpolate(image.to(compute_dtype(dtype))[None], (new_height, new_width), mode="bilinear")[0]
+def image_batch(args: ImageBatchArguments) -> Tensor:
+    """As `reference.image_batch`."""
+    batch, rounded = empty_batch(args), args.rounded
+    for slot, (image, height, width) in zip(batch, each_image(args), strict=True):
+        values = image.to(resizing_dtype(args.dtype))
+        values = interpolate(values[None], (height, width), mode="bilinear")[0]
         if rounded:  # `values` is this function's own, unless nothing had to be computed
             values = values.mul(255 // white_of(image, False)).add_(0.5).floor_().clamp_(0, 255)
         white = white_of(image, rounded)
-        for channel in range(3):
-            source = values[2 - channel if swap else channel]
-            bias = source.new_tensor(-mean[channel] / std[channel])
-            target = slot[channel, :new_height, :new_width]
-            torch.add(bias, source, alpha=1 / (white * std[channel]), out=target)
-        slot[:, :, new_width:] = 0
-        slot[:, new_height:, :new_width] = 0
+        for channel, (mean, std) in enumerate(zip(args.mean, args.std, strict=True)):
+            source = values[2 - channel if args.swap else channel]
+            bias = source.new_tensor(-mean / std)
+            torch.add(bias, source, alpha=1 / (white * std), out=slot[channel, :height, :width])
+        slot[:, :, width:] = 0
+        slot[:, height:, :width] = 0
     return batch

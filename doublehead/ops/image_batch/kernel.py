@@ -1,8 +1,6 @@
-"""Triton kernel of the image batch: one launch an image writes its whole slot of the batch, padding included."""
+"""Triton kernel of the image batch: one launch for each image writes its slot of the batch, padding included."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -10,12 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .arguments import ImageBatchArguments, each_image, empty_batch
 
-#: Pixels of a program's tile, of which each thread has two.
+#: Pixels of a program's tile; each thread has two.
 BLOCK_Y, BLOCK_X, WARPS = 4, 64, 4
 
-#: Sizes and strides differ from picture to picture: a kernel for each kind of them would be compiled again and again.
-_ANY = (
+#: Sizes and strides differ between images: specialised kernels would be compiled again and again.
+_UNSPECIALISED = (
     "height", "width", "new_height", "new_width", "canvas_height", "canvas_width", "stride_c", "stride_y"
 )  # fmt: skip
 
@@ -29,7 +28,7 @@ def _corners(position, size, ratio):
     return first, second, source - first.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=_ANY)
+@triton.jit(do_not_specialize=_UNSPECIALISED)
 def _resize(
     image, slot, height, width, new_height, new_width, canvas_height, canvas_width, stride_c, stride_y, stride_x,
     ratio_y, ratio_x, levels, gain_0, gain_1, gain_2, bias_0, bias_1, bias_2,
@@ -69,29 +68,14 @@ def _resize(
         tl.store(slot + offset, value, mask=canvas)  # rounds to the batch's dtype
 
 
-def image_batch(
-    images: Sequence[Tensor],
-    sizes: Sequence[int],
-    height: int,
-    width: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    swap: bool,
-    rounded: bool,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:
-    """Launches the kernel; arguments as in `reference.image_batch`."""
+def image_batch(args: ImageBatchArguments) -> Tensor:
+    """Launches the kernel for each image."""
+    _, _, height, width, mean, std, swap, rounded, dtype, channels_last = args
     if dtype == torch.float64:
-        return reference.image_batch(
-            images, sizes, height, width, mean, std, swap, rounded, dtype, channels_last
-        )  # fmt: skip
-    batch = torch.empty(
-        (len(images), 3, height, width), dtype=dtype, device=images[0].device,
-        memory_format=reference.memory_format(channels_last),
-    )  # fmt: skip
+        return reference.image_batch(args)
+    batch = empty_batch(args)
     grid = (triton.cdiv(width, BLOCK_X), triton.cdiv(height, BLOCK_Y))
-    for image, slot, new_height, new_width in zip(images, batch, sizes[::2], sizes[1::2], strict=True):
+    for slot, (image, new_height, new_width) in zip(batch, each_image(args), strict=True):
         white = reference.white_of(image, rounded)
         _resize[grid](
             image, slot, *image.shape[1:], new_height, new_width, height, width, *image.stride(),
@@ -104,6 +88,6 @@ def image_batch(
 
 
 def _wide(image: Tensor, slot: Tensor) -> bool:
-    """Do offsets leave 32 bits?  A view's reach counts, not its number of elements."""
+    """Whether offsets exceed 32 bits.  The reach of a view decides, not its number of elements."""
     reach = sum((size - 1) * stride for size, stride in zip(image.shape, image.stride(), strict=True))
     return max(reach, slot.numel()) >= 2**31 - 2**16  # a tile may count beyond the canvas before it is masked

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._errors import check_tensor
+from .._checks import check_same_device, check_tensor
+from .._dtypes import FLOATS
 from .._library import define, define_autocast, define_autograd, define_cpu_kernel, define_triton_kernel
 from . import cpu, reference
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from .arguments import ImageBatchArguments, empty_batch
 
 
 def image_batch(
@@ -41,8 +41,8 @@ def image_batch(
         mean: of the batch's three channels, that is after `swap`.
         std: of the batch's three channels, not 0.
         swap: the batch has the channels in reverse order: RGB becomes BGR.
-        rounded: resized pixels are rounded to the levels 0 .. 255 before they are normalised (halves up), as where
-            images are resized as integers.  The gradient passes through the rounding as if it were not there.
+        rounded: resized pixels are rounded to the levels 0 .. 255 before they are normalised (halves up), as if
+            images were resized as integers.  The gradient passes the rounding unchanged.
         dtype: of the batch: float16, bfloat16, float32 or float64.
         channels_last: the batch's memory format.
 
@@ -56,9 +56,11 @@ def image_batch(
     images = list(images)
     _check(images, sizes, canvas, mean, std, dtype)
     flat = [side for size in sizes for side in size]
-    arguments = (images, flat, *canvas, list(mean), list(std), swap, rounded, dtype, channels_last)
+    arguments = ImageBatchArguments(
+        images, flat, *canvas, list(mean), list(std), swap, rounded, dtype, channels_last
+    )  # fmt: skip
     if torch.is_grad_enabled() and any(image.requires_grad for image in images):
-        return reference.image_batch(*arguments)
+        return reference.image_batch(arguments)
     return _image_batch(*arguments)
 
 
@@ -71,19 +73,16 @@ def _check(images, sizes, canvas, mean, std, dtype) -> None:
         check_tensor(f"images[{index}]", image, "a Tensor[3, h, w]")
         if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
             raise ValueError(f"images[{index}] must have shape [3, h, w], not empty, got {list(image.shape)}")
-        if image.dtype != torch.uint8 and image.dtype not in _DTYPES:
+        if image.dtype != torch.uint8 and image.dtype not in FLOATS:
             raise TypeError(f"images[{index}] must be uint8, float16, bfloat16, float32 or float64, got {image.dtype}")
-        if image.device != images[0].device:
-            raise ValueError(
-                f"images[{index}] must be on the device of images[0], {images[0].device}, got {image.device}"
-            )
+        check_same_device(f"images[{index}]", image, "images[0]", images[0])
         if len(size) != 2 or min(size) < 1 or size[0] > canvas[0] or size[1] > canvas[1]:
             raise ValueError(
                 f"sizes[{index}] must be (height, width) from 1 to canvas {tuple(canvas)}, got {tuple(size)}"
             )
     if len(mean) != 3 or len(std) != 3 or 0 in tuple(std):
         raise ValueError(f"mean and std must have 3 numbers, std none that is 0, got {tuple(mean)} and {tuple(std)}")
-    if dtype not in _DTYPES:
+    if dtype not in FLOATS:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
 
 
@@ -91,18 +90,12 @@ def _check(images, sizes, canvas, mean, std, dtype) -> None:
 # Registration
 
 
-def _fake(images, sizes, height, width, mean, std, swap, rounded, dtype, channels_last):
-    return torch.empty(
-        (len(images), 3, height, width), dtype=dtype, device=images[0].device,
-        memory_format=reference.memory_format(channels_last),
-    )  # fmt: skip
-
-
 _image_batch = define(
     "image_batch(Tensor[] images, SymInt[] sizes, SymInt height, SymInt width, float[] mean, float[] std, bool swap, "
     "bool rounded, ScalarType dtype, bool channels_last) -> Tensor",
     reference=reference.image_batch,
-    fake=_fake,
+    fake=empty_batch,
+    pack=lambda *arguments: (ImageBatchArguments(*arguments),),
 )
 
 

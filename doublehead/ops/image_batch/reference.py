@@ -1,30 +1,21 @@
-"""An image batch, defined in plain PyTorch; arguments as `image_batch`'s, sizes flat, all positional."""
+"""The image batch in plain PyTorch: the definition, for any device."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from .._dtypes import resizing_dtype
+from .arguments import ImageBatchArguments, each_image, memory_format
 
-def image_batch(
-    images: Sequence[Tensor],
-    sizes: Sequence[int],
-    height: int,
-    width: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    swap: bool,
-    rounded: bool,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:
-    """`sizes` is (height, width) of the first image, of the second, ..."""
-    compute = compute_dtype(dtype)
+
+def image_batch(args: ImageBatchArguments) -> Tensor:
+    """The batch, `Tensor[B, 3, height, width]`."""
+    _, _, height, width, mean, std, swap, rounded, dtype, channels_last = args
+    compute = resizing_dtype(dtype)
     rows = []
-    for image, new_height, new_width in zip(images, sizes[::2], sizes[1::2], strict=True):
+    for image, new_height, new_width in each_image(args):
         white = white_of(image, rounded)
         values = image.to(compute) * (white / white_of(image, False))
         values = interpolate(values[None], (new_height, new_width), mode="bilinear", align_corners=False)[0]
@@ -38,7 +29,7 @@ def image_batch(
 
 
 class RoundLevels(torch.autograd.Function):
-    """To the nearest level 0 .. 255, halves up; the gradient passes as if nothing had happened."""
+    """Rounds to the nearest level 0 .. 255, halves up; the gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx, levels: Tensor) -> Tensor:
@@ -50,15 +41,5 @@ class RoundLevels(torch.autograd.Function):
 
 
 def white_of(image: Tensor, rounded: bool) -> int:
-    """The number that stands for white while an image is resized: levels have 255, floating images 1."""
+    """The value of white while an image is resized: 255 for levels, 1 for floating images."""
     return 255 if rounded or image.dtype == torch.uint8 else 1
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, but float64 for a batch in float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def memory_format(channels_last: bool) -> torch.memory_format:
-    """Of the batch."""
-    return torch.channels_last if channels_last else torch.contiguous_format

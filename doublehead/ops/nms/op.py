@@ -5,8 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._errors import ArgumentTypeError, ArgumentValueError, check_tensor
-from .._library import define, define_autocast, one_thread_if_forked
+from .._checks import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    check_float,
+    check_not_negative,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
+from .._library import define, define_autocast, define_vmap, one_thread_if_forked
 from . import reference
 
 
@@ -42,8 +50,8 @@ def nms_padded(
         ValueError: shapes do not fit, devices differ, or `max_output` or `largest_group` is negative.
     """
     _check(boxes, scores, groups, batched=True)
-    _check_not_negative("max_output", max_output)
-    _check_not_negative("largest_group", largest_group)
+    check_not_negative("max_output", max_output, ArgumentValueError)
+    check_not_negative("largest_group", largest_group, ArgumentValueError)
     return _nms_padded(boxes, scores, groups, iou_threshold, max_output, largest_group)
 
 
@@ -78,7 +86,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """Non-maximum suppression within each class: `torchvision.ops.batched_nms`, with the same result on valid input.
 
-    Boxes of different classes are never compared, in place of being moved apart, so the result is exactly that of `nms`
+    Boxes of different classes are never compared (torchvision moves them apart), so the result is exactly that of `nms`
     class by class, also for negative, infinite or NaN coordinates, any class number, and float16.  Equal scores are
     ordered by index (torchvision's order of ties is unspecified).
 
@@ -124,46 +132,29 @@ def _as_groups(idxs: Tensor) -> Tensor:
 
 
 def _check(boxes: Tensor, scores: Tensor, groups: Tensor | None, *, batched: bool) -> None:
-    lead = "B, N" if batched else "N"
-    dim = 3 if batched else 2
-    check_tensor("boxes", boxes, f"a Tensor[{lead}, 4]")
-    check_tensor("scores", scores, f"a Tensor[{lead}]")
-    if boxes.dim() != dim or boxes.shape[-1] != 4:
-        raise ArgumentValueError(f"boxes must have shape [{lead}, 4], got {list(boxes.shape)}")
-    if scores.shape != boxes.shape[:-1]:
-        raise ArgumentValueError(
-            f"scores must have shape [{lead}] = {list(boxes.shape[:-1])} like boxes, got {list(scores.shape)}"
-        )
-    for name, tensor in (("boxes", boxes), ("scores", scores)):
-        if tensor.dtype not in _FLOATS:
-            raise ArgumentTypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-    if scores.device != boxes.device:
-        raise ArgumentValueError(f"scores must be on the device of boxes, {boxes.device}, got {scores.device}")
+    of_boxes, of_scores = ("[B, N, 4]", "[B, N]") if batched else ("[N, 4]", "[N]")
+    if not (isinstance(boxes, Tensor) and isinstance(scores, Tensor)):
+        check_tensor("boxes", boxes, f"a Tensor{of_boxes}")
+        check_tensor("scores", scores, f"a Tensor{of_scores}")
+    if boxes.dim() != (3 if batched else 2) or boxes.shape[-1] != 4:
+        raise ArgumentValueError(f"boxes must have shape {of_boxes}, got {list(boxes.shape)}")
+    check_shape("scores", scores, boxes.shape[:-1], of_scores, "boxes", ArgumentValueError)
+    check_float("boxes", boxes, ArgumentTypeError)
+    check_float("scores", scores, ArgumentTypeError)
+    check_same_device("scores", scores, "boxes", boxes, ArgumentValueError)
     if batched or groups is not None:
-        _check_groups(boxes, groups, batched, lead)
+        _check_groups(boxes, groups, batched, of_scores)
 
 
-def _check_groups(boxes: Tensor, groups: Tensor, batched: bool, lead: str) -> None:
+def _check_groups(boxes: Tensor, groups: Tensor, batched: bool, letters: str) -> None:
     name = "groups" if batched else "idxs"
-    check_tensor(name, groups, f"a Tensor[{lead}]")
-    if groups.shape != boxes.shape[:-1]:
-        raise ArgumentValueError(
-            f"{name} must have shape [{lead}] = {list(boxes.shape[:-1])} like boxes, got {list(groups.shape)}"
-        )
+    check_tensor(name, groups, f"a Tensor{letters}")
+    check_shape(name, groups, boxes.shape[:-1], letters, "boxes", ArgumentValueError)
     if batched and groups.dtype != torch.int64:
         raise ArgumentTypeError(f"groups must be int64, got {groups.dtype}")
     if groups.dtype.is_complex:
         raise ArgumentTypeError(f"{name} must be integers or floats, got {groups.dtype}")
-    if groups.device != boxes.device:
-        raise ArgumentValueError(f"{name} must be on the device of boxes, {boxes.device}, got {groups.device}")
-
-
-def _check_not_negative(name: str, number: int) -> None:
-    if number < 0:
-        raise ArgumentValueError(f"{name} must be >= 0, got {number}")
-
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    check_same_device(name, groups, "boxes", boxes, ArgumentValueError)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -229,5 +220,5 @@ def _vmap_nms(info, in_dims, boxes, scores, groups, iou_threshold):
     return indices[:, : counts[0] if counts else 0], 0
 
 
-torch.library.register_vmap("doublehead::nms_padded", _vmap_nms_padded)
-torch.library.register_vmap("doublehead::nms", _vmap_nms)
+define_vmap("nms_padded", _vmap_nms_padded)
+define_vmap("nms", _vmap_nms)

@@ -21,7 +21,7 @@ from ..boxes import box_iou
 def nms_padded(
     boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_output: int, largest_group: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Greedy suppression by the letter: take the best box left, strike what it suppresses, and again.
+    """Greedy suppression: keep the best box left, strike what it suppresses, and repeat.
 
     Shapes depend on shapes alone and nothing is read back from the device.  The time is that of `max_output` passes
     over N boxes, the memory a few times that of the input.
@@ -47,8 +47,8 @@ def nms_padded(
     kept = []
     for _ in range(min(max_output, number)):
         best = left.byte().argmax(dim=1, keepdim=True)  # the first True: argmax gives the first of equals
-        found = left.gather(1, best)
-        kept.append(torch.where(found, order.gather(1, best), -1))
+        exists = left.gather(1, best)
+        kept.append(torch.where(exists, order.gather(1, best), -1))
         iou = box_iou(boxes.gather(1, best[..., None].expand(-1, -1, 4)), boxes)[:, 0]
         struck = (iou.double() > iou_threshold) & (groups == groups.gather(1, best))
         left = left & ~struck & (position != best)

@@ -20,6 +20,7 @@ from torch import Tensor
 from .._library import warn_fallback
 from .._triton import aligned, matmul_precision
 from . import reference
+from .attention import Attention
 
 MAX_CELLS = 256
 MAX_WIDTH = 512
@@ -42,8 +43,8 @@ def _store(base, rows, row_stride, columns, count, tile):
 
 
 @triton.jit
-def _place(cells, groups, WIDTH: tl.constexpr):
-    """Of this program's RoI: its group's first feature, and its first row among those of all RoIs."""
+def _feature_and_row(cells, groups, WIDTH: tl.constexpr):
+    """The first feature of this program's group, and the first row of its RoI."""
     roi = (tl.program_id(0) // groups).to(tl.int64)
     return tl.program_id(0) % groups * WIDTH, roi * cells
 
@@ -88,7 +89,7 @@ def _softmax(logits, columns, cells):
 @triton.jit(do_not_specialize_on_alignment=["count"])
 def forward(qkv, out, count, cells, groups, scale, SOFTMAX: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
             CELLS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    feature, row = _place(cells, groups, WIDTH)
+    feature, row = _feature_and_row(cells, groups, WIDTH)
     queries = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     keys = tl.arange(0, CELLS)
     inner = groups * WIDTH
@@ -109,7 +110,7 @@ def forward(qkv, out, count, cells, groups, scale, SOFTMAX: tl.constexpr, WIDTH:
 def backward_whole(qkv, grad, grad_qkv, cells, groups, scale, SOFTMAX: tl.constexpr, WIDTH: tl.constexpr,
                    ROWS: tl.constexpr, CELLS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """All three gradients of a RoI that is one tile."""
-    feature, row = _place(cells, groups, WIDTH)
+    feature, row = _feature_and_row(cells, groups, WIDTH)
     every = tl.arange(0, CELLS)
     inner = groups * WIDTH
     stride = 3 * inner
@@ -136,8 +137,8 @@ def backward_whole(qkv, grad, grad_qkv, cells, groups, scale, SOFTMAX: tl.conste
 def backward_queries(qkv, grad, grad_qkv, statistics, cells, groups, scale, SOFTMAX: tl.constexpr,
                      WIDTH: tl.constexpr, ROWS: tl.constexpr, CELLS: tl.constexpr, CHUNK: tl.constexpr,
                      PRECISION: tl.constexpr):  # fmt: skip
-    """The queries' gradient.  Leaves of each softmax the maximum, the sum and the mean gradient for the keys'."""
-    feature, row = _place(cells, groups, WIDTH)
+    """The queries' gradient.  Stores the maximum, the sum and the mean gradient of each softmax for `backward_keys`."""
+    feature, row = _feature_and_row(cells, groups, WIDTH)
     queries = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     keys = tl.arange(0, CELLS)
     inner = groups * WIDTH
@@ -167,9 +168,9 @@ def backward_keys(qkv, grad, grad_qkv, statistics, cells, groups, scale, SOFTMAX
                   PRECISION: tl.constexpr):  # fmt: skip
     """The gradients of a block of keys and of their values.
 
-    Weights of keys beyond T are anything, infinity too: each is a row of its own in the end, and never stored.
+    Weights of keys beyond T are undefined, infinite too: each fills a row of its own, which is never stored.
     """
-    feature, row = _place(cells, groups, WIDTH)
+    feature, row = _feature_and_row(cells, groups, WIDTH)
     keys = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     queries = tl.arange(0, CELLS)
     inner = groups * WIDTH
@@ -202,14 +203,14 @@ def backward_keys(qkv, grad, grad_qkv, statistics, cells, groups, scale, SOFTMAX
 
 
 class Configuration(NamedTuple):
-    """How a kernel is cut and run."""
+    """A kernel's tile, warps and pipeline stages."""
 
     rows: int
-    """Of a program's tile of pairwise products."""
+    """Rows of a program's tile of pairwise products."""
     cells: int
-    """Columns of that tile: all of a RoI's."""
+    """Columns of that tile: all cells of a RoI."""
     chunk: int
-    """Features at a time, at most; the kernel takes a divisor of the group's width."""
+    """Most features at a time; the kernel takes a divisor of the group's width."""
     num_warps: int
     num_stages: int
 
@@ -235,49 +236,47 @@ CONFIGURATIONS: dict[tuple[str, bool], tuple[Configuration, ...]] = {
 
 
 def configuration(kernel: str, cells: int, dtype: torch.dtype) -> Configuration | None:
-    """The first that holds `cells` columns, or None."""
+    """The first configuration that holds `cells` columns, or None."""
     fitting = (c for c in CONFIGURATIONS[kernel, dtype.itemsize == 2] if c.cells >= cells)
     return next(fitting, None)
 
 
-def non_local_attention(
-    qkv: Tensor, groups: int, softmax: bool, scale: float, count: Tensor | None = None
-) -> Tensor:  # fmt: skip
+def non_local_attention(qkv: Tensor, attention: Attention, count: Tensor | None = None) -> Tensor:
     """See `reference.non_local_attention`, which serves what the kernel does not.
 
-    `count`: `Tensor[]` int64: the RoIs from this one on may be left unwritten.  None: none is.
+    `count`: `Tensor[]` int64: RoIs from this one on may be left unwritten.  None: all are written.
     """
-    if not _served("non_local_attention", groups, qkv):
-        return reference.non_local_attention(qkv, groups, softmax, scale)
+    if not _served("non_local_attention", attention.groups, qkv):
+        return reference.non_local_attention(qkv, attention)
     qkv = qkv.contiguous()
     number, cells, inner = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     out = torch.empty((number, cells, inner), dtype=qkv.dtype, device=qkv.device)
     chosen = configuration("forward", cells, qkv.dtype)
-    _launch(forward, chosen, (qkv, out, count), groups, softmax, scale)
+    _launch(forward, chosen, (qkv, out, count), attention)
     return out
 
 
-def non_local_attention_backward(grad: Tensor, qkv: Tensor, groups: int, softmax: bool, scale: float) -> Tensor:
+def non_local_attention_backward(grad: Tensor, qkv: Tensor, attention: Attention) -> Tensor:
     """See `reference.non_local_attention_backward`."""
-    if not _served("non_local_attention_backward", groups, qkv, grad):
-        return reference.non_local_attention_backward(grad, qkv, groups, softmax, scale)
+    if not _served("non_local_attention_backward", attention.groups, qkv, grad):
+        return reference.non_local_attention_backward(grad, qkv, attention)
     grad, qkv = grad.contiguous(), qkv.contiguous()
     number, cells, _ = qkv.shape
     grad_qkv = torch.empty_like(qkv)
     whole = configuration("backward_whole", cells, qkv.dtype)
     if whole:
-        _launch(backward_whole, whole, (qkv, grad, grad_qkv), groups, softmax, scale)
+        _launch(backward_whole, whole, (qkv, grad, grad_qkv), attention)
         return grad_qkv
     chosen = configuration("backward_blocks", cells, qkv.dtype)
-    size = (number, groups, 3, cells) if softmax else (0,)
+    size = (number, attention.groups, 3, cells) if attention.softmax else (0,)
     statistics = torch.empty(size, dtype=torch.float32, device=qkv.device)
     for kernel in (backward_queries, backward_keys):
-        _launch(kernel, chosen, (qkv, grad, grad_qkv, statistics), groups, softmax, scale)
+        _launch(kernel, chosen, (qkv, grad, grad_qkv, statistics), attention)
     return grad_qkv
 
 
 def _served(name: str, groups: int, qkv: Tensor, grad: Tensor | None = None) -> bool:
-    """Whether the kernels compute this.  Warns, once, where a user could change that."""
+    """Whether the kernels serve this call.  Warns once where a user could change that."""
     if not qkv.numel() or qkv.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return False
     reason = _unserved(qkv.shape[1], qkv.shape[2] // 3 // groups, qkv, grad)
@@ -287,7 +286,7 @@ def _served(name: str, groups: int, qkv: Tensor, grad: Tensor | None = None) -> 
 
 
 def _unserved(cells: int, width: int, qkv: Tensor, grad: Tensor | None) -> str | None:
-    """One of a few constant texts: each is warned of once."""
+    """The reason to refuse a call, or None; a constant text, as each is warned of once."""
     if cells > MAX_CELLS:
         return f"maps of more than {MAX_CELLS} cells are not served"
     if width % 16 or width > MAX_WIDTH:
@@ -297,22 +296,22 @@ def _unserved(cells: int, width: int, qkv: Tensor, grad: Tensor | None) -> str |
     return None if aligned(*given) else "a tensor begins at an address that is no multiple of 16 bytes"
 
 
-def _launch(kernel, chosen: Configuration, tensors: tuple[Tensor | None, ...], groups, softmax, scale) -> None:
+def _launch(kernel, chosen: Configuration, tensors: tuple[Tensor | None, ...], attention: Attention) -> None:
     qkv = tensors[0]
     number, cells, _ = qkv.shape
-    kernel[number * groups, triton.cdiv(cells, chosen.rows)](
+    kernel[number * attention.groups, triton.cdiv(cells, chosen.rows)](
         *tensors,
         cells,
-        groups,
-        scale,
+        attention.groups,
+        attention.scale,
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-        **constants(chosen, qkv.shape[2] // 3 // groups, softmax, matmul_precision(qkv.dtype)),
+        **constants(chosen, qkv.shape[2] // 3 // attention.groups, attention.softmax, matmul_precision(qkv.dtype)),
     )
 
 
 def constants(chosen: Configuration, width: int, softmax: bool, precision: str) -> dict[str, int | bool | str]:
-    """What a kernel is compiled for."""
+    """The constants that a kernel is compiled with."""
     return {
         "SOFTMAX": softmax,
         "WIDTH": width,

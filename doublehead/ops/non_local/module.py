@@ -8,7 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .._folded import FoldedWeights, compute_dtype
+from .._checks import check_choice
+from .._dtypes import accumulation_dtype, layer_dtype
+from .._folded import FoldedWeights
+from .attention import Attention, attention_of
 from .op import PAIRWISE, BatchNorm, fold_out, mix, non_local, project
 
 
@@ -16,11 +19,11 @@ class NonLocalBlock(nn.Module):
     """y = x + BN(out(attention(theta(x), phi(x)) g(x))) over the cells of each map; see `non_local`.
 
     `theta`, `phi`, `g` and `out` hold the weights of 1x1 convolutions, and `norm` is a `BatchNorm2d` or None.  They are
-    computed together, so forward hooks on them do not run (with `block.fused = False` they do, one module after the
-    other).  A `norm` of another type, such as the one that
-    `SyncBatchNorm.convert_sync_batchnorm` puts there, is called as the module that it is.  `theta`, `phi` and `g` start
-    as any convolution of PyTorch does, the weight and bias of `out` at zero (so does the authors' release): a fresh
-    block adds nothing to x.
+    computed together, so forward hooks on them do not run (with `block.fused = False` the modules run one after the
+    other, and so do their hooks).  A `norm` of another type, such as the one that
+    `SyncBatchNorm.convert_sync_batchnorm` puts there, is called as a module.  `theta`, `phi` and `g` are initialised
+    like any convolution of PyTorch, the weight and bias of `out` to zero, as in the authors' release: a fresh block
+    adds nothing to x.
 
     Args:
         channels: width of input and output.
@@ -56,8 +59,7 @@ class NonLocalBlock(nn.Module):
             inner = channels // 2
         if groups < 1 or inner % groups:
             raise ValueError(f"groups must be at least 1 and divide the inner width {inner}, got {groups}")
-        if pairwise not in PAIRWISE:
-            raise ValueError(f"pairwise must be one of {', '.join(PAIRWISE)}, got {pairwise!r}")
+        check_choice("pairwise", pairwise, PAIRWISE)
         self.pairwise, self.groups, self.scale, self.relu_after = pairwise, groups, scale, relu_after
         self.fused = True
         self.theta = nn.Conv2d(channels, inner, 1)
@@ -78,7 +80,7 @@ class NonLocalBlock(nn.Module):
             return non_local(x, *self._folded_weights(x), **attention, relu=self.relu_after)
         weight, bias = self._qkv()
         if self.norm is not None and type(self.norm) is not nn.BatchNorm2d:
-            return self._around_norm(x, weight, bias, attention)
+            return self._around_norm(x, weight, bias)
         return non_local(
             x,
             weight,
@@ -90,6 +92,14 @@ class NonLocalBlock(nn.Module):
             norm=_batch_norm(self.norm) if self.norm is not None else None,
             training=self.norm is not None and self.norm.training,
         )
+
+    def attention(self, cells: int) -> Attention:
+        """The options of the block's attention on maps of so many cells."""
+        return attention_of(self.pairwise, self.groups, self.scale, cells=cells, inner=self.theta.out_channels)
+
+    def held_tensors(self) -> list[Tensor]:
+        """The folded weights that the last call has read: what a recorded CUDA graph has to keep alive."""
+        return self._folded.tensors()
 
     def train(self, mode: bool = True) -> NonLocalBlock:
         self._folded.forget()
@@ -109,12 +119,12 @@ class NonLocalBlock(nn.Module):
         return not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
     def _folded_weights(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What `non_local` takes: weight and bias of queries, keys and values, and of `out` with the norm in them."""
+        """Weight and bias of queries, keys and values, and of `out` with the norm folded in, for `non_local`."""
         parts = [(layer.weight, layer.bias) for layer in (self.theta, self.phi, self.g, self.out)]
         norm = () if self.norm is None else _batch_norm(self.norm)
         tensors = [tensor for part in (*parts, norm[:4]) for tensor in part if tensor is not None]
         cast = torch.is_autocast_enabled(x.device.type) and self.theta.weight.dtype != torch.float64
-        dtype = compute_dtype(x) if cast else self.theta.weight.dtype
+        dtype = layer_dtype(x) if cast else self.theta.weight.dtype
 
         def fold() -> tuple[Tensor, ...]:
             out = self.out.weight.flatten(1), self.out.bias
@@ -128,16 +138,16 @@ class NonLocalBlock(nn.Module):
         layers = self.theta, self.phi, self.g
         return torch.cat([layer.weight.flatten(1) for layer in layers]), torch.cat([layer.bias for layer in layers])
 
-    def _around_norm(self, x: Tensor, weight: Tensor, bias: Tensor, attention: dict) -> Tensor:
+    def _around_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The block with `norm` called as a module."""
         cells = x.permute(0, 2, 3, 1)
-        mixed = mix(cells.flatten(1, 2), weight, bias, **attention)
+        mixed = mix(cells.flatten(1, 2), weight, bias, self.attention(x.shape[2] * x.shape[3]))
         projected = project(mixed, self.out.weight.flatten(1), self.out.bias).view(*cells.shape).permute(0, 3, 1, 2)
         y = x + self.norm(projected)
         return y.relu() if self.relu_after else y
 
     def _by_modules(self, x: Tensor) -> Tensor:
-        """The block as one writes it down: four convolutions, two matrix products, a batch norm."""
+        """The block module by module: four convolutions, two matrix products, a batch norm."""
 
         def cells(x: Tensor) -> Tensor:  # [N, D, H, W] -> [N, groups, H * W, D / groups]
             return x.flatten(2).unflatten(1, (self.groups, -1)).transpose(2, 3)
@@ -147,7 +157,7 @@ class NonLocalBlock(nn.Module):
             weights = query @ key.transpose(2, 3) / query.shape[2]
         else:
             query = query * query.shape[3] ** -0.5 if self.scale else query
-            precise = torch.promote_types(query.dtype, torch.float32)  # the logits can be large
+            precise = accumulation_dtype(query.dtype)  # the logits can be large
             weights = torch.softmax(query @ key.transpose(2, 3), dim=3, dtype=precise).to(query.dtype)
         mixed = (weights @ value).transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:])
         y = self.out(mixed)
@@ -196,7 +206,7 @@ class NonLocalBlock(nn.Module):
 
 
 def _batch_norm(norm: nn.BatchNorm2d) -> BatchNorm:
-    """The parts of `norm`; counts the batch, as its own forward would."""
+    """The parts of `norm`; counts the batch, as its forward does."""
     momentum = norm.momentum
     if norm.training and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)

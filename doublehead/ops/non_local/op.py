@@ -8,27 +8,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._errors import check_tensor
-from .._folded import compute_dtype
+from .._checks import check_choice, check_shape, check_tensor
+from .._dtypes import accumulation_dtype, layer_dtype
 from .._library import define, define_autocast, define_autograd, define_triton_kernel
 from ..batch_norm.op import batch_norm_act, track_statistics
 from ..fused_conv.op import fused_conv
 from . import reference
+from .attention import Attention, attention_of
 
 PAIRWISE = ("dot_product", "embedded_gaussian")
 
 
 class BatchNorm(NamedTuple):
-    """What a batch norm over C channels is made of; each tensor `Tensor[C]`."""
+    """A batch norm over C channels; each tensor is a `Tensor[C]`."""
 
     weight: Tensor | None
     bias: Tensor | None
     running_mean: Tensor | None
-    """None, with `running_var`: no running statistics, those of the batch are taken at inference too."""
+    """None together with `running_var`: the statistics of the batch are used at inference too."""
     running_var: Tensor | None
     eps: float = 1e-5
     momentum: float = 0.1
-    """Share of the batch in the updated running statistics."""
+    """The batch's share in the updated running statistics."""
 
 
 def non_local(
@@ -47,7 +48,7 @@ def non_local(
 ) -> Tensor:
     """Non-local block: y = x + BN(W_out attention(x) + b_out), the attention among the cells of each map.
 
-    Of each cell's query, key and value, D features in `groups` independent parts of d = D / groups:
+    The D features of each cell's query, key and value fall into `groups` independent parts of d = D / groups:
 
         dot_product           attention = Q K^T V / (H W)
         embedded_gaussian     attention = softmax(Q K^T) V; with `scale`, softmax(Q K^T / sqrt(d)) V
@@ -86,7 +87,8 @@ def non_local(
     _check(x, qkv_weight, qkv_bias, out_weight, out_bias, pairwise, groups)
     number, channels, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
-    mixed = mix(rows.view(number, height * width, channels), qkv_weight, qkv_bias, pairwise, groups, scale)
+    attention = attention_of(pairwise, groups, scale, cells=height * width, inner=out_weight.shape[1])
+    mixed = mix(rows.view(number, height * width, channels), qkv_weight, qkv_bias, attention)
     if norm is None or (not training and norm.running_mean is not None):
         weight, bias = (out_weight, out_bias) if norm is None else fold_out(norm, out_weight, out_bias)
         y = _project_and_add(rows, mixed, weight, bias, relu)
@@ -95,12 +97,9 @@ def non_local(
     return y.view(number, height, width, channels).permute(0, 3, 1, 2)
 
 
-def mix(cells: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, pairwise: str, groups: int, scale: bool) -> Tensor:
+def mix(cells: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, attention: Attention) -> Tensor:
     """The attention of `non_local`, without what follows it: `Tensor[N, T, C]` -> `Tensor[N, T, D]`."""
-    qkv = project(cells, qkv_weight, qkv_bias)
-    if pairwise == "dot_product":
-        return _op(qkv, groups, False, 1 / cells.shape[1])
-    return _op(qkv, groups, True, (qkv_weight.shape[0] // 3 // groups) ** -0.5 if scale else 1.0)
+    return _op(project(cells, qkv_weight, qkv_bias), *attention)
 
 
 def project(cells: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -109,7 +108,7 @@ def project(cells: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     A matrix product; but in float32 on CUDA it is left a convolution, as PyTorch lets the user choose the precision of
     the two apart, and by default takes TF32 for convolutions alone.
     """
-    if cells.device.type != "cuda" or compute_dtype(cells) != torch.float32:
+    if cells.device.type != "cuda" or layer_dtype(cells) != torch.float32:
         return F.linear(cells, weight, bias)
     number, length, channels = cells.shape
     maps = cells.reshape(number, length, 1, channels).permute(0, 3, 1, 2)  # of T x 1 cells, channels-last
@@ -118,7 +117,7 @@ def project(cells: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def fold_out(norm: BatchNorm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight and bias of the projection with the batch norm of inference in them, in float32 at least."""
-    precise = torch.promote_types(weight.dtype, torch.float32)
+    precise = accumulation_dtype(weight.dtype)
     factor = (norm.running_var.to(precise) + norm.eps).rsqrt()
     if norm.weight is not None:
         factor = factor * norm.weight
@@ -170,44 +169,42 @@ def _check(x, qkv_weight, qkv_bias, out_weight, out_bias, pairwise, groups) -> N
         raise ValueError(f"x must have shape [N, C, H, W], got {list(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
-    if pairwise not in PAIRWISE:
-        raise ValueError(f"pairwise must be one of {', '.join(PAIRWISE)}, got {pairwise!r}")
+    check_choice("pairwise", pairwise, PAIRWISE)
     channels, inner = x.shape[1], qkv_weight.shape[0] // 3
-    _check_shape("qkv_weight", qkv_weight, [3 * inner, channels], "[3 * D, C]")
-    _check_shape("out_weight", out_weight, [channels, inner], "[C, D]")
+    check_shape("qkv_weight", qkv_weight, (3 * inner, channels), "[3 * D, C]")
+    check_shape("out_weight", out_weight, (channels, inner), "[C, D]")
     if qkv_bias is not None:
-        _check_shape("qkv_bias", qkv_bias, [3 * inner], "[3 * D]")
+        check_shape("qkv_bias", qkv_bias, (3 * inner,), "[3 * D]")
     if out_bias is not None:
-        _check_shape("out_bias", out_bias, [channels], "[C]")
+        check_shape("out_bias", out_bias, (channels,), "[C]")
     if groups < 1 or inner % groups:
         raise ValueError(f"groups must be at least 1 and divide D = {inner}, got {groups}")
-
-
-def _check_shape(name: str, tensor: Tensor, shape: list[int], letters: str) -> None:
-    if list(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape {letters} = {shape}, got {list(tensor.shape)}")
 
 
 # ---------------------------------------------------------------------------------------------
 # Registration
 
 
-def _fake(qkv, groups, softmax, scale):
+def _fake(qkv, attention):
     return qkv.new_empty((qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3))
 
 
-def _fake_backward(grad, qkv, groups, softmax, scale):
+def _fake_backward(grad, qkv, attention):
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
 _ATTENTION = "int groups, bool softmax, float scale"
 _op = define(
-    f"non_local_attention(Tensor qkv, {_ATTENTION}) -> Tensor", reference=reference.non_local_attention, fake=_fake
+    f"non_local_attention(Tensor qkv, {_ATTENTION}) -> Tensor",
+    reference=reference.non_local_attention,
+    fake=_fake,
+    pack=lambda qkv, *attention: (qkv, Attention(*attention)),
 )
 _op_backward = define(
     f"non_local_attention_backward(Tensor grad, Tensor qkv, {_ATTENTION}) -> Tensor",
     reference=reference.non_local_attention_backward,
     fake=_fake_backward,
+    pack=lambda grad, qkv, *attention: (grad, qkv, Attention(*attention)),
 )
 
 

@@ -11,39 +11,40 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._dtypes import accumulation_dtype
+from .attention import Attention
 
-def non_local_attention(qkv: Tensor, groups: int, softmax: bool, scale: float) -> Tensor:
+
+def non_local_attention(qkv: Tensor, attention: Attention) -> Tensor:
     """O = P V with P = softmax(scale * Q K^T), or scale * Q K^T itself, for each RoI and group.
 
     The pairwise products are taken in float32 at least, as they can be large, and P is rounded to the dtype of `qkv`.
 
     Args:
         qkv: `Tensor[N, T, 3 * D]`: of each cell the query, the key, the value.
-        groups: how many independent parts D falls into.
-        softmax: over the keys.
-        scale: factor of the pairwise products.
+        attention: groups, softmax or none, scale.
     Returns:
         `Tensor[N, T, D]`.
     """
     query, key, value = qkv.chunk(3, dim=2)
     mixed = []
-    for q, k, v in _groups(groups, query, key, value):
-        weights = _weights(q, k, softmax, scale).to(qkv.dtype)
+    for q, k, v in _groups(attention.groups, query, key, value):
+        weights = _weights(q, k, attention).to(qkv.dtype)
         mixed.append(torch.bmm(weights, v))
-    return mixed[0] if groups == 1 else torch.cat(mixed, dim=2)
+    return mixed[0] if attention.groups == 1 else torch.cat(mixed, dim=2)
 
 
-def non_local_attention_backward(grad: Tensor, qkv: Tensor, groups: int, softmax: bool, scale: float) -> Tensor:
+def non_local_attention_backward(grad: Tensor, qkv: Tensor, attention: Attention) -> Tensor:
     """Gradient of `qkv`; `grad`: `Tensor[N, T, D]`, that of the result.  P is computed anew.
 
     dV = P^T dO;  dP = dO V^T;  dS = P (dP - sum over keys of dP P), or dP;  dQ = scale * dS K;  dK = scale * dS^T Q.
     """
     query, key, value = qkv.chunk(3, dim=2)
     grads = []
-    for g, q, k, v in _groups(groups, grad, query, key, value):
-        weights = _weights(q, k, softmax, scale)
-        grad_logits = _products(g, v, scale)
-        if softmax:
+    for g, q, k, v in _groups(attention.groups, grad, query, key, value):
+        weights = _weights(q, k, attention)
+        grad_logits = _products(g, v, attention.scale)
+        if attention.softmax:
             grad_logits = weights * (grad_logits - (weights * grad_logits).sum(dim=2, keepdim=True))
         weights, grad_logits = weights.to(qkv.dtype), grad_logits.to(qkv.dtype)
         pairs = (grad_logits, k), (grad_logits.transpose(1, 2), q), (weights.transpose(1, 2), g)
@@ -56,14 +57,14 @@ def _groups(groups: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.chunk(groups, dim=2) for tensor in tensors), strict=True)
 
 
-def _weights(query: Tensor, key: Tensor, softmax: bool, scale: float) -> Tensor:
-    products = _products(query, key, scale)
-    return products.softmax(dim=2) if softmax else products
+def _weights(query: Tensor, key: Tensor, attention: Attention) -> Tensor:
+    products = _products(query, key, attention.scale)
+    return products.softmax(dim=2) if attention.softmax else products
 
 
 def _products(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """`scale * a b^T` of every RoI, `[N, T, T]`, in float32 at least."""
-    precise = torch.promote_types(a.dtype, torch.float32)
+    precise = accumulation_dtype(a.dtype)
     nothing = a.new_zeros((), dtype=precise)
     return torch.baddbmm(nothing, a.to(precise), b.to(precise).transpose(1, 2), beta=0, alpha=scale)
 
@@ -72,7 +73,7 @@ def non_local(x, qkv_weight, qkv_bias, out_weight, out_bias, *, pairwise="dot_pr
               relu=False, norm=None, training=False):  # fmt: skip
     """y = x + BN(W attention(x)), with a ReLU if asked for: the arguments and the result of `doublehead.ops.non_local`.
 
-    One convolution after the other, as one would write it down.  Does not touch the running statistics.
+    One convolution after the other.  Does not update the running statistics.
     """
     number, _, height, width = x.shape
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .._errors import ArgumentTypeError, ArgumentValueError
+from .._checks import ArgumentTypeError, ArgumentValueError
 from .arguments import rois_of_list
 from .op import multiscale_roi_align
 

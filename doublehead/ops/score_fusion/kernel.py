@@ -1,4 +1,4 @@
-"""Triton kernels of score fusion: one program for one row of logits, all in float32."""
+"""Triton kernels of score fusion: one program for each row of logits, all in float32."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._dtypes import score_dtype
 from .._triton import next_power_of_2
 from . import reference
 
-#: A row's classes are held in registers: beyond this many the reference takes over.
+#: A row's classes are held in registers: the reference serves larger numbers.
 MAX_CLASSES = 4096
 
 
@@ -58,8 +59,8 @@ def _backward(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < classes
-    place = row * classes + column
-    grad = tl.load(grad_scores + place, mask=inside, other=0.0)
+    offset = row * classes + column
+    grad = tl.load(grad_scores + offset, mask=inside, other=0.0)
     fc = softmax_row(fc_logits, row, column, classes)
     if METHOD == "none":
         grad_fc = _softmax_backward(grad, fc)
@@ -78,21 +79,19 @@ def _backward(
             grad_conv = grad_fc
         grad_fc = _softmax_backward(grad_fc, fc)
         grad_conv = _softmax_backward(grad_conv, conv)
-    tl.store(grad_fc_logits + place, grad_fc, mask=inside)  # the store rounds to the logits' dtype
-    tl.store(grad_conv_logits + place, grad_conv, mask=inside)
+    tl.store(grad_fc_logits + offset, grad_fc, mask=inside)  # the store rounds to the logits' dtype
+    tl.store(grad_conv_logits + offset, grad_conv, mask=inside)
 
 
 def warps(block: int) -> int:
-    """Of a program with a row of `block` classes: few, as a row is short and its sums cross the warps."""
+    """The warps of a program with a row of `block` classes: few, as a row is short and its sums cross warps."""
     return min(8, max(1, block // 256))
 
 
 def serves(*logits: Tensor) -> bool:
     """Whether the kernels compute these logits `Tensor[..., C]`: not empty, not float64, and a row fits."""
     first = logits[0]
-    return (
-        reference.compute_dtype(*logits) == torch.float32 and 0 < first.shape[-1] <= MAX_CLASSES and first.numel() > 0
-    )
+    return score_dtype(*logits) == torch.float32 and 0 < first.shape[-1] <= MAX_CLASSES and first.numel() > 0
 
 
 def fuse_scores(fc_logits: Tensor, conv_logits: Tensor, method: str) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._errors import check_tensor
+from .._checks import check_choice, check_float, check_tensor
+from .._dtypes import score_dtype
 from .._library import (
     define,
     define_autocast,
@@ -17,7 +18,7 @@ from .._library import (
     why_reference,
 )
 from . import reference
-from .reference import FUSIONS, compute_dtype
+from .reference import FUSIONS
 
 
 def fuse_scores(fc_logits: Tensor, conv_logits: Tensor, method: str = "complementary") -> Tensor:
@@ -55,11 +56,11 @@ def fuse_scores(fc_logits: Tensor, conv_logits: Tensor, method: str = "complemen
         raise ValueError(
             f"conv_logits must have the shape of fc_logits, {list(fc_logits.shape)}, got {list(conv_logits.shape)}"
         )
-    check_floating("fc_logits", fc_logits)
-    check_floating("conv_logits", conv_logits)
+    check_float("fc_logits", fc_logits)
+    check_float("conv_logits", conv_logits)
     if conv_logits.device != fc_logits.device:
         raise ValueError(f"conv_logits must be on the same device, {fc_logits.device}, got {conv_logits.device}")
-    check_fusion("method", method)
+    check_choice("method", method, FUSIONS)
     device = fc_logits.device.type
     if method != "none" and not torch.compiler.is_compiling() and not native("fuse_scores", device):
         if device == "cuda":
@@ -70,26 +71,14 @@ def fuse_scores(fc_logits: Tensor, conv_logits: Tensor, method: str = "complemen
 
 
 def _without_kernel(fc_logits: Tensor, conv_logits: Tensor, method: str) -> Tensor:
-    """Plain PyTorch: with a gradient of its own, which keeps what ours computes again; without one, in place."""
+    """Plain PyTorch: in place, or with its own gradient, which saves what ours recomputes."""
     if torch.is_grad_enabled() and (fc_logits.requires_grad or conv_logits.requires_grad):
         return reference.fuse_scores(fc_logits, conv_logits, method)
-    dtype = compute_dtype(fc_logits, conv_logits)
+    dtype = score_dtype(fc_logits, conv_logits)
     fc, conv = (torch.softmax(logits, dim=-1, dtype=dtype) for logits in (fc_logits, conv_logits))
     if method == "complementary":
         return conv.mul_(1 - fc).add_(fc)
     return torch.maximum(fc, conv, out=fc) if method == "max" else fc.add_(conv).div_(2)
-
-
-def check_floating(name: str, tensor: Tensor) -> None:
-    """Raises a TypeError unless the tensor's dtype is one of the four that are accepted."""
-    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-
-
-def check_fusion(name: str, method: str) -> None:
-    """Raises a ValueError unless `method` is one of `FUSIONS`."""
-    if method not in FUSIONS:
-        raise ValueError(f"{name} must be one of {', '.join(FUSIONS)}, got {method!r}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -97,7 +86,7 @@ def check_fusion(name: str, method: str) -> None:
 
 
 def _fake(fc_logits, conv_logits, method):
-    return fc_logits.new_empty(fc_logits.shape, dtype=compute_dtype(fc_logits, conv_logits))
+    return fc_logits.new_empty(fc_logits.shape, dtype=score_dtype(fc_logits, conv_logits))
 
 
 def _fake_backward(grad, fc_logits, conv_logits, method):

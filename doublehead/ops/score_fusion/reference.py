@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._dtypes import score_dtype
+
 FUSIONS = {
     "complementary": lambda fc, conv: fc + conv * (1 - fc),
     "max": torch.maximum,
@@ -25,13 +27,13 @@ def fuse_scores(fc_logits: Tensor, conv_logits: Tensor, method: str) -> Tensor:
         fc_logits, conv_logits: `Tensor[N, C]`.
         method: one of `FUSIONS`.
     """
-    dtype = compute_dtype(fc_logits, conv_logits)
+    dtype = score_dtype(fc_logits, conv_logits)
     return FUSIONS[method](_softmax(fc_logits, dtype), _softmax(conv_logits, dtype))
 
 
 def fuse_scores_backward(grad: Tensor, fc_logits: Tensor, conv_logits: Tensor, method: str) -> tuple[Tensor, Tensor]:
     """The gradients of both logits, each in its own dtype, from that of the scores, `Tensor[N, C]`."""
-    dtype = compute_dtype(fc_logits, conv_logits)
+    dtype = score_dtype(fc_logits, conv_logits)
     fc, conv = _softmax(fc_logits, dtype), _softmax(conv_logits, dtype)
     grad = grad.to(dtype)
     if method == "none":
@@ -47,11 +49,6 @@ def fuse_scores_backward(grad: Tensor, fc_logits: Tensor, conv_logits: Tensor, m
         _softmax_backward(grad_fc, fc).to(fc_logits.dtype),
         _softmax_backward(grad_conv, conv).to(conv_logits.dtype),
     )
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float32, or float64 if one of the tensors is."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def _softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,175 @@
+"""`doublehead detect CHECKPOINT IMAGE... --out DIR`: draw what a detector finds in pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from doublehead.config import MAX_PIXELS, MOST_PIXELS
+from doublehead.engine.logs import counted_warnings
+from doublehead.engine.picture_files import JSON_FILE, Entry, find_pictures, write_results
+from doublehead.errors import UserError, one_line, shown_to_user
+
+PROGRAM = "doublehead detect"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line takes."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """A model.safetensors, or the folder of a run."""
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
+    """Pictures, folders of pictures (searched to the bottom), or quoted patterns such as 'photos/*.jpg'."""
+    out: str
+    """Folder for the annotated pictures and detections.json."""
+    score_threshold: float = 0.5
+    """Leave out detections that score below this."""
+    device: str = "auto"
+    """`auto`: CUDA where there is one, else CPU."""
+    batch_size: int = 1
+    """Pictures that go through the model at once.  They are padded to a common size, which changes detections slightly
+    where sizes differ: with 1 a picture's detections do not depend on its neighbours."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Compute in 16 bits: faster on GPUs, slightly other scores."""
+    threads: int = 0
+    """Threads that read pictures, and as many that draw; 0: half of the processors, at most 8."""
+    max_pixels: int = MAX_PIXELS
+    """Larger pictures are not read; at most 178,956,970, where Pillow refuses in any case."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line.
+
+    Exits with 1 when a picture could not be read, 2 on another user's error, 130 on Ctrl-C, 143 on SIGTERM.
+    """
+    with shown_to_user(), counted_warnings(), _sigterm_as_interrupt() as received:
+        options = tyro.cli(Options, prog=PROGRAM, description="Draw what a detector finds in pictures.", args=arguments)
+        try:
+            unreadable = run(options)
+        except KeyboardInterrupt as stop:
+            what = stop.args[0] if stop.args else "no picture is done"
+            print(f"stopped: {what}; the same command begins anew", file=sys.stderr)
+            raise SystemExit(128 + (received[0] if received else signal.SIGINT)) from None
+    if unreadable:
+        print(f"{len(unreadable)} could not be read:", file=sys.stderr)
+        for entry in unreadable:
+            file = one_line(entry["file"]) or "''"
+            print(f"  {file}: {one_line(entry['error'])}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def run(options: Options) -> list[Entry]:
+    """Detect in all pictures, write `detections.json`, and return the unreadable ones (`file`, `error`).
+
+    The JSON holds `classes`; `pictures`, each with `file`, `picture` (the annotated one, scaled down where a JPEG could
+    not hold it), `width`, `height` and `detections` (`class`, `label`, `score`, `box` x1, y1, x2, y2 in pixels of the
+    picture as it is looked at, that is, turned as its EXIF note says); and `unreadable`.
+
+    Stopped by Ctrl-C it writes what is done so far.  Annotated pictures that an earlier call left in the folder, and
+    that its JSON lists, are removed when this one's JSON takes its place; other files stay.
+
+    Raises:
+        UserError: no picture is named, or an option, the folder, the checkpoint or the device cannot be used, or the
+            GPU's memory does not suffice.
+    """
+    import torch  # only now: these take seconds to import
+
+    from doublehead.data.jpeg import is_strict
+    from doublehead.engine.checkpoint import load_model
+    from doublehead.engine.detecting import detect_in_pictures
+    from doublehead.engine.distributed import join_world
+    from doublehead.engine.streaming import Clock
+
+    _check(options)
+    files, unreadable = find_pictures(options.images, leave_out=Path(options.out))
+    if not is_strict():
+        print("note: simplejpeg is not installed: a JPEG that is damaged inside is not noticed", file=sys.stderr)
+    entries: list[Entry] = []
+    clock = Clock()
+    with join_world(options.device) as world:
+        if world.size > 1:
+            raise UserError("detection runs on one process: leave torchrun out")
+        model, _, classes, _ = load_model(options.checkpoint)
+        model = model.to(world.device)
+        folder = _make_folder(Path(options.out))
+        start = time.perf_counter()
+        try:
+            detect_in_pictures(
+                model,
+                files,
+                folder,
+                classes,
+                on_entry=lambda entry: (unreadable if "error" in entry else entries).append(entry),
+                score_threshold=options.score_threshold,
+                batch_size=options.batch_size,
+                dtype={"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.amp],
+                threads=options.threads,
+                max_pixels=options.max_pixels,
+                clock=clock,
+            )
+        except KeyboardInterrupt:
+            if not entries:
+                raise
+            write_results(folder, classes, entries, unreadable, files)
+            done = f"{len(entries)} of {len(files)} pictures are done and in {folder / JSON_FILE}"
+            raise KeyboardInterrupt(done) from None
+        seconds = time.perf_counter() - start
+    write_results(folder, classes, entries, unreadable, files)
+    print(f"{len(entries)} pictures with {sum(len(e['detections']) for e in entries)} detections in {folder}")
+    stages = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in clock.seconds.items())
+    print(f"{seconds:.1f} s, {len(entries) / seconds:.2f} pictures/s; at the same time: {stages}")
+    return unreadable
+
+
+def _check(options: Options) -> None:
+    if not options.images:
+        raise UserError("no picture is named: give files, folders or quoted patterns after the checkpoint")
+    if not 0 <= options.score_threshold <= 1:
+        raise UserError(f"--score-threshold is {options.score_threshold}, a number from 0 to 1 is accepted")
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size is {options.batch_size}, at least 1 is accepted")
+    if not 1 <= options.max_pixels <= MOST_PIXELS:
+        raise UserError(f"--max-pixels is {options.max_pixels}, 1 .. {MOST_PIXELS} is accepted")
+    results = os.path.join(options.out, JSON_FILE)
+    if os.path.exists(results) and not os.path.isfile(results):
+        raise UserError(f"{results}: is no file, and the results cannot take its place: give another --out")
+    if options.threads < 0:
+        raise UserError(f"--threads is {options.threads}, 0 (half of the processors) or more is accepted")
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[list[int]]:
+    """Inside, SIGTERM ends the work as Ctrl-C does; yields the signal's number once it came."""
+    received: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows no handlers elsewhere
+        yield received
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _make_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be made: {error.strerror}") from error
+    return folder

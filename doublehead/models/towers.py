@@ -1,0 +1,128 @@
+"""What every tower offers, the fc-head's tower and the C4 baseline's; the conv-head's is in `conv_tower`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from .folding import FoldedWeights, layer_dtype, needs_grad
+
+
+@runtime_checkable
+class Tower(Protocol):
+    """A module from the pooled maps of N RoIs to one vector for each: `Tensor[N, C, S, S]` -> `Tensor[N, dim]`."""
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The modules that turn a map into a map, in order; empty where the tower has none."""
+        ...
+
+    def forward(self, x: Tensor, count: Tensor | None = None) -> Tensor:
+        """The vectors of the RoIs.
+
+        Args:
+            x: `Tensor[N, C, S, S]`.
+            count: `Tensor[]` int64: only the first `count` RoIs matter, and the rows of the rest may hold anything.
+                None: all.
+        """
+        ...
+
+    def can_skip(self, x: Tensor) -> bool:
+        """Whether `forward` saves the work for the RoIs behind `count`, on inputs like `x`."""
+        ...
+
+    def plain(self) -> Tower:
+        """Change the tower, in place, to run without fused operators; returns it."""
+        ...
+
+    def held_tensors(self) -> list[Tensor]:
+        """Folded weights that the last call has read; `forward` replaces them when the weights change.
+
+        A CUDA graph goes on reading those it was recorded with, so whoever records one keeps them alive.
+        """
+        ...
+
+
+class FCTower(nn.Sequential):
+    """Two fully connected layers: `Tensor[N, C, S, S]` -> `Tensor[N, dim]`.
+
+    At inference without gradients a channels-last map is used as it lies: not the map is reordered but, once, the
+    columns of the first weight.
+    """
+
+    def __init__(self, channels: int, size: int, dim: int) -> None:
+        layers = nn.Linear(channels * size * size, dim), nn.Linear(dim, dim)
+        for layer in layers:
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
+        super().__init__(nn.Flatten(), layers[0], nn.ReLU(), layers[1], nn.ReLU())
+        self._folded = FoldedWeights()
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """None: the first layer makes vectors of the maps."""
+        return []
+
+    def forward(self, x: Tensor, count: Tensor | None = None) -> Tensor:
+        """As `Tower`; all RoIs are computed, whatever `count`."""
+        if needs_grad(self, x) or not x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x)
+        dtype = layer_dtype(x)
+        if torch.compiler.is_compiling():  # part of the graph; torch 2.11 does not trace the lambda below
+            folded = self._fold(dtype, x.shape[1:])
+        else:
+            kind = (dtype, x.shape[1:])
+            folded = self._folded.get(self.parameters(), kind, lambda: self._fold(dtype, x.shape[1:]))
+        weight1, bias1, weight2, bias2 = folded
+        cells = x.to(dtype).permute(0, 2, 3, 1).flatten(1)
+        return linear(linear(cells, weight1, bias1).relu_(), weight2, bias2).relu_()
+
+    def can_skip(self, x: Tensor) -> bool:
+        return False
+
+    def plain(self) -> FCTower:
+        """Nothing to change: there are no fused operators."""
+        return self
+
+    def held_tensors(self) -> list[Tensor]:
+        return self._folded.tensors()
+
+    def train(self, mode: bool = True) -> FCTower:
+        self._folded.forget()
+        return super().train(mode)
+
+    def _fold(self, dtype: torch.dtype, shape: torch.Size) -> list[Tensor]:
+        first, second = self[1], self[3]
+        weight = first.weight.unflatten(1, shape).permute(0, 2, 3, 1).flatten(1)
+        return [tensor.to(dtype) for tensor in (weight, first.bias, second.weight, second.bias)]
+
+
+class Conv5Tower(nn.Sequential):
+    """A ResNet's last stage and the average over cells: `Tensor[N, C, S, S]` -> `Tensor[N, 2 C]`."""
+
+    def __init__(self, conv5: nn.Module) -> None:
+        super().__init__(conv5, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The stage, which is one module."""
+        return [self[0]]
+
+    def forward(self, x: Tensor, count: Tensor | None = None) -> Tensor:
+        """As `Tower`; all RoIs are computed, whatever `count`."""
+        return super().forward(x)
+
+    def can_skip(self, x: Tensor) -> bool:
+        return False
+
+    def plain(self) -> Conv5Tower:
+        """Nothing to change: there are no fused operators."""
+        return self
+
+    def held_tensors(self) -> list[Tensor]:
+        """None: the weights are used as they are."""
+        return []

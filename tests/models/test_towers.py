@@ -1,0 +1,106 @@
+"""What the towers of all heads offer: an optional count, skipping, plain modules, and the tensors they hold."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from doublehead.config import HeadConfig
+from doublehead.models.conv_tower import ConvTower
+from doublehead.models.towers import Conv5Tower, FCTower, Tower
+from doublehead.ops import NonLocalBlock
+
+CHANNELS, SIZE = 8, 7
+TOWERS = {
+    "fc": lambda: FCTower(CHANNELS, SIZE, 12),
+    "conv": lambda: ConvTower(CHANNELS, HeadConfig(conv_dim=16, conv_blocks=3)),
+    "conv5": lambda: Conv5Tower(nn.Conv2d(CHANNELS, 16, 3, padding=1)),
+}
+
+
+@pytest.fixture(params=TOWERS)
+def tower(request):
+    torch.manual_seed(0)
+    made = TOWERS[request.param]().double()
+    for layer in made.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.weight)
+    return made.eval()
+
+
+@pytest.fixture
+def maps():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(5, CHANNELS, SIZE, SIZE, dtype=torch.float64, generator=generator)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def test_it_is_a_tower(tower):
+    assert isinstance(tower, Tower) and not isinstance(nn.Flatten(), Tower)
+
+
+@torch.no_grad()
+def test_the_first_rois_are_what_they_are_without_a_count(tower, maps):
+    expected = tower(maps)
+    assert expected.shape == (5, expected.shape[1])
+    torch.testing.assert_close(tower(maps, torch.tensor(3))[:3], expected[:3], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_rois_behind_the_count_are_left_out_where_the_tower_can_skip(tower, maps):
+    skips = tower.can_skip(maps)
+    assert skips == isinstance(tower, ConvTower)
+    found = tower(maps, torch.tensor(3))
+    assert bool((found[3:] == 0).all()) == skips
+    assert not tower.train().can_skip(maps)
+    with torch.enable_grad():
+        assert not tower.eval().can_skip(maps)
+
+
+@torch.no_grad()
+def test_a_plain_tower_has_the_same_results_and_skips_nothing(tower, maps):
+    plain = copy.deepcopy(tower)
+    assert plain.plain() is plain
+    torch.testing.assert_close(plain(maps), tower(maps), rtol=1e-9, atol=1e-9)
+    assert not plain.can_skip(maps)
+    assert plain.state_dict().keys() == tower.state_dict().keys()
+
+
+@torch.no_grad()
+def test_blocks_make_maps_of_maps(tower, maps):
+    x = maps
+    for block in tower.blocks:
+        x = block(x)
+    if isinstance(tower, FCTower):
+        assert len(tower.blocks) == 0
+    else:
+        torch.testing.assert_close(x.mean((2, 3)), tower(maps))
+
+
+@torch.no_grad()
+def test_held_tensors_are_what_the_last_call_has_read(tower, maps):
+    assert tower.held_tensors() == []
+    expected = tower(maps)
+    held = tower.held_tensors()
+    assert bool(held) == (not isinstance(tower, Conv5Tower))
+    tower(maps)
+    assert all(first is second for first, second in zip(tower.held_tensors(), held, strict=True))
+    for tensor in held[:1]:  # made of the first weight: the next call reads it, and not that weight
+        tensor.zero_()
+    assert tower(maps).equal(expected) == (not held)
+    tower.train().eval()
+    assert tower.held_tensors() == []
+    assert tower(maps).equal(expected)
+
+
+@torch.no_grad()
+def test_a_conv_tower_holds_what_its_blocks_hold(maps):
+    tower = TOWERS["conv"]()
+    tower.double().eval()[0].residual[1].train()  # one norm in training: blocks run one by one, and fold by themselves
+    block = next(block for block in tower.blocks if isinstance(block, NonLocalBlock))
+    tower[0].residual[1].track_running_stats = False
+    tower(maps)
+    assert block.held_tensors() and len(tower.held_tensors()) == len(block.held_tensors())
