@@ -12,6 +12,8 @@ from inputs import DEVICE, generator, rpn_boxes
 from torch import Tensor
 
 from doublehead.ops.roi_align import reference
+from doublehead.ops.roi_align.level_rules import LEVEL_RULES
+from doublehead.ops.roi_align.pooling import Pooling
 
 NAMES = ["0", "1", "2", "3"]
 STRIDES = (4, 8, 16, 32)
@@ -68,7 +70,8 @@ class Problem:
     def reference(self, compiled: bool) -> Callable[[], Tensor]:
         size = (self.output_size, self.output_size)
         pool = torch.compile(reference.multiscale_roi_align) if compiled else reference.multiscale_roi_align
-        return lambda: pool(self.features, self.rois, SCALES, (1.0,), size, 2, False, 224.0, 4, 0)[0]
+        pooling = Pooling(SCALES, (1.0,), size, 2, False, 224.0, 4, *LEVEL_RULES["torchvision"])
+        return lambda: pool(self.features, self.rois, pooling)[0]
 
     def mmcv(self) -> Callable[[], Tensor] | str:
         """mmcv's operator level by level, as MMDetection's extractor calls it."""

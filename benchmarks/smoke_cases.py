@@ -30,6 +30,8 @@ from doublehead.ops.nms import reference as nms_reference  # noqa: E402
 from doublehead.ops.non_local import Attention  # noqa: E402
 from doublehead.ops.non_local import reference as non_local_reference  # noqa: E402
 from doublehead.ops.roi_align import reference as roi_align_reference  # noqa: E402
+from doublehead.ops.roi_align.level_rules import LEVEL_RULES  # noqa: E402
+from doublehead.ops.roi_align.pooling import Pooling  # noqa: E402
 from doublehead.ops.score_fusion import reference as score_fusion_reference  # noqa: E402
 from tests.support import detection_cases  # noqa: E402
 from tests.support.nms_cases import clustered_boxes  # noqa: E402
@@ -106,7 +108,7 @@ def maps(device: str) -> tuple[int, int]:
 # Boxes
 
 
-@case("roi_align", FLOAT32 + HALF + FLOAT64, "multiscale_roi_align multiscale_roi_align_backward")
+@case("roi_align", FLOAT32 + HALF + FLOAT64, "pyramid_roi_align pyramid_roi_align_backward")
 def roi_align(device, dtype):
     boxes, channels = (100, 64) if device == "cuda" else (6, 8)
     features = [normal(2, channels, 64 // s, 96 // s).to(dtype) for s in (1, 2)]
@@ -114,9 +116,11 @@ def roi_align(device, dtype):
     side = 10 + torch.rand(boxes, 2, generator=torch.Generator().manual_seed(2)) * 80
     rois = torch.cat((torch.arange(boxes)[:, None] % 2, (4 * corner).round() / 4, (4 * (corner + side)).round() / 4), 1)
     grads = [normal(boxes, channels, 7, 7, seed=i).to(dtype) for i in range(2)]
-    pooling = (0.25, 0.125), (1.0, 1.25), (7, 7), 2, False, 64.0, 3, 0
+    pooling = Pooling((0.25, 0.125), (1.0, 1.25), (7, 7), 2, False, 64.0, 3, *LEVEL_RULES["torchvision"])
     sizes = [2, channels, *(side for feature in features for side in feature.shape[2:])]
-    options = dict(spatial_scales=pooling[0], box_scales=pooling[1], canonical_size=64.0, canonical_level=3)
+    options = dict(
+        spatial_scales=pooling.spatial_scales, box_scales=pooling.box_scales, canonical_size=64.0, canonical_level=3
+    )
     for name, memory_format in (("NCHW", torch.contiguous_format), ("NHWC", torch.channels_last)):
         ours = [f.to(device).contiguous(memory_format=memory_format).requires_grad_() for f in features]
         forward = ops.multiscale_roi_align(ours, rois.to(device), 7, **options)
@@ -126,9 +130,9 @@ def roi_align(device, dtype):
             boxes_there = rois.to(where, torch.promote_types(wide, torch.float32))
             given = moved(features, where, wide), moved(grads, where, wide)
             results.append((
-                roi_align_reference.multiscale_roi_align(given[0], boxes_there, *pooling),
+                roi_align_reference.multiscale_roi_align(given[0], boxes_there, pooling),
                 roi_align_reference.multiscale_roi_align_backward(
-                    given[1], boxes_there, sizes, memory_format == torch.channels_last, *pooling),
+                    given[1], boxes_there, sizes, memory_format == torch.channels_last, pooling),
             ))  # fmt: skip
         yield from compare([y.detach() for y in forward], results[0][0], results[1][0], f"{name} forward", roundings=8)
         yield from compare(backward, results[0][1], results[1][1], f"{name} backward", roundings=8)

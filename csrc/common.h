@@ -70,6 +70,18 @@ inline void check_cpu(const Tensor& tensor, const char* what) {
   DOUBLEHEAD_CHECK(tensor.is_cpu(), what, " must be on the CPU");
 }
 
+inline void check_cuda_device(const Tensor& tensor, const char* what) {
+  DOUBLEHEAD_CHECK(tensor.is_cuda(), what, " must be on a CUDA device");
+}
+
+// On the device of `other`, which is known to be the kernel's.
+inline void check_same_device(const Tensor& tensor, const Tensor& other, const char* what) {
+  if (other.is_cpu()) return check_cpu(tensor, what);
+  check_cuda_device(tensor, what);
+  DOUBLEHEAD_CHECK(tensor.get_device_index() == other.get_device_index(), what, " must be on cuda:",
+                   other.get_device_index(), " as the others are, got cuda:", tensor.get_device_index());
+}
+
 inline void check_dim(const Tensor& tensor, int64_t dim, const char* what) {
   DOUBLEHEAD_CHECK(tensor.dim() == dim, what, " must have ", dim, " dimensions, got shape ", shape(tensor));
 }

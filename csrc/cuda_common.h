@@ -30,17 +30,6 @@ inline void check_cuda(cudaError_t status, const char* what) {
   fail("CUDA error: ", cudaGetErrorString(status), " (", what, ")");
 }
 
-// `what` names operator and argument: "nms: boxes".
-inline void check_cuda_device(const Tensor& tensor, const char* what) {
-  DOUBLEHEAD_CHECK(tensor.is_cuda(), what, " must be on a CUDA device");
-}
-
-inline void check_same_device(const Tensor& tensor, const Tensor& other, const char* what) {
-  check_cuda_device(tensor, what);
-  DOUBLEHEAD_CHECK(tensor.get_device_index() == other.get_device_index(), what, " must be on cuda:",
-                   other.get_device_index(), " as the others are, got cuda:", tensor.get_device_index());
-}
-
 // While a stream is captured, CUDA refuses its thread what may wait for the device, which includes loading a kernel at
 // its first launch. Loading is harmless to a capture, so launches allow it, as torch's allocator does for memory.
 class AllowLoading {

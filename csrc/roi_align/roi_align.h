@@ -92,32 +92,44 @@ DOUBLEHEAD_GEOMETRY void expand(W& low, W& high, W factor) {
   high = centre + half;
 }
 
-enum LevelRule : int64_t { kTorchvision = 0, kDetectron2 = 1, kMmdet = 2, kMaskrcnnBenchmark = 3 };
-
-// What is sampled of a box along one axis: expanded, and with maskrcnn-benchmark only up to the last pixel's coordinate.
+// What is sampled of a box along one axis: it is expanded, and ends `end_offset` earlier.
 template <typename W>
-DOUBLEHEAD_GEOMETRY void sampled(W& low, W& high, W factor, int64_t rule) {
+DOUBLEHEAD_GEOMETRY void sampled(W& low, W& high, W factor, W end_offset) {
   expand(low, high, factor);
-  high -= rule == kMaskrcnnBenchmark ? W(1) : W(0);
+  high -= end_offset;
 }
 
-// The pyramid level of a box, 0 being the finest, `lowest`; -1 for a box with NaN or a negative area: it pools zeros.
-// With a single level there is nothing to choose.
+// What the epsilon of a level rule is added to: the level before it is rounded down, the ratio of the box's size to the
+// canonical size, or its ratio to the size that belongs on the finest level. As in Python, ops/roi_align/pooling.py.
+enum AddedTo : int64_t { kLevel = 0, kCanonicalRatio = 1, kFinestRatio = 2 };
+
+// How a box's level follows from its size.
 template <typename W>
-DOUBLEHEAD_GEOMETRY int64_t box_level(const W* box, int64_t levels, int64_t rule, W canonical_size,
-                                      int64_t canonical_level, int64_t lowest) {
+struct LevelRule {
+  W canonical_size;
+  W epsilon;
+  int64_t canonical_level;
+  int64_t lowest;    // the number of the finest level
+  int64_t added_to;  // AddedTo
+};
+
+// The pyramid level of a box, 0 being the finest; -1 for a box with NaN or a negative area: it pools zeros. With a single
+// level there is nothing to choose.
+template <typename W>
+DOUBLEHEAD_GEOMETRY int64_t box_level(const W* box, int64_t levels, const LevelRule<W>& rule) {
   if (levels == 1) return 0;
   const W size = std::sqrt((box[2] - box[0]) * (box[3] - box[1]));
   if (std::isnan(size)) return -1;
   W level;
-  if (rule == kMmdet) {
-    const W finest_size = std::ldexp(canonical_size, int(lowest - canonical_level));
-    level = std::floor(std::log2(size / finest_size + W(1e-6)));
-  } else if (rule == kDetectron2 || rule == kMaskrcnnBenchmark) {
-    const W epsilon = rule == kDetectron2 ? W(1e-8) : W(1e-6);
-    level = std::floor(W(canonical_level) + std::log2(size / canonical_size + epsilon)) - W(lowest);
+  if (rule.added_to == kFinestRatio) {
+    const W finest_size = std::ldexp(rule.canonical_size, int(rule.lowest - rule.canonical_level));
+    level = std::floor(std::log2(size / finest_size + rule.epsilon));
+  } else if (rule.added_to == kCanonicalRatio) {
+    const W ratio = size / rule.canonical_size + rule.epsilon;
+    level = std::floor(W(rule.canonical_level) + std::log2(ratio)) - W(rule.lowest);
   } else {
-    level = std::floor(W(canonical_level) + std::log2(size / canonical_size) + W(1e-6)) - W(lowest);
+    const W ratio = size / rule.canonical_size;
+    level = std::floor(W(rule.canonical_level) + std::log2(ratio) + rule.epsilon) - W(rule.lowest);
   }
   return level <= W(0) ? 0 : level >= W(levels - 1) ? levels - 1 : int64_t(level);
 }

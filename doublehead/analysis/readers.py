@@ -81,7 +81,7 @@ class Reader:
 
     def rois(self, features: ImageFeatures, boxes: Tensor) -> Tensor:
         """Boxes of the image as RoIs of the batch, clipped to the image: `Tensor[K, 4]` -> `Tensor[K, 4]`."""
-        return clip_boxes(features.into_batch(boxes)[None], features.size, self.model.detector.least_side)[0]
+        return clip_boxes(features.into_batch(boxes)[None], features.size, self.model.detector.min_side)[0]
 
     @torch.inference_mode()
     def read(self, features: ImageFeatures, boxes: Tensor, labels: Tensor) -> Reading:
@@ -91,7 +91,7 @@ class Reader:
         own = labels[:, None]
         deltas = outputs[sources.boxes].deltas.gather(1, own[..., None].expand(-1, 1, 4)).squeeze(1)
         moved = decode_boxes(deltas, boxes, self.recipe.model.roi.box_weights)
-        moved = clip_boxes(moved[None], features.size, detector.least_side)[0]
+        moved = clip_boxes(moved[None], features.size, detector.min_side)[0]
         return Reading(self._scores(outputs).gather(1, own).squeeze(1), moved)
 
     @torch.inference_mode()

@@ -24,7 +24,9 @@ from torch.nn.functional import pad
 from ..ops.boxes import clip_boxes, decode_boxes
 from ..ops.detections.arguments import DetectionArguments
 from ..ops.detections.reference import class_scores, large
-from ..ops.roi_align import reference as roi_align
+from ..ops.roi_align import compatibility
+from ..ops.roi_align.pooling import Pooling
+from ..ops.roi_align.reference import box_levels, sampled_boxes
 
 LOWEST = torch.finfo(torch.float32).min
 """The score of an empty slot."""
@@ -90,28 +92,29 @@ def decompositions(levels: int) -> dict[Any, Callable]:
     """
     ours = torch.ops.doublehead
     return {
-        ours.multiscale_roi_align.default: multiscale_roi_align,
+        ours.pyramid_roi_align.default: lambda features, rois, *pooling: roi_align(features, rois, Pooling(*pooling)),
+        ours.multiscale_roi_align.default: lambda features, rois, *pooling: roi_align(  # of older programs
+            features, rois, compatibility.pooling_of(*pooling)
+        ),
         ours.detections.default: detections,
         ours.nms_padded.default: lambda *arguments: nms_padded(*arguments[:5], levels),
     }
 
 
-def multiscale_roi_align(
-    features, rois, spatial_scales, box_scales, output_size, sampling_ratio, aligned, canonical_size, canonical_level,
-    level_rule,
-):  # fmt: skip
-    """`doublehead.ops.multiscale_roi_align`: each level pools its own boxes."""
-    levels = roi_align.box_levels(rois[:, 1:], spatial_scales, canonical_size, canonical_level, level_rule)
+def roi_align(features: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> list[Tensor]:
+    """`doublehead.ops.multiscale_roi_align`: every level pools its own boxes."""
+    levels = box_levels(rois[:, 1:], pooling)
     outputs = []
-    for box_scale in box_scales:
-        boxes = roi_align.sampled_boxes(rois[:, 1:], box_scale, level_rule)
+    for box_scale in pooling.box_scales:
+        boxes = sampled_boxes(rois[:, 1:], box_scale, pooling.end_offset)
         finite = (boxes.abs() < float("inf")).all(1)
         sampled = torch.cat([rois[:, :1], boxes], 1)
-        output = features[0].new_zeros(rois.shape[0], features[0].shape[1], *output_size)
-        for level, (feature, scale) in enumerate(zip(features, spatial_scales, strict=True)):
+        output = features[0].new_zeros(rois.shape[0], features[0].shape[1], *pooling.output_size)
+        for level, (feature, scale) in enumerate(zip(features, pooling.spatial_scales, strict=True)):
             output = torch.ops.doublehead_onnx.roi_align_some(
-                output, (levels == level) & finite, sampled, feature, output_size, scale, sampling_ratio, aligned
-            )
+                output, (levels == level) & finite, sampled, feature, pooling.output_size, scale,
+                pooling.sampling_ratio, pooling.aligned,
+            )  # fmt: skip
         outputs.append(output)
     return outputs
 

@@ -54,13 +54,13 @@ class Anchors(nn.Module):
         return self.cells.shape[1]
 
     def forward(self, features: Sequence[Tensor], image_size: Sequence[int]) -> list[Tensor]:
-        """Of each map `Tensor[B, C, H, W]` the anchors `Tensor[H * W * A, 4]`, in pixels of the padded image.
+        """Anchors of each map `Tensor[B, C, H, W]`: `Tensor[H * W * A, 4]`, in pixels of the padded image.
 
         `image_size`: (height, width) of that image.
         """
-        return [self._of_level(level, feature.shape[-2:], image_size) for level, feature in enumerate(features)]
+        return [self._level_anchors(level, feature.shape[-2:], image_size) for level, feature in enumerate(features)]
 
-    def _of_level(self, level: int, cells: Sequence[int], image_size: Sequence[int]) -> Tensor:
+    def _level_anchors(self, level: int, cells: Sequence[int], image_size: Sequence[int]) -> Tensor:
         if self.per_image:
             stride_y, stride_x = image_size[0] // cells[0], image_size[1] // cells[1]
         else:

@@ -34,11 +34,11 @@ class Backbone(NamedTuple):
     body: nn.Module
     """Images -> list of maps; RoIs are pooled from the first `len(strides)`, the RPN sees all."""
     channels: int
-    """Of every map."""
+    """Channels of every map."""
     strides: tuple[int, ...]
     """Pixels per cell of the maps RoIs are pooled from."""
     map_strides: tuple[int, ...]
-    """Of all maps."""
+    """Pixels per cell of all maps."""
     conv5: nn.Module | None = None
     """C4: the ResNet's last stage, which becomes the head."""
 

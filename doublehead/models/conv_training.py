@@ -31,7 +31,7 @@ class ConvNorm(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of one batch norm, for its running statistics."""
+    """What a batch norm has computed, to update its running statistics."""
 
     mean: Tensor
     """`Tensor[C]`"""

@@ -16,7 +16,7 @@ def detect(
     proposals: Proposals,
     sizes: Tensor,
     box_weights: tuple[float, float, float, float],
-    least_side: float = 0.0,
+    min_side: float = 0.0,
 ) -> Detections:
     """Decode, clip, threshold and suppress: the best `max_detections` boxes of each image.
 
@@ -26,7 +26,7 @@ def detect(
         proposals: `[B, R]`.
         sizes: `Tensor[B, 2]`, (height, width) of each image.
         box_weights: of the box coder.
-        least_side: pixels that clipping to the image leaves of a box outside of it.
+        min_side: how wide and high, in pixels, a box outside of the image is after clipping.
 
     Returns:
         Detections with `max_detections` slots, best score first.
@@ -45,7 +45,7 @@ def detect(
             nms_iou=config.nms_iou,
             max_detections=config.max_detections,
             min_size=config.min_size,
-            least_side=least_side,
+            least_side=min_side,
             box_weights=box_weights,
         )
     )

@@ -49,8 +49,8 @@ class Detector(nn.Module):
         self.num_classes = num_classes
         backbone = build_backbone(config.backbone)
         self.backbone = backbone.body
-        self.least_side = 1.0 if config.legacy_boxes else 0.0
-        self.rpn = RPN(config.rpn, backbone.channels, backbone.map_strides, self.least_side)
+        self.min_side = 1.0 if config.legacy_boxes else 0.0
+        self.rpn = RPN(config.rpn, backbone.channels, backbone.map_strides, self.min_side)
         self.heads = Heads(config.head, config.roi, backbone.channels, num_classes, backbone.conv5)
         self.roi_pooling = RoIPooling(config.roi, self.heads.box_scales.values(), backbone.strides)
         self.readout = resolve_readout(config)
@@ -80,9 +80,7 @@ class Detector(nn.Module):
         ]
 
     def _read_out(self, heads: HeadsResult, proposals: Proposals, sizes: Tensor, readout: ReadOut) -> Detections:
-        detections = detect(
-            heads.outputs, readout, heads.proposals, sizes, self.config.roi.box_weights, self.least_side
-        )
+        detections = detect(heads.outputs, readout, heads.proposals, sizes, self.config.roi.box_weights, self.min_side)
         # Not `_replace`: torch 2.11's compiler cannot trace it.
         return Detections(*detections[:4], rois=proposals.valid.sum(1), box_rois=heads.box_rois)
 
@@ -166,7 +164,7 @@ class DoubleHeadRCNN(nn.Module):
             "scores" `Tensor[n]`, best first.
 
         Raises:
-            TypeError: images or targets that are no tensors, as arrays, lists and PIL images.
+            TypeError: images or targets that are not tensors, such as arrays, lists and PIL images.
             ValueError: targets missing in training, or malformed images or targets.
         """
         batch, after = self.transform(images)
@@ -199,8 +197,8 @@ class DoubleHeadRCNN(nn.Module):
         """Detections of `images`, in eval mode, in several read-outs of an Ext model at the price of about one.
 
         Args:
-            images: as of `forward`.
-            readouts: what `Detector.resolve_readout` gave.
+            images: as in `forward`.
+            readouts: results of `Detector.resolve_readout`.
 
         Returns:
             For each read-out what `forward` gives for the images after its `set_readout`, with "rois" and "box_rois",
@@ -213,10 +211,10 @@ class DoubleHeadRCNN(nn.Module):
             [
                 output | {"rois": rois, "box_rois": box_rois}
                 for output, rois, box_rois in zip(
-                    self.transform.detections(found, before, after), found.rois, found.box_rois, strict=True
+                    self.transform.detections(result, before, after), result.rois, result.box_rois, strict=True
                 )
             ]
-            for found in each
+            for result in each
         ]
 
     def compile_graph(self, batch: int, height: int, width: int, dtype: torch.dtype | None = None) -> None:
@@ -237,8 +235,8 @@ class DoubleHeadRCNN(nn.Module):
         While the model is not on a CUDA device it runs eagerly.  Not for several threads or streams at once.
 
         Args:
-            batch: images, at most.
-            height, width: of the padded batch in pixels, at most; multiples of `image.size_divisible`.  An image is
+            batch: the most images.
+            height, width: the largest padded batch, in pixels; multiples of `image.size_divisible`.  An image is
                 resized first, as `image.min_size` and `max_size` say.
             dtype: float16 or bfloat16: recorded under autocast, and replayed so whatever the autocast of the call;
                 None: the autocast that is on now, if any.  float32: none.
@@ -259,7 +257,7 @@ class DoubleHeadRCNN(nn.Module):
         self._graphs.clear()
 
     def train(self, mode: bool = True) -> DoubleHeadRCNN:
-        """As of every module; graphs give their memory back, and are recorded anew when inference needs them."""
+        """Set the mode; training frees the graphs' memory, and inference records them anew when it needs them."""
         if mode:
             self._graphs.release()
         return super().train(mode)

@@ -35,7 +35,7 @@ class Bucket(NamedTuple):
     height: int
     width: int
     dtype: torch.dtype | None
-    """Of autocast; None: the weights' own."""
+    """Autocast's dtype; None: that of the weights."""
 
     def holds(self, pixels: Tensor) -> bool:
         """Whether a batch `Tensor[B, 3, H, W]` fits in."""
@@ -60,14 +60,14 @@ def record(run: Run, device: torch.device, pool: Any = None) -> Recording:
     Args:
         run: works in fixed memory, without waiting for the device; is called some times before.
         device: a CUDA device.
-        pool: that of a living graph, to share its memory; None: a new one.
+        pool: memory pool of a living graph, to share; None: a new one.
 
     Raises:
         RuntimeError: an operator runs in plain PyTorch that cannot be recorded; says which ones do, and why.
     """
-    why = why_reference("multiscale_roi_align")
+    why = why_reference("pyramid_roi_align")
     if why is not None:
-        raise RuntimeError(_unrecordable([("multiscale_roi_align", why)]))
+        raise RuntimeError(_unrecordable([("pyramid_roi_align", why)]))
     with torch.cuda.device(device), fallbacks() as fallen:
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
@@ -148,8 +148,8 @@ class CapturedBucket:
     Args:
         detector: the static core, in eval mode.
         bucket: the shape.
-        device: of its weights.
-        pool: of another recording on this device, or None.
+        device: where its weights are.
+        pool: memory pool of another recording on this device, or None.
     """
 
     def __init__(self, detector: nn.Module, bucket: Bucket, device: torch.device, pool: Any = None) -> None:
@@ -207,7 +207,7 @@ class DetectorGraphs:
         self._buckets = dict.fromkeys(self._buckets)
 
     def clear(self) -> None:
-        """As if there had never been one."""
+        """Forget all buckets."""
         self._buckets = {}
 
     def __call__(self, detector: nn.Module, images: ImageBatch) -> Detections:

@@ -55,7 +55,7 @@ class Heads(nn.ModuleDict):
     Args:
         config: kind, widths, depth.
         roi: how RoIs are pooled.
-        channels: of the pooled maps.
+        channels: width of the pooled maps.
         num_classes: classes with background.
         conv5: the ResNet's last stage, where the backbone has no pyramid.
 
@@ -90,7 +90,7 @@ class Heads(nn.ModuleDict):
     ) -> dict[str, HeadOutput]:
         """Box scale -> `Tensor[N, C, S, S]` becomes branch name -> `HeadOutput`.
 
-        `names`: of the branches to run; None: all.  `count`: as in `Head`.
+        `names`: the branches to run; None: all.  `count`: as in `Head`.
         """
         run = [name for name in self if names is None or name in names]
         return {name: self[name](pooled[self.box_scales[name]], count) for name in run}

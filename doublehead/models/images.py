@@ -45,16 +45,16 @@ class BoxMap(NamedTuple):
     """`Tensor[4]`."""
     shift: Tensor
     """`Tensor[4]`."""
-    least_side: float
-    """Pixels of the new frame that a box is wide and high at least; 0: as it comes."""
+    min_side: float
+    """The least width and height of a mapped box, in pixels of the new frame; 0: no limit."""
 
     def __call__(self, boxes: Tensor) -> Tensor:
         """`Tensor[..., 4]` -> `Tensor[..., 4]`, x1, y1, x2, y2 in pixels of either frame."""
         moved = boxes * self.scale + self.shift
-        if self.least_side == 0:
+        if self.min_side == 0:
             return moved
         low, high = moved.split(2, dim=-1)
-        return torch.cat((low, torch.maximum(high, low + self.least_side)), dim=-1)
+        return torch.cat((low, torch.maximum(high, low + self.min_side)), dim=-1)
 
 
 class ImageTransform(nn.Module):
@@ -72,8 +72,8 @@ class ImageTransform(nn.Module):
         self.config = config
         self.legacy_boxes = legacy_boxes
         self._warned = False
-        # Has no value of interest: it follows the model, and says where batches go and in which dtype.
-        self.register_buffer("place", torch.zeros(()), persistent=False)
+        # Follows the model: its device and dtype, not its value, are those of the batches.
+        self.register_buffer("device_marker", torch.zeros(()), persistent=False)
 
     def forward(self, images: Sequence[Tensor], canvas: Size | None = None) -> tuple[ImageBatch, list[Size]]:
         """Turn images into a batch.
@@ -86,7 +86,7 @@ class ImageTransform(nn.Module):
             The batch, in the model's dtype, and each image's (height, width) in it.
 
         Raises:
-            TypeError: no list of tensors.
+            TypeError: not a list of tensors.
             ValueError: no image, or one of another shape or dtype, or larger than `canvas` after resizing.
         """
         check_images(images)
@@ -94,13 +94,13 @@ class ImageTransform(nn.Module):
             self._warn(images)
         sizes = [self._new_size(image) for image in images]
         canvas = self._canvas(sizes, canvas)
-        device, way = self.place.device, WAYS[self.config.resize]
+        device, rule = self.device_marker.device, RESIZE_RULES[self.config.resize]
         moved = [image.to(device, non_blocking=True) for image in images]
-        if way.pillow:
+        if rule.pillow:
             moved = [pillow_resize(image, size) for image, size in zip(moved, sizes, strict=True)]
         pixels = image_batch(
             moved, sizes, canvas, self.config.mean, self.config.std,
-            swap=self.config.channel_order == "bgr", rounded=way.rounded, dtype=self.place.dtype,
+            swap=self.config.channel_order == "bgr", rounded=rule.rounded, dtype=self.device_marker.dtype,
         )  # fmt: skip
         return ImageBatch(pixels, _upload(sizes, device)), sizes
 
@@ -114,7 +114,7 @@ class ImageTransform(nn.Module):
 
     def targets(self, targets: Sequence[dict[str, Tensor]], before: Sequence[Size], after: Sequence[Size]) -> Targets:
         """Scale ground-truth boxes from the users' images (`before`) to the batch (`after`) and pad them."""
-        device = self.place.device
+        device = self.device_marker.device
         maps = self.maps_to_batch(before, after, device)
         boxes = [
             into_batch(target["boxes"].to(device, torch.float32))
@@ -140,7 +140,9 @@ class ImageTransform(nn.Module):
     def _new_size(self, image: Tensor) -> Size:
         sides = self.config.min_size
         side = sides[int(torch.randint(len(sides), ()))] if self.training and len(sides) > 1 else sides[-1]
-        height, width = WAYS[self.config.resize].size((image.shape[1], image.shape[2]), side, self.config.max_size)
+        height, width = RESIZE_RULES[self.config.resize].size(
+            (image.shape[1], image.shape[2]), side, self.config.max_size
+        )
         return max(1, height), max(1, width)
 
     def _canvas(self, sizes: Sequence[Size], canvas: Size | None) -> Size:
@@ -162,27 +164,27 @@ class ImageTransform(nn.Module):
         The only way into the batch's pixels: plain ratios are wrong for `legacy_boxes`.  With those a box is at least
         one pixel wide and high in the batch, as in the source, whose boxes end no earlier than at their first pixel.
         """
-        return self._box_maps(before, after, device, least_side=1.0 if self.legacy_boxes else 0.0)
+        return self._box_maps(before, after, device, min_side=1.0 if self.legacy_boxes else 0.0)
 
     def maps_to_images(self, before: Sequence[Size], after: Sequence[Size], device: torch.device) -> list[BoxMap]:
-        """The way back: from the batch to the users' images; arguments as of `maps_to_batch`."""
-        return self._box_maps(after, before, device, least_side=0.0)
+        """The way back: from the batch to the users' images; the arguments are those of `maps_to_batch`."""
+        return self._box_maps(after, before, device, min_side=0.0)
 
     def _box_maps(
-        self, old: Sequence[Size], new: Sequence[Size], device: torch.device, least_side: float
+        self, old: Sequence[Size], new: Sequence[Size], device: torch.device, min_side: float
     ) -> list[BoxMap]:
         ratios = [(to[1] / of[1], to[0] / of[0]) for of, to in zip(old, new, strict=True)]
         keep = 1 if self.legacy_boxes else 0
         rows = [[x, y, x, y, 0, 0, keep * (1 - x), keep * (1 - y)] for x, y in ratios]
         scale, shift = _upload(rows, device).split(4, dim=1)
-        return [BoxMap(scale[row], shift[row], least_side) for row in range(len(rows))]
+        return [BoxMap(scale[row], shift[row], min_side) for row in range(len(rows))]
 
 
 def check_images(images: Sequence[Tensor]) -> None:
-    """Names what is no image, and says how to make one of it.
+    """Refuse what is not an image, and say how to convert it.
 
     Raises:
-        TypeError: no list of tensors.
+        TypeError: not a list of tensors.
         ValueError: no image, or one of another shape or dtype.
     """
     if isinstance(images, Tensor) and images.dim() != 4:
@@ -200,7 +202,7 @@ def check_images(images: Sequence[Tensor]) -> None:
             )
         if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
             raise ValueError(
-                f"images[{row}]: expected a Tensor[3, H, W], got shape {tuple(image.shape)}{_way_out(image.shape)}"
+                f"images[{row}]: expected a Tensor[3, H, W], got shape {tuple(image.shape)}{_hint(image.shape)}"
             )
         if image.dtype != torch.uint8 and not image.is_floating_point():
             raise ValueError(f"images[{row}]: expected uint8 or a floating dtype in 0..1, got {image.dtype}")
@@ -216,7 +218,7 @@ def _conversion(image: object) -> str:
     return f"; torch.from_numpy({image}).permute(2, 0, 1) makes one of RGB pixels [H, W, 3]"
 
 
-def _way_out(shape: torch.Size) -> str:
+def _hint(shape: torch.Size) -> str:
     """What may have gone wrong with an image of this shape."""
     if len(shape) == 3 and shape[-1] == 3:
         return ": image.permute(2, 0, 1) brings the channels to the front"
@@ -228,7 +230,7 @@ def _way_out(shape: torch.Size) -> str:
 
 
 def beyond_levels(image: Tensor) -> str:
-    """What is wrong with a floating image's levels, if something is; from some pixels, which costs microseconds."""
+    """What is wrong with a floating image's range of values; empty if nothing is.  Looks at a sample of the pixels."""
     low, high = torch.aminmax(image.detach()[:, :: max(1, image.shape[1] // 32), :: max(1, image.shape[2] // 32)])
     if high <= 2 and low >= -1:  # what augmentations may well do
         return ""
@@ -268,10 +270,10 @@ def pillow_resize(image: Tensor, size: Size) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------
-# Ways to resize
+# How projects resize
 
 
-class Way(NamedTuple):
+class ResizeRule(NamedTuple):
     """How a project resizes."""
 
     size: Callable[[Size, int, int], Size]
@@ -311,9 +313,9 @@ def maskrcnn_benchmark_size(size: Size, side: int, longest: int) -> Size:
     return (int(side * size[0] / size[1]), side) if size[1] < size[0] else (side, int(side * size[1] / size[0]))
 
 
-WAYS = {
-    "torchvision": Way(torchvision_size, pillow=False, rounded=False),
-    "detectron2": Way(detectron2_size, pillow=True, rounded=False),
-    "mmdet": Way(mmdet_size, pillow=False, rounded=True),
-    "maskrcnn_benchmark": Way(maskrcnn_benchmark_size, pillow=True, rounded=False),
+RESIZE_RULES = {
+    "torchvision": ResizeRule(torchvision_size, pillow=False, rounded=False),
+    "detectron2": ResizeRule(detectron2_size, pillow=True, rounded=False),
+    "mmdet": ResizeRule(mmdet_size, pillow=False, rounded=True),
+    "maskrcnn_benchmark": ResizeRule(maskrcnn_benchmark_size, pillow=True, rounded=False),
 }

@@ -23,20 +23,20 @@ class RPN(nn.Module):
 
     Args:
         config: anchors, sampling, limits.
-        channels: of every map.
+        channels: width of every map.
         strides: pixels per cell of each map: one map for each anchor size, or a single one, which then has all sizes.
-        least_side: pixels that clipping to the image leaves of a box outside of it.
+        min_side: how wide and high, in pixels, a box outside of the image is after clipping.
 
     Raises:
         ValueError: another number of maps, or an unknown option; the message names it.
     """
 
     def __init__(
-        self, config: RPNConfig, channels: int, strides: Sequence[int] = (4, 8, 16, 32, 64), least_side: float = 0.0
+        self, config: RPNConfig, channels: int, strides: Sequence[int] = (4, 8, 16, 32, 64), min_side: float = 0.0
     ) -> None:
         super().__init__()
         self.config = config
-        self.least_side = least_side
+        self.min_side = min_side
         self.anchors = Anchors(config, strides)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.objectness = nn.Conv2d(channels, self.anchors.per_cell, 1)
@@ -85,7 +85,7 @@ class RPN(nn.Module):
             boxes.append(decode_boxes(gather_rows(delta, index), anchor[index], BOX_WEIGHTS))
             scores.append(best.sigmoid())
             levels.append(torch.full_like(index, level))
-        candidates = clip_boxes(torch.cat(boxes, 1), images.sizes, self.least_side)
+        candidates = clip_boxes(torch.cat(boxes, 1), images.sizes, self.min_side)
         sides = candidates[..., 2:] - candidates[..., :2]
         groups = torch.where((sides >= self.config.min_size).all(-1), torch.cat(levels, 1), -1)
 

@@ -1,4 +1,4 @@
-"""Ground truth as a user hands it to the model, checked before anything is learnt from it."""
+"""Checks of the ground truth that a user passes to the model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def check_targets(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None, num_classes: int) -> None:
-    """Names the target, and in it the box, from which nothing could be learnt.
+    """Refuse targets that cannot be trained on, naming the target and the box.
 
     Boxes may reach over the image's border, or lie outside of it, as in torchvision.  Labels and boxes that are on a
     GPU already are not read, as that would make the host wait: keep targets on the CPU, the model moves them.
 
     Raises:
-        TypeError: something else than a list of dicts of tensors.
+        TypeError: not a list of dicts of tensors.
         ValueError: targets missing, or shapes, dtypes, labels or boxes that are not accepted.
     """
     if isinstance(targets, Mapping):
@@ -31,9 +31,9 @@ def check_targets(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tenso
         if target["labels"].device.type == "cpu":
             _check_labels(row, target["labels"], num_classes)
         if target["boxes"].device.type == "cpu":
-            wrong = ~sound_boxes(target["boxes"])
+            wrong = ~valid_boxes(target["boxes"])
             if wrong.any():
-                raise_unsound(row, target["boxes"], wrong)
+                raise_invalid(row, target["boxes"], wrong)
 
 
 def _check_form(where: str, target: Mapping[str, Tensor]) -> None:
@@ -67,13 +67,13 @@ def _check_labels(row: int, labels: Tensor, num_classes: int) -> None:
         )
 
 
-def sound_boxes(boxes: Tensor) -> Tensor:
-    """Which of `Tensor[..., 4]` are finite, and wider and higher than nothing, in float32: `Tensor[...]` bool."""
+def valid_boxes(boxes: Tensor) -> Tensor:
+    """Which boxes `Tensor[..., 4]` are finite and not empty in float32: bool `Tensor[...]`."""
     extent = boxes[..., 2:].to(torch.float32) - boxes[..., :2].to(torch.float32)
     return ((extent > 0) & (extent < math.inf)).all(-1)
 
 
-def raise_unsound(row: int, boxes: Tensor, wrong: Tensor) -> None:
+def raise_invalid(row: int, boxes: Tensor, wrong: Tensor) -> None:
     """Raises a ValueError that shows the first box of `Tensor[n, 4]` that is `wrong`, `Tensor[n]` bool."""
     number = int(wrong.nonzero()[0])
     x1, y1, x2, y2 = box = boxes[number].tolist()

@@ -40,9 +40,9 @@ class Tower(Protocol):
         ...
 
     def held_tensors(self) -> list[Tensor]:
-        """Tensors made of the weights that the last call has read, and that `forward` replaces when weights change.
+        """Folded weights that the last call has read; `forward` replaces them when the weights change.
 
-        A CUDA graph goes on reading those it was recorded with, and has to keep them alive.
+        A CUDA graph goes on reading those it was recorded with, so whoever records one keeps them alive.
         """
         ...
 

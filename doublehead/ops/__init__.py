@@ -14,13 +14,15 @@ from .fused_conv import fused_conv
 from .image_batch import image_batch
 from .nms import batched_nms, nms, nms_padded
 from .non_local import BatchNorm, NonLocalBlock, non_local
-from .roi_align import MultiScaleRoIAlign, multiscale_roi_align, roi_align
+from .roi_align import AddedTo, LevelRule, MultiScaleRoIAlign, multiscale_roi_align, roi_align
 from .score_fusion import fuse_scores
 
 _library.define_missing_kernels()
 
 __all__ = [
+    "AddedTo",
     "BatchNorm",
+    "LevelRule",
     "MultiScaleRoIAlign",
     "NonLocalBlock",
     "batch_norm_act",

@@ -70,6 +70,17 @@ def define(
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def define_composite(schema: str, function: Callable) -> None:
+    """Defines an operator that is nothing but calls of others, from which it has its shapes and its gradient.
+
+    Args:
+        schema: as in `define`.
+        function: takes the schema's arguments by position.
+    """
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(schema.partition("(")[0], function, "CompositeImplicitAutograd")
+
+
 def _taking_schema_arguments(name: str, function: Callable) -> Callable:
     """`function`, which takes packed arguments, called with the schema's."""
     pack = PACKERS.get(name)

@@ -6,6 +6,8 @@ from torch.nn.functional import interpolate
 
 from doublehead.ops import MultiScaleRoIAlign
 from doublehead.ops.roi_align import reference
+from doublehead.ops.roi_align.level_rules import LEVEL_RULES
+from doublehead.ops.roi_align.pooling import Pooling
 from tests.support.paths import ROOT
 
 
@@ -31,9 +33,8 @@ def problem(pyramid, **options):
 
 
 def pool(pyramid, features, rois, size):
-    return reference.multiscale_roi_align(features, rois, pyramid.SCALES, (1.0,), (size, size), 2, False, 224.0, 4, 0)[
-        0
-    ]
+    pooling = Pooling(pyramid.SCALES, (1.0,), (size, size), 2, False, 224.0, 4, *LEVEL_RULES["torchvision"])
+    return reference.multiscale_roi_align(features, rois, pooling)[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"output_size": 14}, {"images": 2}, {"dtype": torch.bfloat16}], ids=str)

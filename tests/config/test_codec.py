@@ -13,6 +13,7 @@ import pytest
 
 from doublehead.config import DataConfig, Recipe, TrainConfig, check, from_dict, parse, to_dict
 from doublehead.config.bounds import Bounds
+from doublehead.errors import shown_to_user
 from doublehead.interop.mapping import ConversionError
 from doublehead.interop.settings import with_settings
 from doublehead.recipes import RECIPES
@@ -58,9 +59,10 @@ CASES += [(field, text, f"{what}, {said} is accepted") for field, (text, what, s
 
 
 def from_flag(field: str, text: str) -> None:
-    from doublehead.cli.train import main
+    from doublehead.cli.train import parse as parse_flags  # needs tyro
 
-    main([f"--{field.replace('_', '-')}", *text.split()])
+    with shown_to_user():
+        parse_flags([f"--{field.replace('_', '-')}", *text.split()])
 
 
 def from_json(field: str, value: object) -> Recipe:

@@ -16,21 +16,22 @@ namespace {
 
 struct Numbers {
   int64_t dtype, channels_last, vectors, images, channels, levels, scales, rois, height, width, sampling_ratio, aligned,
-      canonical_level, level_rule;
+      canonical_level, epsilon_added_to;
 };
 
-// maps: data, four strides, height and width of each level; reals: canonical size, spatial scales, box scales.
+// maps: data, four strides, height and width of each level; reals: canonical size, the level's epsilon, the end offset,
+// then spatial scales and box scales.
 template <typename W>
 Problem<W> make_problem(const Numbers& n, const int64_t* maps, const int64_t* pooled, const void* rois,
                         const double* reals) {
   Problem<W> problem{};
   for (int64_t l = 0; l < n.levels; ++l, maps += 7) {
     problem.maps[l] = {reinterpret_cast<void*>(maps[0]), maps[1], maps[2], maps[3], maps[4], int32_t(maps[5]),
-                       int32_t(maps[6]), reals[1 + l]};
+                       int32_t(maps[6]), reals[3 + l]};
   }
   for (int64_t s = 0; s < n.scales; ++s) {
     problem.pooled[s] = reinterpret_cast<void*>(pooled[s]);
-    problem.box_scales[s] = W(reals[1 + n.levels + s]);
+    problem.box_scales[s] = W(reals[3 + n.levels + s]);
   }
   problem.rois = static_cast<const W*>(rois);
   problem.count = n.rois;
@@ -42,10 +43,9 @@ Problem<W> make_problem(const Numbers& n, const int64_t* maps, const int64_t* po
   problem.height = int32_t(n.height);
   problem.width = int32_t(n.width);
   problem.aligned = n.aligned;
-  problem.canonical_size = W(reals[0]);
-  problem.canonical_level = n.canonical_level;
-  problem.level_rule = n.level_rule;
-  problem.lowest = std::lround(-std::log2(reals[1]));
+  problem.end_offset = W(reals[2]);
+  problem.level_rule = {W(reals[0]), W(reals[1]), n.canonical_level, std::lround(-std::log2(reals[3])),
+                        n.epsilon_added_to};
   return problem;
 }
 

@@ -63,9 +63,9 @@ def test_wrong_configurations_are_named():
         Anchors(RPNConfig(), STRIDES[:4])
 
 
-def proposals(config: RPNConfig, logits: torch.Tensor, least_side: float = 0.0, shift: float = 0.0) -> torch.Tensor:
+def proposals(config: RPNConfig, logits: torch.Tensor, min_side: float = 0.0, shift: float = 0.0) -> torch.Tensor:
     """What an RPN with two levels makes of these logits `[H, W]` of its only anchor of level one, moved by `shift`."""
-    rpn = RPN(config, 1, (4, 8), least_side).eval()
+    rpn = RPN(config, 1, (4, 8), min_side).eval()
     maps = [torch.zeros(1, 1, *logits.shape), torch.zeros(1, 1, 1, 1)]
     fine = (logits.flatten()[None], torch.tensor([shift, 0, 0, 0]).repeat(1, logits.numel(), 1))
     coarse = (torch.full((1, 1), -50.0), torch.zeros(1, 1, 4))
@@ -77,7 +77,7 @@ def proposals(config: RPNConfig, logits: torch.Tensor, least_side: float = 0.0, 
 
 def test_legacy_boxes_outside_of_the_image_keep_a_pixel():
     config = RPNConfig((8, 16), (1.0,), anchors="legacy", nms_iou=1.0, min_size=0.0)
-    right = proposals(config, torch.zeros(4, 4), least_side=1.0, shift=9.0)
+    right = proposals(config, torch.zeros(4, 4), min_side=1.0, shift=9.0)
     assert (right[:-1, 0] == 15).all() and (right[:-1, 2] == 16).all()
-    none = proposals(replace(config, min_size=1e-3), torch.zeros(4, 4), least_side=0.0, shift=9.0)
+    none = proposals(replace(config, min_size=1e-3), torch.zeros(4, 4), min_side=0.0, shift=9.0)
     assert len(none) == 1  # that of level two

@@ -343,5 +343,5 @@ def test_other_errors_while_recording_stay(cuda, error, recwarn):
 
 def test_without_the_cuda_part_nothing_is_recorded(cuda, monkeypatch):
     monkeypatch.setattr(graph, "why_reference", lambda name: "_C_cuda is not loaded: it is not built")
-    with pytest.raises(RuntimeError, match="multiscale_roi_align: _C_cuda is not loaded: it is not built"):
+    with pytest.raises(RuntimeError, match="pyramid_roi_align: _C_cuda is not loaded: it is not built"):
         graph.record(lambda: pytest.fail("called"), torch.device("cuda", 0))

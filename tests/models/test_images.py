@@ -16,7 +16,7 @@ from doublehead.config import BackboneConfig, HeadConfig, ImageConfig, ModelConf
 from doublehead.engine.checkpoint import save_model
 from doublehead.models import build_detector
 from doublehead.models.backbone import ResNetFPN
-from doublehead.models.images import WAYS, ImageTransform
+from doublehead.models.images import RESIZE_RULES, ImageTransform
 from doublehead.models.structures import Detections
 
 SIZES = [(120, 200), (211, 150), (97, 333)]
@@ -112,8 +112,8 @@ def sides():
     return [tuple(size) for size in drawn] + special
 
 
-def resized(size, way, side=800, longest=1333):
-    return WAYS[way].size(size, side, longest)
+def resized(size, project, side=800, longest=1333):
+    return RESIZE_RULES[project].size(size, side, longest)
 
 
 def test_torchvisions_sizes_are_interpolates():
@@ -131,8 +131,8 @@ def test_detectron2s_and_mmdets_sizes_are_rounded_to_the_nearest():
     for height, width in sides():
         short, long = min(height, width), max(height, width)
         factor = min(Fraction(800, short), Fraction(1333, long))
-        for way in ("detectron2", "mmdet"):
-            for found, exact in zip(resized((height, width), way), (height * factor, width * factor), strict=True):
+        for project in ("detectron2", "mmdet"):
+            for found, exact in zip(resized((height, width), project), (height * factor, width * factor), strict=True):
                 distance = abs(found - exact)
                 assert distance < Fraction(1, 2) or abs(distance - Fraction(1, 2)) < Fraction(1, 10**9)
     assert resized((2, 3), "detectron2", 5, 100) == resized((2, 3), "mmdet", 5, 100) == (5, 8)  # 7.5, upwards
@@ -156,16 +156,16 @@ def test_maskrcnn_benchmarks_sizes():
     assert resized((425, 640), "maskrcnn_benchmark") == (800, 1204)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_no_image_is_too_thin(way):
-    config = ImageConfig(min_size=(32,), max_size=64, resize=way)
+@pytest.mark.parametrize("project", RESIZE_RULES)
+def test_no_image_is_too_thin(project):
+    config = ImageConfig(min_size=(32,), max_size=64, resize=project)
     batch, sizes = ImageTransform(config)([torch.rand(3, 1, 500), torch.rand(3, 500, 1)])
     assert sizes == [(1, 64), (64, 1)] and batch.pixels.isfinite().all()
 
 
-def levels_of(way, image, side, longest=1000):
+def levels_of(project, image, side, longest=1000):
     """What the network would see, as levels `[h, w, 3]`."""
-    config = ImageConfig(min_size=(side,), max_size=longest, mean=(0, 0, 0), std=(1 / 255,) * 3, resize=way)
+    config = ImageConfig(min_size=(side,), max_size=longest, mean=(0, 0, 0), std=(1 / 255,) * 3, resize=project)
     batch, ((height, width),) = ImageTransform(config)([image])
     return batch.pixels[0, :, :height, :width].permute(1, 2, 0).numpy()
 
@@ -179,13 +179,13 @@ def photo(height, width):
     return np.where(np.arange(width)[None, :, None] < width // 2, smooth, noise)
 
 
-@pytest.mark.parametrize("way", ["detectron2", "maskrcnn_benchmark"])
+@pytest.mark.parametrize("project", ["detectron2", "maskrcnn_benchmark"])
 @pytest.mark.parametrize("size, side", [((120, 90), 31), ((61, 80), 61), ((40, 60), 100), ((30, 210), 10)])
-def test_pillows_filter_within_one_level(way, size, side):
+def test_pillows_filter_within_one_level(project, size, side):
     pixels = photo(*size)  # not a tall one: there some versions of Pillow begin with the other pass
     image = torch.from_numpy(pixels).permute(2, 0, 1)
     for given in (image, image.contiguous(), image / 255):
-        found = levels_of(way, given, side)
+        found = levels_of(project, given, side)
         expected = np.asarray(Image.fromarray(pixels).resize(found.shape[1::-1], Image.Resampling.BILINEAR))
         difference = np.abs(found - expected)
         assert np.abs(found - found.round()).max() < 1e-3  # whole levels
@@ -236,14 +236,14 @@ def test_opencvs_arithmetic_within_one_level(size, side):
 
 def test_the_ways_differ():
     image = torch.from_numpy(photo(120, 90)).permute(2, 0, 1)
-    plain, opencv, pillow = (levels_of(way, image, 34) for way in ("torchvision", "mmdet", "detectron2"))
+    plain, opencv, pillow = (levels_of(project, image, 34) for project in ("torchvision", "mmdet", "detectron2"))
     assert 0 < np.abs(plain - opencv).max() <= 0.501 and np.abs(opencv - pillow).mean() > 5
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("way", WAYS)
-def test_on_a_gpu_nothing_is_waited_for_and_the_batch_is_the_same(way):
-    config = ImageConfig(min_size=(64,), max_size=100, resize=way, channel_order="bgr")
+@pytest.mark.parametrize("project", RESIZE_RULES)
+def test_on_a_gpu_nothing_is_waited_for_and_the_batch_is_the_same(project):
+    config = ImageConfig(min_size=(64,), max_size=100, resize=project, channel_order="bgr")
     images = [torch.from_numpy(photo(*size)).permute(2, 0, 1) for size in ((90, 120), (61, 40))]
     images.append(torch.rand(3, 50, 70))
     expected, sizes = ImageTransform(config)(images)
@@ -257,7 +257,7 @@ def test_on_a_gpu_nothing_is_waited_for_and_the_batch_is_the_same(way):
         torch.cuda.set_sync_debug_mode("default")
     assert again == sizes and torch.equal(batch.sizes.cpu(), expected.sizes)
     level = 1 / 255 / min(config.std)
-    tolerance = 1e-4 if way == "torchvision" else 2.01 * level  # sums beside a half
+    tolerance = 1e-4 if project == "torchvision" else 2.01 * level  # sums beside a half
     torch.testing.assert_close(batch.pixels.cpu(), expected.pixels, atol=tolerance, rtol=0)
 
 

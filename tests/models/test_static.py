@@ -139,4 +139,4 @@ def test_legacy_boxes_and_their_level_rule_need_each_other():
         build_detector(legacy, 4)
     roi = dataclasses.replace(legacy.roi, level_rule="maskrcnn_benchmark")
     detector = build_detector(dataclasses.replace(legacy, roi=roi), 4).detector
-    assert detector.least_side == detector.rpn.least_side == 1.0
+    assert detector.min_side == detector.rpn.min_side == 1.0

@@ -16,6 +16,8 @@ from doublehead.ops.fused_conv import reference as fused_conv_reference
 from doublehead.ops.fused_conv.arguments import FusedConvArguments
 from doublehead.ops.nms import reference as nms_reference
 from doublehead.ops.roi_align import op as roi_align
+from doublehead.ops.roi_align.level_rules import LEVEL_RULES
+from doublehead.ops.roi_align.pooling import Pooling
 from doublehead.ops.score_fusion import reference as fusion_reference
 
 OPERATORS = torch.ops.doublehead
@@ -53,7 +55,8 @@ def test_nms_of_nothing_compiled():
             assert_same(compiled(boxes, boxes.sum(-1) if boxes.dim() == 2 else boxes), both(boxes, zeros(len(boxes))))
 
 
-POOLING = ([1.0], [1.0], [2, 2], 2, False, 224.0, 4, 0)
+TORCHVISION = LEVEL_RULES["torchvision"]
+POOLING = ([1.0], [1.0], [2, 2], 2, False, 224.0, 4, *TORCHVISION)
 SHAPES = [shape for shape in itertools.product((0, 2), (0, 2), (0, 4), (0, 4), (0, 3)) if shape[0] or not shape[4]]
 
 
@@ -62,13 +65,14 @@ def test_roi_align_of_nothing(memory_format):
     for *size, count in SHAPES:  # without images there are no RoIs
         maps, rois = torch.rand(size).contiguous(memory_format=memory_format), torch.rand(count, 5)
         pooled = ops.roi_align(maps, rois, 2, sampling_ratio=2)
-        assert_same(pooled, roi_align._reference([maps], rois, *POOLING))
+        assert_same(pooled, roi_align._reference([maps], rois, Pooling(*POOLING)))
         assert_same(pooled.to("meta"), ops.roi_align(maps.to("meta"), rois.to("meta"), 2, sampling_ratio=2))
         if 0 not in size[2:]:  # of no pixels torchvision reads some all the same
             torch.testing.assert_close(pooled, torchvision.ops.roi_align(maps, rois, 2, sampling_ratio=2))
         flat = memory_format is torch.channels_last
-        arguments = [torch.rand(count, size[1], 2, 2)], rois, size, flat, *POOLING
-        assert_same(roi_align._op_backward(*arguments), roi_align._reference_backward(*arguments))
+        arguments = [torch.rand(count, size[1], 2, 2)], rois, size, flat
+        expected = roi_align._reference_backward(*arguments, Pooling(*POOLING))
+        assert_same(roi_align.pyramid_roi_align_backward(*arguments, *POOLING), expected)
         maps.requires_grad_()
         ops.roi_align(maps, rois, 2).sum().backward()
         assert maps.grad.shape == maps.shape

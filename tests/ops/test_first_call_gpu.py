@@ -21,13 +21,14 @@ CAPTURE = """
 import sys
 import torch
 import doublehead.ops
+from doublehead.ops.roi_align.level_rules import LEVEL_RULES
 
 name, device = sys.argv[1:]
 generator = torch.Generator().manual_seed(0)
 corners = torch.rand(2, 300, 2, generator=generator) * 50
 boxes = torch.cat((corners, corners + 10), 2)
 rois = torch.cat((torch.arange(600)[:, None] % 2, boxes.flatten(0, 1)), 1)
-pooling = [0.5, 0.25], [1.0], [7, 7], 2, False, 56.0, 3, 0
+pooling = [0.5, 0.25], [1.0], [7, 7], 2, False, 56.0, 3, *LEVEL_RULES["torchvision"]
 
 def arguments(dtype):
     def random(*shape):
@@ -35,7 +36,7 @@ def arguments(dtype):
 
     if name == "nms_padded":
         return boxes.to(dtype), random(2, 300), torch.arange(600).view(2, 300) % 3, 0.5, 100
-    if name == "multiscale_roi_align":
+    if name == "pyramid_roi_align":
         return [random(2, 16, 40, 40), random(2, 16, 20, 20)], rois, *pooling
     return [random(600, 16, 7, 7)], rois, [2, 16, 40, 40, 20, 20], True, *pooling
 
@@ -61,7 +62,7 @@ print("replayed")
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
-@pytest.mark.parametrize("name", ["nms_padded", "multiscale_roi_align", "multiscale_roi_align_backward"])
+@pytest.mark.parametrize("name", ["nms_padded", "pyramid_roi_align", "pyramid_roi_align_backward"])
 def test_first_call_inside_a_capture(name, device):
     if int(device[-1]) >= torch.cuda.device_count():
         pytest.skip("needs two CUDA devices")

@@ -247,7 +247,7 @@ def test_the_cuda_part_is_missing(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(_library, "UNLOADED", {"_C_cuda": "it is not built"})
     _library.define_missing_kernels()
-    assert {"nms", "nms_padded", "multiscale_roi_align", "multiscale_roi_align_backward"} == set(registered)
+    assert {"nms", "nms_padded", "pyramid_roi_align", "pyramid_roi_align_backward"} == set(registered)
     boxes, scores = torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 2]]), torch.tensor([0.5, 0.9])
     arguments = (boxes, scores, None, 0.5)
     found, texts = served(registered["nms"], *arguments)

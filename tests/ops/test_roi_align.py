@@ -11,9 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from doublehead.ops import roi_align
 from doublehead.ops.roi_align import reference
+from doublehead.ops.roi_align.level_rules import LEVEL_RULES
+from doublehead.ops.roi_align.pooling import Pooling
 from tests.support.roi_align_cases import (
     CHANNELS_LAST,
     LAYOUTS,
+    TORCHVISION,
     assert_twice_as_good,
     by_reference,
     layouts,
@@ -122,7 +125,7 @@ class Divisors(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-@pytest.mark.parametrize("level_rule", range(4))
+@pytest.mark.parametrize("level_rule", LEVEL_RULES.values(), ids=LEVEL_RULES)
 def test_the_reference_divides_alike_on_every_device(level_rule):
     """By a Python number, or a tensor of one element on the CPU, CUDA multiplies with the reciprocal instead: the last
     bit is another, and with it at times a level, or whether a sample at the edge of the map counts."""
@@ -130,8 +133,8 @@ def test_the_reference_divides_alike_on_every_device(level_rule):
     rois = make_rois(5, 1, 16, 16)
     with Divisors() as divisors:
         for sampling_ratio in (2, 0):
-            pooling = [0.5, 0.25], [1.0, 1.3], (3, 5), sampling_ratio, False, 7.0, 2, level_rule
-            reference.multiscale_roi_align(features, rois, *pooling)
+            pooling = [0.5, 0.25], [1.0, 1.3], (3, 5), sampling_ratio, False, 7.0, 2, *level_rule
+            reference.multiscale_roi_align(features, rois, Pooling(*pooling))
     assert len(divisors.seen) >= 10
     assert all(isinstance(divisor, torch.Tensor) for divisor in divisors.seen)
 
@@ -142,9 +145,9 @@ def test_transpose_in_the_reference_is_the_gradient(layout):
     rois, grad = make_rois(5, 2, 9, 11).double(), make_features(5, 3, 4, 4, dtype=torch.float64, seed=1)
     for sampling_ratio in (2, 0):
         _, expected = run(by_reference, features, rois, grad, (4, 4), 1.0, sampling_ratio, True)
-        pooling = [1.0], [1.0], (4, 4), sampling_ratio, True, 224.0, 4, 0
+        pooling = [1.0], [1.0], (4, 4), sampling_ratio, True, 224.0, 4, *TORCHVISION
         last = layout == CHANNELS_LAST
-        (actual,) = reference.multiscale_roi_align_backward([grad], rois, [2, 3, 9, 11], last, *pooling)
+        (actual,) = reference.multiscale_roi_align_backward([grad], rois, [2, 3, 9, 11], last, Pooling(*pooling))
         torch.testing.assert_close(actual, expected)
         assert actual.is_contiguous(memory_format=layout)
 
@@ -232,8 +235,8 @@ def _free_memory() -> int:
 @pytest.mark.skipif(_free_memory() < 8 * 2**30, reason="needs 8 GiB of free memory: the gradient alone takes 4")
 def test_more_than_2_to_the_31_elements_are_written_right():
     backward, pooling = (
-        torch.ops.doublehead.multiscale_roi_align_backward,
-        ([1.0], [1.0], (4, 4), 2, False, 224.0, 4, 0),
+        torch.ops.doublehead.pyramid_roi_align_backward,
+        ([1.0], [1.0], (4, 4), 2, False, 224.0, 4, *TORCHVISION),
     )
     grad = make_features(1, 4, 4, 4, dtype=torch.bfloat16)
     rois = torch.tensor([[0.0, 23180.5, 23181.0, 23188.5, 23185.0]])

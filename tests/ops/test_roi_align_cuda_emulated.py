@@ -10,58 +10,15 @@ import torch
 from torch import Tensor
 
 from doublehead.ops.roi_align import reference
-from tests.cuda_emulation.build import IN_ORDER, every_order, open_emulated
+from doublehead.ops.roi_align.level_rules import LEVEL_RULES
+from doublehead.ops.roi_align.pooling import Pooling
+from tests.cuda_emulation.build import IN_ORDER, every_order
+from tests.support.emulated_roi_align import DTYPES, LAYOUTS, backward, forward
+from tests.support.roi_align_cases import TORCHVISION
 from tests.support.roi_align_cases import make_rois as boxes_of_all_sizes
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
-
-
-def call(name, maps, pooled, rois, pooling, channels_last, order=IN_ORDER, vectors=None, **options):
-    """Runs the kernels: `maps` -> `pooled` (forward) or `pooled` -> `maps` (backward)."""
-    spatial_scales, box_scales, output_size, sampling_ratio, aligned, canonical_size, canonical_level, rule = pooling
-    first = maps[0]
-    width = 16 // first.element_size() if name == "run_forward" else 2 if first.dtype == torch.float64 else 4
-    if vectors is None:  # as csrc/roi_align/cuda/roi_align.cu decides it
-        strides = [m.stride(d) for m in maps for d in (0, 2, 3)] + [first.shape[1]]
-        vectors = all(s % width == 0 for s in strides)
-        vectors &= all(t.data_ptr() % (width * t.element_size()) == 0 for t in (*maps, *pooled))
-    numbers = [DTYPES.index(first.dtype), channels_last, vectors, *first.shape[:2], len(maps), len(pooled),
-               rois.shape[0], *output_size, sampling_ratio, aligned, canonical_level, rule]  # fmt: skip
-    table = [[m.data_ptr(), *m.stride(), m.shape[2], m.shape[3]] for m in maps]
-    open_emulated("roi_align.cpp").call(
-        name, torch.tensor([int(n) for n in numbers]), torch.tensor(table),
-        torch.tensor([p.data_ptr() for p in pooled]), rois.contiguous(),
-        torch.tensor([canonical_size, *spatial_scales, *box_scales], dtype=torch.float64),
-        *options.values(), order=order,
-    )  # fmt: skip
-
-
-def poison(*shape, like: Tensor, layout) -> Tensor:
-    return torch.full(shape, torch.nan, dtype=like.dtype).contiguous(memory_format=layout)
-
-
-def forward(features, rois, *pooling, order=IN_ORDER, no_room=False) -> list[Tensor]:
-    last = reference.is_channels_last(features[0])
-    layout = LAYOUTS[last]
-    shape = rois.shape[0], features[0].shape[1], *pooling[2]
-    outputs = [poison(*shape, like=features[0], layout=layout) for _ in pooling[1]]
-    call("run_forward", features, outputs, rois, pooling, last, order, no_room=no_room)
-    return outputs
-
-
-def backward(grads, rois, feature_sizes, channels_last, *pooling, order=IN_ORDER) -> list[Tensor]:
-    layout = LAYOUTS[channels_last]
-    images, channels, *sides = feature_sizes
-    results = [
-        poison(images, channels, h, w, like=grads[0], layout=layout)
-        for h, w in zip(sides[::2], sides[1::2], strict=True)
-    ]
-    grads = [grad.contiguous(memory_format=layout) for grad in grads]
-    call("run_backward", results, grads, rois, pooling, channels_last, order)
-    return results
 
 
 def exact(function, tensors, rois, *arguments) -> list[Tensor]:
@@ -92,8 +49,8 @@ def assert_close(actual: Tensor, plain: Tensor, exactly: Tensor, what="") -> Non
 
 def check_output(features, rois, *pooling, order=IN_ORDER, no_room=False) -> list[Tensor]:
     outputs = forward(features, rois, *pooling, order=order, no_room=no_room)
-    plain = reference.multiscale_roi_align(features, rois, *pooling)
-    for s, expected in enumerate(exact(reference.multiscale_roi_align, features, rois, *pooling)):
+    plain = reference.multiscale_roi_align(features, rois, Pooling(*pooling))
+    for s, expected in enumerate(exact(reference.multiscale_roi_align, features, rois, Pooling(*pooling))):
         assert_close(outputs[s], plain[s], expected, f"output {s}")
     return outputs
 
@@ -105,16 +62,22 @@ def check(features, rois, *pooling, order=IN_ORDER, no_room=False) -> tuple[list
     last = reference.is_channels_last(features[0])
     sizes = [*features[0].shape[:2], *(side for f in features for side in f.shape[2:])]
     results = backward(grads, rois, sizes, last, *pooling, order=order)
-    plain = reference.multiscale_roi_align_backward(grads, rois, sizes, last, *pooling)
+    plain = reference.multiscale_roi_align_backward(grads, rois, sizes, last, Pooling(*pooling))
     for level, expected in enumerate(
-        exact(reference.multiscale_roi_align_backward, grads, rois, sizes, last, *pooling)
+        exact(reference.multiscale_roi_align_backward, grads, rois, sizes, last, Pooling(*pooling))
     ):
         assert_close(results[level], plain[level], expected, f"gradient {level}")
     return outputs, results
 
 
+def packed(arguments) -> tuple:
+    """The backward's arguments after the tensors, flat -> for the reference."""
+    sizes, channels_last, *pooling = arguments
+    return sizes, channels_last, Pooling(*pooling)
+
+
 def single(output_size, sampling_ratio, aligned, scale=0.5):
-    return [scale], [1.0], output_size, sampling_ratio, aligned, 224.0, 4, 0
+    return [scale], [1.0], output_size, sampling_ratio, aligned, 224.0, 4, *TORCHVISION
 
 
 # ---------------------------------------------------------------------------------------------
@@ -139,7 +102,7 @@ def test_pyramid_with_two_box_scales_in_any_order_of_threads(order, layout):
     shapes = [(2, 20, 40, 31), (2, 20, 20, 16), (2, 20, 10, 8), (2, 20, 5, 1)]
     features, rois = make_features(shapes, layout=layout), make_rois(30, 2, 160, 124)
     rois[3, 0], rois[4, 0], rois[5, 1], rois[6, 1:] = 2, -1, torch.nan, torch.tensor([50.0, 20, 40, 90])
-    pooling = [1 / 4, 1 / 8, 1 / 16, 1 / 32], [1.0, 1.3], (7, 7), 2, False, 56.0, 3, 0
+    pooling = [1 / 4, 1 / 8, 1 / 16, 1 / 32], [1.0, 1.3], (7, 7), 2, False, 56.0, 3, *TORCHVISION
     first = check(features, rois, *pooling, order=IN_ORDER)
     for ours, expected in zip(check(features, rois, *pooling, order=order), first, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
@@ -148,12 +111,12 @@ def test_pyramid_with_two_box_scales_in_any_order_of_threads(order, layout):
 
 
 @layouts
-@pytest.mark.parametrize("rule", range(4), ids=reference.LEVEL_RULES)
+@pytest.mark.parametrize("rule", LEVEL_RULES.values(), ids=LEVEL_RULES)
 def test_level_rules(rule, layout):
     sides = torch.tensor([27.9, 28.0, 28.1, 55.9, 56.0, 56.1, 111.9, 112.0, 112.1, 500.0, 0.0])
     rois = torch.stack([sides * 0, sides * 0 + 3, sides * 0 + 4, sides + 3, sides + 4], 1)
     features = make_features([(1, 4, 32, 32), (1, 4, 16, 16), (1, 4, 8, 8)], layout=layout)
-    check(features, rois, [1 / 4, 1 / 8, 1 / 16], [1.0, 1.3], (3, 3), 2, False, 56.0, 3, rule)
+    check(features, rois, [1 / 4, 1 / 8, 1 / 16], [1.0, 1.3], (3, 3), 2, False, 56.0, 3, *rule)
 
 
 @layouts
@@ -201,8 +164,8 @@ def test_many_boxes_on_one_object(order, layout):
     grads = make_features([(1100, 2, 3, 3)], seed=1)
     arguments = [1, 2, 10, 9], layout == LAYOUTS[1], *single((3, 3), 2, False, 1.0)
     (actual,) = backward(grads, rois, *arguments, order=order)
-    (plain,) = reference.multiscale_roi_align_backward(grads, rois, *arguments)
-    (expected,) = exact(reference.multiscale_roi_align_backward, grads, rois, *arguments)
+    (plain,) = reference.multiscale_roi_align_backward(grads, rois, *packed(arguments))
+    (expected,) = exact(reference.multiscale_roi_align_backward, grads, rois, *packed(arguments))
     assert_close(actual, plain, expected)
 
 
@@ -232,12 +195,12 @@ def test_huge_coordinates_in_float32(layout):
     rois, features = torch.nn.functional.pad(boxes, (1, 0)), make_features([(1, 3, 9, 10)], layout=layout)
     pooling = single((4, 3), 0, False, 1.0)
     (actual,) = forward(features, rois, *pooling)
-    (plain,) = reference.multiscale_roi_align(features, rois, *pooling)
+    (plain,) = reference.multiscale_roi_align(features, rois, Pooling(*pooling))
     torch.testing.assert_close(actual, plain, rtol=1e-4, atol=1e-4)
     grads = make_features([(4, 3, 4, 3)], seed=1)
     arguments = [1, 3, 9, 10], layout == LAYOUTS[1], *pooling
     (actual,) = backward(grads, rois, *arguments)
-    (plain,) = reference.multiscale_roi_align_backward(grads, rois, *arguments)
+    (plain,) = reference.multiscale_roi_align_backward(grads, rois, *packed(arguments))
     torch.testing.assert_close(actual, plain, rtol=1e-4, atol=1e-4)
 
 
@@ -246,7 +209,7 @@ def test_huge_coordinates_in_float32(layout):
 def test_image_that_is_not_there_is_never_read(image, layout):
     features, rois = make_features([(2, 4, 8, 8), (2, 4, 4, 4)], layout=layout), make_rois(3, 2, 16, 16)
     rois[1, 0] = image
-    pooling = [0.5, 0.25], [1.0], (3, 3), 2, False, 14.0, 3, 0
+    pooling = [0.5, 0.25], [1.0], (3, 3), 2, False, 14.0, 3, *TORCHVISION
     (output,), _ = check(features, rois, *pooling)
     assert not output[1].any()
 
@@ -257,14 +220,14 @@ def test_infinite_values_stay_where_they_are(layout):
     pooling = single((7, 7), 2, False, 1.0)
     features[0, 3, 20, 20] = torch.inf
     (output,) = forward([features], rois, *pooling)
-    (expected,) = reference.multiscale_roi_align([features], rois, *pooling)
+    (expected,) = reference.multiscale_roi_align([features], rois, Pooling(*pooling))
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert output.isinf().any() and not output.isnan().any()
     (grad,) = make_features([(1, 18, 7, 7)], seed=1)
     grad[0, 3, 2, 2] = torch.inf
     arguments = [1, 18, 40, 40], layout == LAYOUTS[1], *pooling
     (result,) = backward([grad], rois, *arguments)
-    (expected,) = reference.multiscale_roi_align_backward([grad], rois, *arguments)
+    (expected,) = reference.multiscale_roi_align_backward([grad], rois, *packed(arguments))
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert result.isinf().any() and not result.isnan().any()
 
@@ -272,7 +235,7 @@ def test_infinite_values_stay_where_they_are(layout):
 @layouts
 def test_levels_and_images_without_boxes_and_empty_maps(layout):
     features = make_features([(3, 4, 16, 16), (3, 4, 8, 8), (3, 4, 0, 4), (3, 4, 3, 0)], layout=layout)
-    pooling = [1 / 4, 1 / 8, 1 / 16, 1 / 32], [1.0], (3, 2), 2, False, 56.0, 3, 0
+    pooling = [1 / 4, 1 / 8, 1 / 16, 1 / 32], [1.0], (3, 2), 2, False, 56.0, 3, *TORCHVISION
     rois = torch.tensor([[0.0, 2, 2, 30, 30], [0, 0, 0, 10, 10], [2, 0, 0, 500, 500], [2, 0, 0, 190, 200]])
     outputs = forward(features, rois, *pooling)
     assert outputs[0][:2].all() and not outputs[0][2:].any()

@@ -9,9 +9,11 @@ from torch import Tensor
 from doublehead.ops import multiscale_roi_align, roi_align
 from doublehead.ops._library import native
 from doublehead.ops.roi_align import reference
+from doublehead.ops.roi_align.pooling import Pooling
 from tests.support.roi_align_calls import BACKWARD, FORWARD, POOLING, make_pyramid, pyramid_rois
 from tests.support.roi_align_cases import (
     LAYOUTS,
+    TORCHVISION,
     assert_twice_as_good,
     by_reference,
     layouts,
@@ -61,8 +63,8 @@ def pool_and_differentiate(features, rois) -> list[Tensor]:
 
 
 def test_the_compiled_kernels_serve_cuda():
-    assert native("multiscale_roi_align", "cuda")
-    assert native("multiscale_roi_align_backward", "cuda")
+    assert native("pyramid_roi_align", "cuda")
+    assert native("pyramid_roi_align_backward", "cuda")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -203,7 +205,7 @@ def test_more_than_2_to_the_31_elements(channels, dtype, layout):
     del features
     grad, pooling = (
         torch.randn(1, channels, 4, 4, device="cuda").to(dtype),
-        ([1.0], [1.0], (4, 4), 2, False, 224.0, 4, 0),
+        ([1.0], [1.0], (4, 4), 2, False, 224.0, 4, *TORCHVISION),
     )
     last = layout == LAYOUTS[1]
     (actual,) = BACKWARD([grad], rois, [3, channels, side, side], last, *pooling)
@@ -245,7 +247,7 @@ def test_nothing_waits_for_the_device(layout):
 def test_captured_graph_follows_its_inputs(layout):
     features, rois = fpn(2, 32, layout=layout), clustered_rois(200)
     sizes = [*features[0].shape[:2], *(side for f in features for side in f.shape[2:])]
-    pooling = list(SCALES), [1.0, 1.3], [7, 7], 2, False, 224.0, 4, 0
+    pooling = list(SCALES), [1.0, 1.3], [7, 7], 2, False, 224.0, 4, *TORCHVISION
 
     def both():
         outputs = FORWARD(features, rois, *pooling)
@@ -376,6 +378,6 @@ def test_mixed_devices_are_an_error():
 def test_result_is_the_references():
     """The operator's definition itself runs on the device as well."""
     features, rois = [f.cuda() for f in make_pyramid()], pyramid_rois().cuda()
-    expected = reference.multiscale_roi_align(features, rois, *POOLING)
+    expected = reference.multiscale_roi_align(features, rois, Pooling(*POOLING))
     for actual, plain in zip(FORWARD(features, rois, *POOLING), expected, strict=True):
         torch.testing.assert_close(actual, plain, rtol=1e-5, atol=1e-5)

@@ -2,11 +2,18 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from doublehead.ops import multiscale_roi_align, roi_align
 from doublehead.ops.roi_align import reference
-from tests.support.roi_align_calls import BACKWARD, FORWARD, POOLING, make_pyramid, pyramid_rois
+from doublehead.ops.roi_align.pooling import Pooling
+from tests.support.roi_align_calls import (
+    BACKWARD,
+    FORWARD,
+    POOLING,
+    make_pyramid,
+    pool_and_differentiate,
+    pyramid_rois,
+)
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
@@ -16,13 +23,6 @@ def pool(features, rois):
     return multiscale_roi_align(
         features, rois, (3, 5), spatial_scales=(0.5, 0.25), box_scales=(1.0, 1.3), canonical_size=56, canonical_level=3
     )
-
-
-def pool_and_differentiate(function, features, rois) -> list[Tensor]:
-    leaves = [feature.detach().requires_grad_() for feature in features]
-    outputs = function(leaves, rois)
-    loss = sum((output.float() ** 2).sum() for output in outputs)
-    return [output.detach() for output in outputs] + list(torch.autograd.grad(loss, leaves))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def test_exports_with_a_dynamic_number_of_boxes():
     features, rois = make_pyramid(), pyramid_rois()
     count = torch.export.Dim("count", min=1)
     program = torch.export.export(Pool(), (*features, rois), dynamic_shapes=(None, None, {0: count}))
-    assert "doublehead.multiscale_roi_align" in str(program.graph)
+    assert "doublehead.pyramid_roi_align" in str(program.graph)
     for number in (4, 2):
         outputs = program.module()(*features, rois[:number])
         for actual, expected in zip(outputs, pool(features, rois[:number]), strict=True):
@@ -104,7 +104,7 @@ def test_the_operator_itself_is_differentiable_as_the_function_is():
 def test_reference_serves_devices_without_a_kernel(layout):
     """Called below the dispatcher's choice of kernel, as on such a device."""
     features, rois = make_pyramid(layout), pyramid_rois()
-    outputs = reference.multiscale_roi_align(features, rois, *POOLING)
+    outputs = reference.multiscale_roi_align(features, rois, Pooling(*POOLING))
     for actual, expected in zip(outputs, pool(features, rois), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
         assert actual.stride() == expected.stride()
@@ -113,7 +113,7 @@ def test_reference_serves_devices_without_a_kernel(layout):
 def test_reference_pools_zeros_from_an_image_that_is_not_there():
     features, rois = make_pyramid(), pyramid_rois()
     rois[1, 0], rois[2, 0] = 7, -3
-    outputs = reference.multiscale_roi_align(features, rois, *POOLING)
+    outputs = reference.multiscale_roi_align(features, rois, Pooling(*POOLING))
     for output, expected in zip(outputs, pool(features, pyramid_rois()), strict=True):
         assert not output[1:3].any()
         torch.testing.assert_close(output[[0, 3]], expected[[0, 3]], rtol=1e-5, atol=1e-5)
@@ -254,7 +254,7 @@ def test_multiscale_errors(change, error, message):
 def test_the_bare_operator_reads_nothing_out_of_place(change, message):
     from doublehead.ops._library import native
 
-    if not native("multiscale_roi_align", "cpu"):
+    if not native("pyramid_roi_align", "cpu"):
         pytest.skip("doublehead._C is not built: these are its checks")
     arguments = [[torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 4, 4)], torch.zeros(2, 5), *POOLING]
     for place, value in change.items():

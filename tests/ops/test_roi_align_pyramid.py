@@ -10,6 +10,8 @@ from torchvision.ops.poolers import LevelMapper
 
 from doublehead.ops import MultiScaleRoIAlign, multiscale_roi_align, roi_align
 from doublehead.ops.roi_align import reference
+from doublehead.ops.roi_align.level_rules import LEVEL_RULES
+from doublehead.ops.roi_align.pooling import Pooling
 
 SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -91,8 +93,8 @@ def test_torchvision_level_next_to_a_boundary(boundary):
 )  # fmt: skip
 def test_level_rules(level_rule, side, level):
     assert levels_used(square(side), level_rule).item() == level
-    index = reference.LEVEL_RULES.index(level_rule)
-    assert reference.box_levels(square(side), SCALES, 224, 4, index).item() == level
+    pooling = Pooling(SCALES, (1.0,), (1, 1), 1, False, 224, 4, *LEVEL_RULES[level_rule])
+    assert reference.box_levels(square(side), pooling).item() == level
 
 
 @pytest.mark.parametrize("box_scale", [1.0, 1.3])
@@ -156,7 +158,7 @@ def test_single_level_takes_inverted_boxes_as_torchvision_does():
 def test_pyramid_and_box_scales_against_the_reference(output_size, dtype, layout):
     features = make_pyramid(layout=layout, dtype=dtype)
     rois = torch.cat([torch.arange(24.0)[:, None] % 2, make_boxes(24)], 1)
-    pooling = SCALES, (1.0, 1.3), output_size, 2, False, 224.0, 4, 0
+    pooling = SCALES, (1.0, 1.3), output_size, 2, False, 224.0, 4, *LEVEL_RULES["torchvision"]
     grads = [torch.randn(24, 18, *output_size).to(dtype) for _ in range(2)]
 
     def run(function, features, rois):
@@ -169,7 +171,7 @@ def test_pyramid_and_box_scales_against_the_reference(output_size, dtype, layout
         return multiscale_roi_align(features, rois, output_size, spatial_scales=SCALES, box_scales=(1.0, 1.3))
 
     def plainly(features, rois):
-        return reference.multiscale_roi_align(features, rois, *pooling)
+        return reference.multiscale_roi_align(features, rois, Pooling(*pooling))
 
     actual = run(ours, features, rois)
     plain = run(plainly, features, rois.to(torch.float64 if dtype == torch.float64 else torch.float32))

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from doublehead.ops.roi_align import reference
+from doublehead.ops.roi_align.level_rules import LEVEL_RULES
+from doublehead.ops.roi_align.pooling import Pooling
 
 CHANNELS_LAST = torch.channels_last
+TORCHVISION = LEVEL_RULES["torchvision"]
 LAYOUTS = [torch.contiguous_format, CHANNELS_LAST]
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 
@@ -37,8 +40,8 @@ def run(function, features: Tensor, rois: Tensor, grad: Tensor, *options) -> tup
 
 
 def by_reference(features, rois, output_size, spatial_scale, sampling_ratio, aligned):
-    pooling = [spatial_scale], [1.0], output_size, sampling_ratio, aligned, 224.0, 4, 0
-    return reference.multiscale_roi_align([features], rois, *pooling)[0]
+    pooling = [spatial_scale], [1.0], output_size, sampling_ratio, aligned, 224.0, 4, *TORCHVISION
+    return reference.multiscale_roi_align([features], rois, Pooling(*pooling))[0]
 
 
 def assert_twice_as_good(actual: Tensor, plain: Tensor, exact: Tensor) -> None:

@@ -3,9 +3,10 @@
 // Boxes are ordered by score and split into groups, and in each group the best undecided box is kept and strikes those
 // it suppresses (candidates.h does that fast), until all are decided. Groups run in parallel; within one large group,
 // striking does.
-#include "candidates.h"
-#include "common.h"
+#include "candidates.h"  // before nms.h: its lanes.h silences a warning about vectors there
+#include "../arguments.h"
 #include "../nms.h"
+#include "common.h"
 #include "radix_sort.h"
 
 namespace {
@@ -217,20 +218,11 @@ Items<Key> keep(const Boxes<T>& boxes, const Groups& groups, Items<Key> items, i
 // ---------------------------------------------------------------------------------------------------------------------
 // Operators
 
-void check_arguments(const Tensor& boxes, const Tensor& scores, int64_t dim) {
-  check_dim(boxes, dim, "nms: boxes");
-  check_size(boxes, dim - 1, 4, "nms: boxes");
-  check_dim(scores, dim - 1, "nms: scores");
-  for (int64_t d = 0; d < dim - 1; ++d) check_size(scores, d, boxes.size(d), "nms: scores");
-  check_cpu(scores, "nms: scores");
+// The arguments of one image have `dim` 2, those of a batch 3.
+void check_on_cpu(const Tensor& boxes, const Tensor& scores, int64_t dim) {
+  check_cpu(boxes, "nms: boxes");
+  check_arguments(boxes, scores, dim);
   DOUBLEHEAD_CHECK(boxes.size(dim - 2) < int64_t(1) << 31, "nms: boxes must be fewer than 2^31");
-}
-
-void check_groups(const Tensor& groups, const Tensor& scores) {
-  check_cpu(groups, "nms: groups");
-  check_dtype(groups, ScalarType::Long, "nms: groups");
-  check_dim(groups, scores.dim(), "nms: groups");
-  for (int64_t d = 0; d < scores.dim(); ++d) check_size(groups, d, scores.size(d), "nms: groups");
 }
 
 // Calls use(items) with the kept boxes of image b. The batch dimension, if there is one, is the first.
@@ -260,10 +252,9 @@ Tensor empty_indices(const Tensor& like, const std::vector<int64_t>& size) {
 
 std::tuple<Tensor, Tensor> nms_padded_cpu(const Tensor& boxes, const Tensor& scores, const Tensor& groups,
                                           double threshold, int64_t max_output, int64_t largest_group) {
-  check_arguments(boxes, scores, 3);
+  check_on_cpu(boxes, scores, 3);
   check_groups(groups, scores);
-  DOUBLEHEAD_CHECK(max_output >= 0, "nms: max_output must be >= 0, got ", max_output);
-  DOUBLEHEAD_CHECK(largest_group >= 0, "nms: largest_group must be >= 0, got ", largest_group);
+  check_padded(max_output, largest_group);
   const int64_t batch = boxes.size(0);
   Tensor indices = empty_indices(boxes, {batch, max_output}), counts = empty_indices(boxes, {batch});
   int64_t* out = static_cast<int64_t*>(indices.data_ptr());
@@ -288,7 +279,7 @@ std::tuple<Tensor, Tensor> nms_padded_cpu(const Tensor& boxes, const Tensor& sco
 }
 
 Tensor nms_cpu(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& groups, double threshold) {
-  check_arguments(boxes, scores, 2);
+  check_on_cpu(boxes, scores, 2);
   Groups mine;
   if (groups) {
     check_groups(*groups, scores);

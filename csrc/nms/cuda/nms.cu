@@ -1,4 +1,5 @@
 // Greedy non-maximum suppression on CUDA: arguments, memory, sorting and launches. steps.h has the order of the steps.
+#include "../arguments.h"
 #include "cuda_common.h"
 #include "steps.h"
 
@@ -11,7 +12,6 @@ namespace {
 
 using namespace doublehead;
 using namespace doublehead::nms;
-
 
 // How steps.h launches and sorts: on torch's current stream.
 class Cuda {
@@ -54,21 +54,11 @@ class Cuda {
   const OnDevice& on_;
 };
 
-void check_arguments(const Tensor& boxes, const Tensor& scores, int64_t dim) {
-  check_dim(boxes, dim, "nms: boxes");
-  check_size(boxes, dim - 1, 4, "nms: boxes");
-  check_dim(scores, dim - 1, "nms: scores");
-  for (int64_t d = 0; d < dim - 1; ++d) check_size(scores, d, boxes.size(d), "nms: scores");
+// The arguments of one image have `dim` 2, those of a batch 3.
+void check_on_cuda(const Tensor& boxes, const Tensor& scores, int64_t dim) {
   check_cuda_device(boxes, "nms: boxes");
-  check_same_device(scores, boxes, "nms: scores");
+  check_arguments(boxes, scores, dim);
   DOUBLEHEAD_CHECK(scores.numel() < int64_t(1) << 30, "nms: boxes must be fewer than 2^30");
-}
-
-void check_groups(const Tensor& groups, const Tensor& scores) {
-  check_same_device(groups, scores, "nms: groups");
-  check_dtype(groups, ScalarType::Long, "nms: groups");
-  check_dim(groups, scores.dim(), "nms: groups");
-  for (int64_t d = 0; d < scores.dim(); ++d) check_size(groups, d, scores.size(d), "nms: groups");
 }
 
 // [B, N] or [B, N, 4]; or, of one image, [N] or [N, 4]. `n`: the dimension of N.
@@ -109,10 +99,9 @@ void suppress_on(const OnDevice& on, const Tensor& boxes, const Tensor& scores, 
 
 std::tuple<Tensor, Tensor> nms_padded_cuda(const Tensor& boxes, const Tensor& scores, const Tensor& groups,
                                            double threshold, int64_t max_output, int64_t largest_group) {
-  check_arguments(boxes, scores, 3);
+  check_on_cuda(boxes, scores, 3);
   check_groups(groups, scores);
-  DOUBLEHEAD_CHECK(max_output >= 0, "nms: max_output must be >= 0, got ", max_output);
-  DOUBLEHEAD_CHECK(largest_group >= 0, "nms: largest_group must be >= 0, got ", largest_group);
+  check_padded(max_output, largest_group);
   const OnDevice on(boxes);
   Tensor indices = empty_on(boxes, {boxes.size(0), max_output}, ScalarType::Long);
   Tensor counts = empty_on(boxes, {boxes.size(0)}, ScalarType::Long);
@@ -121,7 +110,7 @@ std::tuple<Tensor, Tensor> nms_padded_cuda(const Tensor& boxes, const Tensor& sc
 }
 
 Tensor nms_cuda(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& groups, double threshold) {
-  check_arguments(boxes, scores, 2);
+  check_on_cuda(boxes, scores, 2);
   if (groups) check_groups(*groups, scores);
   const OnDevice on(boxes);
   const int64_t most = boxes.size(0);

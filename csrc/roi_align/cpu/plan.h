@@ -1,7 +1,7 @@
 // What to pool from where: every (box, box scale) with its level and image, grouped and ordered for the cache.
 #pragma once
 
-#include "../pooling.h"
+#include "../arguments.h"
 #include "weights.h"
 
 namespace doublehead::roi_align {
@@ -21,7 +21,7 @@ class Plan {
  public:
   // rois: W[count, 5]; extents: (height, width) of each level.
   Plan(const W* rois, int64_t count, std::vector<std::pair<int64_t, int64_t>> extents, int64_t images, Pooling pooling)
-      : rois_(rois), extents_(std::move(extents)), pooling_(std::move(pooling)) {
+      : rois_(rois), extents_(std::move(extents)), pooling_(std::move(pooling)), level_rule_(level_rule<W>(pooling_)) {
     const int64_t groups = int64_t(extents_.size()) * images, scales = int64_t(pooling_.box_scales.size());
     std::vector<int64_t> group_of(count), next(groups + 2, 0);  // group number `groups` pools nothing
     for (int64_t k = 0; k < count; ++k) {
@@ -54,8 +54,8 @@ class Plan {
     const W* box = rois_ + item.roi * 5 + 1;
     W x1 = box[0], y1 = box[1], x2 = box[2], y2 = box[3];
     const W factor = W(pooling_.box_scales[item.scale]), scale = W(pooling_.spatial_scales[level]);
-    sampled(x1, x2, factor, pooling_.level_rule);
-    sampled(y1, y2, factor, pooling_.level_rule);
+    sampled(x1, x2, factor, W(pooling_.end_offset));
+    sampled(y1, y2, factor, W(pooling_.end_offset));
     const auto [map_height, map_width] = extents_[level];
     fill_weights(make_axis(y1, y2, scale, pooling_.height, pooling_.sampling_ratio, pooling_.aligned), pooling_.height,
                  map_height, rows);
@@ -68,9 +68,7 @@ class Plan {
     const W* roi = rois_ + k * 5;
     DOUBLEHEAD_CHECK(roi[0] > W(-1) && roi[0] < W(images), "roi_align: rois[", k, ", 0] is ", roi[0],
                      ", but a batch index must be in [0, ", images, "), as there are that many images in the features");
-    const int64_t lowest = std::lround(-std::log2(pooling_.spatial_scales[0])), levels = int64_t(extents_.size());
-    const int64_t level = box_level(roi + 1, levels, pooling_.level_rule, W(pooling_.canonical_size),
-                                    pooling_.canonical_level, lowest);
+    const int64_t levels = int64_t(extents_.size()), level = box_level(roi + 1, levels, level_rule_);
     return level < 0 ? levels * images : level * images + int64_t(roi[0]);
   }
 
@@ -82,6 +80,7 @@ class Plan {
   const W* rois_;
   std::vector<std::pair<int64_t, int64_t>> extents_;
   Pooling pooling_;
+  LevelRule<W> level_rule_;
   std::vector<Group> groups_;
   std::vector<Item> items_;
   int64_t pooled_ = 0;

@@ -29,8 +29,8 @@ struct Problem {
   int64_t count, sampling_ratio, channels, images;
   int32_t levels, scales, height, width;  // height and width of an output, in bins
   bool aligned;
-  W canonical_size;
-  int64_t canonical_level, level_rule, lowest;
+  W end_offset;
+  LevelRule<W> level_rule;
 };
 
 // Where a box is pooled from; level -1: nowhere.
@@ -42,9 +42,7 @@ template <typename W>
 __device__ inline Place find_place(const Problem<W>& problem, int64_t roi) {
   const W* box = problem.rois + roi * 5;
   if (!(box[0] > W(-1) && box[0] < W(problem.images))) return {-1, 0};
-  const int64_t level = box_level(box + 1, problem.levels, problem.level_rule, problem.canonical_size,
-                                  problem.canonical_level, problem.lowest);
-  return {int32_t(level), int32_t(box[0])};
+  return {int32_t(box_level(box + 1, problem.levels, problem.level_rule)), int32_t(box[0])};
 }
 
 template <typename W>
@@ -58,8 +56,8 @@ __device__ inline Axes<W> find_axes(const Problem<W>& problem, int64_t roi, int3
   if (level < 0) return {{W(0), W(0), 0}, {W(0), W(0), 0}};
   const W* box = problem.rois + roi * 5 + 1;
   W x1 = box[0], y1 = box[1], x2 = box[2], y2 = box[3];
-  sampled(x1, x2, problem.box_scales[scale], problem.level_rule);
-  sampled(y1, y2, problem.box_scales[scale], problem.level_rule);
+  sampled(x1, x2, problem.box_scales[scale], problem.end_offset);
+  sampled(y1, y2, problem.box_scales[scale], problem.end_offset);
   const W spatial = W(problem.maps[level].scale);
   return {make_axis(y1, y2, spatial, problem.height, problem.sampling_ratio, problem.aligned),
           make_axis(x1, x2, spatial, problem.width, problem.sampling_ratio, problem.aligned)};

@@ -2,19 +2,16 @@
 //
 // A box whose batch index is out of range pools zeros here, as no error can be raised without waiting for the device;
 // it is never read from.
-#include "cuda_common.h"
+#include "cuda_common.h"  // the kernels, which name no torch, use its macro
+#include "../arguments.h"
 #include "backward.cuh"
 #include "forward.cuh"
 #include "launch.h"
-#include "../pooling.h"
-
-#include <cmath>
 
 namespace doublehead::roi_align {
 namespace {
 
 using namespace device;
-using torch::headeronly::MemoryFormat;
 
 // Channels that a thread of the forward loads at once, 16 bytes of them. In the backward it holds sums for 8 pixels, and
 // so fewer.
@@ -22,39 +19,6 @@ template <typename T>
 constexpr int kForwardVector = 16 / sizeof(T);
 template <typename T>
 constexpr int kBackwardVector = sizeof(T) == 8 ? 2 : 4;
-
-MemoryFormat memory_format(bool channels_last) {
-  return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-}
-
-Tensor make_result(const Tensor& like, std::vector<int64_t> sizes, bool channels_last) {
-  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              memory_format(channels_last));
-}
-
-Tensor check_rois(const Tensor& rois, const Tensor& other) {
-  check_same_device(rois, other, "roi_align: rois");
-  check_dim(rois, 2, "roi_align: rois");
-  check_size(rois, 1, 5, "roi_align: rois");
-  check_dtype(rois, other.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float,
-              "roi_align: rois");
-  return torch::stable::contiguous(rois);
-}
-
-// All levels in one layout: channels-last if the first is, else planar. Copies those that are neither.
-std::vector<Tensor> check_features(const std::vector<Tensor>& features, bool channels_last) {
-  std::vector<Tensor> checked;
-  for (const Tensor& feature : features) {
-    check_same_device(feature, features[0], "roi_align: features");
-    check_dim(feature, 4, "roi_align: features");
-    check_dtype(feature, features[0].scalar_type(), "roi_align: features");
-    check_size(feature, 0, features[0].size(0), "roi_align: features");
-    check_size(feature, 1, features[0].size(1), "roi_align: features");
-    const bool fits = feature.stride(channels_last ? 1 : 3) == 1;
-    checked.push_back(fits ? feature : torch::stable::contiguous(feature, memory_format(channels_last)));
-  }
-  return checked;
-}
 
 Map make_map(const Tensor& map, double scale) {
   DOUBLEHEAD_CHECK(map.size(2) < INT32_MAX && map.size(3) < INT32_MAX, "roi_align: features may have up to 2^31 - 2 ",
@@ -83,10 +47,8 @@ Problem<W> make_problem(const std::vector<Tensor>& maps, const std::vector<Tenso
   problem.height = int32_t(pooling.height);
   problem.width = int32_t(pooling.width);
   problem.aligned = pooling.aligned;
-  problem.canonical_size = W(pooling.canonical_size);
-  problem.canonical_level = pooling.canonical_level;
-  problem.level_rule = pooling.level_rule;
-  problem.lowest = std::lround(-std::log2(pooling.spatial_scales[0]));
+  problem.end_offset = W(pooling.end_offset);
+  problem.level_rule = level_rule<W>(pooling);
   return problem;
 }
 
@@ -151,25 +113,16 @@ void launch_forward(const Problem<W>& problem, bool channels_last, const OnDevic
   on.check_launch("roi_align");
 }
 
-std::vector<Tensor> multiscale_roi_align(std::vector<Tensor> features, Tensor rois, std::vector<double> spatial_scales,
-                                         std::vector<double> box_scales, std::vector<int64_t> output_size,
-                                         int64_t sampling_ratio, bool aligned, double canonical_size,
-                                         int64_t canonical_level, int64_t level_rule) {
-  const Pooling pooling = make_pooling(std::move(spatial_scales), std::move(box_scales), output_size, sampling_ratio,
-                                       aligned, canonical_size, canonical_level, level_rule);
+std::vector<Tensor> forward_cuda(std::vector<Tensor> features, Tensor rois, const Pooling& pooling) {
   check_pooling(pooling, features.size());
   check_dim(features[0], 4, "roi_align: features");
   check_cuda_device(features[0], "roi_align: features");
   const OnDevice on(features[0]);
-  const bool channels_last = features[0].stride(1) == 1 && !features[0].is_contiguous();
+  const bool channels_last = is_channels_last(features[0]);
   features = check_features(features, channels_last);
   rois = check_rois(rois, features[0]);
   check_sizes(pooling, rois.size(0));
-  std::vector<Tensor> results;
-  for (size_t s = 0; s < pooling.box_scales.size(); ++s) {
-    results.push_back(make_result(features[0], {rois.size(0), features[0].size(1), pooling.height, pooling.width},
-                                  channels_last));
-  }
+  const std::vector<Tensor> results = empty_outputs(features, rois, pooling, channels_last);
   if (results[0].numel() == 0) return results;
   dispatch_floating(features[0].scalar_type(), "roi_align: features", [&]<typename T>() {
     using W = compute_t<T>;
@@ -211,44 +164,17 @@ void launch_backward(const Problem<W>& problem, bool channels_last, const Tensor
   on.check_launch("roi_align_backward");
 }
 
-void check_grads(std::vector<Tensor>& grads, const std::vector<int64_t>& sizes, bool channels_last) {
-  for (Tensor& grad : grads) {
-    check_same_device(grad, grads[0], "roi_align: grads");
-    check_dim(grad, 4, "roi_align: grads");
-    check_dtype(grad, grads[0].scalar_type(), "roi_align: grads");
-    for (int64_t d = 0; d < 4; ++d) check_size(grad, d, sizes[d], "roi_align: grads");
-    grad = torch::stable::contiguous(grad, memory_format(channels_last));
-  }
-}
-
-// feature_sizes: batch size, channels, then height and width of every level.
-std::vector<Tensor> multiscale_roi_align_backward(std::vector<Tensor> grads, Tensor rois,
-                                                  std::vector<int64_t> feature_sizes, bool channels_last,
-                                                  std::vector<double> spatial_scales, std::vector<double> box_scales,
-                                                  std::vector<int64_t> output_size, int64_t sampling_ratio,
-                                                  bool aligned, double canonical_size, int64_t canonical_level,
-                                                  int64_t level_rule) {
-  const Pooling pooling = make_pooling(std::move(spatial_scales), std::move(box_scales), output_size, sampling_ratio,
-                                       aligned, canonical_size, canonical_level, level_rule);
-  const size_t levels = pooling.spatial_scales.size();
-  check_pooling(pooling, levels);
-  DOUBLEHEAD_CHECK(feature_sizes.size() == 2 + 2 * levels, "roi_align: feature_sizes must have ", 2 + 2 * levels,
-                   " numbers, got ", feature_sizes.size());
-  DOUBLEHEAD_CHECK(grads.size() == pooling.box_scales.size(), "roi_align: there must be as many grads as box_scales, ",
-                   pooling.box_scales.size(), ", got ", grads.size());
+std::vector<Tensor> backward_cuda(std::vector<Tensor> grads, Tensor rois, const std::vector<int64_t>& feature_sizes,
+                                  bool channels_last, const Pooling& pooling) {
+  check_backward(pooling, grads, feature_sizes);
   check_cuda_device(grads[0], "roi_align: grads");
   const OnDevice on(grads[0]);
   rois = check_rois(rois, grads[0]);
   check_sizes(pooling, rois.size(0));
-  check_grads(grads, {rois.size(0), feature_sizes[1], pooling.height, pooling.width}, channels_last);
-  std::vector<Tensor> results;
+  grads = check_grads(grads, rois, feature_sizes[1], pooling, channels_last);
+  const std::vector<Tensor> results = empty_feature_grads(grads[0], feature_sizes, channels_last);
   int64_t elements = 0;
-  for (size_t l = 0; l < levels; ++l) {
-    results.push_back(make_result(
-        grads[0], {feature_sizes[0], feature_sizes[1], feature_sizes[2 + 2 * l], feature_sizes[3 + 2 * l]},
-        channels_last));
-    elements += results.back().numel();
-  }
+  for (const Tensor& result : results) elements += result.numel();
   if (elements == 0) return results;
   dispatch_floating(grads[0].scalar_type(), "roi_align: grads", [&]<typename T>() {
     using W = compute_t<T>;
@@ -262,8 +188,8 @@ std::vector<Tensor> multiscale_roi_align_backward(std::vector<Tensor> grads, Ten
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(doublehead, CUDA, m) {
-  m.impl("multiscale_roi_align", TORCH_BOX(&multiscale_roi_align));
-  m.impl("multiscale_roi_align_backward", TORCH_BOX(&multiscale_roi_align_backward));
+  m.impl("pyramid_roi_align", TORCH_BOX(&forward_of_schema<&forward_cuda>));
+  m.impl("pyramid_roi_align_backward", TORCH_BOX(&backward_of_schema<&backward_cuda>));
 }
 
 }  // namespace doublehead::roi_align

@@ -1,6 +1,8 @@
 """RoIAlign."""
 
+from . import compatibility
 from .module import MultiScaleRoIAlign
 from .op import multiscale_roi_align, roi_align
+from .pooling import AddedTo, LevelRule
 
-__all__ = ["MultiScaleRoIAlign", "multiscale_roi_align", "roi_align"]
+__all__ = ["AddedTo", "LevelRule", "MultiScaleRoIAlign", "compatibility", "multiscale_roi_align", "roi_align"]

@@ -13,9 +13,12 @@ from .._checks import (
     ArgumentValueError,
     AssertedTypeError,
     AssertedValueError,
+    check_float,
+    check_same_device,
     check_tensor,
     refuse,
 )
+from .._dtypes import pooling_dtype
 from .._library import one_thread_if_forked
 
 
@@ -29,12 +32,9 @@ def rois_of_list(input: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         check_tensor(f"boxes[{i}]", of_image, "a Tensor[L, 4]", AssertedTypeError)
         if of_image.dim() != 2 or of_image.shape[1] != 4:
             raise AssertedValueError(f"boxes[{i}] must be a Tensor[L, 4], got {list(of_image.shape)}")
-        if of_image.device != input.device:
-            raise ArgumentValueError(
-                f"boxes[{i}] must be on the device of the features, {input.device}, got {of_image.device}"
-            )
+        check_same_device(f"boxes[{i}]", of_image, "the features", input, ArgumentValueError)
     if not boxes:
-        return input.new_empty(0, 5, dtype=compute_dtype(input))
+        return input.new_empty(0, 5, dtype=pooling_dtype(input))
     with one_thread_if_forked():
         rows = [to_compute(of_image, input) for of_image in boxes]
         return torch.cat([torch.cat([of_image.new_full((of_image.shape[0], 1), i), of_image], 1)
@@ -42,6 +42,7 @@ def rois_of_list(input: Tensor, boxes: Sequence[Tensor]) -> Tensor:
 
 
 def rois_of_batch(feature: Tensor, boxes: Tensor) -> Tensor:
+    """`Tensor[B, R, 4]` -> `Tensor[B * R, 5]`, in the dtype to compute in."""
     images, count = boxes.shape[:2]
     if boxes.shape[2] != 4 or images != feature.shape[0]:
         raise ArgumentValueError(
@@ -53,15 +54,9 @@ def rois_of_batch(feature: Tensor, boxes: Tensor) -> Tensor:
     return torch.cat([image, boxes], 2).flatten(0, 1)
 
 
-def compute_dtype(feature: Tensor) -> torch.dtype:
-    return torch.float64 if feature.dtype == torch.float64 else torch.float32
-
-
 def to_compute(boxes: Tensor, feature: Tensor) -> Tensor:
-    return boxes.to(compute_dtype(feature))
-
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    """The boxes in the dtype that pooling from this feature map computes in."""
+    return boxes.to(pooling_dtype(feature))
 
 
 def check_features(features: tuple[Tensor, ...], name: str) -> None:
@@ -73,8 +68,7 @@ def check_features(features: tuple[Tensor, ...], name: str) -> None:
         check_tensor(where, feature, "a Tensor[B, C, H, W]")
         if feature.dim() != 4:
             raise ArgumentValueError(f"{where} must be a Tensor[B, C, H, W], got shape {list(feature.shape)}")
-        if feature.dtype not in _FLOATS:
-            raise ArgumentTypeError(f"{where} must be float16, bfloat16, float32 or float64, got {feature.dtype}")
+        check_float(where, feature, ArgumentTypeError)
         if feature is first:
             continue
         if feature.shape[:2] != first.shape[:2] or feature.device != first.device:
@@ -94,8 +88,7 @@ def check_rois(rois: Tensor, feature: Tensor, name: str, accepted: str) -> None:
         raise error(f"{name} must be {accepted}, got shape {list(rois.shape)}")
     if not rois.is_floating_point():
         raise ArgumentTypeError(f"{name} must be floating point, got {rois.dtype}")
-    if rois.device != feature.device:
-        raise ArgumentValueError(f"{name} must be on the device of the features, {feature.device}, got {rois.device}")
+    check_same_device(name, rois, "the features", feature, ArgumentValueError)
 
 
 def check_output_size(output_size: int | Sequence[int]) -> tuple[int, int]:

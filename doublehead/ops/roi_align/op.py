@@ -7,8 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import ArgumentValueError, refuse
-from .._library import define, define_autocast, define_autograd, one_thread_if_forked
+from .._checks import refuse
+from .._library import (
+    below_autograd,
+    define,
+    define_autocast,
+    define_autograd,
+    in_functorch_transform,
+    one_thread_if_forked,
+)
 from . import reference
 from .arguments import (
     check_features,
@@ -19,7 +26,9 @@ from .arguments import (
     rois_of_list,
     to_compute,
 )
-from .reference import LEVEL_RULES, is_channels_last
+from .level_rules import resolve
+from .pooling import POOLING_SCHEMA, LevelRule, Pooling
+from .reference import is_channels_last
 
 
 def roi_align(
@@ -63,9 +72,9 @@ def roi_align(
     check_rois(rois, input, "boxes", "a Tensor[K, 5] or a list of Tensor[L, 4]")
     size = check_output_size(output_size)
     check_scales((spatial_scale,), 1, "spatial_scale")
-    return _pool(
-        (input,), to_compute(rois, input), (spatial_scale,), (1.0,), size, sampling_ratio, aligned, 224.0, 4, 0
-    )[0]
+    no_rule = 0.0, 0, 0.0  # with one level there is nothing to choose
+    pooling = Pooling((spatial_scale,), (1.0,), size, sampling_ratio, aligned, 224.0, 4, *no_rule)
+    return _pool((input,), to_compute(rois, input), pooling)[0]
 
 
 def multiscale_roi_align(
@@ -79,14 +88,13 @@ def multiscale_roi_align(
     box_scales: Sequence[float] = (1.0,),
     canonical_size: float = 224,
     canonical_level: int = 4,
-    level_rule: str = "torchvision",
+    level_rule: str | LevelRule = "torchvision",
 ) -> list[Tensor]:
     """RoIAlign of every box on the pyramid level that suits its size, all levels and images in one call.
 
-    The level comes from the box as given, also where `box_scales` expand it, and depends on `level_rule`: see
-    `doublehead.ops.roi_align.reference.box_levels`.  `roi_align` says how a box is pooled on its level.  A box with NaN
-    or a negative area has no level and pools zeros, unless there is a single level.  Nothing depends on the data in
-    shape, and with a positive `sampling_ratio` nothing is read back from the device.
+    The level comes from the box as given, also where `box_scales` expand it.  `roi_align` says how a box is pooled on
+    its level.  A box with NaN or a negative area has no level and pools zeros, unless there is a single level.  Nothing
+    depends on the data in shape, and with a positive `sampling_ratio` nothing is read back from the device.
 
     Args:
         features: for each level, finest first, a `Tensor[B, C, Hl, Wl]`; one dtype, B and C for all.
@@ -98,8 +106,9 @@ def multiscale_roi_align(
         sampling_ratio, aligned: as in `roi_align`.
         box_scales: factors to expand each box by about its centre; there is one output for each of them.
         canonical_size, canonical_level: a box of this side (pixels) belongs on the level of this number.
-        level_rule: "torchvision", "detectron2", "mmdet" or "maskrcnn_benchmark".  The last one also samples boxes only
-            up to the coordinate of their last pixel, (x2 - 1, y2 - 1) after they are expanded, as that project does.
+        level_rule: decides next to the border of two levels: a `doublehead.ops.LevelRule`, or the name of the project
+            whose rule it is, "torchvision", "detectron2", "mmdet" or "maskrcnn_benchmark".  The last one's also samples
+            boxes only up to the coordinate of their last pixel, (x2 - 1, y2 - 1) after they are expanded.
 
     Returns:
         for each of `box_scales` a `Tensor[K, C, height, width]` in the dtype and memory format of the first features.
@@ -121,21 +130,15 @@ def multiscale_roi_align(
     size = check_output_size(output_size)
     check_scales(spatial_scales, len(features), "spatial_scales")
     check_scales(box_scales, None, "box_scales")
-    if level_rule not in LEVEL_RULES:
-        raise ArgumentValueError(f"level_rule must be one of {', '.join(LEVEL_RULES)}, got {level_rule!r}")
-    return _pool(
-        features, to_compute(rois, features[0]), tuple(spatial_scales), tuple(box_scales), size, sampling_ratio,
-        aligned, canonical_size, canonical_level, LEVEL_RULES.index(level_rule),
+    pooling = Pooling(
+        tuple(spatial_scales), tuple(box_scales), size, sampling_ratio, aligned, canonical_size, canonical_level,
+        *resolve(level_rule),
     )  # fmt: skip
+    return _pool(features, to_compute(rois, features[0]), pooling)
 
 
 # ---------------------------------------------------------------------------------------------
 # Registration
-
-_POOLING = (
-    "float[] spatial_scales, float[] box_scales, int[] output_size, int sampling_ratio, bool aligned, "
-    "float canonical_size, int canonical_level, int level_rule"
-)
 
 
 def _check_images(rois: Tensor, images: int) -> None:
@@ -149,28 +152,36 @@ def _check_images(rois: Tensor, images: int) -> None:
                                f"[0, {images}), as there are that many images in the features")  # fmt: skip
 
 
-def _reference(features, rois, *pooling):
+def _pack(features, rois, *pooling):
+    return features, rois, Pooling(*pooling)
+
+
+def _pack_backward(grads, rois, feature_sizes, channels_last, *pooling):
+    return grads, rois, feature_sizes, channels_last, Pooling(*pooling)
+
+
+def _reference(features, rois, pooling: Pooling):
     _check_images(rois, features[0].shape[0])
-    return reference.multiscale_roi_align(features, rois, *pooling)
+    return reference.multiscale_roi_align(features, rois, pooling)
 
 
-def _reference_backward(grads, rois, feature_sizes, *pooling):
+def _reference_backward(grads, rois, feature_sizes, channels_last, pooling: Pooling):
     _check_images(rois, feature_sizes[0])
-    return reference.multiscale_roi_align_backward(grads, rois, feature_sizes, *pooling)
+    return reference.multiscale_roi_align_backward(grads, rois, feature_sizes, channels_last, pooling)
 
 
 def _memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _fake(features, rois, spatial_scales, box_scales, output_size, *_):
+def _fake(features, rois, pooling: Pooling):
     first = features[0]
-    shape = (rois.shape[0], first.shape[1], *output_size)
-    memory_format = _memory_format(is_channels_last(first))
-    return [torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=memory_format) for _ in box_scales]
+    shape = (rois.shape[0], first.shape[1], *pooling.output_size)
+    like = {"dtype": first.dtype, "device": first.device, "memory_format": _memory_format(is_channels_last(first))}
+    return [torch.empty(shape, **like) for _ in pooling.box_scales]
 
 
-def _fake_backward(grads, rois, feature_sizes, channels_last, *_):
+def _fake_backward(grads, rois, feature_sizes, channels_last, pooling: Pooling):
     images, channels, *sides = feature_sizes
     like = {"dtype": grads[0].dtype, "device": grads[0].device, "memory_format": _memory_format(channels_last)}
     return [
@@ -179,14 +190,18 @@ def _fake_backward(grads, rois, feature_sizes, channels_last, *_):
     ]
 
 
-_op = define(
-    f"multiscale_roi_align(Tensor[] features, Tensor rois, {_POOLING}) -> Tensor[]", reference=_reference, fake=_fake
+pyramid_roi_align = define(
+    f"pyramid_roi_align(Tensor[] features, Tensor rois, {POOLING_SCHEMA}) -> Tensor[]",
+    reference=_reference,
+    fake=_fake,
+    pack=_pack,
 )
-_op_backward = define(
-    "multiscale_roi_align_backward(Tensor[] grads, Tensor rois, SymInt[] feature_sizes, bool channels_last, "
-    f"{_POOLING}) -> Tensor[]",
+pyramid_roi_align_backward = define(
+    "pyramid_roi_align_backward(Tensor[] grads, Tensor rois, SymInt[] feature_sizes, bool channels_last, "
+    f"{POOLING_SCHEMA}) -> Tensor[]",
     reference=_reference_backward,
     fake=_fake_backward,
+    pack=_pack_backward,
 )
 
 
@@ -194,17 +209,17 @@ _op_backward = define(
 # it. Eager code steps below autograd first, by hand: that costs microseconds, the registered way some hundred.
 
 
-def _pool(features: Sequence[Tensor], rois: Tensor, *pooling) -> list[Tensor]:
+def _pool(features: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> list[Tensor]:
     if torch.compiler.is_compiling():
-        return _op(features, rois, *pooling)
+        return pyramid_roi_align(features, rois, *pooling)
     if torch.is_grad_enabled() and (rois.requires_grad or any(feature.requires_grad for feature in features)):
-        function = _PoolTransformed if torch._C._are_functorch_transforms_active() else _Pool
+        function = _PoolTransformed if in_functorch_transform() else _Pool
         return list(function.apply(rois, pooling, *features))
-    with one_thread_if_forked(), torch._C._AutoDispatchBelowAutograd():
-        return _op(features, rois, *pooling)
+    with one_thread_if_forked(), below_autograd():
+        return pyramid_roi_align(features, rois, *pooling)
 
 
-def _remember(ctx, features: Sequence[Tensor], rois: Tensor, pooling: Sequence) -> None:
+def _remember(ctx, features: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> None:
     ctx.save_for_backward(rois)
     ctx.feature_sizes = [*features[0].shape[:2], *(side for feature in features for side in feature.shape[2:])]
     ctx.channels_last = is_channels_last(features[0])
@@ -215,7 +230,7 @@ def _feature_grads(ctx, grads: Sequence[Tensor], boxes_need_grad: bool) -> list[
     if boxes_need_grad:
         raise RuntimeError("roi_align: the gradient of the boxes is not defined; pass boxes.detach()")
     (rois,) = ctx.saved_tensors
-    return _op_backward(grads, rois, ctx.feature_sizes, ctx.channels_last, *ctx.pooling)
+    return pyramid_roi_align_backward(grads, rois, ctx.feature_sizes, ctx.channels_last, *ctx.pooling)
 
 
 class _Pool(torch.autograd.Function):
@@ -227,7 +242,7 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        with one_thread_if_forked(), torch._C._AutoDispatchBelowAutograd():
+        with one_thread_if_forked(), below_autograd():
             return None, None, *_feature_grads(ctx, grads, ctx.needs_input_grad[0])
 
 
@@ -236,8 +251,8 @@ class _PoolTransformed(_Pool):
 
     @staticmethod
     def forward(rois, pooling, *features):
-        with one_thread_if_forked(), torch._C._AutoDispatchBelowAutograd():
-            return tuple(_op(features, rois, *pooling))
+        with one_thread_if_forked(), below_autograd():
+            return tuple(pyramid_roi_align(features, rois, *pooling))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -246,8 +261,7 @@ class _PoolTransformed(_Pool):
 
 
 def _setup_context(ctx, inputs, output):
-    features, rois, *pooling = inputs
-    _remember(ctx, features, rois, pooling)
+    _remember(ctx, *_pack(*inputs))
 
 
 def _backward(ctx, grads):
@@ -261,8 +275,8 @@ def _autocast(features, rois, *pooling):
     for feature in features[1:]:
         dtype = torch.promote_types(dtype, feature.dtype)
     features = [feature.to(dtype) for feature in features]
-    return _op(features, to_compute(rois, features[0]), *pooling)
+    return pyramid_roi_align(features, to_compute(rois, features[0]), *pooling)
 
 
-define_autograd("multiscale_roi_align", _backward, _setup_context)
-define_autocast("multiscale_roi_align", _autocast)
+define_autograd("pyramid_roi_align", _backward, _setup_context)
+define_autocast("pyramid_roi_align", _autocast)

@@ -18,37 +18,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: The operator's `level_rule` is an index into these.
-LEVEL_RULES = ("torchvision", "detectron2", "mmdet", "maskrcnn_benchmark")
+from .pooling import AddedTo, Pooling
 
 _MOST_SAMPLES = 2**30  # per bin and axis; a box of more (some 10^9 pixels long) pools zeros
 _CHUNK = 2**25  # elements of the gathered pixels held at a time
 
 
-def multiscale_roi_align(
-    features: Sequence[Tensor],
-    rois: Tensor,
-    spatial_scales: Sequence[float],
-    box_scales: Sequence[float],
-    output_size: Sequence[int],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_size: float,
-    canonical_level: int,
-    level_rule: int,
-) -> list[Tensor]:
+def multiscale_roi_align(features: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> list[Tensor]:
     """The operator's definition; see `doublehead.ops.multiscale_roi_align`.  Differentiable in `features`.
 
-    `rois` is `Tensor[K, 5]` in the dtype to compute in, `level_rule` an index into `LEVEL_RULES`.
+    `rois` is `Tensor[K, 5]` in the dtype to compute in.
     """
     channels = features[0].shape[1]
     pixels = torch.cat([feature.permute(0, 2, 3, 1).flatten(0, 2) for feature in features])  # [pixels, C]
-    maps = _maps_of_boxes([feature.shape for feature in features], rois, spatial_scales, canonical_size,
-                          canonical_level, level_rule)  # fmt: skip
+    maps = _maps_of_boxes([feature.shape for feature in features], rois, pooling)
     outputs = []
-    for box_scale in box_scales:
-        boxes = sampled_boxes(rois[:, 1:], box_scale, level_rule)
-        rows, columns = _taps(boxes, maps, output_size, sampling_ratio, aligned)
+    for box_scale in pooling.box_scales:
+        boxes = sampled_boxes(rois[:, 1:], box_scale, pooling.end_offset)
+        rows, columns = _taps(boxes, maps, pooling)
         parts = [
             _pool(pixels, _gather_index(maps, rows, columns, part), rows.weights[part], columns.weights[part])
             for part in _chunks(rois.shape[0], rows, columns, channels)
@@ -60,18 +47,7 @@ def multiscale_roi_align(
 
 
 def multiscale_roi_align_backward(
-    grads: Sequence[Tensor],
-    rois: Tensor,
-    feature_sizes: Sequence[int],
-    channels_last: bool,
-    spatial_scales: Sequence[float],
-    box_scales: Sequence[float],
-    output_size: Sequence[int],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_size: float,
-    canonical_level: int,
-    level_rule: int,
+    grads: Sequence[Tensor], rois: Tensor, feature_sizes: Sequence[int], channels_last: bool, pooling: Pooling
 ) -> list[Tensor]:
     """The gradient of the features: the transpose of the forward, applied to `grads`, one for each box scale.
 
@@ -80,11 +56,11 @@ def multiscale_roi_align_backward(
     images, channels, *sides = feature_sizes
     shapes = [(images, channels, h, w) for h, w in zip(sides[::2], sides[1::2], strict=True)]
     areas = [images * h * w for _, _, h, w in shapes]
-    maps = _maps_of_boxes(shapes, rois, spatial_scales, canonical_size, canonical_level, level_rule)
+    maps = _maps_of_boxes(shapes, rois, pooling)
     pixels = rois.new_zeros(sum(areas), channels)
-    for grad, box_scale in zip(grads, box_scales, strict=True):
-        boxes = sampled_boxes(rois[:, 1:], box_scale, level_rule)
-        rows, columns = _taps(boxes, maps, output_size, sampling_ratio, aligned)
+    for grad, box_scale in zip(grads, pooling.box_scales, strict=True):
+        boxes = sampled_boxes(rois[:, 1:], box_scale, pooling.end_offset)
+        rows, columns = _taps(boxes, maps, pooling)
         for part in _chunks(rois.shape[0], rows, columns, channels):
             index = _gather_index(maps, rows, columns, part)
             values = torch.einsum(
@@ -98,40 +74,32 @@ def multiscale_roi_align_backward(
     ]
 
 
-def box_levels(
-    boxes: Tensor,
-    spatial_scales: Sequence[float],
-    canonical_size: float,
-    canonical_level: int,
-    level_rule: int,
-) -> Tensor:
-    """The pyramid level of each box, an index into `spatial_scales`.
+def box_levels(boxes: Tensor, pooling: Pooling) -> Tensor:
+    """The pyramid level of each box, an index into `pooling.spatial_scales`.
 
-    With `s` the square root of the box's area, a box's level is
-    torchvision: floor(canonical_level + log2(s / canonical_size) + 1e-6);
-    detectron2:  floor(canonical_level + log2(s / canonical_size + 1e-8));
-    mmdet:       floor(log2(s / finest + 1e-6)) + lowest, finest = canonical_size * 2 ** (lowest - canonical_level),
-    maskrcnn_benchmark: floor(canonical_level + log2(s / canonical_size + 1e-6)),
-    clamped to the levels there are; `lowest = log2(1 / spatial_scales[0])`.  With one level there is nothing to choose.
+    `AddedTo` has the formulas; the level is clamped to those there are.  The finest one has the number
+    log2(1 / spatial_scales[0]).  With one level there is nothing to choose.
 
     Args:
         boxes: `Tensor[K, 4]` (x1, y1, x2, y2) in image pixels.
+        pooling: its scales, canonical size and level, and epsilon are read.
 
     Returns:
         `Tensor[K]` int64; -1 for a box with NaN or a negative area.
     """
-    if len(spatial_scales) == 1:
+    levels, epsilon, canonical_level = len(pooling.spatial_scales), pooling.level_epsilon, pooling.canonical_level
+    if levels == 1:
         return torch.zeros(boxes.shape[0], dtype=torch.int64, device=boxes.device)
-    lowest = round(-math.log2(spatial_scales[0]))
+    lowest = round(-math.log2(pooling.spatial_scales[0]))
     size = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
-    if LEVEL_RULES[level_rule] == "mmdet":
-        level = (_divide(size, canonical_size * 2.0 ** (lowest - canonical_level)) + 1e-6).log2().floor()
-    elif LEVEL_RULES[level_rule] in ("detectron2", "maskrcnn_benchmark"):
-        epsilon = 1e-8 if LEVEL_RULES[level_rule] == "detectron2" else 1e-6
-        level = (canonical_level + (_divide(size, canonical_size) + epsilon).log2()).floor() - lowest
+    if pooling.epsilon_added_to == AddedTo.FINEST_RATIO:
+        finest_size = pooling.canonical_size * 2.0 ** (lowest - canonical_level)
+        level = (_divide(size, finest_size) + epsilon).log2().floor()
+    elif pooling.epsilon_added_to == AddedTo.CANONICAL_RATIO:
+        level = (canonical_level + (_divide(size, pooling.canonical_size) + epsilon).log2()).floor() - lowest
     else:
-        level = (canonical_level + _divide(size, canonical_size).log2() + 1e-6).floor() - lowest
-    level = level.clamp(0, len(spatial_scales) - 1)
+        level = (canonical_level + _divide(size, pooling.canonical_size).log2() + epsilon).floor() - lowest
+    level = level.clamp(0, levels - 1)
     return level.where(~size.isnan(), -1).to(torch.int64)
 
 
@@ -169,8 +137,8 @@ class _Taps(NamedTuple):
     weights: Tensor
 
 
-def _maps_of_boxes(shapes, rois, spatial_scales, canonical_size, canonical_level, level_rule) -> _Maps:
-    levels = box_levels(rois[:, 1:], spatial_scales, canonical_size, canonical_level, level_rule)
+def _maps_of_boxes(shapes, rois, pooling: Pooling) -> _Maps:
+    levels = box_levels(rois[:, 1:], pooling)
     exists, levels = levels >= 0, levels.clamp(min=0)
     images = shapes[0][0]
     offsets = [0]
@@ -184,26 +152,27 @@ def _maps_of_boxes(shapes, rois, spatial_scales, canonical_size, canonical_level
     image = rois[:, 0].to(torch.int64)
     inside = (image >= 0) & (image < images)
     offset = of_level(offsets[:-1]) + image.where(inside, 0) * height * width
-    return _Maps(offset, height, width, of_level(spatial_scales, rois.dtype), exists & inside)
+    return _Maps(offset, height, width, of_level(pooling.spatial_scales, rois.dtype), exists & inside)
 
 
-def sampled_boxes(boxes: Tensor, factor: float, level_rule: int) -> Tensor:
-    """What is sampled: boxes scaled about their centres; a factor of 1 leaves them as they are to the last bit.
+def sampled_boxes(boxes: Tensor, factor: float, end_offset: float) -> Tensor:
+    """What is sampled: boxes scaled about their centres, less `end_offset` at their ends.
 
-    maskrcnn-benchmark samples up to the coordinate of the last pixel, one before the box's end.
+    A factor of 1 and an offset of 0 leave them as they are to the last bit.
     """
     low, high = boxes[:, :2], boxes[:, 2:]
     if factor != 1:
         centre, half = (low + high) * 0.5, (high - low) * 0.5 * factor
         low, high = centre - half, centre + half
-    return torch.cat([low, high - 1 if LEVEL_RULES[level_rule] == "maskrcnn_benchmark" else high], 1)
+    return torch.cat([low, high - end_offset if end_offset else high], 1)
 
 
-def _taps(boxes, maps: _Maps, output_size, sampling_ratio, aligned) -> tuple[_Taps, _Taps]:
+def _taps(boxes, maps: _Maps, pooling: Pooling) -> tuple[_Taps, _Taps]:
     x1, y1, x2, y2 = boxes.unbind(1)
+    height, width = pooling.output_size
     return (
-        _axis_taps(y1, y2, maps, maps.height, output_size[0], sampling_ratio, aligned),
-        _axis_taps(x1, x2, maps, maps.width, output_size[1], sampling_ratio, aligned),
+        _axis_taps(y1, y2, maps, maps.height, height, pooling.sampling_ratio, pooling.aligned),
+        _axis_taps(x1, x2, maps, maps.width, width, pooling.sampling_ratio, pooling.aligned),
     )
 
 
@@ -254,7 +223,7 @@ def _chunks(count: int, rows: _Taps, columns: _Taps, channels: int) -> list[slic
 
 
 def _gather_index(maps: _Maps, rows: _Taps, columns: _Taps, part: slice) -> Tensor:
-    """Of the pixels that some boxes read, the places in the table of all pixels: `Tensor[K, PH, taps, PW, taps]`."""
+    """Indices, in the table of all pixels, of the pixels that some boxes read: `Tensor[K, PH, taps, PW, taps]`."""
     y, x = rows.indices[part][:, :, :, None, None], columns.indices[part][:, None, None, :, :]
     offset, width, height = (t[part][:, None, None, None, None] for t in (maps.offset, maps.width, maps.height))
     return (offset + y * width + x).where((height > 0) & (width > 0), 0)  # their weights are 0 on an empty map
