@@ -1,8 +1,8 @@
 """Files that doublehead 0.1.0 wrote still open, and give what they gave.
 
-`write_files.py` wrote them and noted what they gave, with torch 2.14 on a processor with AVX-512.  The results are not
+`write_files.py` wrote them and noted what they gave, with torch 2.14 on a processor with AVX2.  The results are not
 compared bit by bit: PyTorch chooses its float32 convolutions by the processor, and these models, whose weights are
-random, enlarge differences in rounding.  Between AVX-512, SSE4.1, and convolutions without oneDNN, scores differed by
+random, enlarge differences in rounding.  Between AVX2, SSE4.1, and convolutions without oneDNN, scores differed by
 up to 1e-4 and boxes by up to 0.002 pixels; the same detections were found.
 """
 
