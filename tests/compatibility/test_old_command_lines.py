@@ -160,7 +160,8 @@ def test_a_run_is_resumed_by_its_folder(tmp_path, monkeypatch):
     assert options.resume == str(tmp_path) and options.train.steps == 500 and options.data.format == "voc"
 
 
-def test_info_says_what_is_installed(capsys):
+def test_info_says_what_is_installed(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["info"])
     importlib.import_module("doublehead.info").main()
     shown = capsys.readouterr().out
     assert shown.startswith("doublehead ") and "multiscale_roi_align" in shown and "torch " in shown
