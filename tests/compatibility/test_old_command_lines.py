@@ -164,7 +164,7 @@ def test_info_says_what_is_installed(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["info"])
     importlib.import_module("doublehead.info").main()
     shown = capsys.readouterr().out
-    assert shown.startswith("doublehead ") and "multiscale_roi_align" in shown and "torch " in shown
+    assert shown.startswith("doublehead ") and "nms_padded" in shown and "torch " in shown
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "detect", "export", "convert", "analyze", "tables"])
