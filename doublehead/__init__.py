@@ -10,30 +10,34 @@ Model = TypeVar("Model")
 
 
 def accelerate(model: Model) -> Model:
-    """Make a torchvision Faster, Mask or Keypoint R-CNN faster, in place, with the same results.
+    """Make one torchvision Faster, Mask or Keypoint R-CNN faster, in place, with the same results.
 
-    RoI pooling (boxes, masks, keypoints), the RPN's choice of proposals and the post-processing of detections are
-    replaced by this library's operators, at inference and in training.  Where all layers of the backbone and of the
-    RPN's head are PyTorch's and torchvision's own, frozen batch norms take one pass in place of two, and on a CPU
-    images are laid out channels-last.  Weights, hooks and every other attribute stay as they are: only the classes of
-    these modules change, to subclasses, so `state_dict`, training, `copy.deepcopy` and pickling work as before.
+    This library's operators replace RoI pooling (boxes, masks, keypoints), the RPN's selection of proposals and the
+    post-processing of detections, at inference and in training.  If all layers of the backbone and of the RPN's head
+    are PyTorch's and torchvision's own, frozen batch norms take one pass instead of two, and images on a CPU become
+    channels-last.  Only the classes of these modules change, to subclasses; weights, hooks and all other attributes
+    stay.  So `state_dict`, training, `copy.deepcopy` and pickling work as before.
 
-    Differences: rounding, by which NMS decides otherwise about two boxes whose overlap is as good as the threshold;
-    16-bit boxes and scores are computed and returned in float32; a detection whose box is not finite is removed.  In
-    eval mode with gradients enabled, detections keep their gradient and post-processing stays torchvision's: use
-    `torch.inference_mode()`.  Call `restore` before `torch.jit.script`, tracing and ONNX export.
+    Differences: because of rounding, NMS may decide differently about two boxes whose overlap nearly equals the
+    threshold; 16-bit boxes and scores are computed and returned in float32; detections whose boxes are not finite are
+    removed.  In eval mode with gradients enabled, detections keep their gradient and post-processing stays
+    torchvision's: use `torch.inference_mode()`.  Call `restore` before `torch.jit.script`, tracing and ONNX export.
+
+    To speed up MMDetection or Detectron2, which replaces functions in the whole process, see `patch` in
+    `doublehead.interop.mmdet` and `doublehead.interop.detectron2`.
 
     Args:
-        model: from any builder in `torchvision.models.detection` of these families, or built by hand.  Acceleration
-            of a model that is accelerated changes nothing, except for parts that were exchanged in between.
+        model: a model of these families, from any builder in `torchvision.models.detection` or built by hand.
+            Accelerating it again changes only parts that were exchanged since.
 
     Returns:
         `model` itself.
 
     Raises:
-        TypeError: another model, or a part that is not torchvision's own class (a subclass, a foreign box coder, ...),
-            by name.  Nothing has been changed then.
-        ValueError: a part has settings or replaced methods that the operators do not know, by name; nor then.
+        TypeError: another kind of model, or a part that is not torchvision's own class (a subclass, a foreign box
+            coder, ...), by name; the model is unchanged.
+        ValueError: a part has settings or replaced methods that the operators do not support, by name; the model is
+            unchanged.
     """
     from .interop.torchvision.accelerate import accelerate
 
@@ -44,13 +48,13 @@ def restore(model: Model) -> Model:
     """Undo `accelerate`, in place: every module has its own class again.
 
     Args:
-        model: an accelerated model; one that is not is left as it is.
+        model: an accelerated model; any other is left as it is.
 
     Returns:
         `model` itself.
 
     Raises:
-        TypeError: not a two-stage detector of torchvision.
+        TypeError: the model is not a two-stage detector of torchvision.
     """
     from .interop.torchvision.accelerate import restore
 

@@ -89,9 +89,10 @@ def run(options: Options) -> None:
 
 def measure(model, dataset, world, options: Options, data: dict, settings: dict[str, Any]) -> None:
     """Evaluate the model with its present read-out; write the requested files and print the metrics."""
-    from doublehead.engine.evaluator import evaluate, format_metrics
+    from doublehead.engine.evaluator import evaluate
     from doublehead.engine.files import write_json
     from doublehead.engine.logs import say
+    from doublehead.engine.metrics_text import format_metrics
 
     metrics, results = evaluate(model, dataset, world, **settings)
     if options.out:
@@ -109,9 +110,10 @@ def measure_each(
     model, dataset, readouts: dict[str, ReadOut], world, options: Options, data: dict, settings: dict[str, Any]
 ) -> None:
     """Evaluate several read-outs in one pass; write the requested file and print the metrics."""
-    from doublehead.engine.evaluator import evaluate_each, format_each
+    from doublehead.engine.evaluator import evaluate_each
     from doublehead.engine.files import write_json
     from doublehead.engine.logs import say
+    from doublehead.engine.metrics_text import format_each
 
     metrics = evaluate_each(model, dataset, readouts, world, **settings)
     if options.metrics:

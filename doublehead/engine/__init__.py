@@ -12,7 +12,8 @@ _HOME = {
     "checkpoint": ("LoadedModel", "load_model", "save_model"),
     "distributed": ("World", "join_world"),
     "errors": ("CheckpointError", "NonFiniteLossError", "UserError"),
-    "evaluator": ("evaluate", "format_metrics"),
+    "evaluator": ("evaluate",),
+    "metrics_text": ("format_metrics",),
     "run": ("train",),
     "trainer": ("Hooks", "Trainer"),
 }

@@ -23,10 +23,11 @@ from doublehead.data import build_dataset, build_loader
 from doublehead.engine import checkpoint, pictures
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import PeerFailed, PeerLostError, PeerStopped
-from doublehead.engine.evaluator import evaluate, format_metrics, predict_images
+from doublehead.engine.evaluator import evaluate, predict_images
 from doublehead.engine.files import RECIPE_FILE, check_new, read_recipe, write_json
 from doublehead.engine.lock import FolderLock
 from doublehead.engine.logs import LOG_FILE, Progress, RunLog, check_log, read_log, say
+from doublehead.engine.metrics_text import format_metrics
 from doublehead.engine.optim import seed_step
 from doublehead.engine.resume import changes, check_folder, check_state, identity, mark_unsaved, resume_command
 from doublehead.engine.schedule import notes, notes_of_more_steps

@@ -127,12 +127,12 @@ def define_cpu_kernel(name: str, kernel: Callable) -> None:
 
     It may read values back, and work on as much as they ask for: on the CPU that costs nothing.
     """
-    kernel = _taking_schema_arguments(name, kernel)
+    pack = PACKERS.get(name)
 
     @functools.wraps(kernel)
     def serve(*arguments):
         with one_thread_if_forked():
-            return kernel(*arguments)
+            return kernel(*arguments) if pack is None else kernel(*pack(*arguments))
 
     CPU_KERNELS.add(name)
     LIBRARY.impl(name, serve, "CPU")

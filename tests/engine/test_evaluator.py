@@ -25,10 +25,10 @@ from doublehead.engine.evaluator import (
     COCO_NUMBERS,
     coco_results,
     evaluate,
-    format_metrics,
     inference,
     predict,
 )  # fmt: skip
+from doublehead.engine.metrics_text import format_metrics
 from doublehead.engine.voc_ap import voc_ap50
 from doublehead.recipes import RECIPES
 from tests.support.engine_standin import MemoryDataset, TinyDetector, finish, free_port, launch, one_thread, tiny_models  # noqa: F401 (a fixture)

@@ -302,7 +302,7 @@ FOREIGN = {
     "non-local blocks for regression alone": ["roi_heads.box.feature_extractor.reg_nonlocal.0.g.weight"],
     "a ResNet alone, not a detector": ["conv1.weight", "layer1.0.conv1.weight", "fc.weight"],
     "not a detector of a known project": ["model.0.conv.weight"],
-    "no ResNet with a pyramid": ["backbone.bottom_up.stem.conv1.weight"],
+    "not a ResNet with a pyramid": ["backbone.bottom_up.stem.conv1.weight"],
 }  # fmt: skip
 
 

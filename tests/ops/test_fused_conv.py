@@ -155,6 +155,11 @@ def test_there_is_no_gradient_and_it_says_so():
         ({"weight": torch.zeros(24, 15)}, ValueError, r"weight must have shape \[out, 16\]"),
         ({"weight": torch.zeros(24, 16, 5, 5)}, ValueError, "weight must have shape"),
         ({"bias": torch.zeros(23)}, ValueError, r"bias must have shape \[24\]"),
+        (
+            {"weight": torch.zeros(24, 19), "second": torch.zeros(97, 3)},
+            ValueError,
+            r"second must have shape \[98, 3\], got \[97, 3\]",
+        ),
         ({"residual": torch.zeros(98, 23)}, ValueError, "residual must have shape"),
         ({"bias": torch.zeros(24, dtype=torch.float16)}, TypeError, "bias must have the dtype of x"),
         ({"count": torch.tensor(1.0)}, ValueError, "count must be a Tensor"),

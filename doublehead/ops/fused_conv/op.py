@@ -68,16 +68,14 @@ def _check(x, weight, bias, size, second, residual, count) -> None:
             f"weight must have shape [out, {channels}], or without second [out, {channels}, 3, 3], "
             f"got {list(weight.shape)}"
         )
-    out = weight.shape[0]
-    shapes = {
-        "bias": (bias, (out,)),
-        "second": (second, (x.shape[0], channels - x.shape[1])),
-        "residual": (residual, (x.shape[0], out)),
-    }
-    for name, (tensor, shape) in shapes.items():
-        if tensor is not None:
-            check_shape(name, tensor, shape)
-    for name, tensor in (("weight", weight), *((name, tensor) for name, (tensor, _) in shapes.items())):
+    rows, out = x.shape[0], weight.shape[0]
+    if bias is not None:
+        check_shape("bias", bias, (out,))
+    if second is not None:
+        check_shape("second", second, (rows, channels - x.shape[1]))
+    if residual is not None:
+        check_shape("residual", residual, (rows, out))
+    for name, tensor in (("weight", weight), ("bias", bias), ("second", second), ("residual", residual)):
         if tensor is not None:
             check_same_dtype(name, tensor, "x", x)
     check_count(count)

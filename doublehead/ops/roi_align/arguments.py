@@ -56,28 +56,33 @@ def rois_of_batch(feature: Tensor, boxes: Tensor) -> Tensor:
 
 def to_compute(boxes: Tensor, feature: Tensor) -> Tensor:
     """The boxes in the dtype that pooling from this feature map computes in."""
-    return boxes.to(pooling_dtype(feature))
+    dtype = pooling_dtype(feature)
+    return boxes if boxes.dtype == dtype else boxes.to(dtype)  # a call that does nothing takes 2 microseconds
 
 
 def check_features(features: tuple[Tensor, ...], name: str) -> None:
     if not features:
         raise ArgumentValueError(f"{name} must hold at least one level, got none")
     first = features[0]
-    for level, feature in enumerate(features):
-        where = name if name == "input" else f"{name}[{level}]"
-        check_tensor(where, feature, "a Tensor[B, C, H, W]")
-        if feature.dim() != 4:
-            raise ArgumentValueError(f"{where} must be a Tensor[B, C, H, W], got shape {list(feature.shape)}")
-        check_float(where, feature, ArgumentTypeError)
-        if feature is first:
-            continue
-        if feature.shape[:2] != first.shape[:2] or feature.device != first.device:
+    _check_feature(first, name if name == "input" else f"{name}[0]")
+    shape, device, dtype = first.shape[:2], first.device, first.dtype
+    for level, feature in enumerate(features[1:], 1):
+        where = f"{name}[{level}]"
+        _check_feature(feature, where)
+        if feature.shape[:2] != shape or feature.device != device:
             raise ArgumentValueError(
-                f"{where} must have the batch size, channels and device of {name}[0], {list(first.shape[:2])} on "
-                f"{first.device}, got {list(feature.shape[:2])} on {feature.device}"
+                f"{where} must have the batch size, channels and device of {name}[0], {list(shape)} on {device}, "
+                f"got {list(feature.shape[:2])} on {feature.device}"
             )
-        if feature.dtype != first.dtype and not torch.is_autocast_enabled(feature.device.type):
-            raise ArgumentTypeError(f"{where} must have the dtype of {name}[0], {first.dtype}, got {feature.dtype}")
+        if feature.dtype != dtype and not torch.is_autocast_enabled(device.type):
+            raise ArgumentTypeError(f"{where} must have the dtype of {name}[0], {dtype}, got {feature.dtype}")
+
+
+def _check_feature(feature: Tensor, name: str) -> None:
+    check_tensor(name, feature, "a Tensor[B, C, H, W]")
+    if feature.dim() != 4:
+        raise ArgumentValueError(f"{name} must be a Tensor[B, C, H, W], got shape {list(feature.shape)}")
+    check_float(name, feature, ArgumentTypeError)
 
 
 def check_rois(rois: Tensor, feature: Tensor, name: str, accepted: str) -> None:

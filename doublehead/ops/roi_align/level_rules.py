@@ -15,11 +15,12 @@ LEVEL_RULES = {
     # A box of maskrcnn-benchmark ends with its last pixel, whose coordinate is one less.
     "maskrcnn_benchmark": LevelRule(1e-6, AddedTo.CANONICAL_RATIO, end_offset=1.0),
 }
+_NAMES = tuple(LEVEL_RULES)
 
 
 def resolve(level_rule: str | LevelRule) -> LevelRule:
     """The rule that a name stands for; a rule stands for itself."""
     if isinstance(level_rule, LevelRule):
         return level_rule
-    check_choice("level_rule", level_rule, tuple(LEVEL_RULES), ArgumentValueError)
+    check_choice("level_rule", level_rule, _NAMES, ArgumentValueError)
     return LEVEL_RULES[level_rule]

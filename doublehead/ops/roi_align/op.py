@@ -130,9 +130,10 @@ def multiscale_roi_align(
     size = check_output_size(output_size)
     check_scales(spatial_scales, len(features), "spatial_scales")
     check_scales(box_scales, None, "box_scales")
+    epsilon, added_to, end_offset = resolve(level_rule)
     pooling = Pooling(
         tuple(spatial_scales), tuple(box_scales), size, sampling_ratio, aligned, canonical_size, canonical_level,
-        *resolve(level_rule),
+        epsilon, int(added_to), end_offset,  # the dispatcher is slow to read an enum
     )  # fmt: skip
     return _pool(features, to_compute(rois, features[0]), pooling)
 
