@@ -1,4 +1,4 @@
-"""Whole detectors with random weights that give them something to suppress and to detect, and pictures for them."""
+"""Whole detectors with random weights, scaled so that there are proposals and detections, and pictures for them."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""Timing on a GPU: with a cold L2, both sides treated alike, and beside it what the device itself says of its state.
+"""Timing on a GPU: with a cold L2, the same way for all providers, with the state of the device.
 
 **Cold L2.** Before every sample a buffer of four times the L2 is read, so that a call finds none of its own data there.
-Rotating several input sets is the other way; a CUDA graph, though, always works on the memory it was captured with, and
-would need a graph for every set. The buffer is read, not written: written lines would have to go back to memory while
-the call runs, and would slow it by up to the L2's size.
+Several input sets in rotation would do the same, but a CUDA graph always works on the memory it was captured with, and
+would need a graph for every set. The buffer is read, not written: written lines would go back to memory during the
+call and slow it down.
 
 **Alike.** Either every provider is captured as a CUDA graph and replayed, or none is:
   graphs  the time between two events around the replay, which is launched while the buffer is still being read: the
           device's time, without the host's.
   eager   the time between two events around the call, on a device that was idle before: from the call to the end of
-          its work, the host's part and every wait included.
+          its work, including the host's time and every wait.
 A provider that waits for the device cannot be captured; then all of them are timed eagerly.
 """
 

@@ -1,9 +1,9 @@
 """What every benchmark shares: timing side by side, peak memory, and the record.
 
 Providers are timed in turns (a, b, c, a, b, c, ...), so that a busy machine slows all of them
-alike, and each is told by its median and two quantiles, never by its best run.
+alike. The record has the median and two quantiles of each, never its best run.
 
-On a GPU, `gpu_timing` takes the samples; the kernels' own time is beside them.
+On a GPU, `gpu_timing` takes the samples; the record also has the kernels' own time.
 """
 
 from __future__ import annotations

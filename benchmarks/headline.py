@@ -1,14 +1,14 @@
-"""The page that matters: each operator and the whole detector beside its peer, on one GPU, within minutes.
+"""The most important numbers of one GPU, within minutes: each operator and the whole detector beside its peer.
 
 python benchmarks/headline.py                         at most 240 seconds
 python benchmarks/headline.py --seconds 150 --out page.json
 python benchmarks/headline.py --rows nms_4000 ext_1   these alone
-python benchmarks/headline.py --device cpu --small    tiny sizes: tries the script, the times mean nothing
+python benchmarks/headline.py --device cpu --small    tiny sizes: tests the script; the times mean nothing
 
 Needs torch, triton, torchvision and the compiled library. Each row's results are checked against its peer before
-anything is timed; a row that fails is marked, and the others go on. Rows are printed as they come, most telling first,
-and all together at the end. A row that would not fit into the time left is named as skipped. Exit code 1 if a row
-failed, 0 if not, also without a GPU, where nothing is measured.
+anything is timed; a row that fails is marked, and the others go on. Rows are printed as they are measured, the most
+important first, and together at the end. Rows that do not fit into the time left are listed as skipped. Exit code: 1 if
+a row failed, else 0, also without a GPU, where nothing is measured.
 
 "ours" and "peer" are treated alike (see gpu_timing.py): both as CUDA graphs where both can be captured, else both
 eager, from the call on an idle device to the end of its work. "device" is the device's own time of ours, which the

@@ -1,4 +1,4 @@
-"""The process of `headline.py` that measures. It says what it does in lines for its parent."""
+"""The process of `headline.py` that measures. It reports to its parent in lines."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Each kernel once, in every dtype, against its reference in float64; a detector's steps; a graph: in 90 seconds.
 
-python benchmarks/smoke.py                    on the GPU; without one it says so and checks nothing
+python benchmarks/smoke.py                    on the GPU; without one it prints a note and checks nothing
 python benchmarks/smoke.py --device cpu       at small sizes on the CPU, Triton's kernels in its interpreter
-python benchmarks/smoke.py --only nms         these cases alone (--list names them)
+python benchmarks/smoke.py --only nms         these cases alone (--list lists all)
 
 A row fails if a result is further off than twice plain PyTorch in the same dtype, or if it came from the reference
 instead of the kernel.  Cases run in processes of their own, side by side: an illegal access ends one, not all.

@@ -295,7 +295,7 @@ def batch_norm_act(device, dtype):
     yield from compare(ours, *forward, "forward")
     again = batch_norm_act_apply(leaves[0].detach(), *(s.detach() for s in statistics), *leaves[1:], True)
     yield "apply", differing(again.detach(), ours), 0
-    # ReLU's slope jumps at 0, where rounding decides the side: all are told the side our result is on.
+    # ReLU's slope jumps at 0, where rounding decides the side: every side takes our result's side.
     grad = torch.where(ours.cpu() > 0, grad, 0)
     others = [gradients(plain, *there, grad, False)[2] for there in each(device, dtype)]
     yield from compare(grads, *others, "backward", roundings=4)
