@@ -32,7 +32,7 @@ FLUSH = 4
 
 
 class Cuda:
-    """What the timing needs of the device; the tests give another."""
+    """The device operations that the timing uses; tests replace them."""
 
     @functools.cached_property
     def _buffer(self) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ def eager_sample(call: Call, device: Any) -> float:
 
 
 def queued_sample(call: Call, device: Any, flushes: int = 1) -> float:
-    """Seconds the device works for a call that waits for nothing, launched behind reads of the buffer."""
+    """Seconds of device work of a call that never waits, launched behind reads of the buffer."""
     device.wait()
     for _ in range(flushes):
         device.flush()
@@ -84,7 +84,7 @@ def queued_sample(call: Call, device: Any, flushes: int = 1) -> float:
 
 
 def device_seconds(call: Call, device: Any, samples: int = 20) -> float:
-    """The device's own time of a call that waits for nothing: a median.
+    """Median device time of a call that never waits.
 
     So many reads of the buffer come first that the host has launched everything before the device begins.
     """
@@ -151,7 +151,7 @@ def alike(
 
 
 def sampler(way: str, device: Any) -> Callable[[Call], float]:
-    """The sample that belongs to `alike`'s answer."""
+    """The sampling function for the mode that `alike` returned."""
     sample = queued_sample if way == "graphs" else eager_sample
     return lambda call: sample(call, device)
 
@@ -162,7 +162,7 @@ def sampler(way: str, device: Any) -> Callable[[Call], float]:
 
 @functools.cache
 def copy_bytes_per_second() -> float:
-    """What the GPU's memory reaches: a copy of 1 GiB, read and written, median of 20."""
+    """Bandwidth of the GPU's memory: a copy of 1 GiB, read and written, median of 20."""
     source = torch.zeros(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     device = Cuda()
@@ -180,7 +180,7 @@ def share_of_floor(bytes_moved: int, seconds: float, bytes_per_second: float) ->
 
 
 def kernel_milliseconds(call: Call, device: Any, repeats: int = 5) -> float | None:
-    """How long the GPU works for one call, L2 cold: its kernels, copies and fills, by PyTorch's profiler.
+    """Device time of one call with a cold L2: its kernels, copies and fills, by PyTorch's profiler.
 
     None where the profiler sees nothing (no permission to profile).
     """
@@ -198,7 +198,7 @@ def kernel_milliseconds(call: Call, device: Any, repeats: int = 5) -> float | No
 
 
 def _profiled(call: Call, repeats: int) -> dict[str, float]:
-    """Microseconds by the name of what ran on the device."""
+    """Name of what ran on the device -> microseconds."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(repeats):
@@ -214,7 +214,7 @@ STATE = {
     "clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "clocks.max.sm": "most_sm_mhz", "power.draw": "watts",
     "power.limit": "watts_limit", "temperature.gpu": "celsius", "pstate": "pstate",
 }  # fmt: skip
-"""What is asked of nvidia-smi -> its name in a record."""
+"""Field of nvidia-smi -> its name in a record."""
 
 
 def device_state(run: Callable[..., Any] = subprocess.run) -> dict[str, float | str] | None:
@@ -232,7 +232,7 @@ def device_state(run: Callable[..., Any] = subprocess.run) -> dict[str, float | 
 
 
 def _which() -> list[str]:
-    """The current device by its UUID: CUDA's numbers need not be nvidia-smi's."""
+    """Select the current device by its UUID: CUDA and nvidia-smi may number devices differently."""
     try:
         return [f"--id=GPU-{torch.cuda.get_device_properties().uuid}"] if torch.cuda.is_available() else []
     except (AttributeError, RuntimeError):

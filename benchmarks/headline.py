@@ -33,21 +33,21 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 MARK = "@row "
-"""Before a line of the child that is for the parent."""
+"""Starts a line of the child that is meant for the parent."""
 
 
 class Plan(NamedTuple):
-    """A row's words, the seconds it may need on one H100, preparation and compilation included, and its targets."""
+    """A row's title, the seconds it may take on one H100 with preparation and compilation, and its targets."""
 
     title: str
     seconds: float
     predicted: str
     ratio: float | None = None
-    """Times as fast as the peer, at least."""
+    """Least ratio: peer's time / ours."""
     most_us: float | None = None
-    """Microseconds on the device, at most."""
+    """Most microseconds on the device."""
     floor: float | None = None
-    """Share of the floor, at least."""
+    """Least share of the floor."""
 
     def target(self) -> str:
         parts = [f">= {self.ratio:g}x" if self.ratio else "", f"<= {self.most_us:g} us" if self.most_us else ""]
@@ -133,7 +133,7 @@ def page(rows: list[Row]) -> str:
 
 
 class Child:
-    """A process that measures rows, and what it says, line by line."""
+    """A process that measures rows, and its messages, line by line."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -159,7 +159,7 @@ class Child:
 
 
 class Run:
-    """All rows, in as many processes as it takes."""
+    """Measures all rows, in as many processes as necessary."""
 
     def __init__(self, options: argparse.Namespace, command: list[str]) -> None:
         self.options, self.command = options, command
@@ -178,7 +178,7 @@ class Run:
         return True
 
     def complete(self) -> None:
-        """Name the rows that had no turn."""
+        """List the rows that were not measured."""
         done = {row["row"] for row in self.rows}
         for key in self.options.rows:
             if key not in done:
@@ -193,7 +193,7 @@ class Run:
         child = Child([*self.command, "--child", str(self.deadline), "--rows", *left], environment)
         try:
             while text is not None:
-                # After the last row it only says how the device is.
+                # After the last row it only reports the state of the device.
                 text = child.next(min(self.deadline - time.time(), begun["limit"] if left else 15))
                 if text is None or not text.startswith(MARK):
                     print(text or "", end="\n" if text else "", flush=True)
