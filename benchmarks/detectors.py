@@ -1,4 +1,4 @@
-"""Whole detectors with random weights that give them something to suppress and to detect, and pictures for them."""
+"""Whole detectors with random weights, scaled so that there are proposals and detections, and pictures for them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from doublehead.recipes import RECIPES
 
 CLASSES = 91
 GRAPH = ", one graph"
-"""Behind the name of a model that runs as one CUDA graph."""
+"""Suffix of the name of a model that runs as one CUDA graph."""
 SHARED = ("detector.backbone.", "detector.rpn.")
 RECIPE = {"Double-Head": "double-head-r50-fpn", "Double-Head-Ext": "double-head-ext-r50-fpn"}
 
 
 def pictures(count: int, side: int) -> list[Tensor]:
-    """Real ones where they are, else drawn; resized so that the shorter side is at most `side`."""
+    """Pictures of the test data if it is present, else generated ones; shorter side at most `side`."""
     folder = Path(os.environ.get("DOUBLEHEAD_TEST_DATA") or harness.ROOT.parent / "shared" / "data")
     files = sorted(folder.glob("tiny_coco/**/*.jpg"))
     if files:
@@ -91,7 +91,7 @@ def torchvisions(images: list[Tensor], side: int, proposals: int = 1000) -> nn.M
 
 
 def adapted(config: ModelConfig, side: int, proposals: int) -> ModelConfig:
-    """torchvision's frozen batch norms, this side and so many proposals."""
+    """Our configuration with torchvision's frozen batch norms, this image size and number of proposals."""
     return dataclasses.replace(
         config,
         backbone=dataclasses.replace(config.backbone, weights=None, norm="frozen_batch_norm"),
@@ -115,7 +115,7 @@ def double_head(config: ModelConfig, shared: dict[str, Tensor], images: list[Ten
     for head in model.detector.heads.values():
         largest |= {layer: 9.0 for layer in (head.classifier,) if layer is not None}
         largest |= {layer: 3.0 for layer in (head.regressor,) if layer is not None}
-    # First every RoI passes all heads, so that each head's outputs are seen.
+    # Every RoI passes all heads first, so that the outputs of each head are measured.
     skipping = model.detector.readout
     model.detector.readout = skipping.replace(skip=False)
     lively(model, images, largest)

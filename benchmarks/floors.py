@@ -1,4 +1,4 @@
-"""Which bytes an operator must touch at least: each counted once, however often it is read."""
+"""The least number of bytes that an operator must read or write: each byte counts once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does training go the same way with the fused conv-head as module by module? Draws docs/fused-training.png.
+"""Compare the training losses of the fused conv-head with those of its modules; draw docs/fused-training.png.
 
 python benchmarks/fused_training.py              trains the small Ext detector four times, minutes on a CPU
 python benchmarks/fused_training.py --steps 60   shorter

@@ -1,15 +1,15 @@
-"""Timing on a GPU: with a cold L2, both sides treated alike, and beside it what the device itself says of its state.
+"""Timing on a GPU: with a cold L2, the same way for all providers, with the state of the device.
 
 **Cold L2.** Before every sample a buffer of four times the L2 is read, so that a call finds none of its own data there.
-Rotating several input sets is the other way; a CUDA graph, though, always works on the memory it was captured with, and
-would need a graph for every set. The buffer is read, not written: written lines would have to go back to memory while
-the call runs, and would slow it by up to the L2's size.
+Several input sets in rotation would do the same, but a CUDA graph always works on the memory it was captured with, and
+would need a graph for every set. The buffer is read, not written: written lines would go back to memory during the
+call and slow it down.
 
 **Alike.** Either every provider is captured as a CUDA graph and replayed, or none is:
   graphs  the time between two events around the replay, which is launched while the buffer is still being read: the
           device's time, without the host's.
   eager   the time between two events around the call, on a device that was idle before: from the call to the end of
-          its work, the host's part and every wait included.
+          its work, including the host's time and every wait.
 A provider that waits for the device cannot be captured; then all of them are timed eagerly.
 """
 
@@ -32,7 +32,7 @@ FLUSH = 4
 
 
 class Cuda:
-    """What the timing needs of the device; the tests give another."""
+    """The device operations that the timing uses; tests replace them."""
 
     @functools.cached_property
     def _buffer(self) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ def eager_sample(call: Call, device: Any) -> float:
 
 
 def queued_sample(call: Call, device: Any, flushes: int = 1) -> float:
-    """Seconds the device works for a call that waits for nothing, launched behind reads of the buffer."""
+    """Seconds of device work of a call that never waits, launched behind reads of the buffer."""
     device.wait()
     for _ in range(flushes):
         device.flush()
@@ -84,7 +84,7 @@ def queued_sample(call: Call, device: Any, flushes: int = 1) -> float:
 
 
 def device_seconds(call: Call, device: Any, samples: int = 20) -> float:
-    """The device's own time of a call that waits for nothing: a median.
+    """Median device time of a call that never waits.
 
     So many reads of the buffer come first that the host has launched everything before the device begins.
     """
@@ -151,7 +151,7 @@ def alike(
 
 
 def sampler(way: str, device: Any) -> Callable[[Call], float]:
-    """The sample that belongs to `alike`'s answer."""
+    """The sampling function for the mode that `alike` returned."""
     sample = queued_sample if way == "graphs" else eager_sample
     return lambda call: sample(call, device)
 
@@ -162,7 +162,7 @@ def sampler(way: str, device: Any) -> Callable[[Call], float]:
 
 @functools.cache
 def copy_bytes_per_second() -> float:
-    """What the GPU's memory reaches: a copy of 1 GiB, read and written, median of 20."""
+    """Bandwidth of the GPU's memory: a copy of 1 GiB, read and written, median of 20."""
     source = torch.zeros(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     device = Cuda()
@@ -180,7 +180,7 @@ def share_of_floor(bytes_moved: int, seconds: float, bytes_per_second: float) ->
 
 
 def kernel_milliseconds(call: Call, device: Any, repeats: int = 5) -> float | None:
-    """How long the GPU works for one call, L2 cold: its kernels, copies and fills, by PyTorch's profiler.
+    """Device time of one call with a cold L2: its kernels, copies and fills, by PyTorch's profiler.
 
     None where the profiler sees nothing (no permission to profile).
     """
@@ -198,7 +198,7 @@ def kernel_milliseconds(call: Call, device: Any, repeats: int = 5) -> float | No
 
 
 def _profiled(call: Call, repeats: int) -> dict[str, float]:
-    """Microseconds by the name of what ran on the device."""
+    """Name of what ran on the device -> microseconds."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(repeats):
@@ -214,7 +214,7 @@ STATE = {
     "clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "clocks.max.sm": "most_sm_mhz", "power.draw": "watts",
     "power.limit": "watts_limit", "temperature.gpu": "celsius", "pstate": "pstate",
 }  # fmt: skip
-"""What is asked of nvidia-smi -> its name in a record."""
+"""Field of nvidia-smi -> its name in a record."""
 
 
 def device_state(run: Callable[..., Any] = subprocess.run) -> dict[str, float | str] | None:
@@ -232,7 +232,7 @@ def device_state(run: Callable[..., Any] = subprocess.run) -> dict[str, float | 
 
 
 def _which() -> list[str]:
-    """The current device by its UUID: CUDA's numbers need not be nvidia-smi's."""
+    """Select the current device by its UUID: CUDA and nvidia-smi may number devices differently."""
     try:
         return [f"--id=GPU-{torch.cuda.get_device_properties().uuid}"] if torch.cuda.is_available() else []
     except (AttributeError, RuntimeError):

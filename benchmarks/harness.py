@@ -1,9 +1,9 @@
 """What every benchmark shares: timing side by side, peak memory, and the record.
 
 Providers are timed in turns (a, b, c, a, b, c, ...), so that a busy machine slows all of them
-alike, and each is told by its median and two quantiles, never by its best run.
+alike. The record has the median and two quantiles of each, never its best run.
 
-On a GPU, `gpu_timing` takes the samples; the kernels' own time is beside them.
+On a GPU, `gpu_timing` takes the samples; the record also has the kernels' own time.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _summary(values: list[float]) -> dict[str, float]:
 
 
 def peak_memory_mib(call: Callable[[], Any], device: str = "cpu") -> float | None:
-    """Memory one call needs on top of its inputs, its result included; None where unknown. `call` has run before.
+    """Memory that one call needs beyond its inputs, with its result; None where unknown. `call` has run before.
 
     On the CPU this is the process's resident high-water mark (Linux; good to about 0.5 MiB),
     measured after free heap pages went back to the system, so that they are not reused unseen.
@@ -120,7 +120,7 @@ def _status_kib(field: str) -> int:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Where and with what a number was measured."""
+    """Machine and versions of a measurement."""
     record: dict[str, Any] = {
         "processor": torch.cuda.get_device_name() if device != "cpu" else _cpu_name(),
         "threads": torch.get_num_threads(),

@@ -1,14 +1,14 @@
-"""The page that matters: each operator and the whole detector beside its peer, on one GPU, within minutes.
+"""The most important numbers of one GPU, within minutes: each operator and the whole detector beside its peer.
 
 python benchmarks/headline.py                         at most 240 seconds
 python benchmarks/headline.py --seconds 150 --out page.json
 python benchmarks/headline.py --rows nms_4000 ext_1   these alone
-python benchmarks/headline.py --device cpu --small    tiny sizes: tries the script, the times mean nothing
+python benchmarks/headline.py --device cpu --small    tiny sizes: tests the script; the times mean nothing
 
 Needs torch, triton, torchvision and the compiled library. Each row's results are checked against its peer before
-anything is timed; a row that fails is marked, and the others go on. Rows are printed as they come, most telling first,
-and all together at the end. A row that would not fit into the time left is named as skipped. Exit code 1 if a row
-failed, 0 if not, also without a GPU, where nothing is measured.
+anything is timed; a row that fails is marked, and the others go on. Rows are printed as they are measured, the most
+important first, and together at the end. Rows that do not fit into the time left are listed as skipped. Exit code: 1 if
+a row failed, else 0, also without a GPU, where nothing is measured.
 
 "ours" and "peer" are treated alike (see gpu_timing.py): both as CUDA graphs where both can be captured, else both
 eager, from the call on an idle device to the end of its work. "device" is the device's own time of ours, which the
@@ -33,21 +33,21 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 MARK = "@row "
-"""Before a line of the child that is for the parent."""
+"""Starts a line of the child that is meant for the parent."""
 
 
 class Plan(NamedTuple):
-    """A row's words, the seconds it may need on one H100, preparation and compilation included, and its targets."""
+    """A row's title, the seconds it may take on one H100 with preparation and compilation, and its targets."""
 
     title: str
     seconds: float
     predicted: str
     ratio: float | None = None
-    """Times as fast as the peer, at least."""
+    """Least ratio: peer's time / ours."""
     most_us: float | None = None
-    """Microseconds on the device, at most."""
+    """Most microseconds on the device."""
     floor: float | None = None
-    """Share of the floor, at least."""
+    """Least share of the floor."""
 
     def target(self) -> str:
         parts = [f">= {self.ratio:g}x" if self.ratio else "", f"<= {self.most_us:g} us" if self.most_us else ""]
@@ -133,7 +133,7 @@ def page(rows: list[Row]) -> str:
 
 
 class Child:
-    """A process that measures rows, and what it says, line by line."""
+    """A process that measures rows, and its messages, line by line."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -159,7 +159,7 @@ class Child:
 
 
 class Run:
-    """All rows, in as many processes as it takes."""
+    """Measures all rows, in as many processes as necessary."""
 
     def __init__(self, options: argparse.Namespace, command: list[str]) -> None:
         self.options, self.command = options, command
@@ -178,7 +178,7 @@ class Run:
         return True
 
     def complete(self) -> None:
-        """Name the rows that had no turn."""
+        """List the rows that were not measured."""
         done = {row["row"] for row in self.rows}
         for key in self.options.rows:
             if key not in done:
@@ -193,7 +193,7 @@ class Run:
         child = Child([*self.command, "--child", str(self.deadline), "--rows", *left], environment)
         try:
             while text is not None:
-                # After the last row it only says how the device is.
+                # After the last row it only reports the state of the device.
                 text = child.next(min(self.deadline - time.time(), begun["limit"] if left else 15))
                 if text is None or not text.startswith(MARK):
                     print(text or "", end="\n" if text else "", flush=True)

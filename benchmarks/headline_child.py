@@ -1,4 +1,4 @@
-"""The process of `headline.py` that measures. It says what it does in lines for its parent."""
+"""The process of `headline.py` that measures. It reports to its parent in lines."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import torch
 Call = Callable[[], Any]
 
 SECONDS, TINY_SECONDS = 0.5, 0.02
-"""Of sampling, for both sides together."""
+"""Seconds of sampling, both sides together."""
 
 
 class Host:
-    """In the place of `gpu_timing.Cuda` on a CPU: no cache is flushed, nothing is waited for."""
+    """Replaces `gpu_timing.Cuda` on a CPU: no cache is flushed, and nothing waits."""
 
     def flush(self) -> None: ...
 

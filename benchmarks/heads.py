@@ -1,4 +1,4 @@
-"""What the benchmarks of the heads share: the conv-head (K = 5, two non-local blocks), a non-local block, maps."""
+"""Shared by the benchmarks of the heads: the conv-head (K = 5, two non-local blocks), a non-local block, maps."""
 
 from __future__ import annotations
 

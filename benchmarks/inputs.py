@@ -1,4 +1,4 @@
-"""What the benchmarks pool and suppress: boxes as a detector has them, on the GPU where there is one."""
+"""Inputs of the benchmarks: boxes as a detector proposes them, on the GPU where there is one."""
 
 from __future__ import annotations
 

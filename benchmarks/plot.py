@@ -1,7 +1,7 @@
 """Tables and plots of the recorded results in benchmarks/results/<machine>/*.json.
 
 python benchmarks/plot.py           rewrites benchmarks/RESULTS.md, the tables in README.md and docs/speed-<machine>.png
-python benchmarks/plot.py --check   writes nothing; names what is out of date, and exits with 1 if anything is
+python benchmarks/plot.py --check   writes nothing; lists what is out of date, and then exits with 1
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HEADLINES = {
     "backward 7x7 channels_last": "`MultiScaleRoIAlign` backward, channels-last",
     "backward 7x7 nchw": "the same, NCHW",
 }
-"""Case -> its words in README.md; RESULTS.md has all cases."""
+"""Case -> its name in README.md; RESULTS.md has all cases."""
 
 MODULES = "the same modules in PyTorch"
 HEADS = {

@@ -1,4 +1,4 @@
-"""From logits to detections: what a detector's heads give, and torchvision's way through it."""
+"""From logits to detections: inputs as a detector's heads give them, and torchvision's post-processing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RoIAlign's problems: pyramids of 800x1344 images, strides 4 to 32, 256 channels, and boxes as proposals lie."""
+"""Inputs of RoIAlign: pyramids of 800x1344 images, strides 4 to 32, 256 channels, and boxes like proposals."""
 
 from __future__ import annotations
 

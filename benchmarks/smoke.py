@@ -1,8 +1,8 @@
 """Each kernel once, in every dtype, against its reference in float64; a detector's steps; a graph: in 90 seconds.
 
-python benchmarks/smoke.py                    on the GPU; without one it says so and checks nothing
+python benchmarks/smoke.py                    on the GPU; without one it prints a note and checks nothing
 python benchmarks/smoke.py --device cpu       at small sizes on the CPU, Triton's kernels in its interpreter
-python benchmarks/smoke.py --only nms         these cases alone (--list names them)
+python benchmarks/smoke.py --only nms         these cases alone (--list lists all)
 
 A row fails if a result is further off than twice plain PyTorch in the same dtype, or if it came from the reference
 instead of the kernel.  Cases run in processes of their own, side by side: an illegal access ends one, not all.
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0 if all is well, 1 after failures."""
+    """Returns 0 if every row passes, else 1."""
     options = parse(arguments)
     if options.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before a module with kernels is imported
@@ -189,7 +189,7 @@ class Task(NamedTuple):
 
 
 def side_by_side(cases: dict, options: argparse.Namespace) -> list[Row]:
-    """Every case, or each of its dtypes, in a process of its own; so many at a time."""
+    """Runs every case, or each of its dtypes, in a process of its own, a limited number at a time."""
     waiting = [task for name, case in cases.items() for task in tasks_of(name, case)]
     waiting.sort(key=lambda task: task.dtype is None)  # what takes long first
     running: dict[subprocess.Popen, tuple[Task, Path]] = {}
@@ -230,7 +230,7 @@ def start(task: Task, file: Path, options: argparse.Namespace) -> subprocess.Pop
 
 
 def finished(process: subprocess.Popen, task: Task, file: Path, seconds: float) -> list[Row]:
-    """The rows of a process, or one that says why there are none.  A process that still runs is stopped."""
+    """The rows of a process, or one row that says why there are none.  A process that still runs is stopped."""
     status = process.poll()
     if status is None:
         os.killpg(process.pid, signal.SIGKILL)  # with the compilers it has started

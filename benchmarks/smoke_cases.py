@@ -40,7 +40,7 @@ from tests.support.precision import convolution_eps, error_and_bound  # noqa: E4
 
 OPS = torch.ops.doublehead
 Comparison = tuple[str, float, float]
-"""What was compared, its error, and what that may be."""
+"""What was compared, its error, and the bound of the error."""
 FLOAT64, FLOAT32, HALF = (torch.float64,), (torch.float32,), (torch.float16, torch.bfloat16)
 
 
@@ -50,20 +50,20 @@ class Case(NamedTuple):
     run: Callable[[str, torch.dtype], Iterator[Comparison]]
     dtypes: Sequence[torch.dtype]
     operators: Sequence[str]
-    """Of `torch.ops.doublehead` that it calls."""
+    """Operators of `torch.ops.doublehead` that it calls."""
     launches: Sequence[str] = ()
     """Folders of `doublehead.ops` whose Triton kernels it must launch."""
     apart: bool = False
     """Each dtype in a process of its own: its kernels take long to compile."""
     cuda: bool = False
-    """There is nothing like it on the CPU."""
+    """Whether it runs on a GPU alone."""
 
 
 CASES: dict[str, Case] = {}
 
 
 def case(name: str, dtypes: Sequence[torch.dtype], operators: str = "", launches: str = "", **more):
-    """Enters the decorated function into `CASES`."""
+    """Registers the decorated function in `CASES`."""
 
     def enter(run):
         CASES[name] = Case(run, dtypes, operators.split(), launches.split(), **more)
@@ -93,14 +93,14 @@ def compare(actual, plain, exact, what: str = "forward", **more) -> Iterator[Com
 
 
 def differing(actual: Tensor, expected: Tensor) -> int:
-    """How many elements are not equal; all, if there are not as many."""
+    """Number of unequal elements; all of them if the shapes differ."""
     if actual.shape != expected.shape:
         return max(actual.numel(), expected.numel(), 1)
     return int((actual.cpu() != expected.cpu()).sum())
 
 
 def maps(device: str) -> tuple[int, int]:
-    """Number of RoIs and of channels: little on the CPU, where Triton's interpreter may run."""
+    """Number of RoIs and of channels: small on the CPU, where Triton's interpreter may run."""
     return (16, 128) if device == "cuda" else (2, 16)
 
 
@@ -210,7 +210,7 @@ def each(device: str, dtype: torch.dtype) -> tuple[tuple[str, torch.dtype], ...]
 
 
 def weights(*shape: int, seed: int) -> Tensor:
-    """Of a convolution, such that its results are about as large as its inputs."""
+    """Weights of a convolution, scaled so that its results are about as large as its inputs."""
     weight = normal(*shape, seed=seed, spread=shape[1] ** -0.5 / (3 if len(shape) == 4 else 1))
     return weight.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else weight
 
@@ -295,7 +295,7 @@ def batch_norm_act(device, dtype):
     yield from compare(ours, *forward, "forward")
     again = batch_norm_act_apply(leaves[0].detach(), *(s.detach() for s in statistics), *leaves[1:], True)
     yield "apply", differing(again.detach(), ours), 0
-    # ReLU's slope jumps at 0, where rounding decides the side: all are told the side our result is on.
+    # ReLU's slope jumps at 0, where rounding decides the side: every side takes our result's side.
     grad = torch.where(ours.cpu() > 0, grad, 0)
     others = [gradients(plain, *there, grad, False)[2] for there in each(device, dtype)]
     yield from compare(grads, *others, "backward", roundings=4)

@@ -23,11 +23,11 @@ from doublehead.models.structures import Detections, pad_targets
 from doublehead.ops import box_iou
 
 UNLIKE = 0.05
-"""Share of detections that may differ: rounding can turn round two candidates with nearly the same score."""
+"""Share of detections that may differ: rounding can swap two candidates with nearly the same score."""
 
 
 def tiny_ext() -> nn.Module:
-    """A double_head_ext as small as the kernels serve, whose batch norms fit what goes through them."""
+    """The smallest double_head_ext that the kernels serve, with batch norms fitted to their inputs."""
     config = ModelConfig(
         backbone=BackboneConfig("resnet18", "batch_norm", weights=None, frozen_stages=0, fpn_channels=32),
         # So many samples that all anchors and RoIs are drawn: nothing is left to chance.
@@ -62,7 +62,7 @@ def targets():
 
 @contextlib.contextmanager
 def exact_float32():
-    """Without TF32, and with convolutions that are the same every time: what differs is an error then."""
+    """Without TF32, and with deterministic convolutions: any difference is an error then."""
     conv, cudnn = torch.backends.cudnn.conv, torch.backends.cudnn
     before = conv.fp32_precision, cudnn.deterministic
     conv.fp32_precision, cudnn.deterministic = "ieee", True
@@ -78,7 +78,7 @@ def on(device: str, value, dtype: torch.dtype | None = None):
 
 
 def unlike(found: Detections, expected: Detections) -> float:
-    """Share of detections, of both, that the other has no like of: class, box, score."""
+    """Share of both sides' detections that have no match on the other side in class, box and score."""
     missing = total = 0
     for i in range(len(expected.count)):
         one, other = (image_of(each, i) for each in (found, expected))

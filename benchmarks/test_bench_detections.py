@@ -1,4 +1,4 @@
-"""From logits to detections against torchvision's way, side by side on what a detector's heads give."""
+"""From logits to detections against torchvision's post-processing, on the same outputs of a detector's heads."""
 
 from __future__ import annotations
 

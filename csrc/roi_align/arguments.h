@@ -148,7 +148,7 @@ inline std::vector<Tensor> check_features(const std::vector<Tensor>& features, b
   return checked;
 }
 
-// Of the backward, what depends on no tensor but the number of gradients.
+// What the backward asks of its lists' lengths, and of `pooling`.
 inline void check_backward(const Pooling& pooling, const std::vector<Tensor>& grads,
                            const std::vector<int64_t>& feature_sizes) {
   const size_t levels = pooling.spatial_scales.size();

@@ -15,29 +15,35 @@ from tests.support.paths import ROOT
 
 FILES = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if path != Path(__file__)]
 BARE = ("-p", "tests.support.bare_machine")
+GPU, TRITON = "mark\\.gpu", "triton_kernels"
 
 
-def collected(expression: str, *options: str) -> tuple[int, str]:
-    """How many tests of the files that contain `expression` pytest finds, in a process of its own."""
-    files = [str(path) for path in FILES if re.search(expression, path.read_text())]
+def containing(expression: str) -> list[Path]:
+    files = [path for path in FILES if re.search(expression, path.read_text())]
     assert len(files) > 5
+    return files
+
+
+def collected(files: list[Path], *options: str) -> list[str]:
+    """The tests of the files that pytest finds, in a process of its own; with "gpu: " before those marked so, again."""
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", *options, *files]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "tests.support.list_gpu_tests"]
+    command += ["--collect-only", "-q", *options, *map(str, files)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    return len([line for line in done.stdout.splitlines() if "::" in line]), done.stdout
+    return [line for line in done.stdout.splitlines() if "::" in line]
 
 
-def test_every_gpu_test_is_found_without_the_other_packages():
+def test_every_test_of_a_kernel_is_found_without_the_other_packages():
+    """All those marked `gpu`, and those of Triton's kernels, but for some that need Hypothesis."""
+    gpu, triton = containing(GPU), containing(TRITON)
     with ThreadPoolExecutor() as threads:  # each waits for a process that mostly imports
-        found = [threads.submit(collected, r"mark\.gpu", "-m", "gpu", *more) for more in ((), BARE)]
-    (everything, _), (bare, output) = (future.result() for future in found)
-    assert bare == everything > 500, output[-2000:]
-
-
-def test_every_test_of_a_triton_kernel_is_found_without_the_other_packages():
-    bare, _ = collected("triton_kernels", *BARE)
-    assert bare > 500
+        found = [threads.submit(collected, *of) for of in ((gpu,), ([*{*gpu, *triton}], *BARE))]
+    everything, bare = (future.result() for future in found)
+    marked = [{line for line in lines if line.startswith("gpu: ")} for lines in (everything, bare)]
+    assert marked[0] == marked[1] and len(marked[0]) > 500
+    files = {str(path.relative_to(ROOT)) for path in triton}
+    assert len([line for line in bare if line.partition("::")[0] in files]) > 500
 
 
 # ---------------------------------------------------------------------------------------------

@@ -288,7 +288,8 @@ def uncompiled(tmp_path):
     """A copy of the operators alone, without the compiled parts; returns (folder, environment to run in)."""
     package = tmp_path / "doublehead"
     package.mkdir()
-    shutil.copy(ROOT / "doublehead" / "__init__.py", package)
+    for name in ("__init__.py", "version.py"):
+        shutil.copy(ROOT / "doublehead" / name, package)
     shutil.copytree(ROOT / "doublehead" / "ops", package / "ops", ignore=shutil.ignore_patterns("__pycache__"))
     return package, dict(os.environ, PYTHONPATH=str(tmp_path))
 

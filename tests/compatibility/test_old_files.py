@@ -18,6 +18,7 @@ from doublehead.config import from_dict, to_dict
 from doublehead.engine.checkpoint import load_model
 from doublehead.exporting import load
 from doublehead.exporting.program import example_input
+from doublehead.ops import multiscale_roi_align
 from doublehead.recipes import RECIPES
 from doublehead.train import main as train
 
@@ -114,6 +115,31 @@ def test_exported_operators_give_what_they_gave(tmp_path):
     for number, (output, values) in enumerate(zip(found, expected, strict=True)):
         wanted = torch.tensor(values, dtype=output.dtype)
         torch.testing.assert_close(output, wanted, rtol=2e-6, atol=2e-6, msg=lambda text, n=number: f"{n}: {text}")
+
+
+def border_boxes():
+    """The boxes of `write_files.py`: squares with sides at and next to the borders between levels."""
+    steps = torch.tensor([-64.0, -32, -16, -12, -8, -4, -2, -1, 0, 1, 2, 4, 8, 12, 16, 32, 64], dtype=torch.float64)
+    sides = torch.tensor([112.0, 224, 448], dtype=torch.float64)[:, None] * (1 + steps * 2**-23)
+    sides = torch.cat([sides.flatten(), sides.flatten() - 1, sides.flatten() + 1]).float()
+    zeros = torch.zeros_like(sides)
+    return torch.stack([zeros, zeros, zeros, sides, sides], 1)
+
+
+@pytest.mark.parametrize("rule", range(4))
+def test_a_level_rule_draws_its_borders_where_it_did(rule):
+    """By the number that exported programs hold, and by the name that recipes hold."""
+    features = [torch.full((1, 1, 256 >> level, 256 >> level), float(level)) for level in range(4)]
+    scales, boxes = [1 / 4, 1 / 8, 1 / 16, 1 / 32], border_boxes()
+    by_number = torch.ops.doublehead.multiscale_roi_align(
+        features, boxes, scales, [1.0], [1, 1], 1, False, 224.0, 4, rule
+    )[0]
+    name = ("torchvision", "detectron2", "mmdet", "maskrcnn_benchmark")[rule]
+    (by_name,) = multiscale_roi_align(
+        features, boxes, (1, 1), spatial_scales=scales, sampling_ratio=1, aligned=False, level_rule=name
+    )
+    expected = json.loads((DATA / "levels.json").read_text())[rule]
+    assert by_number.flatten().tolist() == by_name.flatten().tolist() == expected and len(set(expected)) == 4
 
 
 def test_an_onnx_file_runs(tmp_path):

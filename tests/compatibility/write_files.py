@@ -155,6 +155,25 @@ def numbers(tensor: torch.Tensor):
     return json.loads(json.dumps(tensor.tolist()), parse_float=lambda text: float(f"{float(text):.9g}"))
 
 
+def border_boxes() -> torch.Tensor:
+    """Squares whose sides lie at and next to the borders between pyramid levels, in steps of float32 and wider."""
+    steps = torch.tensor([-64.0, -32, -16, -12, -8, -4, -2, -1, 0, 1, 2, 4, 8, 12, 16, 32, 64], dtype=torch.float64)
+    sides = torch.tensor([112.0, 224, 448], dtype=torch.float64)[:, None] * (1 + steps * 2**-23)
+    sides = torch.cat([sides.flatten(), sides.flatten() - 1, sides.flatten() + 1]).float()
+    zeros = torch.zeros_like(sides)
+    return torch.stack([zeros, zeros, zeros, sides, sides], 1)
+
+
+def levels(rule: int) -> list[int]:
+    """The level of each box by a level rule's number: every pixel of a level's features holds the level."""
+    features = [torch.full((1, 1, 256 >> level, 256 >> level), float(level)) for level in range(4)]
+    scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    (pooled,) = torch.ops.doublehead.multiscale_roi_align(
+        features, border_boxes(), scales, [1.0], [1, 1], 1, False, 224.0, 4, rule
+    )
+    return pooled.flatten().long().tolist()
+
+
 def store(folder: Path, source: Path) -> None:
     (folder / f"{source.name}.xz").write_bytes(lzma.compress(source.read_bytes(), preset=6))
     source.unlink()
@@ -319,5 +338,6 @@ if __name__ == "__main__":
     )
     write_json(target / "recipes.json", {name: to_dict(recipe) for name, recipe in RECIPES.items()})
     store(target, target / "recipes.json")
+    write_json(target / "levels.json", [levels(rule) for rule in range(4)])
     write_programs(target, write_models(target))
     write_run(target)

@@ -71,7 +71,7 @@ void forward(const Numbers& n, const Problem<W>& problem, bool no_room) {
 
 template <typename T, typename W>
 void backward(const Numbers& n, const Problem<W>& problem, unsigned char* workspace) {
-  const Boxes<W> boxes = place_boxes(problem, workspace);
+  const Boxes<W> boxes = lay_out_boxes(problem, workspace);
   emulate(unsigned(n.images * n.levels), kListThreads, 0, list_boxes<W>, problem, boxes);
   const int32_t columns = n.channels_last ? kTile : kPlanarTile, batch = batch_for(problem, columns);
   const Tiles tiles = make_tiles(problem, columns);

@@ -14,7 +14,7 @@ from doublehead.exporting.program import DetectorProgram, differences, example_i
 from doublehead.models import ImageBatch, build_detector
 from doublehead.ops import detections, multiscale_roi_align, nms_padded
 from tests.support.detection_cases import OPTIONS, clear, tensors
-from tests.support.tiny_detectors import lively, tiny
+from tests.support.tiny_detectors import lively, shallow, tiny
 
 pytest.importorskip("onnxscript", reason="pip install 'doublehead[onnx]'")
 onnx = pytest.importorskip("onnx", reason="pip install 'doublehead[onnx]'")
@@ -46,7 +46,7 @@ def test_a_model_gives_its_detections(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_file, "OPTIMIZE", kind == "double_head_ext")  # once: it takes long
     torch.manual_seed(0)
     model = build_detector(config, num_classes=4)
-    lively(model.detector)
+    lively(shallow(model.detector))
     program, example = DetectorProgram(model.detector, plain=True), example_input(2, 64, 96)
     note = describe("onnx", Recipe(name=kind, model=config), ["a", "b", "c"], [1, 2, 3], example[0].shape, "cpu")
     onnx_file.write_onnx(program, example, note, tmp_path / "a.onnx")

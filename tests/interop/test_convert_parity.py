@@ -22,8 +22,10 @@ from tests.restatements.layers import Weights
 from tests.restatements.maskrcnn_benchmark import GeneralizedRCNN
 from tests.restatements.mmdet import TwoStage
 
-LIMITS = "model.rpn.pre_nms_test=200", "model.rpn.post_nms_test=60"
-SIZES = "model.image.min_size=[128]", "model.image.max_size=160"
+PRE_NMS, POST_NMS = 200, 40
+SHORT, LONG = 96, 128  # sides of the resized pictures: small, as float64 takes long
+LIMITS = f"model.rpn.pre_nms_test={PRE_NMS}", f"model.rpn.post_nms_test={POST_NMS}"
+SIZES = f"model.image.min_size=[{SHORT}]", f"model.image.max_size={LONG}"
 
 
 def pictures(*sizes):
@@ -77,9 +79,9 @@ def assert_equal(model, images, expected, least=40):
 @pytest.mark.parametrize("style", ["caffe", "pytorch"])
 def test_detectron2(tmp_path, style):
     weights, images = Weights(0), pictures((128, 100), (110, 150))
-    source = FasterRCNN(weights, 5, 128, 160, style, (200, 60))
+    source = FasterRCNN(weights, 5, SHORT, LONG, style, (PRE_NMS, POST_NMS))
     with torch.inference_mode():
-        source(images)  # makes the weights up
+        source(images[:1])  # makes the weights up
         expected = source(images)
     file = tmp_path / "model_final"
     if style == "caffe":  # as a published file: a pickle of numpy arrays
@@ -98,10 +100,10 @@ def test_detectron2(tmp_path, style):
 
 @pytest.mark.parametrize("double, style", [(False, "caffe"), (True, "pytorch")])
 def test_mmdet(tmp_path, double, style):
-    weights, images = Weights(1, counters=True), pictures((100, 128), (150, 110))
-    source = TwoStage(weights, 5, (160, 128), double, style, 200, 60)
+    weights, images = Weights(11, counters=True), pictures((100, 128), (150, 110))
+    source = TwoStage(weights, 5, (LONG, SHORT), double, style, PRE_NMS, POST_NMS)
     with torch.inference_mode():
-        source(images)
+        source(images[:1])
         expected = source(images)
     file = tmp_path / "epoch_12.pth"
     notes = {"CLASSES": tuple("abcde"), "config": f"model = dict(backbone=dict(style='{style}'))"}
@@ -115,22 +117,30 @@ def test_mmdet(tmp_path, double, style):
 # maskrcnn-benchmark and the authors' release
 
 
+AUTHORS_LIMITS = "model.rpn.pre_nms_test=200", "model.rpn.post_nms_test=60"
+AUTHORS_SIZES = "model.image.min_size=[128]", "model.image.max_size=160"  # in smaller ones the scores are nearly equal
+
+
+def authors_source(weights, double=True, **options):
+    return GeneralizedRCNN(weights, 6, 128, 160, double=double, pre_nms=200, post_nms=60, **options)
+
+
 @pytest.fixture(scope="module")
 def authors(tmp_path_factory):
     """Weights, pictures, and the converted model."""
     weights, images = Weights(2, counters=True), pictures((128, 100), (110, 150))
     with torch.inference_mode():
-        GeneralizedRCNN(weights, 6, 128, 160, double=True, pre_nms=200, post_nms=60)(images)
+        authors_source(weights)(images)
     state = {f"module.{name}": tensor for name, tensor in weights.tensors.items() if not is_counter_of_body(name)}
     folder = tmp_path_factory.mktemp("authors")
     torch.save({"model": state, "iteration": 180000}, folder / "model.pth", _use_new_zipfile_serialization=False)
-    return weights, images, converted(folder, folder / "model.pth", "--set", *LIMITS, *SIZES).model
+    return weights, images, converted(folder, folder / "model.pth", "--set", *AUTHORS_LIMITS, *AUTHORS_SIZES).model
 
 
 @pytest.mark.parametrize("mode, readout", [(0, "conv"), (1, "fc"), (2, "split"), (3, "fused")])
 def test_authors_double_head(authors, mode, readout):
     weights, images, model = authors
-    source = GeneralizedRCNN(weights, 6, 128, 160, double=True, mode=mode, pre_nms=200, post_nms=60)
+    source = authors_source(weights, mode=mode)
     with torch.inference_mode():
         expected = source(images)
     model.set_readout(readout)
@@ -144,22 +154,21 @@ def is_counter_of_body(name):
 
 def test_maskrcnn_benchmark(tmp_path):
     weights, images = Weights(3), pictures((128, 100), (110, 150))
-    source = GeneralizedRCNN(weights, 6, 128, 160, double=False, pre_nms=200, post_nms=60)
+    source = authors_source(weights, double=False)
     with torch.inference_mode():
-        source(images)
+        source(images[:1])
         expected = source(images)
     file = tmp_path / "model_final.pth"
     torch.save({"model": weights.tensors, "optimizer": {}, "scheduler": {}, "iteration": 90000}, file)
-    model = converted(tmp_path, file, "--set", *LIMITS, *SIZES).model
+    model = converted(tmp_path, file, "--set", *AUTHORS_LIMITS, *AUTHORS_SIZES).model
     assert_equal(model, images, [from_coco(*found) for found in expected])
 
 
 PREDICTOR = "roi_heads.box.predictor.bbox_pred"
 AGNOSTIC = {  # the source, and the names of its regressors
-    "detectron2": (lambda w: FasterRCNN(w, 5, 128, 160, "caffe", (200, 60)), ["roi_heads.box_predictor.bbox_pred"]),
-    "mmdet": (lambda w: TwoStage(w, 5, (160, 128), True, "pytorch", 200, 60), ["roi_head.bbox_head.fc_reg"]),
-    "authors": (lambda w: GeneralizedRCNN(w, 6, 128, 160, True, pre_nms=200, post_nms=60, inner=24),
-                [PREDICTOR, f"{PREDICTOR}_fc"]),
+    "detectron2": (lambda w: FasterRCNN(w, 5, SHORT, LONG, "caffe", (PRE_NMS, POST_NMS)), ["roi_heads.box_predictor.bbox_pred"]),
+    "mmdet": (lambda w: TwoStage(w, 5, (LONG, SHORT), True, "pytorch", PRE_NMS, POST_NMS), ["roi_head.bbox_head.fc_reg"]),
+    "authors": (lambda w: authors_source(w, inner=24), [PREDICTOR, f"{PREDICTOR}_fc"]),
 }  # fmt: skip
 
 
@@ -185,7 +194,8 @@ def test_class_agnostic_boxes(tmp_path, project):
             rows = state[name][:4]
             state[name] = torch.cat((torch.randn_like(rows), rows)) if authors else rows
     torch.save({"state_dict" if project == "mmdet" else "model": state}, tmp_path / "model.pth")
-    loaded = converted(tmp_path, tmp_path / "model.pth", "--set", *LIMITS, *SIZES)
+    options = (*AUTHORS_LIMITS, *AUTHORS_SIZES) if authors else (*LIMITS, *SIZES)
+    loaded = converted(tmp_path, tmp_path / "model.pth", "--set", *options)
     head = loaded.recipe.model.head
     assert head.class_agnostic_boxes and head.non_local.inner_dim == (24 if authors else None)
     found = [from_coco(*one) if authors else (one[0], one[1], one[2] + 1) for one in expected]
@@ -211,7 +221,7 @@ def lively(model):
 
     handles = [layer.register_forward_pre_hook(measure) for layer in norms]
     with torch.no_grad():
-        images = torch.stack(pictures((128, 160), (128, 160))) / 255
+        images = torch.stack(pictures((SHORT, LONG), (SHORT, LONG))) / 255
         features = model.backbone((images - 0.45) / 0.225)
         for block in model.backbone.fpn.inner_blocks:
             block[0].weight.div_(features["0"].std())
@@ -229,12 +239,12 @@ def frozen(eps):
 
 
 def torchvision_model(builder, classes, backbone, norm):
-    """A model of torchvision's with 200 candidates a level and 60 proposals."""
+    """A model of torchvision's with the limits of the others."""
     torch.manual_seed(4)
-    limits = {"rpn_pre_nms_top_n_test": 200, "rpn_post_nms_top_n_test": 60}
+    limits = {"rpn_pre_nms_top_n_test": PRE_NMS, "rpn_post_nms_top_n_test": POST_NMS}
     model = builder(
-        resnet_fpn_backbone(backbone_name=backbone, weights=None, norm_layer=norm), num_classes=classes, min_size=128,
-        max_size=160, **limits,
+        resnet_fpn_backbone(backbone_name=backbone, weights=None, norm_layer=norm), num_classes=classes, min_size=SHORT,
+        max_size=LONG, **limits,
     )  # fmt: skip
     return lively(model)
 

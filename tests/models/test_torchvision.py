@@ -17,28 +17,47 @@ from doublehead.interop.torchvision import convert_faster_rcnn, faster_rcnn_conf
 from doublehead.models import build_detector, losses, rpn
 
 CLASSES = 12
+SHORT, LONG = 128, 208  # sides of the resized images
+PROPOSALS, SAMPLES = 100, 64  # boxes per image that the head sees, in inference and in training
+
+
+def few_boxes(config, theirs):
+    """`config` with fewer boxes than by default, of which first: they are torchvision's. `theirs` gets the fewer too."""
+    rpn, sampler = theirs.rpn, theirs.roi_heads.fg_bg_sampler
+    assert (config.rpn.pre_nms_train, config.rpn.pre_nms_test) == tuple(rpn._pre_nms_top_n.values())
+    assert (config.rpn.post_nms_train, config.rpn.post_nms_test) == tuple(rpn._post_nms_top_n.values())
+    assert (config.roi.samples, config.roi.positive_fraction) == (
+        sampler.batch_size_per_image, sampler.positive_fraction,
+    )  # fmt: skip
+    rpn._post_nms_top_n["testing"] = PROPOSALS
+    return dataclasses.replace(
+        config,
+        rpn=dataclasses.replace(config.rpn, post_nms_test=PROPOSALS),
+        roi=dataclasses.replace(config.roi, samples=SAMPLES),
+    )
 
 
 @pytest.fixture(scope="module")
 def pair():
     """torchvision's model with random weights that give lively outputs, and ours with the same weights."""
     torch.manual_seed(0)
-    image = ImageConfig(min_size=(192,), max_size=320)
+    image = ImageConfig(min_size=(SHORT,), max_size=LONG)
     theirs = fasterrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=CLASSES, min_size=192, max_size=320,
+        weights=None, weights_backbone=None, num_classes=CLASSES, min_size=SHORT, max_size=LONG,
     )  # fmt: skip
+    config = few_boxes(faster_rcnn_config("batch_norm"), theirs)
     # A random ResNet's activations explode unless its batch norms know their scale.
     for layer in theirs.backbone.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 1.0
     theirs.train()
     with torch.no_grad():
-        theirs.backbone(torch.randn(2, 3, 192, 256))
+        theirs.backbone(torch.randn(2, 3, SHORT, LONG))
         theirs.rpn.head.cls_logits.weight.mul_(30)
         theirs.rpn.head.bbox_pred.weight.mul_(5)
         theirs.roi_heads.box_predictor.cls_score.weight.mul_(12)
         theirs.roi_heads.box_predictor.bbox_pred.weight.mul_(5)
-    ours = build_detector(dataclasses.replace(faster_rcnn_config("batch_norm"), image=image), CLASSES)
+    ours = build_detector(dataclasses.replace(config, image=image), CLASSES)
     ours.load_state_dict(convert_faster_rcnn(theirs.state_dict()))
     return theirs.double(), ours.double()
 
@@ -93,7 +112,7 @@ def test_training_losses_are_torchvisions(pair, images, monkeypatch):
             return positive, negative
 
     theirs.rpn.fg_bg_sampler = Sampler(256, 0.5)
-    theirs.roi_heads.fg_bg_sampler = Sampler(512, 0.25)
+    theirs.roi_heads.fg_bg_sampler = Sampler(SAMPLES, 0.25)
     monkeypatch.setattr(rpn, "sample", first_of_each)
     monkeypatch.setattr(losses, "sample", first_of_each)
 

@@ -12,7 +12,7 @@ from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 CLASSES = 8
-SMALL = {"min_size": 96, "max_size": 160}
+SMALL = {"min_size": 64, "max_size": 120}
 PYRAMID = [
     "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "fasterrcnn_mobilenet_v3_large_fpn",
     "fasterrcnn_mobilenet_v3_large_320_fpn", "maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2",
@@ -35,7 +35,7 @@ def one_map(**options) -> FasterRCNN:
 
 def build(name: str, **options) -> nn.Module:
     torch.manual_seed(0)
-    options = {"num_classes": CLASSES, **SMALL, "box_score_thresh": 0.15, "rpn_post_nms_top_n_test": 40, **options}
+    options = {"num_classes": CLASSES, **SMALL, "box_score_thresh": 0.15, "rpn_post_nms_top_n_test": 24, **options}
     if name == "one_map":
         model = one_map(**{key: value for key, value in options.items() if key != "num_classes"}, num_classes=CLASSES)
     else:

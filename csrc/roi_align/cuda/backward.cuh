@@ -151,7 +151,7 @@ __device__ __forceinline__ void for_each_box(const Problem<W>& problem, const Bo
 }
 
 template <typename T, typename W>
-__device__ inline Batch<T, W> place_batch(W* shared, const Problem<W>& problem, int32_t batch_size, int32_t columns) {
+__device__ inline Batch<T, W> lay_out_batch(W* shared, const Problem<W>& problem, int32_t batch_size, int32_t columns) {
   Batch<T, W> batch;
   batch.row_bins = problem.height < kMostBins ? problem.height : kMostBins;
   batch.column_bins = problem.width < kMostBins ? problem.width : kMostBins;
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kGatherThreads, 2)
   const bool inside = channel < problem.channels;
   const int32_t row = threadIdx.y;
   const int64_t bin_row = int64_t(problem.width) * problem.channels;
-  Batch<T, W> batch = place_batch<T>(shared, problem, batch_size, kTile);
+  Batch<T, W> batch = lay_out_batch<T>(shared, problem, batch_size, kTile);
   W sums[kTile][V] = {};
 
   for_each_box(problem, boxes, tile, batch_size, true, batch, [&](int32_t box) {
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kGatherThreads, 2)
   int64_t offsets[Q];  // of the channels; those that do not exist read the last one, and are not written
 #pragma unroll
   for (int q = 0; q < Q; ++q) offsets[q] = (channel + q < problem.channels ? channel + q : problem.channels - 1) * area;
-  Batch<T, W> batch = place_batch<T>(shared, problem, batch_size, kPlanarTile);
+  Batch<T, W> batch = lay_out_batch<T>(shared, problem, batch_size, kPlanarTile);
   W sums[kTile][Q] = {};
 
   for_each_box(problem, boxes, tile, batch_size, false, batch, [&](int32_t box) {

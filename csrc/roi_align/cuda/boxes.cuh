@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kListThreads)
   for (int64_t roi = threadIdx.x; roi < problem.count; roi += kListThreads) {
     const W of = problem.rois[roi * 5];
     if (!(of > W(-1) && of < W(problem.images)) || int32_t(of) > image) continue;
-    earlier += int32_t(of) < image || find_place(problem, roi).level < level;
+    earlier += int32_t(of) < image || assign_map(problem, roi).level < level;
   }
   earlier = int32_t(__reduce_add_sync(0xffffffffu, uint32_t(earlier)));
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = earlier;
@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(kListThreads)
   int32_t end = begin;
   for (int64_t first = 0; first < problem.count; first += kListThreads) {
     const int64_t roi = first + threadIdx.x;
-    const Place place = roi < problem.count ? find_place(problem, roi) : Place{-1, 0};
-    const bool mine = place.level == level && place.image == image;
+    const Assignment assigned = roi < problem.count ? assign_map(problem, roi) : Assignment{-1, 0};
+    const bool mine = assigned.level == level && assigned.image == image;
     const int32_t before = count_before<kListThreads>(mine, warps, total);
     for (int32_t scale = 0; mine && scale < problem.scales; ++scale) {
       const int32_t to = end + before * problem.scales + scale;

@@ -19,7 +19,7 @@ struct Map {
   double scale;
 };
 
-// The arguments of the operator.
+// The operator's arguments, as kernels get them.
 template <typename W>
 struct Problem {
   Map maps[kMaxLevels];
@@ -33,13 +33,13 @@ struct Problem {
   LevelRule<W> level_rule;
 };
 
-// Where a box is pooled from; level -1: nowhere.
-struct Place {
+// The map that a box is assigned to; level -1: none, it pools zeros.
+struct Assignment {
   int32_t level, image;
 };
 
 template <typename W>
-__device__ inline Place find_place(const Problem<W>& problem, int64_t roi) {
+__device__ inline Assignment assign_map(const Problem<W>& problem, int64_t roi) {
   const W* box = problem.rois + roi * 5;
   if (!(box[0] > W(-1) && box[0] < W(problem.images))) return {-1, 0};
   return {int32_t(box_level(box + 1, problem.levels, problem.level_rule)), int32_t(box[0])};
@@ -64,7 +64,7 @@ __device__ inline Axes<W> find_axes(const Problem<W>& problem, int64_t roi, int3
 }
 
 // No sample of bins [first, end) lies before `low` or after `high`. Each operation is one of sample_position and rounds
-// alike, except that a sample's place in its bin may be rounded up: hence a little more than a bin is added.
+// alike, except that a sample's offset in its bin may be rounded up: hence a little more than a bin is added.
 template <typename W>
 struct Span {
   W low, high;

@@ -27,17 +27,17 @@ template <typename T, typename W>
 __device__ inline Work<T, W> find_work(const Problem<W>& problem, const Room& room, int64_t item) {
   const int64_t roi = item / problem.scales;
   const int32_t scale = int32_t(item % problem.scales);
-  const Place place = find_place(problem, roi);
-  const Map& map = problem.maps[place.level < 0 ? 0 : place.level];
+  const Assignment assigned = assign_map(problem, roi);
+  const Map& map = problem.maps[assigned.level < 0 ? 0 : assigned.level];
   Work<T, W> work;
   work.map = &map;
-  work.axes = find_axes(problem, roi, scale, place.level);
+  work.axes = find_axes(problem, roi, scale, assigned.level);
   work.rows = window_of(work.axes.rows, problem.height, map.height);
   work.columns = window_of(work.axes.columns, problem.width, map.width);
   work.row_slots = slots_of(work.axes.rows, problem.height, problem.sampling_ratio, work.rows);
   work.column_slots = slots_of(work.axes.columns, problem.width, problem.sampling_ratio, work.columns);
   const bool any = work.rows.first < work.rows.last && work.columns.first < work.columns.last;
-  work.image = any ? static_cast<const T*>(map.data) + place.image * map.image_stride : nullptr;
+  work.image = any ? static_cast<const T*>(map.data) + assigned.image * map.image_stride : nullptr;
   work.output = static_cast<T*>(problem.pooled[scale]) + roi * problem.channels * problem.height * problem.width;
   work.fits = work.row_slots.total <= room.rows && work.column_slots.total <= room.columns &&
               problem.height + problem.width <= room.bins;

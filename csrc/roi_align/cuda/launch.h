@@ -47,7 +47,7 @@ Tiles make_tiles(const Problem<W>& problem, int32_t columns) {
   return tiles;
 }
 
-// Shared memory for a box of a batch: place_batch.
+// Shared memory for a box of a batch: lay_out_batch.
 template <typename W>
 size_t batch_bytes(const Problem<W>& problem, int32_t columns) {
   const size_t row_bins = std::min(problem.height, kMostBins), column_bins = std::min(problem.width, kMostBins);
@@ -68,7 +68,7 @@ int64_t workspace_bytes(const Problem<W>& problem) {
 }
 
 template <typename W>
-Boxes<W> place_boxes(const Problem<W>& problem, unsigned char* workspace) {
+Boxes<W> lay_out_boxes(const Problem<W>& problem, unsigned char* workspace) {
   const int64_t items = problem.count * problem.scales;
   Boxes<W> boxes;
   boxes.windows = reinterpret_cast<BoxWindow*>(workspace);

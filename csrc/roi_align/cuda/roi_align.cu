@@ -136,7 +136,7 @@ std::vector<Tensor> forward_cuda(std::vector<Tensor> features, Tensor rois, cons
 
 template <typename W>
 Boxes<W> list_all_boxes(const Problem<W>& problem, const Tensor& workspace, const OnDevice& on) {
-  const Boxes<W> boxes = place_boxes(problem, static_cast<unsigned char*>(workspace.data_ptr()));
+  const Boxes<W> boxes = lay_out_boxes(problem, static_cast<unsigned char*>(workspace.data_ptr()));
   list_boxes<W><<<check_grid(problem.images * problem.levels), kListThreads, 0, on.stream()>>>(problem, boxes);
   on.check_launch("roi_align_backward");
   return boxes;
