@@ -76,7 +76,7 @@ def shown_to_user() -> Iterator[None]:
         if error.errno not in _DISK_ERRORS:
             raise
         _exit(f"{error.filename or 'the output folder'}: {error.strerror}", 2)
-    except Abandoned:  # the training has printed what there is to say
+    except Abandoned:  # the training has printed its message already
         sys.stdout.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)

@@ -49,9 +49,7 @@ def run(options: FCWeights, world: World) -> None:
             model, recipe, _, _ = load_model(checkpoint)
             heads = fc_heads(model)
             if not heads:
-                raise UserError(
-                    f"{checkpoint}: its head is {recipe.model.head.kind!r}, which has no fc-head to look at"
-                )
+                raise UserError(f"{checkpoint}: its head is {recipe.model.head.kind!r}, which has no fc-head")
             found |= {f"{name}, {head}": weight_correlation(weight) for head, weight in heads.items()}
         write_results(found, output_folder(options.out, World()))
 

@@ -86,8 +86,8 @@ def open_ext(options: Qualitative, device: torch.device) -> dict[str, Reader]:
         accepted = f"a number from {least:g} (below which this model detects nothing) to 1"
         raise UserError(f"--score-threshold is {options.score_threshold}, {accepted} is accepted")
     if config.head.kind != "double_head_ext":
-        raise UserError(f"{options.checkpoint}: its head is {config.head.kind!r}; two heads that both classify and "
-                        "regress has only 'double_head_ext'")  # fmt: skip
+        raise UserError(f"{options.checkpoint}: its head is {config.head.kind!r}; only 'double_head_ext' has "
+                        "two heads that both classify and regress")  # fmt: skip
     readers = {}
     for name, readout in READOUTS.items():
         with config_errors():

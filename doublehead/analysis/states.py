@@ -105,7 +105,7 @@ def _read_state(file: Path, empty: State, image_ids: Sequence[int]) -> State:
         raise UserError(f"{file.parent}: holds the results of other {names}: give another --out, or remove it")
     done = content["done"]
     if not isinstance(done, list) or not all(type(number) is int for number in done):
-        raise _damaged(file, "its list of images holds something else than ids")
+        raise _damaged(file, "its list of images holds something other than ids")
     if len(set(done)) != len(done) or not set(done) <= set(image_ids):
         raise _damaged(file, "it names an image twice, or one that the data do not have")
     try:
@@ -132,7 +132,7 @@ def _read_content(file: Path) -> dict[str, Any]:
     if not all(name in content for name in _CONTENT) or not isinstance(content["fingerprint"], dict):
         raise _damaged(file, f"it lacks one of {', '.join(_CONTENT)}")
     if content.get("digest") != _digest({name: content[name] for name in _CONTENT}):
-        raise _damaged(file, "its content does not have the digest that was written with it")
+        raise _damaged(file, "its content does not match its digest")
     return content
 
 

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             unreadable = run(options)
         except KeyboardInterrupt as stop:
             what = stop.args[0] if stop.args else "no picture is done"
-            print(f"stopped: {what}; the same command begins anew", file=sys.stderr)
+            print(f"stopped: {what}; the same command starts over", file=sys.stderr)
             raise SystemExit(128 + (received[0] if received else signal.SIGINT)) from None
     if unreadable:
         print(f"{len(unreadable)} could not be read:", file=sys.stderr)
@@ -143,7 +143,7 @@ def _check(options: Options) -> None:
         raise UserError(f"--max-pixels is {options.max_pixels}, 1 .. {MOST_PIXELS} is accepted")
     results = os.path.join(options.out, JSON_FILE)
     if os.path.exists(results) and not os.path.isfile(results):
-        raise UserError(f"{results}: is no file, and the results cannot take its place: give another --out")
+        raise UserError(f"{results}: is not a regular file, so the results cannot be written there: give another --out")
     if options.threads < 0:
         raise UserError(f"--threads is {options.threads}, 0 (half of the processors) or more is accepted")
 

@@ -35,10 +35,8 @@ def announce(module: str, command: str, new_module: str, stacklevel: int = 3) ->
     """
     if module == "__main__":
         if os.environ.get("RANK", "0") == "0":
-            note = (
-                f"python -m doublehead.{command} is now doublehead {command}; the old name goes with the next release"
-            )
+            note = f"python -m doublehead.{command} is now doublehead {command}; the next release removes the old name"
             print(f"note: {note}", file=sys.stderr, flush=True)
     elif module == f"doublehead.{command}":  # not in worker processes, which import what was run as `__mp_main__`
-        text = f"{module} is now {new_module}; the old name goes with the next release"
+        text = f"{module} is now {new_module}; the next release removes the old name"
         warnings.warn(text, DeprecationWarning, stacklevel=stacklevel)

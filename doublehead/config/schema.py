@@ -26,7 +26,7 @@ MAX_PIXELS = 100_000_000
 MOST_PIXELS = 178_956_970
 """Pillow refuses larger images in any case (twice its MAX_IMAGE_PIXELS)."""
 MOST_IMAGES = 65536
-"""Images of an optimizer step: a larger batch is a typing error, and would be read for hours."""
+"""Images of an optimizer step: a larger batch is a typing error; reading its images would take hours."""
 
 HeadKind = Literal[
     "fc", "conv", "double_fc", "double_conv", "double_head", "double_head_reverse", "double_head_ext", "conv5"

@@ -65,7 +65,7 @@ def decode_strictly(data: bytes, colours: str) -> np.ndarray | None:
             text = str(error)
         data = repair(data, text) if repair else data
     if _DAMAGED.search(text):
-        raise ValueError(f"damaged: its pixels are not all there ({text})")
+        raise ValueError(f"damaged: some pixels are missing ({text})")
     return None  # a kind of JPEG that simplejpeg does not support: Pillow decides
 
 

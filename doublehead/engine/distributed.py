@@ -131,7 +131,7 @@ class World:
             raise (PeerFailed if how == "failed" else PeerStopped)(int(code)) from None
         if broken:
             line = str(error).strip().splitlines()[0]
-            raise PeerLostError(f"another process of this job is gone, killed or with its machine ({line})") from error
+            raise PeerLostError(f"another process of this job died, killed or with its machine ({line})") from error
 
     def _wait_for_failure(self) -> None:
         with contextlib.suppress(dist.DistStoreError):  # nothing was recorded: the peer was killed

@@ -75,9 +75,9 @@ def check_log(folder: Path) -> None:
         UserError: names what is in the way.
     """
     if (path := folder / LOG_FILE).exists() and not path.is_file():
-        raise UserError(f"{path} is not a file, where the run's log belongs: move it away")
+        raise UserError(f"{path} is not a file, but the run's log is written there: move it away")
     if (path := folder / BOARD_FOLDER).exists() and not path.is_dir():
-        raise UserError(f"{path} is not a folder, where TensorBoard's events belong: move it away")
+        raise UserError(f"{path} is not a folder, but TensorBoard's events are written there: move it away")
 
 
 class RunLog:

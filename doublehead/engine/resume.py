@@ -72,8 +72,8 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
             if (folder / name).exists():
                 weights = f" --model.backbone.weights {shlex.quote(str(folder / name))}" if name == MODEL_FILE else ""
                 raise UserError(
-                    f"{folder} has {name} but no {STATE_FILE} to go on from, and a resume never trains over what is "
-                    f"there; begin another run: python -m doublehead.train RECIPE --out ANOTHER{weights}"
+                    f"{folder} has {name} but no {STATE_FILE} to go on from, and --resume never overwrites it; "
+                    f"begin another run: doublehead train RECIPE --out ANOTHER{weights}"
                 )
     if (folder / RECIPE_FILE).exists():
         check_recipe(folder, _fixed(read_recipe(folder)), recipe)

@@ -102,4 +102,4 @@ def _check(name: str, losses: list[float], before: list[torch.Tensor], model: to
     still = [key for (key, now), old in zip(heads.items(), before, strict=True) if torch.equal(now.detach(), old)]
     frozen = [key for key in still if heads[key].requires_grad]
     if frozen:
-        raise RuntimeError(f"{name}: training moved nothing in {', '.join(frozen[:5])}")
+        raise RuntimeError(f"{name}: training changed nothing in {', '.join(frozen[:5])}")

@@ -106,7 +106,7 @@ class Detector(nn.Module):
     @readout.setter
     def readout(self, readout: ReadOut) -> None:
         if not isinstance(readout, ReadOut):
-            raise TypeError(f"readout: expected a ReadOut, as of resolve_readout, got {type(readout).__name__}")
+            raise TypeError(f"readout: expected a ReadOut, as resolve_readout returns, got {type(readout).__name__}")
         name, fusion = readout.detection.readout, readout.detection.fusion
         sources = resolve_sources(self.config.head.kind, name, fusion, self.config.loss)
         if readout.sources != sources:

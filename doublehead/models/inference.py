@@ -35,8 +35,8 @@ def run_heads(
     """Run the branches a read-out needs; the last of them, where it may be, on a selection of the RoIs.
 
     Where one head gives the classes and another the boxes, only RoIs with a class above the score threshold need boxes:
-    exact.  With Ext's fused read-out the conv-head has a say in the classes too, and only `config.ext_gate` lets it
-    see fewer RoIs: approximate, off by default.
+    exact.  With Ext's fused read-out the conv-head classifies too, and only `config.ext_gate` gives it fewer RoIs:
+    approximate, off by default.
 
     Args:
         heads, pooling: the detector's.

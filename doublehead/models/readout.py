@@ -124,7 +124,7 @@ class ReadOut:
 
     @property
     def gated(self) -> bool:
-        """Whether RoIs are dropped by the first classifier's score alone, although a second one has a say."""
+        """Whether the first classifier's score alone decides which RoIs are dropped, although two are fused."""
         return self.detection.ext_gate > 0 and len(self.sources.classes) == 2
 
     @property

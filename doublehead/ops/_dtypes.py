@@ -41,10 +41,10 @@ def score_dtype(*logits: Tensor) -> torch.dtype:
 
 
 def pooling_dtype(features: Tensor) -> torch.dtype:
-    """The dtype of RoIAlign's boxes and sums: float64 for float64 features, else float32.  Boxes have no say."""
+    """The dtype of RoIAlign's boxes and sums: float64 for float64 features, else float32; boxes do not count."""
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 def resizing_dtype(batch: torch.dtype) -> torch.dtype:
-    """The dtype in which images are resized: float64 for a batch of float64, else float32.  Images have no say."""
+    """The dtype in which images are resized: float64 for a batch of float64, else float32; images do not count."""
     return torch.float64 if batch == torch.float64 else torch.float32

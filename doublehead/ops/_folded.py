@@ -69,7 +69,7 @@ class FoldedWeights:
         return FoldedWeights()
 
     def __getstate__(self) -> dict:
-        return {"_seen": [], "_kind": None, "_made": None}
+        return {"_fold": None}  # CUDA events cannot be pickled
 
     def __setstate__(self, state: dict) -> None:
         self.forget()

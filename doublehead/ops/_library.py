@@ -21,7 +21,7 @@ from . import _fallback
 from ._fallback import Fallback, warn_fallback
 from ._fork import one_thread_if_forked
 
-__all__ = ["Fallback", "one_thread_if_forked", "warn_fallback"]  # for the rooms, beside what is defined here
+__all__ = ["Fallback", "one_thread_if_forked", "warn_fallback"]  # imported from here, beside what is defined here
 
 NAMESPACE = "doublehead"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")

@@ -88,7 +88,7 @@ def check_sealed(path: Path) -> None:
             if not end.startswith(_END_SIGNATURE) or mark != _MARK:
                 raise Damaged("its end is not that of a zip archive")
             if digest != _digest_of_file(file, size - _COMMENT):
-                raise Damaged("it is not what its digest was made of")
+                raise Damaged("it does not match its digest")
     _check_records(path, size, checksums=not has_digest)
 
 

@@ -64,7 +64,7 @@ def _dictionary(unpickler: Unpickler, items: Any = ()) -> dict[Any, Any]:
     if type(items) is dict:
         return items
     if type(items) not in (list, tuple) or any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in items):
-        raise Refused("makes a dictionary of something else than pairs")
+        raise Refused("makes a dictionary of something other than pairs")
     unpickler.spend(len(items))
     return {key(name): value for name, value in items}
 

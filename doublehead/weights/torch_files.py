@@ -122,7 +122,7 @@ def read_old_file(path: Path) -> Any:
 def _parts(pid: Any) -> tuple[StorageKind, str, int]:
     """Take apart ("storage", kind, key, device, number of elements) and, in old files, a view of another storage."""
     if type(pid) is not tuple or not 5 <= len(pid) <= 6 or pid[0] not in ("storage", b"storage") or any(pid[5:]):
-        raise Refused("refers to something else than a storage of its own")
+        raise Refused("refers to something other than its own storages")
     kind, key, _, number = pid[1:5]
     if type(kind) is not StorageKind or type(key) is not str or type(number) is not int or not 0 <= number < 2**62:
         raise Refused("refers to a storage in an unknown way")

@@ -94,7 +94,7 @@ def read_plain(path: str | Path) -> Any:
         if left < 0:
             raise refusal(path, Refused("has many times more values than bytes"))
         if depth > DEEPEST:
-            raise refusal(path, Refused("has containers in containers without end"))
+            raise refusal(path, Refused("nests its containers too deeply"))
         if isinstance(value, (dict, set, frozenset)) and any(isinstance(key, Placeholder) for key in value):
             raise WeightsError(f"{path}: {name!r} has a key that is neither text nor a number")
         if type(value) is dict:

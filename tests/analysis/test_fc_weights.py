@@ -97,7 +97,7 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path, capsys):
     saved(tmp_path / "run", "conv")
     out = tmp_path / "out"
     cases = {
-        (tmp_path / "run",): "its head is 'conv', which has no fc-head to look at",
+        (tmp_path / "run",): "its head is 'conv', which has no fc-head",
         (): "no checkpoint is named",
         (f"a={tmp_path}", f"a={tmp_path / 'run'}"): "two checkpoints have the name 'a'",
         (f"{tmp_path / 'run'}:fc",): "leave :fc out",

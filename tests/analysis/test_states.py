@@ -99,7 +99,7 @@ def test_what_is_no_state_is_refused(tmp_path, text, message):
 
 def test_a_changed_digit_is_noticed(file, table):
     change(file, {"done": [7, 37]}, digest=False)
-    assert "does not have the digest" in refusal(file.parent, table)
+    assert "does not match its digest" in refusal(file.parent, table)
 
 
 def test_a_file_too_large_is_not_read(file, table, monkeypatch):

@@ -275,7 +275,7 @@ def test_names_and_files_that_no_folder_takes(saved, tmp_path, capsys):
 def test_results_that_cannot_be_written_are_named_before_the_work(saved, tmp_path, capsys, make):
     make(tmp_path / "detections.json")
     assert detect(saved, picture(tmp_path / "a.png"), "--out", tmp_path) == 2
-    assert f"{tmp_path / 'detections.json'}: is no file, and the results cannot" in capsys.readouterr().err
+    assert f"{tmp_path / 'detections.json'}: is not a regular file, so the results cannot" in capsys.readouterr().err
 
 
 def test_where_nothing_is_read_earlier_results_stay(saved, tmp_path, capsys):

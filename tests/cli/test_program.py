@@ -115,7 +115,7 @@ def test_a_former_module_runs_the_command_and_says_the_new_name_once():
 
 
 def note(name: str) -> str:
-    return f"note: python -m doublehead.{name} is now doublehead {name}; the old name goes with the next release\n"
+    return f"note: python -m doublehead.{name} is now doublehead {name}; the next release removes the old name\n"
 
 
 @pytest.mark.parametrize("rank, said", [("0", note("info")), ("1", "")])
@@ -142,7 +142,7 @@ def test_a_former_module_is_the_new_one(monkeypatch, name):
     else:
         assert former is new  # also what a test replaces in it
     said = [str(warning.message) for warning in caught if warning.category is DeprecationWarning]
-    text = f"doublehead.{name} is now {NEW_MODULES[name]}; the old name goes with the next release"
+    text = f"doublehead.{name} is now {NEW_MODULES[name]}; the next release removes the old name"
     assert said == ([] if name == "train" else [text])
 
 

@@ -401,7 +401,7 @@ def test_a_killed_process_is_told_of_in_one_line(tmp_path):
     codes = [finish(p, 60) for p in pair(folder, before=killed_on_rank_1)]
     text = folder.with_suffix(".txt").read_text()
     assert codes == [1, -signal.SIGKILL], text
-    assert "error: another process of this job is gone, killed or with its machine (" in text
+    assert "error: another process of this job died, killed or with its machine (" in text
     assert "Traceback" not in text
 
 

@@ -66,7 +66,7 @@ def test_a_read_out_does_not_change(detector):
 
 def test_a_read_out_that_the_heads_cannot_give_is_refused(detector):
     before, detection = detector.readout, detector.readout.detection
-    with pytest.raises(TypeError, match="readout: expected a ReadOut, as of resolve_readout, got str"):
+    with pytest.raises(TypeError, match="readout: expected a ReadOut, as resolve_readout returns, got str"):
         detector.readout = "fc"
     with pytest.raises(ValueError, match="readout: expected .*boxes='conv'.* for 'fused' with fusion 'complementary'"):
         detector.readout = ReadOut(Sources(("fc",), "fc"), detection)

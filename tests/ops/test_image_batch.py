@@ -108,7 +108,7 @@ def test_an_image_among_others_gets_its_gradient_and_the_values_stay():
 def test_the_raw_operator_says_where_the_gradient_is():
     (image,) = pictures(torch.float32, [(4, 4)])
     batch = OPERATOR(*arguments([image.requires_grad_()], sizes=[4, 4]))
-    with pytest.raises(RuntimeError, match="call doublehead.ops.image_batch"):
+    with pytest.raises(RuntimeError, match="doublehead.ops.image_batch has one"):
         batch.sum().backward()
 
 
@@ -254,7 +254,7 @@ def test_autocast_changes_nothing():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        (dict(images=[]), ValueError, "images must be at least one, got an empty list"),
+        (dict(images=[]), ValueError, "images must hold at least one image, got an empty list"),
         (dict(sizes=[(4, 4), (4, 4)]), ValueError, "sizes must be one for each of the 1 images, got 2"),
         (dict(images=[torch.zeros(1, 4, 4)]), ValueError, r"images\[0\] must have shape \[3, h, w\].*\[1, 4, 4\]"),
         (dict(images=[torch.zeros(3, 4, 0)]), ValueError, r"images\[0\] must have shape.*not empty, got \[3, 4, 0\]"),

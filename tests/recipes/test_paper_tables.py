@@ -81,7 +81,7 @@ def test_every_model_runs(name):
 def test_smoke_notices_what_does_not_learn(monkeypatch):
     recipe = RECIPES["shapes-ext"]
     silent = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, lr=0.0, weight_decay=0.0))
-    with pytest.raises(RuntimeError, match="shapes-ext: training moved nothing in fc.tower"):
+    with pytest.raises(RuntimeError, match="shapes-ext: training changed nothing in fc.tower"):
         smoke(silent)
 
 

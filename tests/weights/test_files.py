@@ -242,7 +242,7 @@ def test_everything_in_a_file_as_torch_gives_it(tmp_path):
     deep = []
     for _ in range(150):
         deep = [deep]
-    for wrong, message in ((argparse.Namespace(), "'a' is an object of a class"), (deep, "without end")):
+    for wrong, message in ((argparse.Namespace(), "'a' is an object of a class"), (deep, "containers too deeply")):
         torch.save({"a": wrong}, tmp_path / "state.pt", pickle_protocol=4)
         with pytest.raises(WeightsError, match=message):
             read_plain(tmp_path / "state.pt")

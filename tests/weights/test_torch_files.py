@@ -76,7 +76,7 @@ HOSTILE = {
     "another record": (Call(rebuild, storage(key="../data.pkl"), 0, (4,), (1,), False, {}), "no record"),
     "a storage that is none": (Call(rebuild, "x", 0, (4,), (1,), False, {}), "without a storage"),
     "a kind that is none": (Call(rebuild, storage(kind=dict), 0, (4,), (1,), False, {}), "an unknown way"),
-    "another reference": (Stored("file", torch.FloatStorage, "0", "cpu", 4), "something else than a storage"),
+    "another reference": (Stored("file", torch.FloatStorage, "0", "cpu", 4), "something other than its own storages"),
     "complex": (Call(rebuild, storage(2, kind=torch.ComplexFloatStorage), 0, (2,), (1,), False, {}),
                 "a tensor in a ComplexFloatStorage"),
     "quantised": (Call(torch._utils._rebuild_qtensor, storage(), 0, (4,), (1,), (), False, {}), "a quantised tensor"),

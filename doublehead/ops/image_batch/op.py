@@ -66,7 +66,7 @@ def image_batch(
 
 def _check(images, sizes, canvas, mean, std, dtype) -> None:
     if not images:
-        raise ValueError("images must be at least one, got an empty list")
+        raise ValueError("images must hold at least one image, got an empty list")
     if len(sizes) != len(images):
         raise ValueError(f"sizes must be one for each of the {len(images)} images, got {len(sizes)}")
     for index, (image, size) in enumerate(zip(images, sizes, strict=True)):
@@ -100,7 +100,7 @@ _image_batch = define(
 
 
 def _backward(ctx, grad):
-    raise RuntimeError("torch.ops.doublehead.image_batch has no gradient: call doublehead.ops.image_batch, which has")
+    raise RuntimeError("torch.ops.doublehead.image_batch has no gradient, but doublehead.ops.image_batch has one")
 
 
 define_autograd("image_batch", _backward, lambda ctx, inputs, output: None)

@@ -214,7 +214,7 @@ def _vmap_nms(info, in_dims, boxes, scores, groups, iou_threshold):
     counts = count.unique().tolist()
     if len(counts) > 1:
         raise ValueError(
-            f"nms under torch.vmap: the samples keep between {counts[0]} and {counts[-1]} boxes, which is no tensor; "
+            f"nms under torch.vmap: the samples keep between {counts[0]} and {counts[-1]} boxes, which form no tensor; "
             "nms_padded gives results of one size"
         )
     return indices[:, : counts[0] if counts else 0], 0
