@@ -1,6 +1,7 @@
 """What all tests share: real pictures, the `gpu` marker, Triton on the CPU, the rounds of the fault suite."""
 
 import contextlib
+import logging
 import os
 import random
 import zlib
@@ -17,6 +18,9 @@ from tests.support.paths import ROOT
 if TRITON_DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before a module with kernels is imported
 
+# pytest 9.2 listens to every logger that does not propagate, and for a listener torch writes down each step of each
+# compilation, which takes a third of the time of the tests that compile. Nobody reads it.
+logging.getLogger("torch.__trace").propagate = True
 
 MISSING = standins.install()
 COMMAND_LINES = {"test_detect", "test_export"}

@@ -19,10 +19,9 @@ from doublehead.engine import checkpoint, pictures
 from doublehead.engine.evaluator import predict_images
 from doublehead.engine.picture_files import ENDINGS, find_pictures, output_names
 from doublehead.engine.pictures import from_picture
-from doublehead.recipes import RECIPES
+from tests.support.detect_samples import CLASSES, many, save_tiny_detector
 from tests.support.engine_standin import TinyDetector, one_thread, tiny_models  # noqa: F401 (a fixture)
 
-CLASSES = ["cat", "dog"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*TorchCodec:DeprecationWarning")
 
 
@@ -35,12 +34,7 @@ def picture(path, size=(50, 40), colour=(200, 30, 30), **more):
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "doublehead.models", tiny_models())
-    torch.manual_seed(0)
-    folder = tmp_path / "run"
-    folder.mkdir()
-    model = TinyDetector(3)
-    checkpoint.save_model(folder / "model.safetensors", model, RECIPES["shapes-ext"], CLASSES, [1, 2])
-    return folder
+    return save_tiny_detector(tmp_path / "run")
 
 
 def detect(*arguments):
@@ -110,21 +104,6 @@ def test_pictures_and_json_agree_with_the_model(saved, tmp_path):
     drawn = np.array(Image.open(tmp_path / "out" / "a.jpg")).astype(int)
     assert drawn.shape == (150, 200, 3)
     assert (abs(drawn - (200, 30, 30)).sum(axis=2) > 100).sum() > 300  # boxes and names
-
-
-def many(folder, count=9):
-    """Pictures of several sizes, shapes and formats, with a broken one after each third."""
-    rng = np.random.default_rng(0)
-    folder.mkdir(exist_ok=True)
-    for number in range(count):
-        height, width = 30 + 7 * (number % 4), 40 + 5 * (number % 3)
-        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        exif = Image.Exif()
-        exif[0x0112] = 1 + number % 8
-        Image.fromarray(pixels).save(folder / f"{number}.{('jpg', 'png', 'webp')[number % 3]}", exif=exif)
-        if number % 3 == 2:
-            (folder / f"{number}b.jpg").write_bytes((folder / f"{number - 2}.jpg").read_bytes()[:-30])
-    return folder
 
 
 def formerly(saved, path, threshold):
@@ -365,21 +344,6 @@ def test_only_a_few_pictures_are_under_way(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "save_picture", saves)
     assert detect(saved, folder, "--out", tmp_path / "out", "--threads", 2, "--batch-size", 3) == 0
     assert len(most) == 60 and max(most) <= (2 + 6 + 1) + (3 + 2 + 1) + 3  # reading, drawing, and a batch
-
-
-@pytest.mark.gpu
-def test_a_gpu_finds_the_same(saved, tmp_path):
-    folder = many(tmp_path / "in")
-    answers = []
-    for device in ("cpu", "cuda"):
-        arguments = [saved, folder, "--out", tmp_path / device, "--score-threshold", 0, "--batch-size", 2]
-        with pytest.raises(SystemExit):
-            main([*map(str, arguments), "--device", device])
-        answers.append(json.loads((tmp_path / device / "detections.json").read_text())["pictures"])
-    for ours, theirs in zip(*answers, strict=True):
-        for key in ("box", "score"):
-            values = [torch.tensor([d[key] for d in entry["detections"]]) for entry in (ours, theirs)]
-            torch.testing.assert_close(*values, atol=1e-2, rtol=1e-3)
 
 
 def test_the_threshold_holds_for_picture_and_json(saved, tmp_path):

@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from doublehead.cli import export
-from doublehead.config import ImageConfig, Recipe
-from doublehead.engine.checkpoint import load_model, save_model
+from doublehead.config import ImageConfig
+from doublehead.engine.checkpoint import load_model
 from doublehead.engine.errors import UserError
 from doublehead.exporting import ExportedDetections, ExportedDetector, load, loading, onnx_file, package
 from doublehead.exporting.program import DetectorProgram, differences, example_input
-from doublehead.models import ImageBatch, build_detector
-from tests.support.tiny_detectors import lively, tiny
+from doublehead.models import ImageBatch
+from tests.support.export_samples import CLASSES, save_tiny_ext
 
-CLASSES = ["cat", "dog", "bird"]
 # Quick to compile, slow to run; without a trial build that tells whether the compiler knows vector instructions.
 QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.simdlen": 1, "cpp.vec_isa_ok": False}
 
@@ -25,13 +24,7 @@ QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.simdlen": 1, "cpp.
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of a run with a detector that finds something."""
-    folder = tmp_path_factory.mktemp("run")
-    torch.manual_seed(0)
-    model = build_detector(tiny("double_head_ext"), num_classes=4)
-    lively(model.detector)
-    recipe = Recipe(name="tiny-ext", model=tiny("double_head_ext"))
-    save_model(folder / "model.safetensors", model, recipe, CLASSES, [3, 5, 8])
-    return folder
+    return save_tiny_ext(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -156,17 +149,6 @@ def test_images_of_any_size(run, exported):
 def test_wrong_input_is_named(exported, pixels, sizes, message):
     with pytest.raises(ValueError, match=message):
         load(exported)(pixels, sizes)
-
-
-@pytest.mark.gpu
-def test_a_package_for_cuda(run, tmp_path, capsys):
-    """The command itself compares it with the model."""
-    export.main([str(run), str(tmp_path / "a.pt2"), "--device", "cuda", "--batch", "2"])
-    assert "the same " in capsys.readouterr().out
-    detector = load(tmp_path / "a.pt2")
-    assert detector.device == torch.device("cuda", 0)
-    (found,) = detector.detect([torch.rand(3, 64, 90)])
-    assert found["boxes"].is_cuda and len(found["boxes"]) > 10
 
 
 # ---------------------------------------------------------------------- files that cannot be opened

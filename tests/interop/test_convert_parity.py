@@ -166,8 +166,10 @@ def test_maskrcnn_benchmark(tmp_path):
 
 PREDICTOR = "roi_heads.box.predictor.bbox_pred"
 AGNOSTIC = {  # the source, and the names of its regressors
-    "detectron2": (lambda w: FasterRCNN(w, 5, SHORT, LONG, "caffe", (PRE_NMS, POST_NMS)), ["roi_heads.box_predictor.bbox_pred"]),
-    "mmdet": (lambda w: TwoStage(w, 5, (LONG, SHORT), True, "pytorch", PRE_NMS, POST_NMS), ["roi_head.bbox_head.fc_reg"]),
+    "detectron2": (lambda w: FasterRCNN(w, 5, SHORT, LONG, "caffe", (PRE_NMS, POST_NMS)),
+                   ["roi_heads.box_predictor.bbox_pred"]),
+    "mmdet": (lambda w: TwoStage(w, 5, (LONG, SHORT), True, "pytorch", PRE_NMS, POST_NMS),
+              ["roi_head.bbox_head.fc_reg"]),
     "authors": (lambda w: authors_source(w, inner=24), [PREDICTOR, f"{PREDICTOR}_fc"]),
 }  # fmt: skip
 

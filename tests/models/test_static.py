@@ -37,6 +37,7 @@ def test_inference_compiles_as_one_graph(detector):
 
 @ext_alone
 def test_training_compiles_as_one_graph(detector):
+    torch._dynamo.reset()  # forgets that another test had sizes that differ: shapes are fixed here, which is quicker
     shallow(detector).train()
     compiled = torch.compile(detector, fullgraph=True, backend="eager")
     images = batch()

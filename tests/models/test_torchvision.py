@@ -22,7 +22,7 @@ PROPOSALS, SAMPLES = 100, 64  # boxes per image that the head sees, in inference
 
 
 def few_boxes(config, theirs):
-    """`config` with fewer boxes than by default, of which first: they are torchvision's. `theirs` gets the fewer too."""
+    """`config` with fewer boxes than by default, after a check that those are torchvision's; `theirs` gets as few."""
     rpn, sampler = theirs.rpn, theirs.roi_heads.fg_bg_sampler
     assert (config.rpn.pre_nms_train, config.rpn.pre_nms_test) == tuple(rpn._pre_nms_top_n.values())
     assert (config.rpn.post_nms_train, config.rpn.post_nms_test) == tuple(rpn._post_nms_top_n.values())

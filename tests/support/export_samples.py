@@ -1,0 +1,22 @@
+"""What the tests of `doublehead export` share: a saved detector that finds something."""
+
+from __future__ import annotations
+
+import torch
+
+from doublehead.config import Recipe
+from doublehead.engine.checkpoint import save_model
+from doublehead.models import build_detector
+from tests.support.tiny_detectors import lively, tiny
+
+CLASSES = ["cat", "dog", "bird"]
+
+
+def save_tiny_ext(folder):
+    """`folder`, with the checkpoint of an Ext detector."""
+    torch.manual_seed(0)
+    model = build_detector(tiny("double_head_ext"), num_classes=4)
+    lively(model.detector)
+    recipe = Recipe(name="tiny-ext", model=tiny("double_head_ext"))
+    save_model(folder / "model.safetensors", model, recipe, CLASSES, [3, 5, 8])
+    return folder
