@@ -6,4 +6,4 @@ from .patch import patch, unpatch
 accelerate = renamed("doublehead.interop.mmdet.accelerate", patch)
 restore = renamed("doublehead.interop.mmdet.restore", unpatch)
 
-__all__ = ["patch", "unpatch"]
+__all__ = ["accelerate", "patch", "restore", "unpatch"]
