@@ -31,7 +31,7 @@ def announce(module: str, command: str, new_module: str, stacklevel: int = 3) ->
 
     Args:
         module: `__name__` of the old module.
-        stacklevel: of the warning, so that it names the line that imports the old module.
+        stacklevel: the warning's stack level, so that it names the line that imports the old module.
     """
     if module == "__main__":
         if os.environ.get("RANK", "0") == "0":

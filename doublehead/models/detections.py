@@ -25,7 +25,7 @@ def detect(
         readout: which branches to use, and how.
         proposals: `[B, R]`.
         sizes: `Tensor[B, 2]`, (height, width) of each image.
-        box_weights: of the box coder.
+        box_weights: the box coder's weights.
         min_side: how wide and high, in pixels, a box outside of the image is after clipping.
 
     Returns:

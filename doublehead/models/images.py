@@ -306,7 +306,7 @@ def detectron2_size(size: Size, side: int, longest: int) -> Size:
 
 
 def mmdet_size(size: Size, side: int, longest: int) -> Size:
-    # Of `side` and `longest` the larger limits the long side, whatever their order.
+    # The larger of `side` and `longest` limits the long side, whatever their order.
     factor = min(max(side, longest) / max(size), min(side, longest) / min(size))
     return int(size[0] * factor + 0.5), int(size[1] * factor + 0.5)
 

@@ -44,7 +44,7 @@ def select_boxes(boxes: Tensor, selection: Selection) -> Tensor:
 
     Args:
         boxes: `Tensor[B, R, 4]`.
-        selection: of the B * R RoIs.
+        selection: the selection among the B * R RoIs.
 
     Returns:
         `Tensor[B * R, 5]` (image, x1, y1, x2, y2).

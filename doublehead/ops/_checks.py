@@ -84,7 +84,7 @@ def check_shape(
     """Raises `error` unless the tensor has this shape.
 
     Args:
-        name: of the argument.
+        name: the argument's name.
         tensor: its value.
         shape: the shape expected.
         letters: the same in letters: "[B, R, 4]".

@@ -142,7 +142,7 @@ def define_triton_kernel(name: str, module: str, function: str) -> None:
     """Serves CUDA tensors by a Triton kernel, and where it cannot be used by the reference, with a warning.
 
     Args:
-        name: of the operator.
+        name: the operator's name.
         module: that launches the kernel; it is imported at the first call, as it imports Triton.
         function: of that module; takes the arguments that the reference takes.  It raises `Fallback` for a call that
             its kernel does not serve.

@@ -63,7 +63,7 @@ def detections(
         max_detections: D, at least 0.
         min_size: in pixels.
         least_side: pixels that clipping leaves of a box outside of the image: see `clip_boxes`.
-        box_weights: of the box coder: the factors that (dx, dy, dw, dh) were encoded with.
+        box_weights: the box coder's weights, the factors that (dx, dy, dw, dh) were encoded with.
 
     Returns:
         boxes: `Tensor[B, D, 4]` in pixels, float32 (float64 if `deltas` or `proposals` are).

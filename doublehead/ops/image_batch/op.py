@@ -38,12 +38,12 @@ def image_batch(
             give them (channels last in memory) are read where they are.
         sizes: (height, width) in pixels of each resized image, at least 1.
         canvas: (H, W) of the batch, at least the largest size.
-        mean: of the batch's three channels, that is after `swap`.
-        std: of the batch's three channels, not 0.
+        mean: the mean of each of the batch's three channels, that is after `swap`.
+        std: the standard deviation of each, not 0.
         swap: the batch has the channels in reverse order: RGB becomes BGR.
         rounded: resized pixels are rounded to the levels 0 .. 255 before they are normalised (halves up), as if
             images were resized as integers.  The gradient passes the rounding unchanged.
-        dtype: of the batch: float16, bfloat16, float32 or float64.
+        dtype: the batch's dtype: float16, bfloat16, float32 or float64.
         channels_last: the batch's memory format.
 
     Returns:

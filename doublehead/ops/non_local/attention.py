@@ -24,7 +24,7 @@ def attention_of(pairwise: str, groups: int, scale: bool, *, cells: int, inner: 
             softmax.
         groups: independent parts of the inner width.
         scale: `embedded_gaussian` divides the products by the square root of a group's width.
-        cells: of a map, H * W.
+        cells: the number of cells of a map, H * W.
         inner: width of queries, keys and values.
     """
     if pairwise == "dot_product":

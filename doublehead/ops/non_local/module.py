@@ -182,7 +182,7 @@ class NonLocalBlock(nn.Module):
         Args:
             state_dict: of that module; widths are read off the weights, and whether there is a batch norm.
             mode, use_scale, sub_sample: as the module was built; the defaults are mmcv's.
-            eps: of the batch norm, as in `norm_cfg`.
+            eps: the batch norm's epsilon, as in `norm_cfg`.
 
         Raises:
             ValueError: a mode other than `embedded_gaussian` and `dot_product`, `sub_sample`, a norm other than batch
