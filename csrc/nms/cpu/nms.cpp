@@ -42,7 +42,7 @@ struct Groups {
   int64_t operator[](int64_t i) const { return data ? data[i * stride] : 0; }
 };
 
-// A box and its place in the order: ascending keys, equal keys by ascending index.
+// A box and its position in the order: ascending keys, equal keys by ascending index.
 template <typename Key>
 struct Item {
   Key key;

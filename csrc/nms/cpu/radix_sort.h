@@ -24,8 +24,8 @@ void radix_sort(Item* items, int64_t count, std::vector<Item>& scratch, const Ke
   for (int digit = 0; digit < kDigits; ++digit) {
     const auto value = [&](const Item& item) { return key(item) >> 8 * digit & 255; };
     if (counts[digit][value(from[0])] == count) continue;
-    uint32_t place = 0;
-    for (uint32_t& start : counts[digit]) start = std::exchange(place, place + start);
+    uint32_t offset = 0;
+    for (uint32_t& start : counts[digit]) start = std::exchange(offset, offset + start);
     for (int64_t i = 0; i < count; ++i) to[counts[digit][value(from[i])]++] = from[i];
     std::swap(from, to);
   }

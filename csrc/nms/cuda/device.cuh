@@ -1,6 +1,6 @@
 // What the CUDA kernels of non-maximum suppression share.
 //
-// An image's boxes go by their rank: their place by descending score, ties by index. All arrays "by rank" hold the
+// An image's boxes are numbered by rank: their position by descending score, ties by index. All arrays "by rank" hold the
 // images one after the other, N boxes each.
 #pragma once
 

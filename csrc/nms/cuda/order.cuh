@@ -41,8 +41,8 @@ __global__ void make_image_keys(const uint32_t* order, uint32_t count, uint32_t 
   for (int64_t i = grid_thread(); i < total; i += grid_threads()) keys[i] = order[i] / count;
 }
 
-// Numbers the groups of each image, which are any integers, by their places in a hash table. Which place a group gets
-// may differ from run to run; that places differ between groups is all that matters. `table`: `capacity` entries for
+// Numbers the groups of each image, which are any integers, by their slots in a hash table. Which slot a group gets
+// may differ from run to run; that slots differ between groups is all that matters. `table`: `capacity` entries for
 // each image, a power of two above N, filled with kFree; an entry is the index of a box of the group that has it. The
 // number behind the last, `capacity`, is padding.
 __global__ void number_groups(Strided<int64_t> groups, bool negative_is_padding, const uint32_t* order, uint32_t count,
@@ -51,18 +51,18 @@ __global__ void number_groups(Strided<int64_t> groups, bool negative_is_padding,
   for (int64_t r = grid_thread(); r < total; r += grid_threads()) {
     const uint32_t i = order[r], image = i / count;
     const int64_t group = *groups.at(image, i % count);
-    uint32_t place = capacity;
+    uint32_t slot = capacity;
     if (!negative_is_padding || group >= 0) {
       const uint64_t hash = static_cast<uint64_t>(group) * 0x9e3779b97f4a7c15u;
       uint32_t* mine = table + static_cast<uint64_t>(image) * capacity;
-      for (place = hash >> 32 & (capacity - 1);; place = (place + 1) & (capacity - 1)) {
-        uint32_t owner = mine[place];
-        if (owner == kFree) owner = atomicCAS(&mine[place], kFree, i);
+      for (slot = hash >> 32 & (capacity - 1);; slot = (slot + 1) & (capacity - 1)) {
+        uint32_t owner = mine[slot];
+        if (owner == kFree) owner = atomicCAS(&mine[slot], kFree, i);
         if (owner == kFree || *groups.at(image, owner % count) == group) break;
       }
     }
-    numbers[r] = place;
-    keys[r] = static_cast<uint64_t>(image) * (capacity + 1) + place;
+    numbers[r] = slot;
+    keys[r] = static_cast<uint64_t>(image) * (capacity + 1) + slot;
     members[r] = r;
   }
 }

@@ -34,15 +34,15 @@ __global__ void find_segments(Segments segments, const uint8_t* state, uint32_t 
 template <typename T>
 struct Owned {
   Corners<T> corners;
-  uint32_t place, member;  // in the segment; in the image
-  bool alive;              // not struck
+  uint32_t position, member;  // in the segment; in the image
+  bool alive;                 // not struck
 
   // Which box of the tile it is; kTile or more if it is none of them.
-  __device__ __forceinline__ uint32_t in_tile(uint32_t tile) const { return place - tile * kTile; }
+  __device__ __forceinline__ uint32_t in_tile(uint32_t tile) const { return position - tile * kTile; }
 
   __device__ __forceinline__ void load(const Segments& segments, uint32_t start, uint64_t key,
                                        const Corners<T>* all_corners, uint8_t* state) {
-    const uint32_t p = start + place;
+    const uint32_t p = start + position;
     alive = p < segments.total && segments.keys[p] == key;
     corners = {};
     if (!alive) return;
@@ -56,7 +56,7 @@ struct Owned {
                                            uint8_t* state) {
     const uint32_t mine = in_tile(tile);
     if (mine < kTile && (kept >> mine & 1)) state[member] = kKept;
-    if (place < (tile + 1) * kTile || !alive) return false;
+    if (position < (tile + 1) * kTile || !alive) return false;
     const Box<T> box = make_box(corners);
     for (; kept && alive; kept &= kept - 1) alive = !rule(make_box(boxes[__ffsll(kept) - 1]), box);
     return alive;
@@ -83,7 +83,7 @@ __global__ __launch_bounds__(kSegmentThreads<T>, 1) void suppress_segments(Segme
   for (uint32_t s = blockIdx.x; s < *segments.number; s += gridDim.x) {
     const uint32_t start = segments.starts[s];
     const uint64_t key = segments.keys[start];
-    Owned<T> one{.place = threadIdx.x}, two{.place = threadIdx.x + kSegmentThreads<T>};
+    Owned<T> one{.position = threadIdx.x}, two{.position = threadIdx.x + kSegmentThreads<T>};
     one.load(segments, start, key, corners, state);
     two.load(segments, start, key, corners, state);
 
