@@ -18,6 +18,7 @@ from .roi_align import AddedTo, LevelRule, MultiScaleRoIAlign, multiscale_roi_al
 from .score_fusion import fuse_scores
 
 _library.define_missing_kernels()
+_library.check_compiled_parts()
 
 __all__ = [
     "AddedTo",

@@ -187,6 +187,20 @@ def define_missing_kernels() -> None:
             LIBRARY.impl(name, _with_warning(name, reference), "CUDA")
 
 
+def check_compiled_parts() -> None:
+    """Warns of a compiled part from older sources, which lacks kernels.  To be called when all is defined."""
+    for part, key in (("_C", "CPU"), ("_C_cuda", "CUDA")):
+        lacking = [name for name in REFERENCES if name not in TRITON_KERNELS and not _registered(name, key)]
+        if lacking and part not in UNLOADED:
+            warnings.warn(
+                f"doublehead's compiled part {NAMESPACE}.{part} was built from older sources: it lacks "
+                f"{', '.join(lacking)}, which run on the slower reference in plain PyTorch; `pip install -e .` builds "
+                "it again.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
 def _with_warning(name: str, reference: Callable) -> Callable:
     reason = no_cuda_part()
 

@@ -289,3 +289,21 @@ def test_scores_are_fused_without_the_operator_and_it_is_said(monkeypatch):
             found, texts = served(doublehead.ops.fuse_scores, logits, logits)
             assert found.shape == (4, 3) and len(texts) == warned
             assert all(text.startswith("doublehead: fuse_scores on cuda") and "Triton" in text for text in texts)
+
+
+@pytest.mark.parametrize("part, key", [("_C", "CPU"), ("_C_cuda", "CUDA")])
+def test_a_part_built_from_older_sources_is_warned_of(monkeypatch, part, key):
+    monkeypatch.setattr(_library, "UNLOADED", {})
+    monkeypatch.setattr(_library, "_registered", lambda name, k: (name, k) != ("pyramid_roi_align", key))
+    with pytest.warns(RuntimeWarning, match=rf"{part} was built from older sources: it lacks pyramid_roi_align, "):
+        _library.check_compiled_parts()
+    monkeypatch.setattr(_library, "UNLOADED", {part: "it is not built"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _library.check_compiled_parts()  # the part's absence has been warned of
+
+
+def test_parts_of_these_sources_are_not_warned_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _library.check_compiled_parts()
