@@ -104,7 +104,7 @@ def _decode(value: Any, hint: Any, name: str, in_python: bool = False, optional:
     else:
         value, right = _number(value, plain, in_python) if plain in (int, float) else (value, type(value) is plain)
     if not right or not all(bound.accepts(value) for bound in bounds):
-        raise _refusal(name, value, _described(plain) + "".join(map(str, bounds)) + (" or none" if optional else ""))
+        raise _refusal(name, value, _described(plain) + "".join(map(str, bounds)) + (" or None" if optional else ""))
     return value
 
 
@@ -172,11 +172,12 @@ def _without_bounds(hint: Any) -> Any:
 
 
 def _inner_of_optional(hint: Any) -> Any:
-    """X of `X | None`; None if `hint` is none of this kind."""
-    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
+    """X of `X | None`, with the bounds of both; None if `hint` is not of this kind."""
+    plain, bounds = _split(hint)
+    if typing.get_origin(plain) not in (types.UnionType, typing.Union):
         return None
-    (inner,) = (option for option in typing.get_args(hint) if option is not types.NoneType)
-    return inner
+    (inner,) = (option for option in typing.get_args(plain) if option is not types.NoneType)
+    return Annotated[(inner, *bounds)] if bounds else inner
 
 
 def _described(plain: Any) -> str:

@@ -1,7 +1,8 @@
 """The fields of every configuration, their defaults, and beside each field the values it accepts.
 
 `codec` reads these annotations, whichever way a value comes.  A bound refuses what can never work; what depends on
-another field is checked where the two are used.
+another field is checked where the two are used.  Bounds stand outside of `| None`, for tyro's messages name the types
+inside of it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ NonNegative = Annotated[float, Bounds(least=0)]
 NonZero = Annotated[float, Bounds(zero=False)]
 Fraction = Annotated[float, Bounds(least=0, most=1)]
 BelowOne = Annotated[float, Bounds(least=0, below=1)]
+CountOrNone = Annotated[int | None, Bounds(least=1)]
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused unless asked for; a photo of 100 megapixels decodes to 300 MB."""
@@ -120,7 +122,7 @@ class NonLocalConfig:
     scale: bool = False
     """Divide the logits of `embedded_gaussian` by sqrt(channels per group)."""
     relu_after: bool = True
-    inner_dim: CountOrZero | None = None
+    inner_dim: Annotated[int | None, Bounds(least=0)] = None
     """Width of theta, phi and g, a multiple of `groups`; None: half of `conv_dim`."""
 
 
@@ -220,9 +222,9 @@ class DataConfig:
     train_split: str = "train"
     """coco: `instances_<split>.json` and folder `<split>`; voc: `ImageSets/Main/<split>.txt`; shapes: any."""
     val_split: str = "val"
-    train_images: Count | None = None
+    train_images: CountOrNone = None
     """Use only the first N images of the split (shapes: generate N)."""
-    val_images: Count | None = None
+    val_images: CountOrNone = None
     image_size: int = 128
     """Side of a generated image (shapes only)."""
     on_bad_record: Literal["error", "skip"] = "error"
@@ -262,9 +264,9 @@ class TrainConfig:
     gamma: NonNegative = 0.1
     warmup_steps: CountOrZero = 500
     warmup_factor: NonNegative = 1 / 3
-    clip_grad_norm: Positive | None = None
+    clip_grad_norm: Annotated[float | None, Bounds(above=0)] = None
     amp: Literal["off", "bf16", "fp16"] = "off"
-    ema_decay: BelowOne | None = None
+    ema_decay: Annotated[float | None, Bounds(least=0, below=1)] = None
     """Keep an exponential moving average of the weights and evaluate it."""
     sync_batch_norm: bool = False
     channels_last: bool = True

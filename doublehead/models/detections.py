@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..ops import detections
 from .heads import HeadOutput
-from .readout import ReadOut
+from .readout import ReadOut, Sources  # noqa: F401  models that version 0.1.0 pickled whole name it so
 from .structures import Detections, Proposals
 
 

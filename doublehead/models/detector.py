@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,14 @@ class Detector(nn.Module):
         self.heads = Heads(config.head, config.roi, backbone.channels, num_classes, backbone.conv5)
         self.roi_pooling = RoIPooling(config.roi, self.heads.box_scales.values(), backbone.strides)
         self.readout = resolve_readout(config)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle; models that version 0.1.0 pickled whole hold the read-out in two parts."""
+        if "sources" in state:
+            state = dict(state)
+            state["_readout"] = ReadOut(state.pop("sources"), state.pop("detection"))
+            state["min_side"] = state.pop("least_side")
+        super().__setstate__(state)
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> Detections | dict[str, Tensor]:
         """Detect, or with `targets` compute the weighted losses (their sum is the objective)."""

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,13 @@ class ImageTransform(nn.Module):
         self._warned = False
         # Follows the model: its device and dtype, not its value, are those of the batches.
         self.register_buffer("device_marker", torch.zeros(()), persistent=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle; in models that version 0.1.0 pickled whole, `device_marker` has its former name."""
+        if "place" in state["_buffers"]:
+            buffers = {"device_marker" if name == "place" else name: x for name, x in state["_buffers"].items()}
+            state = state | {"_buffers": buffers, "_non_persistent_buffers_set": {"device_marker"}}
+        super().__setstate__(state)
 
     def forward(self, images: Sequence[Tensor], canvas: Size | None = None) -> tuple[ImageBatch, list[Size]]:
         """Turn images into a batch.

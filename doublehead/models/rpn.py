@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,13 @@ class RPN(nn.Module):
         for layer in (self.conv, self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle; in models that version 0.1.0 pickled whole, `min_side` has its former name."""
+        if "least_side" in state:
+            state = dict(state)
+            state["min_side"] = state.pop("least_side")
+        super().__setstate__(state)
 
     def forward(
         self, images: ImageBatch, features: Sequence[Tensor], targets: Targets | None = None

@@ -44,6 +44,13 @@ def test_every_field_of_a_recipe_can_be_changed():
     assert recipe.train.lr == RECIPES["shapes-ext"].train.lr
 
 
+def test_a_flag_of_the_wrong_type_is_told_in_plain_types(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--train.ema-decay", "much"])
+    shown = capsys.readouterr().err
+    assert "float" in shown and "much" in shown and "Annotated" not in shown
+
+
 @pytest.mark.parametrize("flag, model", [("--help", False), ("--help-all", True)])
 def test_help_lists_recipes_and_spares_the_model(flag, model, capsys):
     with pytest.raises(SystemExit) as stop:

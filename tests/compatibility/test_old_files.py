@@ -6,6 +6,7 @@ random, enlarge differences in rounding.  Between AVX2, SSE4.1, and convolutions
 up to 1e-4 and boxes by up to 0.002 pixels; the same detections were found.
 """
 
+import copy
 import json
 import lzma
 from pathlib import Path
@@ -80,6 +81,13 @@ def test_a_model_detects_what_it_did(name, tmp_path):
                 model.set_readout(*readout.split(), 0.0)
                 for found, image in zip(model(pictures()), images, strict=True):
                     assert_same(found, image)
+
+
+def test_a_model_that_was_pickled_whole_detects_what_it_did(tmp_path):
+    model = torch.load(unpack("legacy-whole.pt", tmp_path), weights_only=False)
+    with torch.inference_mode():
+        for found, image in zip(copy.deepcopy(model)(pictures()), read("detections.json")["legacy"], strict=True):
+            assert_same(found, image)
 
 
 def in_batch(outputs):

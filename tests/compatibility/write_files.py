@@ -192,6 +192,8 @@ def write_models(folder: Path) -> dict[str, nn.Module]:
         save_model(folder / f"{name}.safetensors", model, Recipe(name=name, model=config), CLASSES, CATEGORY_IDS, 7)
         expected[name] = detections(load_model(folder / f"{name}.safetensors").model)
         store(folder, folder / f"{name}.safetensors")
+    torch.save(models["legacy"], folder / "legacy-whole.pt")
+    store(folder, folder / "legacy-whole.pt")
     readouts = expected["ext-readouts"] = {}
     for readout, fusion in (
         ("fused", "complementary"),

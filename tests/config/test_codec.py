@@ -29,16 +29,16 @@ WRONG_VALUES = {  # field: the flag's text, what the message shows, what is acce
     "train.gamma": ("inf", "inf", f"{FINITE} of at least 0"),
     "train.weight_decay": ("-0.1", "-0.1", f"{FINITE} of at least 0"),
     "train.momentum": ("1.0", "1.0", f"{FINITE} of at least 0 and below 1"),
-    "train.ema_decay": ("1.5", "1.5", f"{FINITE} of at least 0 and below 1 or none"),
-    "train.clip_grad_norm": ("0.0", "0.0", f"{FINITE} above 0 or none"),
+    "train.ema_decay": ("1.5", "1.5", f"{FINITE} of at least 0 and below 1 or None"),
+    "train.clip_grad_norm": ("0.0", "0.0", f"{FINITE} above 0 or None"),
     "train.horizontal_flip": ("2.0", "2.0", f"{FINITE} from 0 to 1"),
     "data.workers": ("-1", "-1", f"{WHOLE} 0"),
-    "data.train_images": ("0", "0", f"{WHOLE} 1 or none"),
+    "data.train_images": ("0", "0", f"{WHOLE} 1 or None"),
     "data.max_skipped": ("1.1", "1.1", f"{FINITE} from 0 to 1"),
     "data.max_pixels": ("178956971", "178956971", "a whole number from 1 to 178956970"),
     "model.backbone.norm_eps": ("-1e-05", "-1e-05", f"{FINITE} of at least 0"),
     "model.backbone.frozen_stages": ("6", "6", "a whole number from 0 to 5"),
-    "model.head.non_local.inner_dim": ("-4", "-4", f"{WHOLE} 0 or none"),
+    "model.head.non_local.inner_dim": ("-4", "-4", f"{WHOLE} 0 or None"),
     "model.roi.samples": ("0", "0", f"{WHOLE} 1"),
     "model.roi.conv_box_scale": ("0.0", "0.0", f"{FINITE} above 0"),
     "model.rpn.nms_iou": ("nan", "nan", FINITE),
@@ -112,7 +112,7 @@ WRONG_TYPES = {  # of --set and JSON; tyro refuses these flags in its own words
     "model.head.fused": ("yes", "yes", "true or false"),
     "model.backbone.neck": ("pan", "pan", "one of fpn, none"),
     "model.image.mean": ("1.5 2.5", [1.5, 2.5], "a list of 3"),
-    "train.ema_decay": ("much", "much", f"{FINITE} of at least 0 and below 1 or none"),
+    "train.ema_decay": ("much", "much", f"{FINITE} of at least 0 and below 1 or None"),
 }  # fmt: skip
 
 
@@ -164,11 +164,12 @@ def fields(cls: type, name: str = "") -> typing.Iterator[tuple[str, object]]:
 
 def draw(hint: object, rng: random.Random) -> object:
     """A value that the annotation accepts, as JSON has it."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return None if rng.random() < 0.3 else draw(typing.get_args(hint)[0], rng)
     plain, bounds = hint, ()
     if typing.get_origin(hint) is typing.Annotated:
         plain, bounds = hint.__origin__, hint.__metadata__
+    if typing.get_origin(plain) in (typing.Union, types.UnionType):
+        inner = typing.get_args(plain)[0]
+        return None if rng.random() < 0.3 else draw(typing.Annotated[(inner, *bounds)] if bounds else inner, rng)
     if typing.get_origin(plain) is typing.Literal:
         return rng.choice(typing.get_args(plain))
     if typing.get_origin(plain) is tuple:

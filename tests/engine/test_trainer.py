@@ -327,7 +327,7 @@ def test_nothing_is_saved_after_a_bad_loss_nobody_has_looked_at():
         ({"steps": 0}, "train.steps is 0, a whole number of at least 1 is accepted"),
         ({"lr": math.nan}, "train.lr is nan"),
         ({"batch_size": 6, "accumulate": 4}, "batch_size 6 images cannot be shared by 1 processes x 4"),
-        ({"clip_grad_norm": 0.0}, "train.clip_grad_norm is 0.0, a finite number above 0 or none is accepted"),
+        ({"clip_grad_norm": 0.0}, "train.clip_grad_norm is 0.0, a finite number above 0 or None is accepted"),
         ({"amp": "fp8"}, "train.amp is 'fp8'"),
         ({"optimizer": "lion"}, "train.optimizer is 'lion', one of sgd, adamw"),
         ({"momentum": 1.0}, "train.momentum is 1.0, a finite number of at least 0 and below 1"),
