@@ -202,7 +202,7 @@ def _load_checkpoint(backbone: nn.Module, path: Path) -> None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"backbone.weights: {path} is not a safetensors file, or truncated ({error})") from error
-    if not digest.fits(metadata, tensors):
+    if not digest.matches(metadata, tensors):
         raise ValueError(f"backbone.weights: {path} was changed or damaged since it was written: get it again")
     tensors = {without_wrappers(name): tensor for name, tensor in tensors.items()}
     state = {
