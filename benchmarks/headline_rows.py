@@ -187,7 +187,7 @@ def detector(small: bool, batch: int, dtype: torch.dtype, kind: str = "ext") -> 
 
 F32, BF16 = torch.float32, torch.bfloat16
 HALF = heads.DTYPE
-"""Of whole networks: bfloat16, which many a CPU computes very slowly, so there float32."""
+"""The dtype of whole networks: bfloat16; on a CPU float32, as many compute bfloat16 very slowly."""
 ROWS: dict[str, Callable[[bool], Case]] = {
     "roi_forward": lambda s: roi_align(s, "forward", "channels_last", F32),
     "roi_forward_bf16": lambda s: roi_align(s, "forward", "channels_last", BF16),

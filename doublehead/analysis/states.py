@@ -59,7 +59,7 @@ class State:
     def write(self, path: Path) -> None:
         """Write the state as JSON, atomically."""
         content = {"fingerprint": self.fingerprint, "done": sorted(self.done), "table": self.table.to_dict()}
-        write_json(path, {"format": FORMAT, "digest": _digest(content), **content}, indent=None)
+        write_json(path, {"format": FORMAT, "digest": content_digest(content), **content}, indent=None)
 
 
 def merge_states(folder: Path, empty: State, image_ids: Sequence[int]) -> State:
@@ -131,12 +131,12 @@ def _read_content(file: Path) -> dict[str, Any]:
         )
     if not all(name in content for name in _CONTENT) or not isinstance(content["fingerprint"], dict):
         raise _damaged(file, f"it lacks one of {', '.join(_CONTENT)}")
-    if content.get("digest") != _digest({name: content[name] for name in _CONTENT}):
+    if content.get("digest") != content_digest({name: content[name] for name in _CONTENT}):
         raise _damaged(file, "its content does not match its digest")
     return content
 
 
-def _digest(content: dict[str, Any]) -> str:
+def content_digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -106,7 +106,7 @@ class _Scene:
 
     def add(self, kind: int, extent: float) -> bool:
         """Try one random position and rotation; False, without drawing, if too much would be hidden."""
-        distance, top, left = _random_distance(self.rng, kind, extent, self.side)
+        distance, top, left = random_distance(self.rng, kind, extent, self.side)
         area = int((distance <= 0).sum())
         inside = (slice(max(top, 0), top + len(distance)), slice(max(left, 0), left + len(distance)))
         distance = distance[max(-top, 0) : self.side - top, max(-left, 0) : self.side - left]
@@ -131,7 +131,7 @@ class _Scene:
         return pixels, np.array(boxes, np.float32), np.array(self.labels, np.int64), self.owner
 
 
-def _random_distance(rng: np.random.Generator, kind: int, extent: float, side: int) -> tuple[np.ndarray, int, int]:
+def random_distance(rng: np.random.Generator, kind: int, extent: float, side: int) -> tuple[np.ndarray, int, int]:
     """A randomly placed shape: signed distance to its outline in pixels (negative inside) on a square patch, and the
     patch's top and left."""
     radius = extent / 2
@@ -143,10 +143,10 @@ def _random_distance(rng: np.random.Generator, kind: int, extent: float, side: i
     y = ((steps + np.float32(top - centre_y)) / np.float32(radius))[:, None]
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     u, v = cos * x + sin * y, (cos * y - sin * x) / np.float32(stretch)
-    return _outline(CLASSES[kind], u, v) * np.float32(radius), top, left
+    return outline(CLASSES[kind], u, v) * np.float32(radius), top, left
 
 
-def _outline(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def outline(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Signed distance to a shape that is inscribed in the unit circle."""
     if name == "disc":
         return np.hypot(u, v) - 1

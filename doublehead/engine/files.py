@@ -65,11 +65,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def _temporary_name(name: str) -> str:
     """`.NAME.SYSTEM-PROCESS-RANDOM.tmp`: hidden, nobody else's, and it tells who writes it."""
     short = os.fsencode(name)[:_LONGEST].decode("utf-8", "ignore")  # with all the rest, at most 255 bytes
-    return f".{short}.{_this_system()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    return f".{short}.{this_system()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
 @functools.cache
-def _this_system() -> str:
+def this_system() -> str:
     """8 hex digits, equal for processes that share process ids: one container, one machine since its last start."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
@@ -98,7 +98,7 @@ def is_left_behind(path: Path, now: float) -> bool:
     if writer is None:
         return False
     system, process = writer["system"], int(writer["process"])
-    if system == _this_system() and os.name == "posix" and not _runs(process):
+    if system == this_system() and os.name == "posix" and not _runs(process):
         return True
     return now - path.stat().st_mtime > _A_DAY
 

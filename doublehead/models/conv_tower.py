@@ -161,7 +161,7 @@ class ConvTower(nn.Sequential):
         """`count`: `Tensor[]` int64: only the first `count` RoIs matter, the rest may hold anything.  None: all."""
         if self.can_skip(x):
             return self._infer(x, count)
-        if self._trains_fused():
+        if self.trains_fused():
             return self._train(x)
         return super().forward(x)
 
@@ -185,7 +185,7 @@ class ConvTower(nn.Sequential):
         inner = (block.held_tensors() for block in self.blocks if isinstance(block, NonLocalBlock))
         return [*self._folded.tensors(), *(tensor for tensors in inner for tensor in tensors)]
 
-    def _trains_fused(self) -> bool:
+    def trains_fused(self) -> bool:
         norms = self._norms()
         return (
             self.fused

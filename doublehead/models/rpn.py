@@ -67,7 +67,7 @@ class RPN(nn.Module):
             Proposals `[B, R, 4]` with R = min(post_nms, all candidates), best first, without gradient,
             and the losses ("loss_rpn_objectness", "loss_rpn_box"), empty without targets.
         """
-        logits, deltas = zip(*(self._predict(feature) for feature in features), strict=True)
+        logits, deltas = zip(*(self.predict(feature) for feature in features), strict=True)
         anchors = self.anchors(features, images.pixels.shape[-2:])
         proposals = self._propose(images, anchors, [x.detach() for x in logits], [x.detach() for x in deltas])
         if targets is None:
@@ -76,7 +76,7 @@ class RPN(nn.Module):
             torch.cat(anchors), images.sizes, torch.cat(logits, 1), torch.cat(deltas, 1), targets
         )
 
-    def _predict(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """`Tensor[B, C, H, W]` -> logits `[B, H*W*A]` and deltas `[B, H*W*A, 4]`, at least fp32."""
         hidden = relu(self.conv(feature))
         logits = self.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
@@ -104,7 +104,7 @@ class RPN(nn.Module):
         kept_boxes = gather_rows(candidates, kept.clamp(min=0))
         return Proposals(torch.where(valid[..., None], kept_boxes, 0.0), valid)
 
-    def _assign(self, anchors: Tensor, sizes: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    def assign(self, anchors: Tensor, sizes: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
         """As `match`; anchors that cross the border are matched like all others, and then ignored."""
         config = self.config
         matched, state = match(anchors, targets, config.positive_iou, config.negative_iou, keep_best=True)
@@ -118,7 +118,7 @@ class RPN(nn.Module):
     ) -> dict[str, Tensor]:
         config = self.config
         with torch.no_grad():
-            matched, state = self._assign(anchors, sizes, targets)
+            matched, state = self.assign(anchors, sizes, targets)
             indices, drawn = sample(state, config.samples, config.positive_fraction)
             labels = state.gather(1, indices)
             sampled_anchors = anchors[indices]

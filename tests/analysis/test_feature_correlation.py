@@ -188,7 +188,7 @@ def test_mistakes_are_named(tmp_path, capsys, monkeypatch):
     assert "its classes are disc, square, triangle, ring, cross, star, not cat, dog" in message
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(
-        feature_correlation, "build_dataset", lambda *args, **more: MemoryDataset(pictures()._images, [])
+        feature_correlation, "build_dataset", lambda *args, **more: MemoryDataset(pictures().images, [])
     )
     assert "the data have no object" in failure(["feature-correlation", tmp_path / "run", *end], capsys)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["state"]

@@ -44,7 +44,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(runs, tmp_path_factory):
-    """Of one uninterrupted process."""
+    """The results of one uninterrupted process."""
     from doublehead.analysis import windows
 
     before = windows.SIZES, windows.OFFSETS, windows.WINDOWS

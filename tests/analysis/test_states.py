@@ -60,7 +60,9 @@ def change(path, values: dict, digest: bool = True) -> None:
     """Put other values into a state's file, with the digest that belongs to them."""
     content = json.loads(path.read_text()) | values
     if digest:
-        content["digest"] = states._digest({name: content.get(name) for name in ("fingerprint", "done", "table")})
+        content["digest"] = states.content_digest(
+            {name: content.get(name) for name in ("fingerprint", "done", "table")}
+        )
     path.write_text(json.dumps(content))
 
 

@@ -13,7 +13,7 @@ STEPS = 3
 
 
 def smaller(recipe):
-    """Of small pictures and few boxes: the head, which is compared, is left whole."""
+    """A recipe with small pictures and few boxes; the head, which is compared, is left whole."""
     roi = dataclasses.replace(recipe.model.roi, samples=32)
     image = dataclasses.replace(recipe.model.image, min_size=(64,), max_size=64)
     return dataclasses.replace(

@@ -145,14 +145,14 @@ def test_throughput_is_printed(saved, tmp_path, capsys):
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_16_bits_are_close(saved, tmp_path, amp, monkeypatch):
     seen = []
-    outputs = TinyDetector._outputs
+    outputs = TinyDetector.outputs
 
     def watched(self, image):
         logits, boxes = outputs(self, image)
         seen.append(logits.dtype)
         return logits.float(), boxes.float()
 
-    monkeypatch.setattr(TinyDetector, "_outputs", watched)
+    monkeypatch.setattr(TinyDetector, "outputs", watched)
     path = picture(tmp_path / "a.png")
     assert detect(saved, path, "--out", tmp_path / "out", "--score-threshold", 0, "--amp", amp) == 0
     (entry,) = json.loads((tmp_path / "out" / "detections.json").read_text())["pictures"]
@@ -164,7 +164,7 @@ def test_16_bits_are_close(saved, tmp_path, amp, monkeypatch):
 def test_ctrl_c_stops_and_keeps_what_is_done(saved, tmp_path, capsys, monkeypatch):
     folder = many(tmp_path / "in")
     seen = []
-    find = TinyDetector._detect
+    find = TinyDetector.detect
 
     def interrupted(self, image):
         seen.append(image)
@@ -172,7 +172,7 @@ def test_ctrl_c_stops_and_keeps_what_is_done(saved, tmp_path, capsys, monkeypatc
             os.kill(os.getpid(), signal.SIGINT)
         return find(self, image)
 
-    monkeypatch.setattr(TinyDetector, "_detect", interrupted)
+    monkeypatch.setattr(TinyDetector, "detect", interrupted)
     monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # no thread of tqdm's own, whichever test comes first
     before = threading.active_count()
     assert detect(saved, folder, "--out", tmp_path / "out", "--threads", 1) == 130
@@ -186,7 +186,7 @@ def test_ctrl_c_stops_and_keeps_what_is_done(saved, tmp_path, capsys, monkeypatc
 
 def test_sigterm_stops_as_ctrl_c_does(saved, tmp_path, capsys, monkeypatch):
     folder = many(tmp_path / "in")
-    find, seen = TinyDetector._detect, []
+    find, seen = TinyDetector.detect, []
 
     def terminated(self, image):
         seen.append(image)
@@ -194,7 +194,7 @@ def test_sigterm_stops_as_ctrl_c_does(saved, tmp_path, capsys, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return find(self, image)
 
-    monkeypatch.setattr(TinyDetector, "_detect", terminated)
+    monkeypatch.setattr(TinyDetector, "detect", terminated)
     handler = signal.getsignal(signal.SIGTERM)
     assert detect(saved, folder, "--out", tmp_path / "out", "--threads", 1) == 143
     assert signal.getsignal(signal.SIGTERM) == handler
@@ -307,7 +307,7 @@ def test_a_full_gpu_is_explained(saved, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
-    monkeypatch.setattr(TinyDetector, "_detect", full)
+    monkeypatch.setattr(TinyDetector, "detect", full)
     assert detect(saved, picture(tmp_path / "a.png"), "--out", tmp_path / "out", "--batch-size", 4) == 2
     assert re.search("memory does not suffice for 1 pictures .*a.png: give a smaller --batch", capsys.readouterr().err)
 
@@ -406,6 +406,6 @@ def test_no_picture_at_all_is_a_mistake(saved, tmp_path, capsys):
 
 def test_a_bug_keeps_its_traceback(saved, tmp_path, monkeypatch):
     picture(tmp_path / "a.png")
-    monkeypatch.setattr(TinyDetector, "_detect", lambda self, image: 1 / 0)
+    monkeypatch.setattr(TinyDetector, "detect", lambda self, image: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main([str(saved), str(tmp_path / "a.png"), "--out", str(tmp_path / "out"), "--device", "cpu"])

@@ -23,7 +23,7 @@ READOUTS = ("fused", "split", "fc", "conv")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Of an Ext whose fc-head passes some of the RoIs, so that the split read-out selects."""
+    """The folder of an Ext whose fc-head passes some of the RoIs, so that the split read-out selects."""
     folder = save_detector(tmp_path_factory.mktemp("runs") / "ext")
     model, recipe, *more = load_model(folder)
     detection = dataclasses.replace(recipe.model.detection, score_threshold=0.25)

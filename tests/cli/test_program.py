@@ -88,7 +88,7 @@ def test_the_installed_program_is_this_one():
 
 
 def test_help_comes_without_slow_imports():
-    """Of every command; and without tyro where nothing is to be parsed."""
+    """No command's --help imports them; where nothing is to be parsed, tyro is not imported either."""
     bare = [["doublehead"], ["doublehead", "--help"], ["doublehead", "nonsense"], ["doublehead", "info", "--help"]]
     helps = [["doublehead", name, "--help"] for name in cli.COMMANDS if name != "info"]
     results = call_each(*bare, *helps, ["doublehead.train", "--help"])

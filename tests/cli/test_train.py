@@ -359,8 +359,8 @@ def fail_on_rank_1():
 
 def bad_loss_on_rank_1():
     if os.environ.get("RANK") == "1":
-        real = TinyDetector._losses
-        TinyDetector._losses = lambda self, *args: {n: v * float("nan") for n, v in real(self, *args).items()}
+        real = TinyDetector.losses
+        TinyDetector.losses = lambda self, *args: {n: v * float("nan") for n, v in real(self, *args).items()}
 
 
 def test_a_process_that_fails_leaves_no_other_waiting(tmp_path):

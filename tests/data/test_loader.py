@@ -153,7 +153,7 @@ def test_loading_leaves_global_random_states_alone_and_ignores_them(workers):
 
 
 def flipped(data, batches) -> list[bool]:
-    """Of each loaded image: is it mirrored?  (Noise makes no picture its own mirror image.)"""
+    """Whether each loaded image is mirrored.  (Noise makes no picture its own mirror image.)"""
     decisions = []
     for images, targets in batches:
         for image, target in zip(images, targets, strict=True):

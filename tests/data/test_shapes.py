@@ -73,14 +73,14 @@ def test_the_pixels_are_where_the_boxes_say():
 
 def test_no_shape_is_hidden_by_more_than_half(monkeypatch):
     drawn: list[int] = []
-    place = shapes._random_distance
+    place = shapes.random_distance
 
     def spy(*arguments):
         found = place(*arguments)
         drawn.append(int((found[0] <= 0).sum()))
         return found
 
-    monkeypatch.setattr(shapes, "_random_distance", spy)
+    monkeypatch.setattr(shapes, "random_distance", spy)
     hidden = []
     for seed in range(60):
         rng = np.random.default_rng(seed)
@@ -99,7 +99,7 @@ def test_no_shape_is_hidden_by_more_than_half(monkeypatch):
 def test_outlines_fit_the_unit_circle_and_differ(name):
     axis = np.linspace(-1.2, 1.2, 481, dtype=np.float32)
     u, v = axis[None, :], axis[:, None]
-    masks = {kind: shapes._outline(kind, u, v) <= 0 for kind in CLASSES}
+    masks = {kind: shapes.outline(kind, u, v) <= 0 for kind in CLASSES}
     reach = np.hypot(u, v)[masks[name]].max()
     assert 0.98 <= reach <= 1.005
     for other in set(CLASSES) - {name}:
@@ -162,7 +162,7 @@ def test_ground_truth_scores_itself_perfect():
 @pytest.mark.parametrize("above, accepted", [(5, True), (6, False)])
 def test_a_shape_more_than_half_beyond_the_border_is_not_painted(monkeypatch, above, accepted):
     scene = shapes._Scene(np.random.default_rng(0), 32)
-    monkeypatch.setattr(shapes, "_random_distance", lambda *_: (np.full((10, 10), -1.0), -above, 4))
+    monkeypatch.setattr(shapes, "random_distance", lambda *_: (np.full((10, 10), -1.0), -above, 4))
     before = scene.canvas.copy()
     assert scene.add(0, 10.0) == accepted == (not np.array_equal(scene.canvas, before))
     assert (scene.owner == 0).sum() == (50 if accepted else 0)

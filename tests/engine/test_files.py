@@ -87,7 +87,7 @@ def temporary_of(system, process, folder, age):
 def test_what_others_may_still_be_writing_stays(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()  # its number is not given to another process so soon
-    here, elsewhere, minute, week = files._this_system(), "0f0f0f0f", 60, 7 * 24 * 3600
+    here, elsewhere, minute, week = files.this_system(), "0f0f0f0f", 60, 7 * 24 * 3600
     stay = {
         temporary_of(here, os.getpid(), tmp_path, minute),  # another thread's
         temporary_of(here, os.getppid(), tmp_path, minute),

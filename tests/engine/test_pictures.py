@@ -124,7 +124,7 @@ def test_curves_show_losses_precision_and_rate(tmp_path, monkeypatch):
 
 
 def test_names_with_line_breaks_are_drawn_in_one_line():
-    """Of models whose classes were read from a file line by line."""
+    """Class names may end with a line break, as those read from a file line by line do."""
     drawn = [draw_boxes(Image.new("RGB", (90, 60)), torch.tensor([[5.0, 20, 40, 40]]), torch.tensor([1]), [name])
              for name in ("person ", "person\n", "person\x00", "person\u2028")]  # fmt: skip
     assert all(picture.tobytes() == drawn[0].tobytes() for picture in drawn)

@@ -274,8 +274,8 @@ class Poisoned(TinyDetector):
 
     value, image = math.nan, 9
 
-    def _losses(self, image, target):
-        losses = super()._losses(image, target)
+    def losses(self, image, target):
+        losses = super().losses(image, target)
         if target["image_id"] == self.image:
             losses["loss_box"] = losses["loss_box"] * self.value
         return losses
@@ -378,8 +378,8 @@ class FlatKernel(TinyDetector):
         super().__init__(3)
         self.mix = nn.Conv2d(16, 16, 1)
 
-    def _outputs(self, image):
-        logits, boxes = super()._outputs(image)
+    def outputs(self, image):
+        logits, boxes = super().outputs(image)
         return logits + (self.mix.weight.flatten(1) @ self.classify.weight.flatten()[:16]).sum(), boxes
 
 

@@ -12,7 +12,7 @@ import doublehead
 from tests.support.torchvision_models import build, pictures
 
 WAITING_METHODS = {"tolist", "cpu", "numpy", "__array__"}
-"""Of a tensor: they copy values back."""
+"""Methods of a tensor that copy values back."""
 
 WAITING_OPERATORS = {
     "item", "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "argwhere", "masked_select", "unique", "_unique",

@@ -34,7 +34,7 @@ def test_exact_anchors_of_one_cell():
 
 
 def test_legacy_anchors_are_the_published_table():
-    """Of Faster R-CNN's first release (stride 16, sizes 128, 256, 512), which counts pixels from 1 to the last."""
+    """Faster R-CNN's first release (stride 16, sizes 128, 256, 512), which counts pixels from 1 to the last."""
     table = """-83 -39 100 56  -175 -87 192 104  -359 -183 376 200
                -55 -55 72 72   -119 -119 136 136  -247 -247 264 264
                -35 -79 52 96   -79 -167 96 184    -167 -343 184 360"""
@@ -69,7 +69,7 @@ def proposals(config: RPNConfig, logits: torch.Tensor, min_side: float = 0.0, sh
     maps = [torch.zeros(1, 1, *logits.shape), torch.zeros(1, 1, 1, 1)]
     fine = (logits.flatten()[None], torch.tensor([shift, 0, 0, 0]).repeat(1, logits.numel(), 1))
     coarse = (torch.full((1, 1), -50.0), torch.zeros(1, 1, 4))
-    rpn._predict = lambda feature: coarse if feature is maps[1] else fine
+    rpn.predict = lambda feature: coarse if feature is maps[1] else fine
     images = ImageBatch(torch.zeros(1, 3, 4 * logits.shape[0], 4 * logits.shape[1]), torch.tensor([[16.0, 16.0]]))
     found, _ = rpn(images, maps)
     return found.boxes[0][found.valid[0]]

@@ -302,10 +302,10 @@ def test_fused_training_remembers_less():
 
 def test_other_norms_go_through_the_modules():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(tower(CONFIGS["K=3, no non-local"], torch.float32))
-    assert not model.eval().can_skip(maps(2, torch.float32)) and not model.train()._trains_fused()
+    assert not model.eval().can_skip(maps(2, torch.float32)) and not model.train().trains_fused()
     frozen = tower(CONFIGS["K=3, no non-local"]).train()
     frozen[0].residual[1].eval()
-    assert not frozen._trains_fused()
+    assert not frozen.trains_fused()
     torch.testing.assert_close(frozen(maps(3)), plain(frozen)(maps(3)))
 
 

@@ -45,14 +45,14 @@ def test_labels_and_losses_are_the_releases(straddle):
     anchors, truths = restated_anchors(model.config), torch.tensor(TRUTHS, dtype=torch.double)
     ours = torch.cat(model.anchors(maps, (96, 96)))
     torch.testing.assert_close(ours - torch.tensor([0, 0, 1, 1]), anchors)
-    _, state = model._assign(ours, images.sizes, targets)
+    _, state = model.assign(ours, images.sizes, targets)
     cases = zip(truths, SIZES, strict=True)
     labels = torch.stack([rpn_labels(anchors, truth, size, straddle)[0] for truth, size in cases])
     assert torch.equal(state, labels.long())
     assert (labels == 1).any(1).all() and (labels == 0).any(1).all()
 
     _, losses = model(images, maps, targets)
-    logits, deltas = (torch.cat(parts, 1) for parts in zip(*map(model._predict, maps), strict=True))
+    logits, deltas = (torch.cat(parts, 1) for parts in zip(*map(model.predict, maps), strict=True))
     objectness, box = rpn_losses(logits, deltas, anchors, truths, SIZES, straddle)
     torch.testing.assert_close(losses["loss_rpn_objectness"], objectness)
     torch.testing.assert_close(losses["loss_rpn_box"], box)
@@ -76,7 +76,7 @@ def test_a_box_that_ends_at_the_border_does_not_cross_it(anchors):
     assert inside_images(boxes, sizes, 0.0).tolist() == expected
     assert inside_images(boxes, sizes, 0.25).all()
     model = RPN(RPNConfig(anchors=anchors, straddle=0.0), 1)
-    _, state = model._assign(boxes, sizes, Targets(torch.zeros(3, 1, 4), torch.zeros(3, 1, dtype=torch.int64)))
+    _, state = model.assign(boxes, sizes, Targets(torch.zeros(3, 1, 4), torch.zeros(3, 1, dtype=torch.int64)))
     assert (state >= 0).tolist() == expected
 
 

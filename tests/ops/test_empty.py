@@ -65,13 +65,13 @@ def test_roi_align_of_nothing(memory_format):
     for *size, count in SHAPES:  # without images there are no RoIs
         maps, rois = torch.rand(size).contiguous(memory_format=memory_format), torch.rand(count, 5)
         pooled = ops.roi_align(maps, rois, 2, sampling_ratio=2)
-        assert_same(pooled, roi_align._reference([maps], rois, Pooling(*POOLING)))
+        assert_same(pooled, roi_align.checked_reference([maps], rois, Pooling(*POOLING)))
         assert_same(pooled.to("meta"), ops.roi_align(maps.to("meta"), rois.to("meta"), 2, sampling_ratio=2))
         if 0 not in size[2:]:  # of no pixels torchvision reads some all the same
             torch.testing.assert_close(pooled, torchvision.ops.roi_align(maps, rois, 2, sampling_ratio=2))
         flat = memory_format is torch.channels_last
         arguments = [torch.rand(count, size[1], 2, 2)], rois, size, flat
-        expected = roi_align._reference_backward(*arguments, Pooling(*POOLING))
+        expected = roi_align.checked_reference_backward(*arguments, Pooling(*POOLING))
         assert_same(roi_align.pyramid_roi_align_backward(*arguments, *POOLING), expected)
         maps.requires_grad_()
         ops.roi_align(maps, rois, 2).sum().backward()

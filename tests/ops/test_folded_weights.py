@@ -59,9 +59,9 @@ class Doubled:
         self.weight, self.folded, self.calls = torch.ones(3), FoldedWeights(), 0
 
     def __call__(self, kind=None) -> torch.Tensor:
-        return self.folded.get([self.weight], kind, self._make)[1][0]
+        return self.folded.get([self.weight], kind, self.make)[1][0]
 
-    def _make(self):
+    def make(self):
         self.calls += 1
         return "kind", [self.weight * 2]
 
@@ -118,7 +118,7 @@ def test_what_a_capture_makes_belongs_to_its_graph(streams):
 def test_threads_never_mix_kinds(monkeypatch):
     # Another thread looks in the middle of a change: it must see the old fold or the new one, never a mixture.
     doubled, seen = Doubled(), []
-    old = doubled.folded.get([doubled.weight], "old", doubled._make)
+    old = doubled.folded.get([doubled.weight], "old", doubled.make)
     write = FoldedWeights.__setattr__
 
     def look(self, name, value):
@@ -126,7 +126,7 @@ def test_threads_never_mix_kinds(monkeypatch):
         seen.append(doubled.folded.get([doubled.weight], "old", lambda: old))
 
     monkeypatch.setattr(FoldedWeights, "__setattr__", look)
-    doubled.folded.get([doubled.weight], "new", doubled._make)
+    doubled.folded.get([doubled.weight], "new", doubled.make)
     assert seen and all(made is old for made in seen)
 
 
@@ -137,7 +137,7 @@ def test_copies_and_pickles_are_empty():
     old.__setstate__({"_seen": [], "_kind": None, "_made": None})  # as pickles have it
     for other in (copy.deepcopy(doubled.folded), pickle.loads(pickle.dumps(doubled.folded)), old):
         assert isinstance(other, FoldedWeights) and other.tensors() == []
-        assert other.get([doubled.weight], None, doubled._make)[1][0].eq(2).all()
+        assert other.get([doubled.weight], None, doubled.make)[1][0].eq(2).all()
 
 
 def test_inside_a_transform_nothing_is_remembered():

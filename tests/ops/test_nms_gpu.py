@@ -7,8 +7,10 @@ import torch
 
 from doublehead.ops import batched_nms, nms, nms_padded
 from doublehead.ops._library import native
-from doublehead.ops.nms import op, reference
+from doublehead.ops.nms import reference
 from tests.support.nms_cases import DTYPES, INF, NAN, THRESHOLDS, clustered_boxes, integer_boxes, random_images
+
+NMS = torch.ops.doublehead.nms.default
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,8 +37,8 @@ def assert_padded_as_on_cpu(boxes, scores, groups, threshold, max_output):
 
 
 def assert_as_on_cpu(boxes, scores, groups, threshold):
-    actual = op._nms(*to_device((boxes, scores, groups)), threshold)
-    assert torch.equal(actual.cpu(), op._nms(boxes, scores, groups, threshold))
+    actual = NMS(*to_device((boxes, scores, groups)), threshold)
+    assert torch.equal(actual.cpu(), NMS(boxes, scores, groups, threshold))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -53,7 +55,7 @@ def test_equals_reference(which):
         expected = reference.nms_padded(boxes, scores, groups, threshold, most)
         assert torch.equal(actual[0].cpu(), expected[0]) and torch.equal(actual[1].cpu(), expected[1]), seed
         one = boxes[0], scores[0], groups[0] if seed % 2 else None
-        actual = op._nms(*to_device(one), threshold)
+        actual = NMS(*to_device(one), threshold)
         assert torch.equal(actual.cpu(), reference.nms(*one, threshold)), seed
 
 

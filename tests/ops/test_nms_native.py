@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from doublehead.ops import box_iou, nms_padded
 from doublehead.ops._library import native
-from doublehead.ops.nms import op, reference
+from doublehead.ops.nms import reference
 from tests.support.nms_cases import DTYPES, INF, NAN, clustered_boxes, is_greedy_result
 from tests.support.nms_strategies import images, thresholds
+
+NMS = torch.ops.doublehead.nms.default
 
 pytestmark = pytest.mark.skipif(
     not native("nms_padded", "cpu"), reason="doublehead's compiled part is not built, so there is nothing to compare"
@@ -32,7 +34,7 @@ def test_padded_equals_reference(example_images, threshold, max_output):
 def test_nms_equals_reference(example_images, threshold, grouped):
     boxes, scores, groups = (tensor[0] for tensor in example_images)
     groups = groups if grouped else None
-    assert torch.equal(op._nms(boxes, scores, groups, threshold), reference.nms(boxes, scores, groups, threshold))
+    assert torch.equal(NMS(boxes, scores, groups, threshold), reference.nms(boxes, scores, groups, threshold))
 
 
 # The kernel chooses by area and place which boxes to compare. These pairs lie at the edge of what its bounds allow: one
@@ -64,7 +66,7 @@ def test_pairs_at_the_threshold(threshold, side, kind, seed):
     swap = torch.rand(pairs, generator=generator) < 0.5
     better, worse = torch.where(swap[:, None], second, first), torch.where(swap[:, None], first, second)
     iou = box_iou(better[:, None], worse[:, None])[:, 0, 0]
-    kept = op._nms(torch.cat((better, worse)), torch.arange(2 * pairs).flip(0).float(), None, threshold)
+    kept = NMS(torch.cat((better, worse)), torch.arange(2 * pairs).flip(0).float(), None, threshold)
     expected = torch.cat((torch.ones(pairs, dtype=torch.bool), ~(iou.double() > threshold))).nonzero()[:, 0]
     assert torch.equal(kept, expected)
 
@@ -77,13 +79,13 @@ def test_one_large_group(threshold, dtype):
     boxes = boxes.to(dtype)
     for column, bad in enumerate((NAN, INF, -INF, 0.0)):
         boxes[column::300, column] = bad
-    kept = op._nms(boxes, scores, None, threshold)
+    kept = NMS(boxes, scores, None, threshold)
     expected, count = reference.nms_padded(
         boxes[None], scores[None], torch.zeros(1, 3000, dtype=torch.int64), threshold, 400
     )
     assert torch.equal(kept[:400], expected[0, : count.item()])
     distinct = torch.randperm(3000, generator=torch.Generator().manual_seed(1)).float()
-    kept = op._nms(boxes, distinct, None, threshold)
+    kept = NMS(boxes, distinct, None, threshold)
     assert is_greedy_result(kept, boxes, distinct, torch.zeros(3000), threshold)
 
 
@@ -98,7 +100,7 @@ def test_threads_change_nothing(groups, threshold):
     try:
         for number in (1, 2, 5):
             torch.set_num_threads(number)
-            results.append(op._nms(boxes, scores, labels, threshold))
+            results.append(NMS(boxes, scores, labels, threshold))
     finally:
         torch.set_num_threads(threads)
     assert is_greedy_result(results[0], boxes, scores, labels, threshold)

@@ -195,7 +195,7 @@ def grid_anchors(base, stride, cells):
 
 
 def rpn_labels(anchors, truth, size, straddle):
-    """Of one image's anchors: 1 object, 0 background, -1 left out of the loss; and each one's ground-truth box.
+    """Labels of one image's anchors: 1 object, 0 background, -1 left out of the loss; and each one's ground-truth box.
 
     `size`: (height, width); `straddle`: RPN.STRADDLE_THRESH, negative: off.
     """

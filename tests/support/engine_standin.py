@@ -51,22 +51,22 @@ class TinyDetector(nn.Module):
 
     def forward(self, images, targets=None):
         if targets is None:
-            return [self._detect(image) for image in images]
-        losses = [self._losses(image, target) for image, target in zip(images, targets, strict=True)]
+            return [self.detect(image) for image in images]
+        losses = [self.losses(image, target) for image, target in zip(images, targets, strict=True)]
         return {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
 
     def set_readout(self, readout, fusion=None, ext_gate=None):
         self.readout = (readout, fusion, ext_gate)
 
-    def _outputs(self, image):
+    def outputs(self, image):
         x = self.features(F.interpolate(image[None].float() / 255, (32, 32), mode="bilinear"))
         x = F.adaptive_avg_pool2d(x, 2).flatten(1)
         if self.training and self.drop:
             x = x * (torch.rand(x.shape, device=x.device) > self.drop)
         return self.classify(x)[0], self.locate(x)[0].view(self.num_classes, 4)
 
-    def _losses(self, image, target):
-        logits, boxes = self._outputs(image)
+    def losses(self, image, target):
+        logits, boxes = self.outputs(image)
         label = target["labels"][:1]
         scaled = target["boxes"][:1] / image.shape[-1]
         return {
@@ -74,8 +74,8 @@ class TinyDetector(nn.Module):
             "loss_box": F.smooth_l1_loss(boxes[label].float(), scaled),
         }
 
-    def _detect(self, image):
-        logits, boxes = self._outputs(image)
+    def detect(self, image):
+        logits, boxes = self.outputs(image)
         height, width = image.shape[-2:]
         scale = torch.tensor([width, height, width, height], device=image.device)
         corners = boxes[1:].sigmoid().view(-1, 2, 2).sort(dim=1).values.reshape(-1, 4) * scale
@@ -107,7 +107,7 @@ class MemoryDataset(DetectionDataset):
         self.file_names = [f"{i}.png" for i in self.image_ids]
         self.horizontal_flip = 0.0
         self.skipped = Counter()
-        self._images = images
+        self.images = images
         self._annotations = [{"id": i, "iscrowd": 0} | a for i, a in enumerate(annotations, start=1)]
         for annotation in self._annotations:
             annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
@@ -118,7 +118,7 @@ class MemoryDataset(DetectionDataset):
         boxes = torch.tensor([a["bbox"] for a in mine], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         labels = torch.tensor([self.category_ids.index(a["category_id"]) + 1 for a in mine], dtype=torch.int64)
-        return self._images[index], {"boxes": boxes, "labels": labels, "image_id": image_id}
+        return self.images[index], {"boxes": boxes, "labels": labels, "image_id": image_id}
 
     def annotations(self):
         return [dict(a) for a in self._annotations]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 TF32_EPS = 2.0**-10
-"""Of one rounding to TF32."""
+"""The relative error of one rounding to TF32."""
 
 
 def convolution_eps(device: str, dtype: torch.dtype) -> float | None:

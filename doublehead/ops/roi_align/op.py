@@ -161,12 +161,12 @@ def _pack_backward(grads, rois, feature_sizes, channels_last, *pooling):
     return grads, rois, feature_sizes, channels_last, Pooling(*pooling)
 
 
-def _reference(features, rois, pooling: Pooling):
+def checked_reference(features, rois, pooling: Pooling):
     _check_images(rois, features[0].shape[0])
     return reference.multiscale_roi_align(features, rois, pooling)
 
 
-def _reference_backward(grads, rois, feature_sizes, channels_last, pooling: Pooling):
+def checked_reference_backward(grads, rois, feature_sizes, channels_last, pooling: Pooling):
     _check_images(rois, feature_sizes[0])
     return reference.multiscale_roi_align_backward(grads, rois, feature_sizes, channels_last, pooling)
 
@@ -193,14 +193,14 @@ def _fake_backward(grads, rois, feature_sizes, channels_last, pooling: Pooling):
 
 pyramid_roi_align = define(
     f"pyramid_roi_align(Tensor[] features, Tensor rois, {POOLING_SCHEMA}) -> Tensor[]",
-    reference=_reference,
+    reference=checked_reference,
     fake=_fake,
     pack=_pack,
 )
 pyramid_roi_align_backward = define(
     "pyramid_roi_align_backward(Tensor[] grads, Tensor rois, SymInt[] feature_sizes, bool channels_last, "
     f"{POOLING_SCHEMA}) -> Tensor[]",
-    reference=_reference_backward,
+    reference=checked_reference_backward,
     fake=_fake_backward,
     pack=_pack_backward,
 )
