@@ -11,8 +11,10 @@ from .schema import (
     MAX_PIXELS,
     MOST_IMAGES,
     MOST_PIXELS,
+    AugmentConfig,
     BackboneConfig,
     DataConfig,
+    DataFormat,
     DetectionConfig,
     Fusion,
     HeadConfig,
@@ -32,8 +34,8 @@ from .schema import (
 
 __all__ = [
     "MAX_PIXELS", "MOST_IMAGES", "MOST_PIXELS",
-    "BackboneConfig", "DataConfig", "DetectionConfig", "Fusion", "HeadConfig", "HeadKind", "ImageConfig", "LossConfig",
-    "ModelConfig", "NonLocalConfig", "Norm", "RPNConfig", "ReadOut", "ReadOutName", "Recipe", "RoIConfig",
-    "TrainConfig",
+    "AugmentConfig", "BackboneConfig", "DataConfig", "DataFormat", "DetectionConfig", "Fusion", "HeadConfig",
+    "HeadKind", "ImageConfig", "LossConfig", "ModelConfig", "NonLocalConfig", "Norm", "RPNConfig", "ReadOut",
+    "ReadOutName", "Recipe", "RoIConfig", "TrainConfig",
     "check", "from_dict", "parse", "to_dict",
 ]  # fmt: skip

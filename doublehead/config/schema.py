@@ -32,6 +32,7 @@ HeadKind = Literal[
     "fc", "conv", "double_fc", "double_conv", "double_head", "double_head_reverse", "double_head_ext", "conv5"
 ]
 Norm = Literal["frozen_batch_norm", "batch_norm", "group_norm"]
+DataFormat = Literal["shapes", "auto", "coco", "voc", "yolo", "labelme"]
 Fusion = Literal["complementary", "max", "average", "none"]
 ReadOutName = Literal["fused", "split", "fc", "conv"]
 ReadOut = ReadOutName  # its former name
@@ -216,12 +217,21 @@ class ModelConfig:
 class DataConfig:
     """Where images and boxes come from."""
 
-    format: Literal["shapes", "coco", "voc"] = "shapes"
+    format: DataFormat = "shapes"
+    """`auto`: find out the layout of `root`."""
     root: str | None = None
     """Folder of the data set; `shapes` is generated and needs none."""
     train_split: str = "train"
-    """coco: `instances_<split>.json` and folder `<split>`; voc: `ImageSets/Main/<split>.txt`; shapes: any."""
+    """coco: `instances_<split>.json` and folder `<split>`; voc: `ImageSets/Main/<split>.txt`; auto: the split's name in
+    whichever layout is found, `train` also finding its usual spellings; shapes: any."""
     val_split: str = "val"
+    """auto: `val` also finds `valid` and `validation`, else `test`."""
+    classes: tuple[str, ...] | None = None
+    """Learn these classes alone, in this order; objects of other classes are left out.  None: all that are found."""
+    val_share: Annotated[float, Bounds(above=0, below=1)] = 0.2
+    """auto: the share of the images to validate on where the data have one split alone, drawn by `split_seed`."""
+    split_seed: CountOrZero = 0
+    """auto: the draw that divides a single split."""
     train_images: CountOrNone = None
     """Use only the first N images of the split (shapes: generate N)."""
     val_images: CountOrNone = None
@@ -244,6 +254,18 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of training images besides the flip, by torchvision.transforms.v2; all off in the paper."""
+
+    scale: tuple[Positive, Positive] = (1.0, 1.0)
+    """Resize by a factor drawn between these; (1, 1): off."""
+    crop: Fraction = 0.0
+    """Probability of a random crop that keeps at least one object."""
+    colour: Annotated[float, Bounds(least=0, most=1)] = 0.0
+    """Largest relative change of brightness, contrast and saturation (hue: a tenth of it); 0: off."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Optimisation."""
 
@@ -260,6 +282,10 @@ class TrainConfig:
     weight_decay: NonNegative = 1e-4
     bias_lr_factor: NonNegative = 2.0
     """Biases: this times the learning rate, no weight decay."""
+    epochs: Annotated[float | None, Bounds(above=0)] = None
+    """Passes over the training images, instead of `steps`; the schedule is scaled to their length."""
+    schedule: Literal["step", "cosine"] = "step"
+    """How the rate falls after the warm-up: times `gamma` at each milestone, or along half a cosine to 0."""
     milestones: tuple[CountOrZero, ...] = (120_000, 160_000)
     gamma: NonNegative = 0.1
     warmup_steps: CountOrZero = 500
@@ -271,9 +297,10 @@ class TrainConfig:
     sync_batch_norm: bool = False
     channels_last: bool = True
     horizontal_flip: Fraction = 0.5
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     aspect_ratio_grouping: bool = True
     eval_every: CountOrZero = 0
-    """Evaluate each N steps; 0: only at the end."""
+    """Evaluate each N steps, and keep the best weights by AP in best.safetensors; 0: only at the end."""
     checkpoint_every: CountOrZero = 1000
     log_every: Count = 20
     seed: CountOrZero = 0

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from doublehead.config import DataConfig
+from doublehead.config import DataConfig, DataFormat
 from doublehead.errors import UserError
 
 
@@ -18,7 +18,7 @@ class EvaluationData:
 
     root: str | None = None
     """Folder of the data set."""
-    format: Literal["shapes", "coco", "voc"] | None = None
+    format: DataFormat | None = None
     val_split: str | None = None
     val_images: int | None = None
     """Use only the first N images."""

@@ -24,8 +24,8 @@ MAY_CHANGE = (
     "data.on_bad_record", "data.max_skipped", "data.max_pixels", "data.outside_root",  # which images: see `check_state`
     "train.steps", "train.accumulate", "train.lr", "train.milestones", "train.gamma", "train.warmup_steps",
     "train.warmup_factor", "train.clip_grad_norm", "train.amp", "train.ema_decay", "train.sync_batch_norm",
-    "train.channels_last", "train.horizontal_flip", "train.eval_every", "train.checkpoint_every", "train.log_every",
-    "train.device",
+    "train.channels_last", "train.horizontal_flip", "train.augment", "train.epochs", "train.schedule",
+    "train.eval_every", "train.checkpoint_every", "train.log_every", "train.device",
 )  # fmt: skip
 
 
