@@ -14,6 +14,9 @@ from doublehead.engine.schedule import describe, scaled
 from doublehead.engine.starting import Source, read_source
 from doublehead.engine.trainer import check_config
 from doublehead.errors import config_errors
+from doublehead.recipes import RECIPES
+from doublehead.recipes.own_data import NAME as OWN_DATA
+from doublehead.recipes.own_data import Facts, adapt
 
 
 @dataclass(frozen=True)
@@ -55,19 +58,27 @@ def prepare(recipe: Recipe, world: World, wishes: Wishes | None = None) -> Prepa
         if wishes is not None and wishes.start_from is not None:
             source = read_source(wishes.start_from, recipe, wishes.given)
             recipe = source.recipe(recipe)
-        check_config(recipe.train, world)
+        if wishes is None or wishes.base != RECIPES[OWN_DATA]:
+            check_config(recipe.train, world)
         training = build_dataset(recipe.data, "train", recipe.train.horizontal_flip)
         validation = build_dataset(recipe.data, "val", classes=training.classes)
         notes: list[str] = []
         if wishes is not None:
-            recipe, notes = _fitted(recipe, wishes)
+            recipe, notes = _fitted(recipe, wishes, training, validation, world)
+            training.horizontal_flip = recipe.train.horizontal_flip
             check(recipe)
             check_config(recipe.train, world)
     return Prepared(recipe, training, validation, source, notes)
 
 
-def _fitted(recipe: Recipe, wishes: Wishes) -> tuple[Recipe, list[str]]:
-    """The recipe with its schedule scaled to the steps, if they alone were given."""
+def _fitted(
+    recipe: Recipe, wishes: Wishes, training: DetectionDataset, validation: DetectionDataset, world: World
+) -> tuple[Recipe, list[str]]:
+    """The recipe with what the user left open fitted to the data, and notes on that."""
+    if wishes.base == RECIPES[OWN_DATA]:  # not one of this name from a file, which is fitted already
+        device = "cuda" if world.device.type == "cuda" else "cpu"
+        facts = Facts.of(training, device, world.size, len(validation))
+        return adapt(recipe, facts, wishes.given, keep_model=wishes.start_from is not None), []
     scaled_recipe = planned(recipe, wishes.base, wishes.given)
     if scaled_recipe == recipe:
         return recipe, []

@@ -14,7 +14,7 @@ import safetensors
 from doublehead.config import Recipe, to_dict
 from doublehead.engine.checkpoint import MODEL_FILE, STATE_FILE
 from doublehead.engine.commands import train_again_command
-from doublehead.engine.files import RECIPE_FILE, read_recipe
+from doublehead.engine.files import RECIPE_FILE, UNSAVED_MARK, read_recipe
 from doublehead.errors import UserError
 
 #: Fields that may change when a run is resumed.  The others shaped the state (the model, the optimiser and its
@@ -34,10 +34,6 @@ MAY_CHANGE = (
 BEST_FILE = "best.safetensors"
 _RESULTS = (MODEL_FILE, BEST_FILE, "metrics.json", "curves.png", "detections.png", "pr_curves.png", "confusion.png")
 
-#: Marks a folder until its first state is saved: a model without a state is then from an interrupted save, not one that
-#: somebody wants to keep.
-UNSAVED_MARK = ".unsaved"
-
 
 def mark_unsaved(folder: Path, start_from: Path | None = None) -> None:
     """Note that the run in `folder` has no state yet, and from which detector it starts, if from any."""
@@ -51,8 +47,8 @@ def mark_saved(folder: Path) -> None:
 
 def resume_command(folder: str | Path, processes: int = 1) -> str:
     """The command that resumes the run in `folder`."""
-    start = "python -m" if processes == 1 else f"torchrun --nproc-per-node {processes} -m"
-    return f"{start} doublehead.train --resume {shlex.quote(str(folder))}"
+    start = "" if processes == 1 else f"torchrun --nproc-per-node {processes} -m "
+    return f"{start}doublehead train --resume {shlex.quote(str(folder))}"
 
 
 def identity(recipe: Recipe, dataset: Any) -> dict[str, Any]:

@@ -27,9 +27,10 @@ from doublehead.engine.evaluator import evaluate, predict_images
 from doublehead.engine.files import RECIPE_FILE, check_new, write_json
 from doublehead.engine.fitting import Wishes, prepare
 from doublehead.engine.lock import FolderLock
-from doublehead.engine.logs import LOG_FILE, Progress, RunLog, check_log, read_log, say
+from doublehead.engine.logs import LOG_FILE, RunLog, check_log, read_log, say
 from doublehead.engine.metrics_text import format_metrics
 from doublehead.engine.optim import seed_step
+from doublehead.engine.progress import Progress
 from doublehead.engine.resume import check_folder, check_state, identity, mark_saved, mark_unsaved, resume_command
 from doublehead.engine.signals import Stopped, StopSignals
 from doublehead.engine.starting import Source
@@ -110,9 +111,11 @@ def _progress(folder: Path, steps: tuple[int, int | None] | None, total: int) ->
         return f" before the first step: {folder} is as it was; go on with: {command}"
     done, saved = steps
     if saved is None:
-        return f" before the first checkpoint: nothing is saved yet; begin again with: {command}"
-    what = f"step {saved} of {total}" if saved < total else f"the last step, {total},"
-    return f" after step {done}: {what} is saved in {folder}; go on with: {command}"
+        return f" at {done}/{total} before the first checkpoint: nothing is saved yet; begin again with: {command}"
+    if saved == total:
+        return f" at {done}/{total}: all steps are saved; measure the model with: {command}"
+    unsaved = f", saved at {saved}" if saved < done else ""
+    return f" at {done}/{total}{unsaved}; go on with: {command}"
 
 
 class Run(Hooks):

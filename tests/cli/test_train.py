@@ -276,8 +276,10 @@ def test_a_signal_lets_the_step_end_saves_and_exits(whole, tmp_path, number, cod
     # Forward 7 is the first half of step 4, after which nothing is saved otherwise.
     assert finish(train(folder, *OPTIONS, before=functools.partial(stop_in_step, 7, [number]))) == code
     assert load_state(folder / "state.pt")["step"] == 4 and (folder / "model.safetensors").exists()
-    command = f"go on with: python -m doublehead.train --resume {folder}\n"
-    assert f"stopped after step 4: step 4 of 12 is saved in {folder}; {command}" in log.read_text()
+    lines = log.read_text().splitlines()
+    saving = lines.index("saving: the running step ends first; Ctrl-C again ends without it")
+    assert f"stopped at 4/12; go on with: doublehead train --resume {folder}" in lines[saving:]
+    assert lines.count(lines[saving]) == 1
     assert "Traceback" not in log.read_text()
     assert finish(train(folder, "--resume", folder)) == 0, log.read_text()
     assert_same(contents(folder), contents(whole))
@@ -289,7 +291,8 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert finish(process) == -signal.SIGINT
     assert not (folder / "state.pt").exists()
     text = folder.with_suffix(".txt").read_text()
-    assert "stopped before the first checkpoint: nothing is saved yet; begin again with: python" in text
+    again = f"begin again with: doublehead train --resume {folder}\n"
+    assert f"stopped at 1/12 before the first checkpoint: nothing is saved yet; {again}" in text
     assert "Traceback" not in text
 
 
@@ -308,7 +311,8 @@ def stop_in_evaluation():
 def test_a_signal_during_evaluation_does_not_wait(whole, tmp_path):
     folder = tmp_path / "run"
     assert finish(train(folder, *OPTIONS, before=stop_in_evaluation), seconds=25) == 143
-    assert "stopped after step 5: step 5 of 12 is saved in" in folder.with_suffix(".txt").read_text()
+    text = folder.with_suffix(".txt").read_text()
+    assert "stopped at 5/12; go on with: " in text and "saving" not in text  # it is saved already
     assert load_state(folder / "state.pt")["step"] == 5
     assert finish(train(folder, "--resume", folder)) == 0
     assert_same(contents(folder), contents(whole))
