@@ -22,11 +22,10 @@ def train_again_command(folder: Path, recipe: Recipe, start_from: Path | None) -
         recipe: that run's, or a change of it.
         start_from: a trained detector to start from; None: train anew, by that run's own recipe.
     """
-    if start_from is not None and recipe.data.format != "shapes":
-        return train_command(recipe.data.root, start_from)
-    name = recipe.name if recipe.name in RECIPES and start_from is not None else None
-    which = name or f"--recipe {shlex.quote(str(folder / RECIPE_FILE))}"
-    return f"doublehead train {which}{_from(start_from)}"
+    known = RECIPES.get(recipe.name)
+    if start_from is None or (known is not None and known.data.format == recipe.data.format == "shapes"):
+        return f"doublehead train --recipe {shlex.quote(str(folder / RECIPE_FILE))}{_from(start_from)}"
+    return train_command(recipe.data.root, start_from)
 
 
 def _from(start_from: str | Path | None) -> str:
