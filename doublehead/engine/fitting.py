@@ -54,6 +54,8 @@ def prepare(recipe: Recipe, world: World, wishes: Wishes | None = None) -> Prepa
     """
     with config_errors():
         check(recipe)  # before the data are read: that may take minutes
+        if wishes is not None:
+            recipe = _all_images(recipe, wishes)
         source = None
         if wishes is not None and wishes.start_from is not None:
             source = read_source(wishes.start_from, recipe, wishes.given)
@@ -69,6 +71,14 @@ def prepare(recipe: Recipe, world: World, wishes: Wishes | None = None) -> Prepa
             check(recipe)
             check_config(recipe.train, world)
     return Prepared(recipe, training, validation, source, notes)
+
+
+def _all_images(recipe: Recipe, wishes: Wishes) -> Recipe:
+    """Numbers of pictures to draw are no limits to a data set that the user names instead."""
+    if wishes.base.data.format != "shapes" or recipe.data.format == "shapes":
+        return recipe
+    limits = {name: None for name in ("train_images", "val_images") if f"data.{name}" not in wishes.given}
+    return replace(recipe, data=replace(recipe.data, **limits))
 
 
 def _fitted(
