@@ -80,7 +80,7 @@ def run(options: Options) -> None:
             say(f"{options.checkpoint}: {recipe.name}, on {len(dataset)} images of {dataset.name}")
             if "all" in options.readouts and (left := untrained(readouts)):
                 say(f"left out, as the loss weights do not train them: {', '.join(left)}")
-        settings = {"voc": data.format == "voc", "workers": data.workers, "progress": world.is_main}
+        settings = {"voc": dataset.is_voc, "workers": data.workers, "progress": world.is_main}
         if readouts:
             measure_each(model.to(world.device), dataset, readouts, world, options, to_dict(data), settings)
         else:

@@ -224,7 +224,7 @@ class Run(Hooks):
             self.trainer.evaluated_model,
             self.validation,
             self.world,
-            voc=data.format == "voc",
+            voc=self.validation.is_voc,
             workers=data.workers,
             progress=self.world.is_main,
         )
