@@ -29,10 +29,8 @@ from doublehead.engine.lock import FolderLock
 from doublehead.engine.logs import LOG_FILE, RunLog, check_log, read_log, say
 from doublehead.engine.metrics_text import format_metrics
 from doublehead.engine.optim import seed_step
-from doublehead.engine.resume import check_folder, check_state, identity, mark_unsaved, resume_command
 from doublehead.engine.progress import Progress
-from doublehead.engine.resume import changes, check_folder, check_state, identity, mark_unsaved, resume_command
-from doublehead.engine.schedule import notes, notes_of_more_steps
+from doublehead.engine.resume import check_folder, check_state, identity, mark_unsaved, resume_command
 from doublehead.engine.signals import Stopped, StopSignals
 from doublehead.engine.trainer import Hooks, Trainer, check_config, micro_batch_size
 from doublehead.errors import UserError, config_errors
