@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from doublehead.config import DataConfig, ModelConfig, Recipe, TrainConfig, full_names, override
+from doublehead.config import DataConfig, ModelConfig, Recipe, TrainConfig, field_names, override
 from doublehead.engine import training
 from doublehead.engine.files import read_recipe
 from doublehead.errors import UserError, config_errors
@@ -127,7 +127,7 @@ def _name_of(recipe: Any) -> str:
 def _where_it_belongs(misplaced: dict[str, Any]) -> str:
     """Which dictionary takes a field that was given as an argument of its own."""
     name, value = next(iter(misplaced.items()))
-    full = next((n for n in full_names(Recipe()) if n.endswith(f".{name}")), None)
+    full = next((n for n in field_names() if n.endswith(f".{name}")), None)
     if full is None:
         return f"train() got an unexpected argument {name!r}"
     *path, field = full.split(".")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from .codec import from_dict, to_dict
-from .schema import Recipe
+from .codec import field_names, from_dict, to_dict
 
 
 def override(config: Any, changes: Mapping[str, Any]) -> tuple[Any, frozenset[str]]:
@@ -72,18 +71,7 @@ def _example(values: dict[str, Any]) -> str:
 def _unknown(full: str, field: str, values: dict[str, Any], name: str) -> str:
     where = f"{name}." if name else ""
     similar = [f"{where}{found}" for found in difflib.get_close_matches(field, values, n=1)]
-    similar = similar or [known for known in full_names(Recipe()) if known.rpartition(".")[2] == field]
-    hint = (
-        f"did you mean {' or '.join(similar[:3])}?"
-        if similar
-        else f"the fields {f'of {name} ' if name else ''}are: {', '.join(values)}"
-    )
-    return f"there is no field {full}; {hint}"
-
-
-def full_names(config: Any) -> Iterator[str]:
-    """The full names of all values in a configuration: `train.steps`, `model.head.kind`, ..."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        inner = full_names(value) if dataclasses.is_dataclass(value) else None
-        yield from [field.name] if inner is None else (f"{field.name}.{name}" for name in inner)
+    similar = similar or [known for known in field_names() if known.rpartition(".")[2] == field]
+    if similar:
+        return f"there is no field {full}; did you mean {' or '.join(similar[:3])}?"
+    return f"there is no field {full}; the fields {f'of {name} ' if name else ''}are: {', '.join(values)}"
