@@ -18,13 +18,12 @@ from doublehead.config import MAX_PIXELS
 from doublehead.data import read_image
 from doublehead.data.decoding import to_rgb
 from doublehead.data.images import EXIF_ORIENTATION
-from doublehead.engine.picture_files import HOW_TO_SPLIT, VIDEOS
+from doublehead.engine.picture_files import URL, VIDEOS, how_to_split, what_url
 from doublehead.errors import UserError, one_line
 
 ACCEPTED = "a path, a PIL image, an array [H, W, 3] (uint8, or floats in 0..1) or a Tensor[3, H, W] (the same)"
 ROUNDING = 1e-3
 """How far floats may lie outside of 0..1: resizing and conversions round."""
-_URL = re.compile(r"(?i)[a-z][a-z0-9+.-]+://|data:")
 
 
 def to_tensors(images: Any, max_pixels: int = MAX_PIXELS) -> tuple[Iterator[Tensor], bool]:
@@ -95,13 +94,10 @@ def _article(noun: str) -> str:
 def _from_file(path: str | os.PathLike, name: str, max_pixels: int) -> Tensor:
     text = os.fsdecode(path)
     shown = one_line(repr(text[:200]))
-    if _URL.match(text):
-        raise UserError(
-            f"{name} is the URL {shown}, and files alone are read: fetch it first, "
-            "urllib.request.urlretrieve(url, 'image.jpg')"
-        )
+    if url := URL.match(text):
+        raise UserError(f"{name} is {shown}, {what_url(text, url[1].lower())}")
     if Path(text).suffix.lower() in VIDEOS:
-        raise UserError(f"{name} is {shown}, a video; {HOW_TO_SPLIT}")
+        raise UserError(f"{name} is {shown}, a video: {how_to_split(text)}")
     if os.path.isdir(text):
         raise UserError(
             f"{name} is {shown}, a folder: give its files, such as sorted(pathlib.Path({shown}).glob('*.jpg')), or use "
@@ -142,7 +138,7 @@ def _from_array(array: np.ndarray, name: str) -> Tensor:
             hint = ": image.transpose(1, 2, 0) puts the channels last; a Tensor has them first"
         elif array.ndim == 3 and shape[2] == 4:
             hint = ": image[..., :3] leaves out the fourth channel"
-        raise UserError(f"{name}: arrays are [H, W, 3], RGB (or [H, W], grey), this one is {shape}{hint}")
+        raise UserError(f"{name} is {shape}, arrays are [H, W, 3], RGB, or [H, W], grey{hint}")
     if array.dtype == np.uint8:
         tensor = torch.from_numpy(np.array(array, order="C"))  # a copy: strides may be negative, memory read-only
     elif np.issubdtype(array.dtype, np.floating):
@@ -162,7 +158,7 @@ def _from_tensor(tensor: Tensor, name: str) -> Tensor:
             hint = ": image.permute(2, 0, 1) puts the channels first; a NumPy array has them last"
         elif tensor.ndim == 3 and shape[0] == 4:
             hint = ": image[:3] leaves out the fourth channel"
-        raise UserError(f"{name}: tensors are [3, H, W], RGB (or [H, W], grey), this one is {shape}{hint}")
+        raise UserError(f"{name} is {shape}, tensors are [3, H, W], RGB, or [H, W], grey{hint}")
     tensor = tensor.detach().as_subclass(Tensor)
     if tensor.is_floating_point():
         low, high = torch.aminmax(tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import signal
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from doublehead.config import DataConfig, ModelConfig, Recipe, TrainConfig, field_names, override
 from doublehead.engine import training
-from doublehead.engine.files import read_recipe
+from doublehead.engine.files import read_recipe, read_recipe_file
 from doublehead.errors import UserError, config_errors
 from doublehead.recipes import RECIPES
 
@@ -115,9 +116,13 @@ def _base(recipe: str | os.PathLike | Recipe | None, resume: str | os.PathLike |
     if name in RECIPES:
         return RECIPES[name]
     if Path(name).suffix.lower() == ".json":
-        return read_recipe(name)
-    hint = f"; a folder of data is another argument: doublehead.train(data={name!r})" if Path(name).is_dir() else ""
-    raise UserError(f"there is no recipe {name!r}{hint}; the recipes are: {', '.join(RECIPES)}")
+        return read_recipe_file(name)
+    hint = f"the recipes are: {', '.join(RECIPES)}"
+    if Path(name).is_dir():
+        hint = f"a folder of data is another argument: doublehead.train(data={name!r})"
+    elif similar := difflib.get_close_matches(name, RECIPES, n=1):
+        hint = f"did you mean {similar[0]!r}? {hint[0].upper()}{hint[1:]}"
+    raise UserError(f"there is no recipe {name!r}; {hint}")
 
 
 def _name_of(recipe: Any) -> str:
