@@ -222,12 +222,30 @@ def read_recipe(folder: str | Path) -> Recipe:
     """
     path = Path(folder) / RECIPE_FILE
     try:
-        if path.exists() and not path.is_file():  # reading a pipe would wait forever
-            raise UserError(f"{path}: not a regular file")
-        return from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except UserError:
-        raise
+        return _read_recipe(path)
     except OSError as error:
         raise UserError(f"{folder} is not the folder of a run: {path} cannot be read ({error.strerror})") from error
+
+
+def read_recipe_file(path: str | Path) -> Recipe:
+    """The recipe in a file, or in the folder of a run.
+
+    Raises:
+        UserError: there is none; what is wrong in it is named by its field.
+    """
+    path = Path(path)
+    path = path / RECIPE_FILE if path.is_dir() else path
+    try:
+        return _read_recipe(path)
+    except OSError as error:
+        raise UserError(f"--recipe {path}: cannot be read: {error.strerror}") from error
+
+
+def _read_recipe(path: Path) -> Recipe:
+    """Raises OSError: it cannot be read; UserError: it holds no recipe."""
+    if path.exists() and not path.is_file():  # reading a pipe would wait forever
+        raise UserError(f"{path}: not a regular file")
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:  # of characters, JSON, fields
         raise UserError(f"{path}: not a recipe of this version: {error}") from error
