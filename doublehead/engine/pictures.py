@@ -66,14 +66,14 @@ def draw_boxes(
         _draw_box(draw, boxes[i].tolist(), class_colour(int(labels[i])), width=max(3, size // 6))
     for i in chosen:  # the names last, so that no box hides one
         label = int(labels[i])
-        text = _shown(classes[label - 1]) + (f" {scores[i]:.2f}" if scores is not None else "")
+        text = shown_name(classes[label - 1]) + (f" {scores[i]:.2f}" if scores is not None else "")
         _draw_name(draw, boxes[i].tolist(), text, class_colour(label), font, picture.size)
     return picture
 
 
-def _shown(name: str) -> str:
+def shown_name(name: str, longest: int = LONGEST_NAME) -> str:
     """A class name as one line of bounded length, without characters that fonts cannot draw."""
-    short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
+    short = name if len(name) <= longest else f"{name[: longest - 1]}\N{HORIZONTAL ELLIPSIS}"
     return "".join(letter if letter.isprintable() else " " for letter in short)
 
 
