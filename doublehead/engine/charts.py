@@ -16,7 +16,7 @@ import numpy as np
 from doublehead.engine.coco_metrics import Details
 from doublehead.engine.files import write_bytes
 from doublehead.engine.matching import rates
-from doublehead.engine.pictures import shown_name
+from doublehead.engine.pictures import shown_name, shown_score
 
 NAMED_CURVES = 10
 """Up to this many classes each have a curve with a name."""
@@ -28,7 +28,18 @@ LONGEST_NAME = 24
 BINS = 40
 RIGHT, WRONG = "#2166ac", "#f4a582"  # dark and light, in grey too
 _STYLES = ("-", "--", "-.", ":", (0, (8, 2)))
-_COLOURS = ("#1b6ca8", "#d1495b", "#3f7d20", "#e08e1b", "#6c4ab6", "#12868c", "#a3458f", "#7a5c2e", "#4f6d9e", "#8a8d0f")
+_COLOURS = (
+    "#1b6ca8",
+    "#d1495b",
+    "#3f7d20",
+    "#e08e1b",
+    "#6c4ab6",
+    "#12868c",
+    "#a3458f",
+    "#7a5c2e",
+    "#4f6d9e",
+    "#8a8d0f",
+)
 
 
 def draw_charts(details: Details, folder: Path, title: str = "") -> list[str]:
@@ -114,7 +125,7 @@ def draw_confusion(details: Details, path: str | Path, title: str = "") -> None:
     axes.set_xlabel("detected as (detections)")
     axes.set_ylabel("ground truth (boxes)")
     why = "best F1" if details.best_f1["f1"] else "none is right"
-    threshold = f"scores from {_score(details.best_f1['threshold'])} on ({why})"
+    threshold = f"scores from {shown_score(details.best_f1['threshold'])} on ({why})"
     rule = "best score first, each takes the free box it overlaps most, IoU ≥ 0.5; crowd and difficult boxes left out"
     figure.suptitle(f"{_joined(title, 'confusion, ' + threshold)}\n{rule}", fontsize="medium")
     _save(figure, path)
@@ -171,13 +182,15 @@ def draw_scores(details: Details, path: str | Path, title: str = "") -> None:
         curves.plot(all_rates.thresholds, getattr(all_rates, field), color=colour, ls=style, lw=width, label=label)
     curves.set(title="all classes together, by threshold", ylim=(0, 1.02))
     for axes in (counts, curves):
-        axes.axvline(best["threshold"], color="black", lw=1.5, ls="-.", label=f"threshold {_score(best['threshold'])}")
+        axes.axvline(
+            best["threshold"], color="black", lw=1.5, ls="-.", label=f"threshold {shown_score(best['threshold'])}"
+        )
         axes.set(xlabel="score", xlim=(0, 1))
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
         axes.legend()
     rest = f"precision {100 * best['precision']:.1f}, recall {100 * best['recall']:.1f}"
-    figure.suptitle(_joined(title, f"best F1 {100 * best['f1']:.1f} at score {_score(best['threshold'])}: {rest}"))
+    figure.suptitle(_joined(title, f"best F1 {100 * best['f1']:.1f} at score {shown_score(best['threshold'])}: {rest}"))
     _save(figure, path)
 
 
@@ -241,11 +254,6 @@ def _short(number: int) -> str:
     if number < 10_000:
         return str(number)
     return f"{number / 1e3:.0f}k" if number < 999_500 else f"{number / 1e6:.1f}M"
-
-
-def _score(threshold: float) -> str:
-    """Rounded down, so that the detection at the threshold is above what is written."""
-    return f"{int(1000 * threshold) / 1000:.3f}"
 
 
 # ---------------------------------------------------------------------- figures
