@@ -29,17 +29,8 @@ BINS = 40
 RIGHT, WRONG = "#2166ac", "#f4a582"  # dark and light, in grey too
 _STYLES = ("-", "--", "-.", ":", (0, (8, 2)))
 _COLOURS = (
-    "#1b6ca8",
-    "#d1495b",
-    "#3f7d20",
-    "#e08e1b",
-    "#6c4ab6",
-    "#12868c",
-    "#a3458f",
-    "#7a5c2e",
-    "#4f6d9e",
-    "#8a8d0f",
-)
+    "#1b6ca8", "#d1495b", "#3f7d20", "#e08e1b", "#6c4ab6", "#12868c", "#a3458f", "#7a5c2e", "#4f6d9e", "#8a8d0f"
+)  # fmt: skip
 
 
 def draw_charts(details: Details, folder: Path, title: str = "") -> list[str]:
@@ -155,8 +146,8 @@ def _name_classes(axes: Any, details: Details) -> None:
     size = float(np.clip(760 / (len(shown) + 30), 5, 11))
     totals = details.confusion.sum(axis=1), details.confusion.sum(axis=0)
     rows, columns = ([f"{names[k]} ({_short(total[k])})" for k in shown[:-1]] for total in totals)
-    axes.set_xticks(shown, [*columns, "missed"], rotation=90 if count > 5 else 30, fontsize=size,
-                    ha="center" if count > 5 else "right", rotation_mode="default" if count > 5 else "anchor")  # fmt: skip
+    upright = {"rotation": 90} if count > 5 else {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(shown, [*columns, "missed"], fontsize=size, **upright)
     axes.set_yticks(shown, [*rows, "background"], fontsize=size)
 
 
@@ -174,6 +165,7 @@ def draw_scores(details: Details, path: str | Path, title: str = "") -> None:
     figure = _figure(13, 5)
     counts, curves = figure.subplots(1, 2)
     ranked, best = details.ranking, details.best_f1
+    chosen = shown_score(best["threshold"])
     _draw_histogram(counts, ranked.scores[ranked.hits], ranked.scores[~ranked.hits])
     all_rates = rates(ranked)
     lines = (("f1", "F1", "black", "-", 2.5), ("precision", "precision", RIGHT, "--", 1.5),
@@ -182,15 +174,13 @@ def draw_scores(details: Details, path: str | Path, title: str = "") -> None:
         curves.plot(all_rates.thresholds, getattr(all_rates, field), color=colour, ls=style, lw=width, label=label)
     curves.set(title="all classes together, by threshold", ylim=(0, 1.02))
     for axes in (counts, curves):
-        axes.axvline(
-            best["threshold"], color="black", lw=1.5, ls="-.", label=f"threshold {shown_score(best['threshold'])}"
-        )
+        axes.axvline(best["threshold"], color="black", lw=1.5, ls="-.", label=f"threshold {chosen}")
         axes.set(xlabel="score", xlim=(0, 1))
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
         axes.legend()
     rest = f"precision {100 * best['precision']:.1f}, recall {100 * best['recall']:.1f}"
-    figure.suptitle(_joined(title, f"best F1 {100 * best['f1']:.1f} at score {shown_score(best['threshold'])}: {rest}"))
+    figure.suptitle(_joined(title, f"best F1 {100 * best['f1']:.1f} at score {chosen}: {rest}"))
     _save(figure, path)
 
 

@@ -48,7 +48,7 @@ def holder(tmp_path):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Trainings in this process, with the tiny detector and without curves and charts: `tiny(arguments)` gives the exit code."""
+    """Trainings in this process, with the tiny detector and without charts: `tiny(arguments)` gives the exit code."""
     monkeypatch.setitem(sys.modules, "doublehead.models", tiny_models())
     monkeypatch.setattr(pictures, "draw_curves", lambda *args: None)
     monkeypatch.setattr(charts, "draw_charts", lambda *args: [])
