@@ -74,12 +74,8 @@ def batch_sheet(batches: Sequence[tuple[Sequence[Any], Sequence[Any]]], classes:
     draw, top = ImageDraw.Draw(sheet), 0
     for number, (block, (images, _)) in enumerate(zip(blocks, batches, strict=True), start=first + 1):
         part = f"{MOST_IMAGES} of its {len(images)} images" if len(images) > MOST_IMAGES else f"{len(images)} images"
-        draw.text(
-            (_GAP, top + 8),
-            f"training batch {number}, as the model gets it: {part}",
-            fill="black",
-            font=drawing_font(17),
-        )
+        heading = f"training batch {number}, as the model gets it: {part}"
+        draw.text((_GAP, top + 8), heading, fill="black", font=drawing_font(17))
         sheet.paste(block, (0, top + _HEADER))
         top += _HEADER + block.height
     return sheet
