@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from doublehead.cli import train
-from doublehead.engine import lock, pictures, run
+from doublehead.engine import charts, lock, pictures, run
 from doublehead.engine.checkpoint import load_state
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import PeerLostError, UserError
@@ -48,9 +48,10 @@ def holder(tmp_path):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Trainings in this process, with the tiny detector and without curves: `tiny(arguments)` gives the exit code."""
+    """Trainings in this process, with the tiny detector and without charts: `tiny(arguments)` gives the exit code."""
     monkeypatch.setitem(sys.modules, "doublehead.models", tiny_models())
     monkeypatch.setattr(pictures, "draw_curves", lambda *args: None)
+    monkeypatch.setattr(charts, "draw_charts", lambda *args: [])
 
     def run(*arguments):
         try:
