@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import tyro
 
-from doublehead.config import DataConfig, ModelConfig, Recipe, TrainConfig, check
-from doublehead.engine.files import new_run_folder, read_recipe
-from doublehead.engine.schedule import describe, scaled
+from doublehead.config import DataConfig, ModelConfig, Recipe, TrainConfig, check, field_names
+from doublehead.engine.files import read_recipe
+from doublehead.engine.training import start
 from doublehead.errors import UserError, config_errors, shown_to_user
 from doublehead.recipes import RECIPES
 
@@ -46,22 +44,34 @@ class BriefOptions(Options):
     model: Annotated[ModelConfig, tyro.conf.Suppress]
 
 
+class Command(NamedTuple):
+    """A command line, understood."""
+
+    recipe: Recipe
+    """The recipe with the options' changes."""
+    options: Options
+    given: frozenset[str]
+    """The recipe's fields that the command line names, by their full names."""
+    base: Recipe
+    """The recipe without the changes."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line.  Exits with 2 on a user's error, 143 or 130 when stopped by SIGTERM or Ctrl-C."""
     with shown_to_user():
-        recipe, options = parse(sys.argv[1:] if arguments is None else arguments)
-        run(recipe, options)
+        recipe, options, given, base = parse(sys.argv[1:] if arguments is None else arguments)
+        start(recipe, given, base=base, out=options.out, resume=options.resume)
 
 
-def parse(arguments: Sequence[str]) -> tuple[Recipe, Options]:
-    """The recipe with the command line's changes, and the other options.
+def parse(arguments: Sequence[str]) -> Command:
+    """What the command line asks for.
 
     Raises:
         UserError: an unknown recipe, a value that a field does not accept, or options that exclude each other.
         SystemExit: after `--help`, or an option that is unknown or wrong.
     """
     named, arguments = _take_recipe(list(arguments))
-    recipe = _start_recipe(named, arguments)
+    base = _start_recipe(named, arguments)
     arguments = [_SHORT.get(argument, argument) for argument in arguments]
     brief = bool({"-h", "--help"} & set(arguments))
     if "--help-all" in arguments or "--help_all" in arguments:
@@ -69,48 +79,30 @@ def parse(arguments: Sequence[str]) -> tuple[Recipe, Options]:
     options = tyro.cli(
         BriefOptions if brief else Options,
         prog=f"{PROGRAM} [RECIPE]",
-        description=_description(recipe),
-        default=Options(recipe.data, recipe.train, recipe.model),
+        description=_description(base),
+        default=Options(base.data, base.train, base.model),
         args=arguments,
     )
     with config_errors():
         check(Recipe(data=options.data, train=options.train, model=options.model))
     if options.resume and options.out:
         raise UserError("--out and --resume exclude each other: a resumed run stays in its folder")
-    if options.resume and options.model != recipe.model:
+    if options.resume and options.model != base.model:
         raise UserError("--resume goes on with the model as it is: leave the --model options out")
-    train = options.train
-    alone = _is_given("--train.steps", arguments) and not _is_given("--train.milestones", arguments)
-    if alone and not options.resume:
-        # A resumed run keeps its schedule, which its steps so far have followed.
-        train = scaled(train, recipe.train.steps, warmup=not _is_given("--train.warmup-steps", arguments))
-    return replace(recipe, data=options.data, train=train, model=options.model), options
+    recipe = replace(base, data=options.data, train=options.train, model=options.model)
+    return Command(recipe, options, _given(arguments), base)
 
 
-def run(recipe: Recipe, options: Options) -> None:
-    """Train on this process and those beside it."""
-    from doublehead.engine.distributed import join_world  # only now: these import PyTorch
-    from doublehead.engine.logs import counted_warnings, say
-    from doublehead.engine.run import train
-
-    with join_world(recipe.train.device) as world, counted_warnings(shown=world.is_main):
-        resume = options.resume is not None
-        if world.is_main and options.train != recipe.train:
-            say(f"note: {recipe.train.steps} steps: the schedule keeps its shape: {describe(recipe.train)}")
-        folder = Path(options.resume) if resume else world.on_main(lambda: new_run_folder(recipe.name, options.out))
-        try:
-            train(recipe, folder, world, resume)
-        except BaseException:
-            with contextlib.suppress(OSError):  # a run that never began leaves no empty folders
-                folder.rmdir()
-                if options.out is None:
-                    folder.parent.rmdir()
-            raise
-
-
-def _is_given(option: str, arguments: Sequence[str]) -> bool:
-    """Whether the command line names `option`."""
-    return any(argument.partition("=")[0].replace("_", "-") == option for argument in arguments)
+def _given(arguments: Sequence[str]) -> frozenset[str]:
+    """The recipe's fields that the options name, in whichever spelling: `--train.steps=5`, `--data.no-outside-root`."""
+    fields = set(field_names(Recipe))
+    names = set()
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument[2:].partition("=")[0].replace("-", "_")
+            path, _, last = name.rpartition(".")
+            names |= {name, f"{path}.{last.removeprefix('no_')}"} & fields
+    return frozenset(names)
 
 
 def _take_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -44,8 +44,8 @@ def mark_unsaved(folder: Path, unsaved: bool) -> None:
 
 def resume_command(folder: str | Path, processes: int = 1) -> str:
     """The command that resumes the run in `folder`."""
-    start = "python -m" if processes == 1 else f"torchrun --nproc-per-node {processes} -m"
-    return f"{start} doublehead.train --resume {shlex.quote(str(folder))}"
+    start = "" if processes == 1 else f"torchrun --nproc-per-node {processes} -m "
+    return f"{start}doublehead train --resume {shlex.quote(str(folder))}"
 
 
 def identity(recipe: Recipe, dataset: Any) -> dict[str, Any]:

@@ -20,15 +20,17 @@ from tqdm import tqdm
 
 from doublehead.config import ModelConfig, Recipe, check, to_dict
 from doublehead.data import build_dataset, build_loader
-from doublehead.engine import checkpoint, pictures
+from doublehead.engine import banner, checkpoint, pictures
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import PeerFailed, PeerLostError, PeerStopped
 from doublehead.engine.evaluator import evaluate, predict_images
-from doublehead.engine.files import RECIPE_FILE, check_new, read_recipe, write_json
+from doublehead.engine.files import RECIPE_FILE, check_new, write_json
 from doublehead.engine.lock import FolderLock
-from doublehead.engine.logs import LOG_FILE, Progress, RunLog, check_log, read_log, say
+from doublehead.engine.logs import LOG_FILE, RunLog, check_log, read_log, say
 from doublehead.engine.metrics_text import format_metrics
 from doublehead.engine.optim import seed_step
+from doublehead.engine.resume import check_folder, check_state, identity, mark_unsaved, resume_command
+from doublehead.engine.progress import Progress
 from doublehead.engine.resume import changes, check_folder, check_state, identity, mark_unsaved, resume_command
 from doublehead.engine.schedule import notes, notes_of_more_steps
 from doublehead.engine.signals import Stopped, StopSignals
@@ -105,9 +107,11 @@ def _progress(folder: Path, steps: tuple[int, int | None] | None, total: int) ->
         return f" before the first step: {folder} is as it was; go on with: {command}"
     done, saved = steps
     if saved is None:
-        return f" before the first checkpoint: nothing is saved yet; begin again with: {command}"
-    what = f"step {saved} of {total}" if saved < total else f"the last step, {total},"
-    return f" after step {done}: {what} is saved in {folder}; go on with: {command}"
+        return f" at {done}/{total} before the first checkpoint: nothing is saved yet; begin again with: {command}"
+    if saved == total:
+        return f" at {done}/{total}: all steps are saved; measure the model with: {command}"
+    unsaved = f", saved at {saved}" if saved < done else ""
+    return f" at {done}/{total}{unsaved}; go on with: {command}"
 
 
 class Run(Hooks):
@@ -133,7 +137,9 @@ class Run(Hooks):
             self.saved_step = state["step"]
         self.identity = identity(recipe, self.training)
         if world.is_main:
-            self._say_start(state)
+            banner.say_start(
+                recipe, folder, world, self.training, self.validation, self.trainer, state, self._machine()
+            )
         self.log: RunLog | None = None  # the main process's
         world.on_main(lambda: self._open_files(state))
         self.progress = Progress(recipe.train.steps, self.trainer.step, shown=world.is_main)
@@ -264,58 +270,9 @@ class Run(Hooks):
         sheet = pictures.detection_grid(images, targets, outputs, self.training.classes)
         pictures.save_picture(self.folder / "detections.png", sheet)
 
-    def _say_start(self, state: dict[str, Any] | None) -> None:
-        """Print what is trained, on what data and device, and notes.  Nothing is written yet."""
-        recipe, config, model = self.recipe, self.recipe.train, self.trainer.model
-        weights = sum(p.numel() for p in model.parameters())
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        shown = ", ".join(self.training.classes[:8]) + (", ..." if len(self.training.classes) > 8 else "")
-        options = [f"amp {config.amp}"] if config.amp != "off" else []
-        options += [f"{config.accumulate} accumulation steps"] if config.accumulate > 1 else []
-        options += [f"weights averaged ({config.ema_decay})"] if config.ema_decay is not None else []
-        options += ["all done: the results are made again"] if self.trainer.step >= config.steps else []
-        steps = f"{config.steps}" if state is None else f"{self.trainer.step} -> {config.steps}"
-        lines = {
-            "recipe": f"{recipe.name}: {recipe.about}",
-            "data": f"{recipe.data.format}: {len(self.training)} images to train, {len(self.validation)} to validate",
-            "classes": f"{len(self.training.classes)}: {shown}",
-            "model": f"{recipe.model.head.kind}, {recipe.model.backbone.name}, "
-            f"{weights / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained",
-            "steps": ", ".join([f"{steps} x {config.batch_size} images", *options]),
-            "device": _device_name(self.world),
-            "folder": f"{self.folder}" + (" (resumed)" if state is not None else ""),
-        }
-        if self.training.left_out():
-            lines["left out"] = f"of training: {self.training.left_out()}"
-        for name, text in lines.items():
-            say(f"{name:<8} {text}")
-        for text in [*notes(config), *(self._notes_of_resuming(state) if state is not None else ())]:
-            say(f"note: {text}")
-
-    def _notes_of_resuming(self, state: dict[str, Any]) -> Iterator[str]:
-        before, now = state["machine"], self._machine()
-        if before != now:
-            changed = ", ".join(f"{before[name]} -> {now[name]} {name}" for name in now if before[name] != now[name])
-            yield f"{changed}: the run goes on, but its results will not be bit-identical"
-        if self.trainer.average and state["average"] is None:
-            yield "the state has no averaged weights: their average begins with this part of the run"
-        if (self.folder / RECIPE_FILE).exists():
-            recipe = read_recipe(self.folder)
-            if changed := changes(recipe, self.recipe):
-                yield f"changed from here on: {', '.join(changed)}"
-            yield from notes_of_more_steps(self.recipe.train, recipe.train, state["step"])
-
 
 def _start(config: ModelConfig, state: dict[str, Any] | None) -> ModelConfig:
     """The model to build: a resumed one needs no backbone file, as its state has all weights."""
     if state is None:
         return config
     return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=None))
-
-
-def _device_name(world: World) -> str:
-    if world.device.type == "cuda":
-        name = torch.cuda.get_device_name(world.device)
-    else:
-        name = f"{world.device.type}, {torch.get_num_threads()} threads"
-    return f"{world.size} x {name}" if world.size > 1 else name

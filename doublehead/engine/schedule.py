@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -9,8 +10,15 @@ from doublehead.config import TrainConfig
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of step `step` (from 0): linear warm-up, then times `gamma` at each milestone."""
-    rate = config.lr * config.gamma ** sum(milestone <= step for milestone in config.milestones)
+    """The rate of step `step` (from 0): linear warm-up, then times `gamma` at each milestone, or along half a cosine.
+
+    The cosine begins with the full rate at the end of the warm-up and would reach 0 one step after the last.
+    """
+    if config.schedule == "cosine":
+        done = max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+        rate = config.lr * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    else:
+        rate = config.lr * config.gamma ** sum(milestone <= step for milestone in config.milestones)
     if step < config.warmup_steps:
         progress = step / config.warmup_steps
         rate *= config.warmup_factor + (1 - config.warmup_factor) * progress

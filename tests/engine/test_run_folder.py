@@ -302,7 +302,7 @@ def test_a_stop_before_the_first_step_says_so(tmp_path, tiny, monkeypatch, capsy
     assert not (tmp_path / "new").exists()
     before = contents(folder)
     assert tiny("--resume", "run") == 143
-    command = "go on with: python -m doublehead.train --resume run\n"
+    command = "go on with: doublehead train --resume run\n"
     assert f"stopped before the first step: run is as it was; {command}" in capsys.readouterr().err
     assert contents(folder) == before
 
@@ -325,5 +325,5 @@ def test_a_lost_process_is_named_though_torchrun_stops_the_others_at_once(folder
     finally:
         signal.signal(signal.SIGTERM, before)
     stopped, error = capsys.readouterr().err.splitlines()
-    assert stopped.startswith("stopped after step 4: the last step, 4, is saved in ") and "--resume" in stopped
+    assert stopped.startswith("stopped at 4/4: all steps are saved; measure the model with: doublehead train --resume")
     assert error == "error: another process of this job is gone" and not fallen_through
