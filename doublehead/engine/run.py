@@ -34,7 +34,6 @@ from doublehead.engine.metrics_text import format_metrics
 from doublehead.engine.optim import seed_step
 from doublehead.engine.progress import Progress
 from doublehead.engine.results import draw_results
-from doublehead.engine.resume import check_folder, check_state, identity, mark_unsaved, resume_command
 from doublehead.engine.resume import check_folder, check_state, identity, mark_saved, mark_unsaved, resume_command
 from doublehead.engine.signals import Stopped, StopSignals
 from doublehead.engine.starting import Source

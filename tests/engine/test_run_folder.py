@@ -213,7 +213,12 @@ def fewer_classes_in_the_model_of_an_old_state(folder):
 @pytest.mark.parametrize(
     "change, options, message",
     [
-        (lose_state, [], r"has model.safetensors but no state.pt .* from its weights: doublehead train --recipe \S+recipe.json --from \S+run$"),
+        (
+            lose_state,
+            [],
+            r"has model.safetensors but no state.pt .* from its weights: doublehead train "
+            r"--recipe \S+recipe.json --from \S+run$",
+        ),
         (lose_model_too, [], "has metrics.json but no state.pt .*: doublehead train --recipe .*recipe.json$"),
         (None, ["--train.steps", "3"], "has done 4 steps already, more than train.steps 3: give --train.steps 4"),
         (None, ["--train.steps", "6", "--train.seed", "7"], "holds another run: train.seed is 0 there, not 7"),
