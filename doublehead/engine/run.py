@@ -1,8 +1,8 @@
 """A whole training run: data, model, trainer, and the folder of its results.
 
 `runs/<name>/` holds `recipe.json`, `model.safetensors` (to use), `state.pt` (to continue from),
-`log.jsonl`, `tensorboard/`, and after the last step `metrics.json`, `curves.png` and
-`detections.png`.
+`log.jsonl`, `tensorboard/`, `batches.png`, and after the last step `metrics.json`, `curves.png`,
+`detections.png` and the charts of `charts.CHARTS`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from tqdm import tqdm
 from doublehead.config import ModelConfig, Recipe, to_dict
 from doublehead.data import build_loader
 from doublehead.engine import banner, checkpoint, pictures
+from doublehead.engine.batch_sheet import BATCHES_FILE, draw_first_batches
+from doublehead.engine.coco_metrics import Details
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import PeerFailed, PeerLostError, PeerStopped
-from doublehead.engine.evaluator import evaluate, predict_images
+from doublehead.engine.evaluator import evaluate_in_detail
 from doublehead.engine.files import RECIPE_FILE, check_new, write_json
 from doublehead.engine.fitting import Wishes, prepare
 from doublehead.engine.lock import FolderLock
@@ -31,6 +33,7 @@ from doublehead.engine.logs import LOG_FILE, RunLog, check_log, read_log, say
 from doublehead.engine.metrics_text import format_metrics
 from doublehead.engine.optim import seed_step
 from doublehead.engine.progress import Progress
+from doublehead.engine.results import draw_results
 from doublehead.engine.resume import check_folder, check_state, identity, mark_saved, mark_unsaved, resume_command
 from doublehead.engine.signals import Stopped, StopSignals
 from doublehead.engine.starting import Source
@@ -38,7 +41,6 @@ from doublehead.engine.trainer import Hooks, Trainer, micro_batch_size
 from doublehead.errors import UserError, config_errors
 
 METRICS_FILE = "metrics.json"
-PICTURES = 8  # images in detections.png
 _STOPS = (Stopped, KeyboardInterrupt, PeerStopped, PeerLostError)  # nothing is wrong with the run: it can be resumed
 
 
@@ -154,17 +156,18 @@ class Run(Hooks):
             self.on_save()  # a resume needs no more of the detector that it started from
         self.progress = Progress(self.recipe.train.steps, self.trainer.step, shown=world.is_main)
         self.metrics: dict[str, Any] = {}
+        self.details: Details | None = None
 
-    def _batches(self, start: int) -> Any:
+    def _batches(self, start: int, training: Any = None, workers: int | None = None) -> Any:
         config = self.recipe.train
         return build_loader(
-            self.training,
+            self.training if training is None else training,
             micro_batch_size(config, self.world),
             train=True,
             seed=config.seed,
             rank=self.world.rank,
             world_size=self.world.size,
-            workers=self.recipe.data.workers,
+            workers=self.recipe.data.workers if workers is None else workers,
             aspect_ratio_grouping=config.aspect_ratio_grouping,
             start_step=start,
         )
@@ -190,6 +193,7 @@ class Run(Hooks):
                 mark_saved(self.folder)
         except OSError as error:
             raise UserError(f"{self.folder / RECIPE_FILE}: cannot be written: {error.strerror}") from error
+        self._draw_batches()
         if state is None:
             self.log = RunLog(self.folder)
             return
@@ -200,6 +204,17 @@ class Run(Hooks):
         self.log = RunLog(self.folder, state["step"], keep)
         if not (self.folder / checkpoint.MODEL_FILE).exists():  # somebody removed it
             self._save_model()
+
+    def _draw_batches(self) -> None:
+        """Show the batches that this process begins with; not again when the run is resumed."""
+        path, step = self.folder / BATCHES_FILE, self.trainer.step
+        if path.exists() or step >= self.recipe.train.steps:
+            return
+        first = step * self.recipe.train.accumulate
+        try:
+            draw_first_batches(lambda training: self._batches(first, training, workers=0), self.training, path, first)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
     def _machine(self) -> dict[str, Any]:
         """What sums are split over: rounding depends on it, and so do the exact results of a run."""
@@ -235,11 +250,11 @@ class Run(Hooks):
 
     def on_evaluate(self) -> None:
         data = self.recipe.data
-        self.metrics, _ = evaluate(
+        self.metrics, _, self.details = evaluate_in_detail(
             self.trainer.evaluated_model,
             self.validation,
             self.world,
-            voc=data.format == "voc",
+            voc=self.validation.is_voc,
             workers=data.workers,
             progress=self.world.is_main,
         )
@@ -260,28 +275,23 @@ class Run(Hooks):
 
     def _write_results(self) -> None:
         try:
-            self._write_files()
+            names = self._write_files()
         except OSError as error:
             raise UserError(
                 f"{self.folder}: the results cannot be written: {error.strerror or error}; the training is done and "
                 "saved, --resume makes them again"
             ) from error
         say("\n" + format_metrics(self.metrics) + "\n")
-        say(f"{self.folder}: {checkpoint.MODEL_FILE}, {METRICS_FILE}, {LOG_FILE}, curves.png, detections.png")
+        say(f"{self.folder}: {', '.join([checkpoint.MODEL_FILE, LOG_FILE, *names])}")
 
-    def _write_files(self) -> None:
+    def _write_files(self) -> list[str]:
+        """Write the results; their names."""
         steps = {"step": self.trainer.step, "seconds": round(self.trainer.seconds(), 1)}
         write_json(self.folder / METRICS_FILE, steps | self.metrics)
         pictures.draw_curves(read_log(self.folder / LOG_FILE), self.folder / "curves.png", self.recipe.name)
-        self._draw_detections()
-
-    def _draw_detections(self) -> None:
-        count = min(PICTURES, len(self.validation))
-        chosen = [i * len(self.validation) // count for i in range(count)]
-        images, targets = zip(*(self.validation[i] for i in chosen), strict=True)
-        outputs = predict_images(self.trainer.evaluated_model, images, self.world.device)
-        sheet = pictures.detection_grid(images, targets, outputs, self.training.classes)
-        pictures.save_picture(self.folder / "detections.png", sheet)
+        model, device = self.trainer.evaluated_model, self.world.device
+        drawn = draw_results(self.folder, self.recipe.name, model, self.validation, device, self.details)
+        return [METRICS_FILE, "curves.png", *drawn]
 
 
 def _start(config: ModelConfig, state: dict[str, Any] | None) -> ModelConfig:

@@ -143,7 +143,7 @@ def test_what_a_run_leaves(whole):
     names = {p.name for p in folder.iterdir()}
     assert names == {
         "recipe.json", "model.safetensors", "state.pt", "log.jsonl", "tensorboard", "metrics.json", "curves.png",
-        "detections.png",
+        "detections.png", "batches.png", "pr_curves.png", "confusion.png", "scores.png",
     }  # fmt: skip
     assert list((folder / "tensorboard").glob("events.*"))
     log = read_log(folder / "log.jsonl")

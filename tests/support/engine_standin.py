@@ -97,9 +97,10 @@ def tiny_models(seen: list | None = None) -> types.ModuleType:
 
 
 def tiny_program(monkeypatch):
-    """A function that runs a command in this process, with the tiny detector and without curves: its exit code."""
+    """A function that runs a command in this process, with the tiny detector and without charts: its exit code."""
     monkeypatch.setitem(sys.modules, "doublehead.models", tiny_models())
     monkeypatch.setattr("doublehead.engine.pictures.draw_curves", lambda *args: None)
+    monkeypatch.setattr("doublehead.engine.charts.draw_charts", lambda *args: [])
 
     def run(*arguments, command="train"):
         try:
@@ -183,8 +184,8 @@ def launch(
 ):
     """Start `doublehead COMMAND arguments` with `TinyDetector`; one process of `size`.
 
-    Its output goes to `output`.  `before` is called in the new process first.  Without `draw` the curves, which
-    take as long as all the rest, are not drawn.  Returns the started process.
+    Its output goes to `output`.  `before` is called in the new process first.  Without `draw` the curves and charts,
+    which take longer than all the rest, are not drawn.  Returns the started process.
     """
     _start_server()
     arguments = [str(a) for a in arguments]
@@ -226,6 +227,7 @@ def _run(command, arguments, output, rank, size, port, before, draw):
         before()
     if not draw:
         importlib.import_module("doublehead.engine.pictures").draw_curves = lambda *args: None
+        importlib.import_module("doublehead.engine.charts").draw_charts = lambda *args: []
     importlib.import_module(f"doublehead.cli.{command}").main(arguments)
 
 
