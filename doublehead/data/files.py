@@ -153,6 +153,11 @@ class FileDataset(DetectionDataset):
             self.unused["crowd or difficult box"] += int(self._ignore.sum())
         self.unused["box without area"] += sum(item.without_area for item in objects)
 
+    @property
+    def paths(self) -> list[str]:
+        """The image's file by index."""
+        return self._paths
+
     def load(self, index: int) -> tuple[Tensor, Target]:
         image = read_image(self._paths[index], self.image_sizes[index], max_pixels=self._max_pixels)
         mine = slice(self._ends[index], self._ends[index + 1])
