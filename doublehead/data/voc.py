@@ -33,6 +33,11 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".webp", "
 """Suffixes of image files; the first that exists is used."""
 
 
+def is_voc(root: Path, split: str) -> bool:
+    """Whether `read_voc` finds the split's list."""
+    return (root / "ImageSets" / "Main" / f"{split}.txt").is_file()
+
+
 def read_voc(
     root: Path, split: str, classes: Sequence[str] | None = None, outside_root: bool = False
 ) -> tuple[list[str], list[int], Iterator[RawImage | DataError]]:
