@@ -2,7 +2,7 @@
 
 `runs/<name>/` holds `recipe.json`, `model.safetensors` (to use), `state.pt` (to continue from),
 `log.jsonl`, `tensorboard/`, and after the last step `metrics.json`, `curves.png` and
-`detections.png`.
+`detections.png`; with evaluations on the way `best.safetensors`, those weights with the highest AP.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from doublehead.config import ModelConfig, Recipe, check, to_dict
 from doublehead.data import build_dataset, build_loader
 from doublehead.engine import checkpoint, pictures
+from doublehead.engine.best import BEST_FILE, Best
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import PeerFailed, PeerLostError, PeerStopped
 from doublehead.engine.evaluator import evaluate, predict_images
@@ -135,6 +136,7 @@ class Run(Hooks):
         if world.is_main:
             self._say_start(state)
         self.log: RunLog | None = None  # the main process's
+        self.best = Best(folder / BEST_FILE, self.validation)
         world.on_main(lambda: self._open_files(state))
         self.progress = Progress(recipe.train.steps, self.trainer.step, shown=world.is_main)
         self.metrics: dict[str, Any] = {}
@@ -151,6 +153,7 @@ class Run(Hooks):
             workers=self.recipe.data.workers,
             aspect_ratio_grouping=config.aspect_ratio_grouping,
             start_step=start,
+            augment=config.augment,
         )
 
     # ------------------------------------------------------------------ resuming
@@ -179,6 +182,7 @@ class Run(Hooks):
             return record["step"] <= state["step" if "loss" in record else "evaluated_step"]
 
         self.log = RunLog(self.folder, state["step"], keep)
+        self.best.read()
         if not (self.folder / checkpoint.MODEL_FILE).exists():  # somebody removed it
             self._save_model()
 
@@ -209,10 +213,9 @@ class Run(Hooks):
 
         self.world.on_main(write)
 
-    def _save_model(self) -> None:
-        path = self.folder / checkpoint.MODEL_FILE
-        model, data = self.trainer.evaluated_model, self.training
-        checkpoint.save_model(path, model, self.recipe, data.classes, data.category_ids, self.trainer.step)
+    def _save_model(self, name: str = checkpoint.MODEL_FILE, more: Mapping[str, str] | None = None) -> None:
+        model, data, step = self.trainer.evaluated_model, self.training, self.trainer.step
+        checkpoint.save_model(self.folder / name, model, self.recipe, data.classes, data.category_ids, step, more)
 
     def on_evaluate(self) -> None:
         data = self.recipe.data
@@ -224,10 +227,17 @@ class Run(Hooks):
             workers=data.workers,
             progress=self.world.is_main,
         )
+        self.world.on_main(self._keep_best)
         if self.log and self.metrics.get("AP") is not None:
             numbers = {name: value for name, value in self.metrics.items() if name.startswith("A")}
             self.log.write({"step": self.trainer.step, **numbers})
             say(f"step {self.trainer.step}: AP {100 * numbers['AP']:.1f}, AP50 {100 * numbers['AP50']:.1f}")
+
+    def _keep_best(self) -> None:
+        """Before the log says so: a run killed between the two evaluates again, and finds its own file."""
+        ap = self.metrics.get("AP")
+        if self.recipe.train.eval_every and self.best.is_beaten_by(self.trainer.step, ap):
+            self._save_model(BEST_FILE, self.best.replaced_by(self.trainer.step, ap))
 
     # ------------------------------------------------------------------ the end
 
@@ -248,11 +258,13 @@ class Run(Hooks):
                 "saved, --resume makes them again"
             ) from error
         say("\n" + format_metrics(self.metrics) + "\n")
+        if best := self.best.describe():
+            say(f"{self.folder}: {best}")
         say(f"{self.folder}: {checkpoint.MODEL_FILE}, {METRICS_FILE}, {LOG_FILE}, curves.png, detections.png")
 
     def _write_files(self) -> None:
         steps = {"step": self.trainer.step, "seconds": round(self.trainer.seconds(), 1)}
-        write_json(self.folder / METRICS_FILE, steps | self.metrics)
+        write_json(self.folder / METRICS_FILE, steps | self.metrics | self.best.as_metrics())
         pictures.draw_curves(read_log(self.folder / LOG_FILE), self.folder / "curves.png", self.recipe.name)
         self._draw_detections()
 
