@@ -147,9 +147,10 @@ def _paper_model(fields: _Fields, facts: Facts) -> None:
 
 
 def _images_of_kept_model(fields: _Fields, facts: Facts) -> None:
-    """A detector of smaller images than these boxes need gets larger ones: convolutions know no image size."""
+    """A detector of such small images that boxes vanish gets larger ones: convolutions know no image size."""
     image = fields.recipe.model.image
-    if min(image.min_size[-1], image.max_size / facts.elongation) < _short_side(facts):
+    side = min(image.min_size[-1], image.max_size / facts.elongation)
+    if facts.small_box * side < 16 and side < _short_side(facts):
         _image_size(fields, facts)
 
 
