@@ -21,6 +21,9 @@ from doublehead.engine.lock import LOCK_FILE
 from doublehead.errors import UserError
 
 RECIPE_FILE = "recipe.json"
+UNSAVED_MARK = ".unsaved"
+"""Marks a run's folder until its first state is saved: a model without a state is then from an interrupted save, not
+one that somebody wants to keep.  It is written before the recipe."""
 _LONGEST = 200  # bytes of a file's name that its temporary file repeats
 _A_DAY = 24 * 3600.0
 _WRITER = re.compile(r"^\..*\.(?P<system>[0-9a-f]{8})-(?P<process>[0-9]+)-[0-9a-f]{8}\.tmp$", re.DOTALL)
@@ -199,7 +202,7 @@ def check_new(folder: Path) -> None:
     Raises:
         UserError: it does.
     """
-    if any(path.name != LOCK_FILE and not is_temporary(path) for path in folder.iterdir()):
+    if any(path.name not in (LOCK_FILE, UNSAVED_MARK) and not is_temporary(path) for path in folder.iterdir()):
         raise UserError(f"{folder} already holds files: give another --out, or continue it with --resume {folder}")
 
 
