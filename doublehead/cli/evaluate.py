@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from doublehead.cli.outputs import check_folder, check_output
+from doublehead.cli.outputs import check_folder, check_output, same_file
 from doublehead.cli.readouts import set_readout
 from doublehead.config import DetectionConfig, Fusion, ModelConfig, ReadOutName, to_dict
 from doublehead.engine.data_options import EvaluationData, data_config
@@ -48,6 +47,8 @@ class Options:
     pictures: str | None = None
     """Draw into this folder, which is made: precision over recall, the confusion of classes, the scores of right and
     wrong detections, and some images with ground truth and detections; for a single read-out."""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Replace the files that --out and --metrics name, and those of --pictures."""
     device: str = "auto"
     """`auto`: CUDA where there is one, else CPU."""
 
@@ -71,9 +72,9 @@ def run(options: Options) -> None:
     from doublehead.engine.results import RESULT_FILES
 
     check_options(options)
-    check_output(options.out)
-    check_output(options.metrics, "--metrics")
-    check_folder(options.pictures, RESULT_FILES, "--pictures")
+    check_output(options.out, "--out", options.overwrite)
+    check_output(options.metrics, "--metrics", options.overwrite)
+    check_folder(options.pictures, RESULT_FILES, "--pictures", options.overwrite)
     with join_world(options.device) as world, counted_warnings(shown=world.is_main):
         model, recipe, classes, _ = load_model(options.checkpoint)
         with config_errors():
@@ -86,7 +87,7 @@ def run(options: Options) -> None:
             say(f"{options.checkpoint}: {recipe.name}, on {len(dataset)} images of {dataset.name}")
             if "all" in options.readouts and (left := untrained(readouts)):
                 say(f"left out, as the loss weights do not train them: {', '.join(left)}")
-        settings = {"voc": data.format == "voc", "workers": data.workers, "progress": world.is_main}
+        settings = {"voc": dataset.is_voc, "workers": data.workers, "progress": world.is_main}
         if readouts:
             measure_each(model.to(world.device), dataset, readouts, world, options, to_dict(data), settings)
         else:
@@ -151,7 +152,7 @@ def check_options(options: Options) -> None:
     Raises:
         UserError: it names them.
     """
-    if options.out and options.metrics and _same_file(options.out, options.metrics):
+    if options.out and options.metrics and same_file(options.out, options.metrics):
         raise UserError(f"--out and --metrics are both {options.out}: give each a file of its own")
     several = "--readouts" if options.readouts else "--fusions" if options.fusions else None
     if several is None:
@@ -166,12 +167,6 @@ def check_options(options: Options) -> None:
         raise UserError(f"--out holds the detections of one read-out: leave out {several}, or --out")
     if options.pictures:
         raise UserError(f"--pictures shows one read-out: leave out {several}, or --pictures")
-
-
-def _same_file(first: str, second: str) -> bool:
-    """Whether writing one would overwrite the other; a device, such as /dev/stdout, takes both."""
-    same = os.path.realpath(first) == os.path.realpath(second)
-    return same and (os.path.isfile(first) or not os.path.exists(first))
 
 
 def find_readouts(model, options: Options, trained: ModelConfig) -> dict[str, ReadOut]:

@@ -213,8 +213,13 @@ def fewer_classes_in_the_model_of_an_old_state(folder):
 @pytest.mark.parametrize(
     "change, options, message",
     [
-        (lose_state, [], r"has model.safetensors but no state.pt .* doublehead train RECIPE --out ANOTHER"),
-        (lose_model_too, [], "has metrics.json but no state.pt"),
+        (
+            lose_state,
+            [],
+            r"has model.safetensors but no state.pt .* from its weights: doublehead train "
+            r"--recipe \S+recipe.json --from \S+run$",
+        ),
+        (lose_model_too, [], "has metrics.json but no state.pt .*: doublehead train --recipe .*recipe.json$"),
         (None, ["--train.steps", "3"], "has done 4 steps already, more than train.steps 3: give --train.steps 4"),
         (None, ["--train.steps", "6", "--train.seed", "7"], "holds another run: train.seed is 0 there, not 7"),
         (None, ["--train.batch-size", "2"], "train.batch_size is 4 there, not 2"),
@@ -296,7 +301,7 @@ def test_a_stop_before_the_first_step_says_so(tmp_path, tiny, monkeypatch, capsy
     def stop(*args, **kwargs):
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("doublehead.engine.run.build_dataset", stop)
+    monkeypatch.setattr("doublehead.engine.fitting.build_dataset", stop)
     monkeypatch.chdir(tmp_path)
     assert tiny(*TINY, "--out", "new") == 143
     assert "stopped before the first step: nothing is saved; start it again" in capsys.readouterr().err
