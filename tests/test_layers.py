@@ -27,12 +27,14 @@ LAYERS: tuple[dict[str, str], ...] = (
         "interop": "torch numpy torchvision",
     },
     {"cli": "torch tqdm tyro"},
-    dict.fromkeys(["__init__", "__main__", *COMMANDS.split()], ""),
+    {"api": "torch numpy PIL"},
+    dict.fromkeys(COMMANDS.split(), ""),
+    {"__init__": "", "__main__": ""},
 )
 """From the bottom: each layer's packages and modules of `doublehead`, and what each imports from other projects.
 
 A package may import from every lower layer, and from itself; never from its neighbours in the same layer.  The top
-layer is what users name: `import doublehead`, `python -m doublehead`, `python -m doublehead.train`, ...
+layers are what users name: `import doublehead`, `python -m doublehead`, `python -m doublehead.train`, ...
 """
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
 OTHER_PROJECTS = {room: set(names.split()) for layer in LAYERS for room, names in layer.items()}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from doublehead.cli.outputs import check_output
+from doublehead.cli.outputs import check_output, same_file
 from doublehead.cli.readouts import set_readout
 from doublehead.config import DetectionConfig, Fusion, ModelConfig, ReadOutName, to_dict
 from doublehead.engine.data_options import EvaluationData, data_config
@@ -44,6 +43,8 @@ class Options:
     """Write the detections to this file, in COCO's submission format; for a single read-out."""
     metrics: str | None = None
     """Write the metrics to this file; `doublehead tables` includes RUN/metrics-NAME.json, with all of its read-outs."""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Replace the files that --out and --metrics name."""
     device: str = "auto"
     """`auto`: CUDA where there is one, else CPU."""
 
@@ -66,8 +67,8 @@ def run(options: Options) -> None:
     from doublehead.engine.logs import counted_warnings, say
 
     check_options(options)
-    check_output(options.out)
-    check_output(options.metrics, "--metrics")
+    check_output(options.out, "--out", options.overwrite)
+    check_output(options.metrics, "--metrics", options.overwrite)
     with join_world(options.device) as world, counted_warnings(shown=world.is_main):
         model, recipe, classes, _ = load_model(options.checkpoint)
         with config_errors():
@@ -80,7 +81,7 @@ def run(options: Options) -> None:
             say(f"{options.checkpoint}: {recipe.name}, on {len(dataset)} images of {dataset.name}")
             if "all" in options.readouts and (left := untrained(readouts)):
                 say(f"left out, as the loss weights do not train them: {', '.join(left)}")
-        settings = {"voc": data.format == "voc", "workers": data.workers, "progress": world.is_main}
+        settings = {"voc": dataset.is_voc, "workers": data.workers, "progress": world.is_main}
         if readouts:
             measure_each(model.to(world.device), dataset, readouts, world, options, to_dict(data), settings)
         else:
@@ -131,7 +132,7 @@ def check_options(options: Options) -> None:
     Raises:
         UserError: it names them.
     """
-    if options.out and options.metrics and _same_file(options.out, options.metrics):
+    if options.out and options.metrics and same_file(options.out, options.metrics):
         raise UserError(f"--out and --metrics are both {options.out}: give each a file of its own")
     several = "--readouts" if options.readouts else "--fusions" if options.fusions else None
     if several is None:
@@ -144,12 +145,6 @@ def check_options(options: Options) -> None:
         raise UserError(f"--fusions are for the fused read-out, --readouts {' '.join(options.readouts)} has none")
     if options.out:
         raise UserError(f"--out holds the detections of one read-out: leave out {several}, or --out")
-
-
-def _same_file(first: str, second: str) -> bool:
-    """Whether writing one would overwrite the other; a device, such as /dev/stdout, takes both."""
-    same = os.path.realpath(first) == os.path.realpath(second)
-    return same and (os.path.isfile(first) or not os.path.exists(first))
 
 
 def find_readouts(model, options: Options, trained: ModelConfig) -> dict[str, ReadOut]:

@@ -8,14 +8,25 @@ from pathlib import Path
 from doublehead.errors import UserError
 
 
-def check_output(path: str | None, option: str = "--out") -> None:
+def check_output(path: str | None, option: str = "--out", overwrite: bool | None = None) -> None:
     """Refuse an output file that cannot be written, before the work and not after it.
 
+    Args:
+        overwrite: False: refuse a file that exists, and name the option; None: the caller has looked.
+
     Raises:
-        UserError: its folder does not exist or is closed, or it is a folder itself.
+        UserError: its folder does not exist or is closed, it is a folder itself, or it exists.
     """
     if path is None:
         return
     folder = Path(path).parent
     if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(path).is_dir():
         raise UserError(f"{option} {path}: cannot be written: give a file in a folder that exists and is writable")
+    if overwrite is False and os.path.isfile(path):  # a device or a pipe takes what comes
+        raise UserError(f"{option} {path}: exists: give another file, or --overwrite to replace it")
+
+
+def same_file(first: str, second: str) -> bool:
+    """Whether writing one would overwrite the other; a device, such as /dev/stdout, takes both."""
+    same = os.path.realpath(first) == os.path.realpath(second)
+    return same and (os.path.isfile(first) or not os.path.exists(first))

@@ -18,9 +18,10 @@ from doublehead.config import TrainConfig, to_dict
 from doublehead.data import DataError
 from doublehead.engine.checkpoint import load_state
 from doublehead.engine.errors import UserError
+from doublehead.engine.fitting import planned
 from doublehead.engine.logs import read_log
 from doublehead.engine.schedule import notes, notes_of_more_steps
-from doublehead.engine.training import base_of, planned
+from doublehead.engine.training import base_of
 from doublehead.recipes import RECIPES
 from tests.support.engine_standin import TINY, TinyDetector, finish, free_port, launch, one_thread  # noqa: F401 (a fixture)
 from tests.support.training_runs import OPTIONS, assert_same, contents, train
@@ -142,7 +143,7 @@ def test_what_a_run_leaves(whole):
     names = {p.name for p in folder.iterdir()}
     assert names == {
         "recipe.json", "model.safetensors", "state.pt", "log.jsonl", "tensorboard", "metrics.json", "curves.png",
-        "detections.png",
+        "detections.png", "batches.png", "pr_curves.png", "confusion.png", "scores.png",
     }  # fmt: skip
     assert list((folder / "tensorboard").glob("events.*"))
     log = read_log(folder / "log.jsonl")
