@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from doublehead.config import Recipe, check
-from doublehead.data import DetectionDataset, open_splits
+from doublehead.data import DetectionDataset, Splits, open_splits
 from doublehead.engine.distributed import World
 from doublehead.engine.schedule import describe, scaled
 from doublehead.engine.starting import Source, read_source
@@ -29,6 +29,11 @@ class Wishes:
     """The fields that the user has set, by their full names; they stay."""
     start_from: str | Path | None = None
     """A trained detector whose model and weights are taken."""
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the recipe fits itself to the data: `own-data`, but not one of this name from a file."""
+        return self.base == RECIPES[OWN_DATA]
 
 
 class Prepared(NamedTuple):
@@ -56,23 +61,22 @@ def prepare(recipe: Recipe, world: World, wishes: Wishes | None = None) -> Prepa
     """
     with config_errors():
         check(recipe)  # before the data are read: that may take minutes
-        if wishes is not None:
-            recipe = _all_images(recipe, wishes)
-        source = None
-        if wishes is not None and wishes.start_from is not None:
+        if wishes is None:
+            check_config(recipe.train, world)
+            splits = open_splits(recipe.data, recipe.train.horizontal_flip)
+            return Prepared(recipe, splits.train, splits.val, splits.said, None, [])
+        recipe, source = _all_images(recipe, wishes), None
+        if wishes.start_from is not None:
             source = read_source(wishes.start_from, recipe, wishes.given)
             recipe = source.recipe(recipe)
-        if wishes is None or wishes.base != RECIPES[OWN_DATA]:
+        if not wishes.adapts:
             check_config(recipe.train, world)
         splits = open_splits(recipe.data, recipe.train.horizontal_flip)
-        training, validation = splits.train, splits.val
-        notes: list[str] = []
-        if wishes is not None:
-            recipe, notes = _fitted(recipe, wishes, training, validation, world)
-            training.horizontal_flip = recipe.train.horizontal_flip
-            check(recipe)
-            check_config(recipe.train, world)
-    return Prepared(recipe, training, validation, splits.said, source, notes)
+        recipe, notes = _fitted(recipe, wishes, splits, world)
+        splits.train.horizontal_flip = recipe.train.horizontal_flip
+        check(recipe)
+        check_config(recipe.train, world)
+    return Prepared(recipe, splits.train, splits.val, splits.said, source, notes)
 
 
 def _all_images(recipe: Recipe, wishes: Wishes) -> Recipe:
@@ -83,19 +87,28 @@ def _all_images(recipe: Recipe, wishes: Wishes) -> Recipe:
     return replace(recipe, data=replace(recipe.data, **limits))
 
 
-def _fitted(
-    recipe: Recipe, wishes: Wishes, training: DetectionDataset, validation: DetectionDataset, world: World
-) -> tuple[Recipe, list[str]]:
+def _fitted(recipe: Recipe, wishes: Wishes, splits: Splits, world: World) -> tuple[Recipe, list[str]]:
     """The recipe with what the user left open fitted to the data, and notes on that."""
-    if wishes.base == RECIPES[OWN_DATA]:  # not one of this name from a file, which is fitted already
+    if wishes.adapts:
         device = "cuda" if world.device.type == "cuda" else "cpu"
-        facts = Facts.of(training, device, world.size, len(validation))
-        return adapt(recipe, facts, wishes.given, keep_model=wishes.start_from is not None), []
+        facts = Facts.of(splits.train, device, world.size, len(splits.val))
+        adapted = adapt(recipe, facts, wishes.given, keep_model=wishes.start_from is not None)
+        return adapted, [_said_of(adapted, len(splits.train))]
     scaled_recipe = planned(recipe, wishes.base, wishes.given)
     if scaled_recipe == recipe:
         return recipe, []
     train = scaled_recipe.train
     return scaled_recipe, [f"{train.steps} steps: the schedule keeps its shape: {describe(train)}"]
+
+
+def _said_of(recipe: Recipe, images: int) -> str:
+    """What was fitted to the data, in few words."""
+    train = recipe.train
+    evaluated = f"evaluated each {train.eval_every} steps" if train.eval_every else "evaluated at the end"
+    return (
+        f"fitted to the data: {train.steps} steps, {train.steps * train.batch_size / images:.3g} passes, {evaluated}; "
+        f"{train.optimizer}, rate {train.lr:g}, warm-up {train.warmup_steps}, schedule {train.schedule}"
+    )
 
 
 def planned(recipe: Recipe, base: Recipe, given: Collection[str]) -> Recipe:
