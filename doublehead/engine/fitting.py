@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from doublehead.config import Recipe, check
-from doublehead.data import DetectionDataset, build_dataset
+from doublehead.data import DetectionDataset, open_splits
 from doublehead.engine.distributed import World
 from doublehead.engine.schedule import planned
 from doublehead.engine.starting import Source, read_source
@@ -38,6 +38,8 @@ class Prepared(NamedTuple):
     recipe: Recipe
     training: DetectionDataset
     validation: DetectionDataset
+    said: str
+    """One line about the data."""
     source: Source | None
     """The detector to start from."""
     notes: list[str]
@@ -63,15 +65,15 @@ def prepare(recipe: Recipe, world: World, wishes: Wishes | None = None) -> Prepa
             recipe = source.recipe(recipe)
         if wishes is None or wishes.base != RECIPES[OWN_DATA]:
             check_config(recipe.train, world)
-        training = build_dataset(recipe.data, "train", recipe.train.horizontal_flip)
-        validation = build_dataset(recipe.data, "val", classes=training.classes)
+        splits = open_splits(recipe.data, recipe.train.horizontal_flip)
+        training, validation = splits.train, splits.val
         notes: list[str] = []
         if wishes is not None:
             recipe, notes = _fitted(recipe, wishes, training, validation, world)
             training.horizontal_flip = recipe.train.horizontal_flip
             check(recipe)
             check_config(recipe.train, world)
-    return Prepared(recipe, training, validation, source, notes)
+    return Prepared(recipe, training, validation, splits.said, source, notes)
 
 
 def _all_images(recipe: Recipe, wishes: Wishes) -> Recipe:

@@ -149,8 +149,8 @@ class Run(Hooks):
         self.identity = identity(self.recipe, self.training)
         if world.is_main:
             banner.say_start(
-                self.recipe, folder, world, self.training, self.validation, self.trainer, state, self._machine(),
-                start_from=copied, notes_of_fitting=prepared.notes,
+                self.recipe, folder, world, self.training, self.trainer, state, self._machine(),
+                data=prepared.said, start_from=copied, notes_of_fitting=prepared.notes,
             )  # fmt: skip
         self.log: RunLog | None = None  # the main process's
         self.best = Best(folder / BEST_FILE, self.validation)

@@ -164,7 +164,7 @@ def test_what_a_run_leaves(whole):
 def test_what_a_run_says(whole):
     text = whole.with_suffix(".txt").read_text()
     for words in (
-        "shapes-ext", "9 images to train, 3 to validate", "disc, ", "12 x 4 images, 2 accumulation steps",
+        "shapes-ext", "shapes: 9 train, 3 val, 6 classes", "disc, ", "12 x 4 images, 2 accumulation steps",
         "cpu, 1 threads", "M parameters", "class", "AR100", "model.safetensors", "0:00 left",
     ):  # fmt: skip
         assert words in text, words
