@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import tyro
 from doublehead.config import DataConfig, ModelConfig, Recipe, TrainConfig, check, field_names
 from doublehead.engine.commands import train_again_command
 from doublehead.engine.files import read_recipe, read_recipe_file
-from doublehead.engine.training import check_arguments, start
+from doublehead.engine.training import check_arguments, start, write_recipe
 from doublehead.errors import UserError, config_errors, shown_to_user
 from doublehead.recipes import RECIPES
 from doublehead.recipes.own_data import NAME as OWN_DATA
@@ -41,6 +42,8 @@ class Options:
     resume: str | None = None
     """Folder of a stopped run: go on with its recipe, from its last checkpoint. More steps, another learning rate and
     the like may be given; what would make it another run is refused."""
+    write_recipe: str | None = None
+    """Write the recipe, with the options and fitted to the data, to this new file, and exit."""
     help_all: tyro.conf.FlagCreatePairsOff[bool] = False
     """Show the options of the model too, and exit."""
 
@@ -68,6 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line.  Exits with 2 on a user's error, 143 or 130 when stopped by SIGTERM or Ctrl-C."""
     with shown_to_user():
         recipe, options, given, base = parse(sys.argv[1:] if arguments is None else arguments)
+        if options.write_recipe is not None:
+            write_recipe(options.write_recipe, recipe, given, base=base, start_from=options.start_from)
+            print(f"written: {options.write_recipe}; train it: {PROGRAM} --recipe {shlex.quote(options.write_recipe)}")
+            return
         start(recipe, given, base=base, out=options.out, resume=options.resume, start_from=options.start_from)
 
 
@@ -95,6 +102,8 @@ def parse(arguments: Sequence[str]) -> Command:
         check(Recipe(data=options.data, train=options.train, model=options.model))
     recipe, given = replace(base, data=options.data, train=options.train, model=options.model), _given(arguments)
     check_arguments(recipe, given, out=options.out, resume=options.resume, start_from=options.start_from)
+    if options.write_recipe and (options.resume or options.out):
+        raise UserError("--write-recipe trains nothing: leave --resume and --out out")
     if options.resume and options.model != base.model:
         raise UserError(
             "--resume goes on with the model as it is: leave the --model options out, or begin another run from its "

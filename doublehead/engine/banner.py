@@ -23,10 +23,10 @@ def say_start(
     folder: Path,
     world: World,
     training: DetectionDataset,
-    validation: DetectionDataset,
     trainer: Trainer,
     state: dict[str, Any] | None,
     machine: dict[str, Any],
+    data: str,
     start_from: str | None = None,
     notes_of_fitting: Sequence[str] = (),
 ) -> None:
@@ -35,6 +35,7 @@ def say_start(
     Args:
         state: the state that the run goes on from; None: it begins.
         machine: what sums are split over now (see `Run`).
+        data: one line about the data.
         start_from: what is taken of a trained detector.
         notes_of_fitting: what was changed in the recipe.
     """
@@ -49,7 +50,7 @@ def say_start(
     steps = f"{config.steps}" if state is None else f"{trainer.step} -> {config.steps}"
     lines = {
         "recipe": f"{recipe.name}: {recipe.about}",
-        "data": f"{recipe.data.format}: {len(training)} images to train, {len(validation)} to validate",
+        "data": data,
         "classes": f"{len(training.classes)}: {shown}",
         "model": f"{recipe.model.head.kind}, {recipe.model.backbone.name}, "
         f"{weights / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained",

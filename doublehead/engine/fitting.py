@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from doublehead.config import Recipe, check
-from doublehead.data import DetectionDataset, build_dataset
+from doublehead.data import DetectionDataset, open_splits
 from doublehead.engine.distributed import World
 from doublehead.engine.schedule import describe, scaled
 from doublehead.engine.starting import Source, read_source
@@ -37,6 +37,8 @@ class Prepared(NamedTuple):
     recipe: Recipe
     training: DetectionDataset
     validation: DetectionDataset
+    said: str
+    """One line about the data."""
     source: Source | None
     """The detector to start from."""
     notes: list[str]
@@ -54,21 +56,31 @@ def prepare(recipe: Recipe, world: World, wishes: Wishes | None = None) -> Prepa
     """
     with config_errors():
         check(recipe)  # before the data are read: that may take minutes
+        if wishes is not None:
+            recipe = _all_images(recipe, wishes)
         source = None
         if wishes is not None and wishes.start_from is not None:
             source = read_source(wishes.start_from, recipe, wishes.given)
             recipe = source.recipe(recipe)
         if wishes is None or wishes.base != RECIPES[OWN_DATA]:
             check_config(recipe.train, world)
-        training = build_dataset(recipe.data, "train", recipe.train.horizontal_flip)
-        validation = build_dataset(recipe.data, "val", classes=training.classes)
+        splits = open_splits(recipe.data, recipe.train.horizontal_flip)
+        training, validation = splits.train, splits.val
         notes: list[str] = []
         if wishes is not None:
             recipe, notes = _fitted(recipe, wishes, training, validation, world)
             training.horizontal_flip = recipe.train.horizontal_flip
             check(recipe)
             check_config(recipe.train, world)
-    return Prepared(recipe, training, validation, source, notes)
+    return Prepared(recipe, training, validation, splits.said, source, notes)
+
+
+def _all_images(recipe: Recipe, wishes: Wishes) -> Recipe:
+    """Numbers of pictures to draw are no limits to a data set that the user names instead."""
+    if wishes.base.data.format != "shapes" or recipe.data.format == "shapes":
+        return recipe
+    limits = {name: None for name in ("train_images", "val_images") if f"data.{name}" not in wishes.given}
+    return replace(recipe, data=replace(recipe.data, **limits))
 
 
 def _fitted(

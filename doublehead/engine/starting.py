@@ -54,7 +54,8 @@ class Source:
         """
         mine, target = self.loaded.model.state_dict(), model.state_dict()
         rows = _rows(self.loaded.classes, classes)
-        whole, by_name = {}, {}
+        whole: dict[str, Tensor] = {}
+        by_name: dict[str, Tensor] = {}
         for name, tensor in target.items():
             source, per_class = mine.get(name), _rows_per_class(name, config)
             if source is None or per_class != _rows_per_class(name, self.loaded.recipe.model):
@@ -68,25 +69,33 @@ class Source:
         if any(name.startswith(_BACKBONE) for name in new):
             raise self._other_backbone()
         model.load_state_dict(target | whole | by_name)
-        unused = [name for name in mine if name not in whole and name not in by_name and not name.endswith(_COUNTER)]
-        return f"{self.path}: " + "; ".join(self._said(classes, list(whole), list(by_name), new, unused))
+        other_classes = [name for name in new if rows == {} and _rows_per_class(name, config)]
+        unused = [name for name in mine if name not in target and not name.endswith(_COUNTER)]
+        said = self._said(classes, list(whole), list(by_name), new, other_classes, unused)
+        return f"{self.path}: {'; '.join(said)}"
 
     def _said(
-        self, classes: Sequence[str], whole: list[str], by_name: list[str], new: list[str], unused: list[str]
+        self,
+        classes: Sequence[str],
+        whole: Sequence[str],
+        by_name: Sequence[str],
+        new: Sequence[str],
+        other_classes: Sequence[str],
+        unused: Sequence[str],
     ) -> Iterator[str]:
         before = self.loaded.classes
-        yield "all weights" if not (by_name or new) else f"{len(whole)} of {len(whole + by_name + new)} tensors"
+        total = len(whole) + len(by_name) + len(new)
+        yield "all weights" if len(whole) == total else f"{len(whole)} of {total} tensors"
         if by_name:
             both, others = ([n for n in classes if (n in before) == known] for known in (True, False))
             new_rows = f", those of {_listed(others)} new" if others else ""
             yield f"{_layers(by_name)}: the rows of background, {_listed(both)} by name{new_rows}"
-        of_classes = [name for name in new if _OF_CLASSES.fullmatch(name) and name in unused]
-        if of_classes:
-            yield f"{_layers(of_classes)} new: its {len(before)} classes are none of the {len(classes)} here"
-        if others := [name for name in new if name not in of_classes]:
+        if other_classes:
+            yield f"{_layers(other_classes)} new: its {len(before)} classes are none of the {len(classes)} here"
+        if others := [name for name in new if name not in other_classes]:
             yield f"{_layers(others)} new: it has none of this shape"
-        if others := [name for name in unused if name not in of_classes]:
-            yield f"not used of it: {_layers(others)}"
+        if unused:
+            yield f"not used of it: {_layers(unused)}"
 
     def _other_backbone(self) -> UserError:
         backbone = self.loaded.recipe.model.backbone

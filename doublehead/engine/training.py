@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from doublehead.config import Recipe
+from doublehead.config import Recipe, to_dict
 from doublehead.engine.commands import train_command
-from doublehead.engine.files import new_run_folder
+from doublehead.engine.files import new_run_folder, write_json
 from doublehead.errors import UserError
 from doublehead.recipes import RECIPES
 
@@ -81,6 +81,41 @@ def start(
                     folder.parent.rmdir()
             raise
     return TrainResult(folder, metrics)
+
+
+def write_recipe(
+    path: str | Path,
+    recipe: Recipe,
+    given: Collection[str] = frozenset(),
+    *,
+    base: Recipe | None = None,
+    start_from: str | Path | None = None,
+) -> Recipe:
+    """Write the recipe that `start` would train, fitted to the data, to a new file; nothing is trained.
+
+    Args:
+        path: the file; the others are those of `start`.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        UserError: the file exists or cannot be written, or what `start` raises.
+    """
+    from doublehead.engine.distributed import join_world
+    from doublehead.engine.fitting import Wishes, prepare
+
+    path = Path(path)
+    check_arguments(recipe, given, start_from=start_from)
+    if path.exists() or path.is_symlink():
+        raise UserError(f"--write-recipe {path}: is there already, and is not overwritten: give another name")
+    with join_world(recipe.train.device) as world:
+        fitted = prepare(recipe, world, Wishes(base or base_of(recipe, given), frozenset(given), start_from)).recipe
+        try:
+            world.on_main(lambda: write_json(path, to_dict(fitted)))
+        except OSError as error:
+            raise UserError(f"--write-recipe {path}: cannot be written: {error.strerror}") from error
+    return fitted
 
 
 def check_arguments(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import multiprocessing
 import os
@@ -93,6 +94,28 @@ def tiny_models(seen: list | None = None) -> types.ModuleType:
     models = types.ModuleType("doublehead.models")
     models.build_detector = build_detector
     return models
+
+
+def tiny_program(monkeypatch):
+    """A function that runs a command in this process, with the tiny detector and without charts: its exit code."""
+    monkeypatch.setitem(sys.modules, "doublehead.models", tiny_models())
+    monkeypatch.setattr("doublehead.engine.pictures.draw_curves", lambda *args: None)
+    monkeypatch.setattr("doublehead.engine.charts.draw_charts", lambda *args: [])
+
+    def run(*arguments, command="train"):
+        try:
+            importlib.import_module(f"doublehead.cli.{command}").main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return run
+
+
+def checksums(folder: Path) -> dict[Path, str]:
+    """The digest of each file in `folder`, at any depth, and the folders in it."""
+    paths = sorted(folder.rglob("*"))
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder" for path in paths}
 
 
 class MemoryDataset(DetectionDataset):

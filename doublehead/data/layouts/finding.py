@@ -10,10 +10,14 @@ from pathlib import Path
 
 from ...errors import DataError
 from .coco import find_coco
+from .labelme import find_labelme
 from .layout import FAMILIES, Family, Layout
 from .voc import find_voc
+from .yolo import find_yolo
 
-FINDERS: dict[Family, Callable[[Path], Layout | None]] = {"coco": find_coco, "voc": find_voc}
+FINDERS: dict[Family, Callable[[Path], Layout | None]] = {
+    "coco": find_coco, "voc": find_voc, "yolo": find_yolo, "labelme": find_labelme,
+}  # fmt: skip
 
 
 def find_layout(root: str | Path, families: Sequence[Family] = FAMILIES) -> Layout:
@@ -29,10 +33,20 @@ def find_layout(root: str | Path, families: Sequence[Family] = FAMILIES) -> Layo
     root = Path(root).expanduser()
     if not root.is_dir():
         raise DataError(f"{root}: no such folder (data.root)", "missing folder")
-    found = [layout for family in families if family in FINDERS and (layout := FINDERS[family](root))]
-    if not found:
+    layout = None
+    for family in families:
+        if layout is None:
+            layout = FINDERS[family](root)
+        elif other := _other(family, root):
+            layout.note(f"{other.title} lies there too, --data.format {family} reads it")
+    if layout is None:
         raise DataError(f"{root}: unknown layout")
-    layout = found[0]
-    for other in found[1:]:
-        layout.note(f"{other.title} lies there too, --data.format {other.family} reads it")
     return layout
+
+
+def _other(family: Family, root: Path) -> Layout | None:
+    """A second layout in a folder; broken ones do not matter."""
+    try:
+        return FINDERS[family](root)
+    except DataError:
+        return None
