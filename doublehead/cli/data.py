@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from doublehead.cli.outputs import check_output, same_file
-from doublehead.config import DataConfig, check
+from doublehead.config import DataConfig
 from doublehead.errors import UserError, config_errors, one_line, shown_to_user
 
 PROGRAM = "doublehead data"
@@ -113,7 +113,7 @@ def data_config(options: Options) -> DataConfig:
     """The data that the options name.
 
     Raises:
-        UserError: no folder is given, or two, or it is no folder; or an option has a value that is not accepted.
+        UserError: no folder is given, or two, or it is no folder.
     """
     given = {f.name: getattr(options.data, f.name) for f in fields(options.data)}
     if options.dir is not None and given["root"] is not None:
@@ -126,10 +126,7 @@ def data_config(options: Options) -> DataConfig:
         raise UserError(
             f"{root}: {'a file' if os.path.lexists(folder) else 'no such folder'}: give the folder of a data set"
         )
-    config = DataConfig(**given)
-    with config_errors():
-        check(config, "data")
-    return config
+    return DataConfig(**given)
 
 
 def check_outputs(out: str, options: Options) -> None:

@@ -81,17 +81,18 @@ def test_difficult_and_own_names_of_voc(tmp_path, monkeypatch, capsys):
 def test_bad_records_are_counted_with_the_first_of_each(coco, capsys):
     annotations = coco.content["annotations"]
     annotations += [coco.box(9, 10, 99, [1, 1, 5, 5]), coco.box(10, 10, 3, [1, 1, -5, 5])]
+    annotations += [coco.box(number, 10, 99, [1, 1, 5, 5]) for number in range(20, 40)]  # most of them
     annotations += [coco.box(11, 10, 3, [-5, 1, 25, 25]), coco.box(12, 10, 3, [5, 5, 0, 5])]
     (coco.root / "train" / "c.jpg").unlink()
     coco.config()
     assert count("set", "--data.format", "coco") == 0
     shown = capsys.readouterr().out
     rows = [line.split() for line in shown.splitlines()]
-    assert ["bad", "records", "3", "2"] in rows
+    assert ["bad", "records", "23", "22"] in rows
     assert ["boxes", "without", "area", "1", "1"] in rows and ["boxes", "cut", "at", "the", "border", "1", "1"] in rows
     path = "set/annotations/instances_{}.json"
     for said in (
-        f"- train: left out 1 x unknown category, first: {path.format('train')}, annotation 9: category_id 99",
+        f"- train: left out 21 x unknown category, first: {path.format('train')}, annotation 9: category_id 99",
         f"- val: left out 1 x degenerate box, first: {path.format('val')}, annotation 10",
         "- train: left out 1 x missing image, first: ",
         "- train: cut 1 x box at the image's border, first: ",
