@@ -7,6 +7,7 @@ through JSON, which is how a checkpoint remembers it.
 """
 
 from .codec import check, field_names, from_dict, parse, to_dict
+from .overrides import override
 from .schema import (
     MAX_PIXELS,
     MOST_IMAGES,
@@ -37,5 +38,5 @@ __all__ = [
     "AugmentConfig", "BackboneConfig", "DataConfig", "DataFormat", "DetectionConfig", "Fusion", "HeadConfig",
     "HeadKind", "ImageConfig", "LossConfig", "ModelConfig", "NonLocalConfig", "Norm", "RPNConfig", "ReadOut",
     "ReadOutName", "Recipe", "RoIConfig", "TrainConfig",
-    "check", "field_names", "from_dict", "parse", "to_dict",
+    "check", "field_names", "from_dict", "override", "parse", "to_dict",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,21 @@ def say_start(
     folder: Path,
     world: World,
     training: DetectionDataset,
-    validation: DetectionDataset,
     trainer: Trainer,
     state: dict[str, Any] | None,
     machine: dict[str, Any],
+    data: str,
+    start_from: str | None = None,
+    notes_of_fitting: Sequence[str] = (),
 ) -> None:
     """Print it; nothing is written yet.
 
     Args:
         state: the state that the run goes on from; None: it begins.
         machine: what sums are split over now (see `Run`).
+        data: one line about the data.
+        start_from: what is taken of a trained detector.
+        notes_of_fitting: what was changed in the recipe.
     """
     config, model = recipe.train, trainer.model
     weights = sum(p.numel() for p in model.parameters())
@@ -45,7 +50,7 @@ def say_start(
     steps = f"{config.steps}" if state is None else f"{trainer.step} -> {config.steps}"
     lines = {
         "recipe": f"{recipe.name}: {recipe.about}",
-        "data": f"{recipe.data.format}: {len(training)} images to train, {len(validation)} to validate",
+        "data": data,
         "classes": f"{len(training.classes)}: {shown}",
         "model": f"{recipe.model.head.kind}, {recipe.model.backbone.name}, "
         f"{weights / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained",
@@ -53,12 +58,14 @@ def say_start(
         "device": _device_name(world),
         "folder": f"{folder}" + (" (resumed)" if state is not None else ""),
     }
+    if start_from:
+        lines["from"] = start_from
     if training.left_out():
         lines["left out"] = f"of training: {training.left_out()}"
     for name, text in lines.items():
         say(f"{name:<8} {text}")
     resumed = _notes_of_resuming(recipe, folder, trainer, state, machine) if state is not None else ()
-    for text in [*notes(config), *resumed]:
+    for text in [*notes_of_fitting, *notes(config), *resumed]:
         say(f"note: {text}")
 
 

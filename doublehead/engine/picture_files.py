@@ -91,7 +91,7 @@ def how_to_split(video: str) -> str:
     return f"make pictures of it first: mkdir frames; ffmpeg -i {shlex.quote(video)}{rate} frames/%06d.jpg"
 
 
-def _what_url(url: str, scheme: str) -> str:
+def what_url(url: str, scheme: str) -> str:
     """What to do about a URL: nothing is downloaded here."""
     quoted = shlex.quote(url)
     if scheme in STREAMS:
@@ -120,7 +120,7 @@ def _real(path: Path) -> Path:
 def _why_none(name: str, leave_out: Path) -> str:
     if not os.path.isdir(name):
         if url := URL.match(name):
-            return _what_url(name, url[1].lower())
+            return what_url(name, url[1].lower())
         return "no such file, nor does a file match it as a pattern"
     if _real(leave_out) in (_real(Path(name)), *_real(Path(name)).parents):
         return "the folder of the results (--out), whose pictures are left out: give another one, or name the files"

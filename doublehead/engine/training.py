@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from doublehead.config import Recipe
-from doublehead.engine.files import new_run_folder
-from doublehead.engine.schedule import describe, scaled
+from doublehead.config import Recipe, to_dict
+from doublehead.engine.commands import train_command
+from doublehead.engine.files import new_run_folder, write_json
 from doublehead.errors import UserError
 from doublehead.recipes import RECIPES
 
@@ -62,22 +62,18 @@ def start(
         Stopped, KeyboardInterrupt: after SIGTERM or Ctrl-C.
     """
     from doublehead.engine.distributed import join_world  # only now: these import PyTorch
-    from doublehead.engine.logs import counted_warnings, say
+    from doublehead.engine.fitting import Wishes
+    from doublehead.engine.logs import counted_warnings
     from doublehead.engine.run import train
 
-    if resume is not None and out is not None:
-        raise UserError("--out and --resume exclude each other: a resumed run stays in its folder")
-    if start_from is not None:
-        raise UserError("--from is not built yet")
-    asked = recipe
+    check_arguments(recipe, given, out=out, resume=resume, start_from=start_from)
+    wishes = None
     if resume is None:
-        recipe = planned(recipe, base or base_of(recipe, given), given)
+        wishes = Wishes(base or base_of(recipe, given), frozenset(given), start_from)
     with join_world(recipe.train.device) as world, counted_warnings(shown=world.is_main):
-        if world.is_main and asked.train != recipe.train:
-            say(f"note: {recipe.train.steps} steps: the schedule keeps its shape: {describe(recipe.train)}")
         folder = Path(resume) if resume is not None else world.on_main(lambda: new_run_folder(recipe.name, out))
         try:
-            metrics = train(recipe, folder, world, resume is not None)
+            metrics = train(recipe, folder, world, resume is not None, wishes)
         except BaseException:
             with contextlib.suppress(OSError):  # a run that never began leaves no empty folders
                 folder.rmdir()
@@ -85,6 +81,69 @@ def start(
                     folder.parent.rmdir()
             raise
     return TrainResult(folder, metrics)
+
+
+def write_recipe(
+    path: str | Path,
+    recipe: Recipe,
+    given: Collection[str] = frozenset(),
+    *,
+    base: Recipe | None = None,
+    start_from: str | Path | None = None,
+) -> Recipe:
+    """Write the recipe that `start` would train, fitted to the data, to a new file; nothing is trained.
+
+    Args:
+        path: the file; the others are those of `start`.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        UserError: the file exists or cannot be written, or what `start` raises.
+    """
+    from doublehead.engine.distributed import join_world
+    from doublehead.engine.fitting import Wishes, prepare
+
+    path = Path(path)
+    check_arguments(recipe, given, start_from=start_from)
+    if path.exists() or path.is_symlink():
+        raise UserError(f"--write-recipe {path}: is there already, and is not overwritten: give another name")
+    with join_world(recipe.train.device) as world:
+        fitted = prepare(recipe, world, Wishes(base or base_of(recipe, given), frozenset(given), start_from)).recipe
+        try:
+            world.on_main(lambda: write_json(path, to_dict(fitted)))
+        except OSError as error:
+            raise UserError(f"--write-recipe {path}: cannot be written: {error.strerror}") from error
+    return fitted
+
+
+def check_arguments(
+    recipe: Recipe,
+    given: Collection[str],
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    start_from: str | Path | None = None,
+) -> None:
+    """Refuse arguments of `start` that exclude each other.
+
+    Raises:
+        UserError: names them, and what to do instead.
+    """
+    if resume is not None and out is not None:
+        raise UserError("--out and --resume exclude each other: a resumed run stays in its folder")
+    if resume is not None and start_from is not None:
+        raise UserError(
+            "--from and --resume exclude each other: --resume goes on with a run in its folder, --from begins another "
+            "with a detector's weights"
+        )
+    if recipe.data.format == "shapes" and "data.root" in given:
+        run = f"run {resume}" if resume is not None else f"recipe {recipe.name}"
+        raise UserError(
+            f"--data.root {recipe.data.root}: the {run} draws its own pictures and would not read that folder; "
+            f"to train on it: {train_command(recipe.data.root, resume or start_from)}"
+        )
 
 
 def base_of(recipe: Recipe, given: Collection[str]) -> Recipe:
@@ -102,10 +161,3 @@ def _differing(one: Any, other: Any, name: str = "") -> set[str]:
         for field in one.__dataclass_fields__
     )
     return set().union(*inner)
-
-
-def planned(recipe: Recipe, base: Recipe, given: Collection[str]) -> Recipe:
-    """The recipe with its schedule scaled to the steps, if they alone were given."""
-    if "train.steps" not in given or "train.milestones" in given:
-        return recipe
-    return replace(recipe, train=scaled(recipe.train, base.train.steps, "train.warmup_steps" not in given))
