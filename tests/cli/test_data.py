@@ -36,27 +36,28 @@ def digests(folder):
 def test_counts_and_sheet(coco, tmp_path, capsys):
     assert count("set", "--data.format", "coco", "--json", "counts.json") == 0
     shown = capsys.readouterr().out
+    answer = json.loads((tmp_path / "counts.json").read_text())
     rows = [line.split() for line in shown.splitlines()]
     assert ["dog", *"1 1 - - 1 1 1 - - 1".split()] in rows and ["cat", *"1 1 - - 1 1 1 - - 1".split()] in rows
     assert ["all", *"2 2 - - 2 2 2 - - 2".split()] in rows
     assert ["images", "3", "3"] in rows and ["images", "without", "boxes", "1", "1"] in rows
     assert ["crowd", "or", "difficult", "1", "1"] in rows
+    assert shown.startswith("coco: 2 train, 3 val, 2 classes\n\n") and shown.startswith(answer["said"])
     assert max(map(len, shown.splitlines()[:8])) <= 100
-    assert "- 3 pictures are in train and in val, so that AP is too high; the first is " in shown
+    assert "- 2 pictures are in train and in val, so that AP is too high; the first is " in shown
     assert "- few boxes to learn from (fewer than 20): dog 1, cat 1\n" in shown
     assert shown.endswith(
         "pictures with their boxes: data-set.png\ncounts: counts.json\n"
         "to train: doublehead train --data.root set --data.format coco\n"
     )
-    answer = json.loads((tmp_path / "counts.json").read_text())
     train = answer["splits"]["train"]
     assert (train["images"], train["without_boxes"], train["widths"], train["heights"]) == (
-        3, 1, [30, 40.0, 50], [30, 30.0, 40]
+        3, 1, [30, 35.0, 40], [30, 35.0, 40]
     )  # fmt: skip
     assert train["classes"]["cat"] == {"boxes": 1, "small": 1, "medium": 0, "large": 0, "images": 1}
-    assert len(answer["repeated"]["across"]) == 3 and answer["repeated"]["within"] == []
+    assert len(answer["repeated"]["across"]) == 2 and answer["repeated"]["within"] == []
     with Image.open(tmp_path / "data-set.png") as sheet:
-        assert sheet.width == 4 * 432 + 12 and 700 < sheet.height < 2 * 460  # 3 + 3 pictures in two rows
+        assert sheet.width == 4 * 432 + 12 and 700 < sheet.height < 2 * 460  # 2 + 3 pictures in two rows
 
 
 def test_sizes_are_cocos(coco, capsys):
