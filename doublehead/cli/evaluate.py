@@ -48,7 +48,7 @@ class Options:
     """Draw into this folder, which is made: precision over recall, the confusion of classes, the scores of right and
     wrong detections, and some images with ground truth and detections; for a single read-out."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Replace the files that --out, --metrics and --pictures name."""
+    """Replace the files that --out and --metrics name, and those of --pictures."""
     device: str = "auto"
     """`auto`: CUDA where there is one, else CPU."""
 

@@ -49,7 +49,7 @@ def test_it_draws_into_a_new_folder_and_names_the_files(saved, tmp_path, capsys)
     assert {path.name for path in (tmp_path / "seen").iterdir()} == set(names)
 
 
-def test_what_is_there_is_kept(saved, tmp_path, capsys):
+def test_what_is_there_is_kept_unless_told_otherwise(saved, tmp_path, capsys, monkeypatch):
     (tmp_path / "seen").mkdir()
     (tmp_path / "seen" / "scores.png").write_bytes(b"mine")
     (tmp_path / "file").write_bytes(b"")
@@ -64,6 +64,9 @@ def test_what_is_there_is_kept(saved, tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith(said) and error.count("\n") == 1
     assert contents(tmp_path) == before and not (tmp_path / "new").exists()
+    monkeypatch.setattr(charts, "CHARTS", {"scores.png": lambda details, path, title: path.write_bytes(b"new")})
+    assert evaluated(saved, "--pictures", "seen", "--overwrite") == 0
+    assert (tmp_path / "seen" / "scores.png").read_bytes() == b"new"
 
 
 def test_without_ground_truth_there_are_detections_alone(saved, tmp_path, capsys, monkeypatch):

@@ -33,9 +33,12 @@ def written(monkeypatch):
     """The texts that are drawn."""
     texts = []
     real = ImageDraw.ImageDraw.text
-    monkeypatch.setattr(
-        ImageDraw.ImageDraw, "text", lambda self, at, text, **more: texts.append(text) or real(self, at, text, **more)
-    )
+
+    def text(draw, place, content, **more):
+        texts.append(content)
+        real(draw, place, content, **more)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
     return texts
 
 
