@@ -1,6 +1,7 @@
 """Tables and plots of the recorded results in benchmarks/results/<machine>/*.json.
 
-python benchmarks/plot.py           rewrites benchmarks/RESULTS.md, the tables in README.md and docs/speed-<machine>.png
+python benchmarks/plot.py           rewrites benchmarks/RESULTS.md, the tables in README.md and docs/benchmarks.md, and
+                                    docs/speed-<machine>.png
 python benchmarks/plot.py --check   writes nothing; lists what is out of date, and then exits with 1
 """
 
@@ -28,7 +29,7 @@ HEADLINES = {
     "backward 7x7 channels_last": "`MultiScaleRoIAlign` backward, channels-last",
     "backward 7x7 nchw": "the same, NCHW",
 }
-"""Case -> its name in README.md; RESULTS.md has all cases."""
+"""Case -> its name in docs/benchmarks.md; RESULTS.md has all cases."""
 
 MODULES = "the same modules in PyTorch"
 HEADS = {
@@ -52,6 +53,30 @@ DETECTORS = {
     "fc kind": "the same weights converted, kind `fc`",
 }
 """Provider of a whole detector -> its words."""
+
+
+SUMMARY_CPU = {
+    "detector: R50-FPN, 1 x 800 px, float32": {
+        "doublehead": ("torchvision's `fasterrcnn_resnet50_fpn`, accelerated", PEER),
+        "Double-Head-Ext": ("Double-Head-Ext, another detector, beside it", PEER),
+    },
+    "batched_nms, 80 classes x 1000 boxes, threshold 0.7": {"doublehead": ("`batched_nms`, 80 x 1,000 boxes", PEER)},
+    "forward 7x7 channels_last": {"doublehead": ("`MultiScaleRoIAlign` forward, 512 RoIs", PEER)},
+    "conv-head inference": {"doublehead": ("conv-head, inference, 200 RoIs", "reference")},
+    "conv-head training step": {"doublehead": ("conv-head, training step, 200 RoIs", "reference")},
+}
+"""README.md's rows on a CPU: case -> whose time is shown -> its words, whom it is compared with."""
+
+EAGER = "torchvision's Faster R-CNN, eager"
+SUMMARY_GPU = {
+    "nms_80x1000": ("`batched_nms`, 80 x 1,000 boxes", PEER),
+    "roi_forward": ("`MultiScaleRoIAlign` forward, 512 RoIs", PEER),
+    "conv_head": ("conv-head, inference, bf16, 1,000 RoIs", MODULES),
+    "conv_head_training": ("conv-head, training step, bf16, 1,000 RoIs", MODULES),
+    "fc_1": ("kind `fc`, one image, bf16, as a CUDA graph", EAGER),
+    "ext_1": ("Double-Head-Ext, one image, bf16, as a CUDA graph", EAGER),
+}
+"""README.md's rows on a GPU: row of benchmarks/headline.py -> its words, whom it is compared with."""
 
 
 def load(machine: Path) -> list[dict[str, Any]]:
@@ -119,7 +144,7 @@ def times(ratio: float | None) -> str:
     return f"**{number(ratio)}x**" if ratio else ""
 
 
-def readme_table(cases: list[dict[str, Any]]) -> str:
+def speed_table(cases: list[dict[str, Any]]) -> str:
     """The headline cases against torchvision."""
     known = {case["case"]: case for case in cases}
     shown = [(label, known[name]) for name, label in HEADLINES.items() if name in known]
@@ -165,6 +190,33 @@ def detector_table(cases: list[dict[str, Any]]) -> str:
             )  # fmt: skip
     header = ["", "images/s", "p50 ms", "p99 ms", "to torchvision", "peak MiB", *stages]
     return "\n".join([*markdown(header, rows), "", f"{describe(shown)}."])
+
+
+def summary_table(cpu: list[dict[str, Any]], gpu: dict[str, Any]) -> str:
+    """README.md's table: what a CPU and a GPU give, gains and losses."""
+    known = {case["case"]: case for case in cpu}
+    rows, used = [], []
+    for name in filter(known.get, SUMMARY_CPU):
+        providers = known[name]["providers"]
+        for provider, (words, peer) in SUMMARY_CPU[name].items():
+            whom = MODULES if peer == "reference" else peer
+            cells = versus(providers[peer]["median_ms"], providers[provider]["median_ms"])
+            rows.append(["CPU", words, whom, *cells])
+        used.append(known[name])
+    measured = {row["row"]: row for row in gpu.get("rows", []) if row["status"] == "measured"}
+    for name in filter(measured.get, SUMMARY_GPU):
+        row = measured[name]
+        rows.append(["GPU", *SUMMARY_GPU[name], *versus(row["peer_us"] / 1000, row["ours_us"] / 1000)])
+    where = [f"CPU: {describe(used)}."] if used else []
+    if gpu:
+        where.append(f"GPU: {gpu['processor']}; torch {gpu['torch']}; {gpu['date']}, commit {gpu['commit']}.")
+    table = markdown(["", "", "peer", "peer ms", "doublehead ms", "ratio"], rows)
+    return "\n".join([*table, "", f"Medians. {' '.join(where)}"])
+
+
+def versus(theirs: float, ours: float) -> list[str]:
+    """The cells of two times in milliseconds and of their ratio."""
+    return [number(theirs), number(ours), times(theirs / ours)]
 
 
 def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
@@ -214,12 +266,19 @@ def marked(text: str, name: str, table: str) -> str:
 def pages() -> dict[Path, str]:
     """Every text this script writes: path -> content."""
     machines = {path.name: load(path) for path in sorted(RESULTS.iterdir()) if path.is_dir()}
-    readme = (ROOT / "README.md").read_text()
+    readme, page = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+    headlines = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("headline-*.json"))]
+    summary = summary_table(machines.get("cpu", []), headlines[0] if headlines else {})
+    text = page.read_text()
     for machine, cases in machines.items():
-        readme = marked(readme, f"speed {machine}", readme_table(cases))
-        readme = marked(readme, f"heads {machine}", heads_table(cases))
-        readme = marked(readme, f"detector {machine}", detector_table(cases))
-    return {ROOT / "README.md": readme, ROOT / "benchmarks" / "RESULTS.md": results_page(machines)}
+        text = marked(text, f"speed {machine}", speed_table(cases))
+        text = marked(text, f"heads {machine}", heads_table(cases))
+        text = marked(text, f"detector {machine}", detector_table(cases))
+    return {
+        readme: marked(readme.read_text(), "summary", summary),
+        page: text,
+        ROOT / "benchmarks" / "RESULTS.md": results_page(machines),
+    }
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ for kind in fc double-head double-head-ext; do # three times as long
   train "runs/miniature-long/$kind" "miniature-$kind" --train.steps 1440 --train.milestones 1050 1320
 done
 for number in 1 3 4; do
-  python -m doublehead tables $number --miniature --runs $runs --format markdown --out "$runs/table-$number.md"
+  python -m doublehead tables $number --miniature --runs $runs --format markdown --overwrite --out "$runs/table-$number.md"
 done
 
 fc=$runs/fc-seed0 conv=$runs/conv-seed0 ext=$runs/double-head-ext-seed0

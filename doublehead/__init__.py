@@ -1,12 +1,71 @@
-"""Double-Head R-CNN for PyTorch."""
+"""Double-Head R-CNN for PyTorch.
+
+For torchvision's detectors: `accelerate`, `restore`.  For own data: `train`, `load`.  Nothing is imported before it is
+used: `import doublehead` does not wait for PyTorch.
+"""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import importlib
+import os
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .version import __version__ as __version__
 
+if TYPE_CHECKING:
+    from .api.detections import Detection, Detections
+    from .api.predictor import Predictor
+    from .api.training import TrainResult, train
+
+__all__ = [
+    "Detection", "Detections", "Predictor", "TrainResult", "__version__", "accelerate", "load", "restore", "train",
+]  # fmt: skip
+_HOME = {
+    "Detection": "doublehead.api.detections",
+    "Detections": "doublehead.api.detections",
+    "Predictor": "doublehead.api.predictor",
+    "TrainResult": "doublehead.api.training",
+}
 Model = TypeVar("Model")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":  # the command's module, which can be called: see there
+        return importlib.import_module("doublehead.train")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def load(path: str | os.PathLike, device: Any = "auto") -> Predictor:
+    """Open a detector: a run, a checkpoint, a converted or an exported one.
+
+    Args:
+        path: a run's folder or one that `doublehead convert` wrote, a `model.safetensors` or `best.safetensors`, or
+            what `doublehead export` wrote, `.pt2` or `.onnx`.  A `.pt2` holds compiled code: open only files that you
+            trust.
+        device: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "cuda:1", or a `torch.device`.  An
+            exported program runs on the kind of device it was made for.
+
+    Returns:
+        A `Predictor`: `.predict(image)`, `.draw(image, detections)`, `.classes`, `.model`.
+
+    Raises:
+        UserError: there is no such file, it holds no detector, is damaged, or is made for another device.  For another
+            project's checkpoint, the message is the `doublehead convert` line that makes one of ours.
+
+    Example:
+        >>> predictor = doublehead.load("runs/cells-1")
+        >>> detections = predictor.predict("photo.jpg")
+        >>> predictor.draw("photo.jpg", detections).save("found.jpg")
+    """
+    from .api.loading import load
+
+    return load(path, device)
 
 
 def accelerate(model: Model) -> Model:

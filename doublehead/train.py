@@ -1,10 +1,33 @@
-"""`python -m doublehead.train`: the command `doublehead train`; as a module, `doublehead.cli.train` itself."""
+"""`python -m doublehead.train`: the command `doublehead train`; as a module, `doublehead.cli.train` itself.
 
+It can be called too, as `doublehead.train(...)` from Python: the function and the old module have one name.
+"""
+
+import inspect
 import sys
+import types
+from typing import Any
 
 from doublehead.cli import train
+
+
+class _Callable(types.ModuleType):
+    """The command's module; called, it is `doublehead.api.training.train`."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        from doublehead.api import training
+
+        return training.train(*arguments, **options)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        from doublehead.api import training
+
+        return inspect.signature(training.train)
+
 
 if __name__ == "__main__":
     train.main()
 else:
+    train.__class__ = _Callable
     sys.modules[__name__] = train

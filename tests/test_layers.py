@@ -19,7 +19,11 @@ COMMANDS = "analyze convert detect evaluate export info tables train"
 LAYERS: tuple[dict[str, str], ...] = (
     {"errors": "", "version": ""},
     {"config": "", "ops": "torch triton", "weights": "torch numpy safetensors", "paper": ""},
-    {"models": "torch torchvision safetensors", "data": "torch numpy PIL simplejpeg tqdm", "recipes": ""},
+    {
+        "models": "torch torchvision safetensors",
+        "data": "torch torchvision numpy PIL simplejpeg tqdm yaml",
+        "recipes": "",
+    },
     {"engine": "torch numpy PIL matplotlib pycocotools safetensors tensorboard tqdm tyro"},
     {
         "analysis": "torch numpy matplotlib tqdm tyro",
@@ -27,12 +31,14 @@ LAYERS: tuple[dict[str, str], ...] = (
         "interop": "torch numpy torchvision",
     },
     {"cli": "torch tqdm tyro"},
-    dict.fromkeys(["__init__", "__main__", *COMMANDS.split()], ""),
+    {"api": "torch numpy PIL"},
+    dict.fromkeys(COMMANDS.split(), ""),
+    {"__init__": "", "__main__": ""},
 )
 """From the bottom: each layer's packages and modules of `doublehead`, and what each imports from other projects.
 
 A package may import from every lower layer, and from itself; never from its neighbours in the same layer.  The top
-layer is what users name: `import doublehead`, `python -m doublehead`, `python -m doublehead.train`, ...
+layers are what users name: `import doublehead`, `python -m doublehead`, `python -m doublehead.train`, ...
 """
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
 OTHER_PROJECTS = {room: set(names.split()) for layer in LAYERS for room, names in layer.items()}

@@ -13,6 +13,7 @@ from doublehead.errors import UserError, shown_to_user
 from doublehead.version import __version__
 
 COMMANDS = {
+    "data": "count what a data set holds, and draw a sheet of it",
     "train": "train a detector, evaluate it, draw what it finds",
     "evaluate": "measure a trained detector on a data set",
     "detect": "draw what a detector finds in pictures",

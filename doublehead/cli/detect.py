@@ -17,7 +17,7 @@ import tyro
 
 from doublehead.config import MAX_PIXELS, MOST_PIXELS
 from doublehead.engine.logs import counted_warnings
-from doublehead.engine.picture_files import JSON_FILE, Entry, find_pictures, write_results
+from doublehead.engine.picture_files import JSON_FILE, Entry, check_free, find_pictures, write_results
 from doublehead.errors import UserError, one_line, shown_to_user
 
 PROGRAM = "doublehead detect"
@@ -32,9 +32,11 @@ class Options:
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
     """Pictures, folders of pictures (searched to the bottom), or quoted patterns such as 'photos/*.jpg'."""
     out: str
-    """Folder for the annotated pictures and detections.json."""
+    """Folder for the annotated pictures and detections.json; one that holds another call's results is refused."""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Replace the results that an earlier call left in --out; no other file there is touched."""
     score_threshold: float = 0.5
-    """Leave out detections that score below this."""
+    """Leave out detections that score below this, 0 .. 1."""
     device: str = "auto"
     """`auto`: CUDA where there is one, else CPU."""
     batch_size: int = 1
@@ -58,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             unreadable = run(options)
         except KeyboardInterrupt as stop:
-            what = stop.args[0] if stop.args else "no picture is done"
-            print(f"stopped: {what}; the same command starts over", file=sys.stderr)
+            what = stop.args[0] if stop.args else "no picture is done; the same command starts over"
+            print(f"stopped by {'SIGTERM' if received else 'Ctrl-C'}: {what}", file=sys.stderr)
             raise SystemExit(128 + (received[0] if received else signal.SIGINT)) from None
     if unreadable:
         print(f"{len(unreadable)} could not be read:", file=sys.stderr)
@@ -72,17 +74,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(options: Options) -> list[Entry]:
     """Detect in all pictures, write `detections.json`, and return the unreadable ones (`file`, `error`).
 
-    The JSON holds `classes`; `pictures`, each with `file`, `picture` (the annotated one, scaled down where a JPEG could
-    not hold it), `width`, `height` and `detections` (`class`, `label`, `score`, `box` x1, y1, x2, y2 in pixels of the
-    picture as it is looked at, that is, turned as its EXIF note says); and `unreadable`.
+    The JSON holds `checkpoint` and `score_threshold` as given; `classes`; `pictures`, each with `file`, `picture` (the
+    annotated one, scaled down where a JPEG could not hold it), `width`, `height` and `detections` (`class`, `label`,
+    `score`, `box` x1, y1, x2, y2 in pixels of the picture as it is looked at, that is, turned as its EXIF note says);
+    `unreadable`; and `not_done`, the files that were left when the call was stopped.
 
-    Stopped by Ctrl-C it writes what is done so far.  Annotated pictures that an earlier call left in the folder, and
-    that its JSON lists, are removed when this one's JSON takes its place; other files stay.
+    Stopped by Ctrl-C or an error it writes what is done so far.  If no picture could be read nothing is written.
+    Annotated pictures that an earlier call left in the folder, and that its JSON lists, are removed when this one's
+    JSON takes its place (`--overwrite`); other files stay.
 
     Raises:
         UserError: no picture is named, or an option, the folder, the checkpoint or the device cannot be used, or the
             GPU's memory does not suffice.
     """
+    _check(options)
+    folder = Path(options.out)
+    found = find_pictures(options.images, leave_out=folder)
+    for note in found.notes:
+        print(f"note: {one_line(note)}", file=sys.stderr)
+    entries: list[Entry] = []
+    unreadable = list(found.unreadable)
+    if found.files:
+        with _made(folder):
+            _detect(options, found.files, entries, unreadable)
+    if not entries:
+        kept = f": the results of an earlier call stay in {folder}" if (folder / JSON_FILE).is_file() else ""
+        print(f"no picture was read, nothing is written{kept}")
+    return unreadable
+
+
+def _detect(options: Options, files: Sequence[Path], entries: list[Entry], unreadable: list[Entry]) -> None:
+    """Detect in `files`, and add to the two lists; the JSON is written if there is an entry."""
     import torch  # only now: these take seconds to import
 
     from doublehead.data.jpeg import is_strict
@@ -91,22 +113,28 @@ def run(options: Options) -> list[Entry]:
     from doublehead.engine.distributed import join_world
     from doublehead.engine.streaming import Clock
 
-    _check(options)
-    files, unreadable = find_pictures(options.images, leave_out=Path(options.out))
     if not is_strict():
         print("note: simplejpeg is not installed: a JPEG that is damaged inside is not noticed", file=sys.stderr)
-    entries: list[Entry] = []
-    clock = Clock()
+    clock, folder = Clock(), Path(options.out)
     with join_world(options.device) as world:
         if world.size > 1:
             raise UserError("detection runs on one process: leave torchrun out")
         model, _, classes, _ = load_model(options.checkpoint)
-        model = model.to(world.device)
-        folder = _make_folder(Path(options.out))
         start = time.perf_counter()
+
+        def write() -> None:
+            done = {entry["file"] for entry in (*entries, *unreadable)}
+            results = {
+                "checkpoint": options.checkpoint, "score_threshold": options.score_threshold, "classes": classes,
+                "pictures": entries, "unreadable": unreadable,
+                "not_done": [str(file) for file in files if str(file) not in done],
+            }  # fmt: skip
+            if entries:
+                write_results(folder, results, files)
+
         try:
             detect_in_pictures(
-                model,
+                model.to(world.device),
                 files,
                 folder,
                 classes,
@@ -118,18 +146,22 @@ def run(options: Options) -> list[Entry]:
                 max_pixels=options.max_pixels,
                 clock=clock,
             )
-        except KeyboardInterrupt:
+        except BaseException as error:
             if not entries:
                 raise
-            write_results(folder, classes, entries, unreadable, files)
+            write()
             done = f"{len(entries)} of {len(files)} pictures are done and in {folder / JSON_FILE}"
-            raise KeyboardInterrupt(done) from None
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"{done}; to start over, add --overwrite") from None
+            print(f"stopped by an error: {done}", file=sys.stderr)
+            raise
         seconds = time.perf_counter() - start
-    write_results(folder, classes, entries, unreadable, files)
+    if not entries:
+        return
+    write()
     print(f"{len(entries)} pictures with {sum(len(e['detections']) for e in entries)} detections in {folder}")
     stages = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in clock.seconds.items())
     print(f"{seconds:.1f} s, {len(entries) / seconds:.2f} pictures/s; at the same time: {stages}")
-    return unreadable
 
 
 def _check(options: Options) -> None:
@@ -141,11 +173,9 @@ def _check(options: Options) -> None:
         raise UserError(f"--batch-size is {options.batch_size}, at least 1 is accepted")
     if not 1 <= options.max_pixels <= MOST_PIXELS:
         raise UserError(f"--max-pixels is {options.max_pixels}, 1 .. {MOST_PIXELS} is accepted")
-    results = os.path.join(options.out, JSON_FILE)
-    if os.path.exists(results) and not os.path.isfile(results):
-        raise UserError(f"{results}: is not a regular file, so the results cannot be written there: give another --out")
     if options.threads < 0:
         raise UserError(f"--threads is {options.threads}, 0 (half of the processors) or more is accepted")
+    check_free(Path(options.out), options.overwrite)
 
 
 @contextlib.contextmanager
@@ -167,9 +197,19 @@ def _sigterm_as_interrupt() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _make_folder(folder: Path) -> Path:
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Inside, the folder exists; if nothing is in it at the end, it is removed unless it was there before."""
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be made: {error.strerror}") from error
-    return folder
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--out {folder}: is not writable")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # it is not empty
+            for path in missing:
+                path.rmdir()

@@ -27,6 +27,8 @@ class Options:
     format: Literal["text", "markdown", "csv"] = "text"
     out: str | None = None
     """Write to this file instead of the screen."""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Replace the file that --out names."""
     miniature: tyro.conf.FlagCreatePairsOff[bool] = False
     """Runs of the miniature recipes instead of the paper's."""
     smoke: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -75,7 +77,7 @@ def print_tables(options: Options, numbers: Sequence[int]) -> None:
     from doublehead.cli.outputs import check_output
     from doublehead.engine.files import write_text
 
-    check_output(options.out)
+    check_output(options.out, "--out", options.overwrite)
     found = collect(options.runs) if options.runs is not None else Found()
     blocks = []
     for number in numbers:

@@ -6,7 +6,8 @@ everything needed to train, evaluate and rebuild a detector.  `to_dict` / `from_
 through JSON, which is how a checkpoint remembers it.
 """
 
-from .codec import check, from_dict, parse, to_dict
+from .codec import check, field_names, from_dict, parse, to_dict
+from .overrides import override
 from .schema import (
     MAX_PIXELS,
     MOST_IMAGES,
@@ -37,5 +38,5 @@ __all__ = [
     "AugmentConfig", "BackboneConfig", "DataConfig", "DataFormat", "DetectionConfig", "Fusion", "HeadConfig",
     "HeadKind", "ImageConfig", "LossConfig", "ModelConfig", "NonLocalConfig", "Norm", "RPNConfig", "ReadOut",
     "ReadOutName", "Recipe", "RoIConfig", "TrainConfig",
-    "check", "from_dict", "parse", "to_dict",
+    "check", "field_names", "from_dict", "override", "parse", "to_dict",
 ]  # fmt: skip

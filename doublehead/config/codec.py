@@ -18,6 +18,7 @@ import numbers
 import re
 import types
 import typing
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from .schema import Recipe
@@ -31,6 +32,15 @@ _NOTHING = ("none", "None", "null")
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as nested plain dicts, ready for JSON."""
     return dataclasses.asdict(config)
+
+
+def field_names(cls: type = Recipe, prefix: str = "") -> Iterator[str]:
+    """The full names of all values in a configuration: `train.steps`, `model.head.kind`, ..."""
+    for field, hint in _hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from field_names(hint, f"{prefix}{field}.")
+        else:
+            yield f"{prefix}{field}"
 
 
 def from_dict(values: dict[str, Any], cls: type = Recipe) -> Any:

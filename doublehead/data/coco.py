@@ -11,7 +11,7 @@ with `ignore` 1 is treated as a crowd.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,17 @@ from .files import RawImage, RawObject
 from .names import clean_name, listed, not_a_class, shown_name, wrong_name
 from .paths import check_inside
 from .problems import ObjectError
+
+Locate = Callable[[str, str], str]
+"""From an image's `file_name`, and where it stands, to the path of its file; raises DataError."""
+
+
+def is_coco(root: Path, split: str) -> bool:
+    """Whether `read_coco` finds the split's file and the folder of its images."""
+    try:
+        return _image_folder(root, _find(root, split)[1]) is not None
+    except DataError:
+        return False
 
 
 def read_coco(
@@ -37,18 +48,39 @@ def read_coco(
     """
     path, split = _find(root, split)
     content = load_coco(path, has_boxes=path.name.startswith("instances_"))
-    subset = re.sub(r"-dev(?=\d{4}$)", "", split)
-    folders = [parent / name for name in dict.fromkeys((split, subset)) for parent in (root, root / "images")]
-    folder = next((path for path in folders if path.is_dir()), None)
+    folder = _image_folder(root, split)
     if folder is None:
         raise DataError(f"{root / split}: no such folder, nor {root / 'images' / split}; the images of {path} are "
                         "looked for there", "missing folder")  # fmt: skip
-    categories = _categories(content["categories"], path)
+
+    def locate(name: str, where: str) -> str:
+        check_inside(name, where, outside_root)
+        return str(folder / name)
+
+    return read_coco_file(path, content, locate, classes)
+
+
+def read_coco_file(
+    path: Path, content: dict[str, list[Any]], locate: Locate, classes: Sequence[str] | None = None,
+    unused: Collection[int] = (),
+) -> tuple[list[str], list[int], Iterator[RawImage | DataError]]:  # fmt: skip
+    """Class names, their category ids, and the images of one file; bad records are `DataError`s among the images.
+
+    Args:
+        path: the file's name, for messages.
+        content: what `load_coco` has read from it.
+        classes: names to use, in this order, instead of the file's.
+        unused: ids of categories to leave out, which no annotation may have.
+
+    Raises:
+        DataError: a repeated category, an invalid class name.
+    """
+    entries = [entry for entry in content["categories"] if not (isinstance(entry, dict) and entry.get("id") in unused)]
+    categories = _categories(entries, path)
     ids, names = list(categories), list(categories.values())
     if classes is not None:
-        ids, names = _ids_of(classes, categories), list(classes)
-    reader = _Reader(path, folder, outside_root, categories, ids, names)
-    return names, ids, reader.images(content)
+        ids, names = ids_of(classes, categories), list(classes)
+    return names, ids, _Reader(path, locate, categories, ids, names).images(content)
 
 
 def _find(root: Path, split: str) -> tuple[Path, str]:
@@ -64,6 +96,12 @@ def _find(root: Path, split: str) -> tuple[Path, str]:
             raise DataError(message, "missing file")
         split = years[0]
     return folder / f"instances_{split}.json", split
+
+
+def _image_folder(root: Path, split: str) -> Path | None:
+    subset = re.sub(r"-dev(?=\d{4}$)", "", split)
+    folders = [parent / name for name in dict.fromkeys((split, subset)) for parent in (root, root / "images")]
+    return next((path for path in folders if path.is_dir()), None)
 
 
 def _categories(entries: list[Any], path: Path) -> dict[int, str]:
@@ -86,8 +124,8 @@ def _categories(entries: list[Any], path: Path) -> dict[int, str]:
     return dict(sorted(named.items()))
 
 
-def _ids_of(classes: Sequence[str], categories: dict[int, str]) -> list[int]:
-    """The file's id of each class; a class that is not in the file gets a new one."""
+def ids_of(classes: Sequence[str], categories: dict[int, str]) -> list[int]:
+    """The id of each class among `categories`, id -> name; a class that is not there gets a new one."""
     known = {name: category for category, name in categories.items()}
     new = iter(range(max(categories) + 1, max(categories) + 1 + len(classes)))
     taken: set[int] = set()
@@ -107,10 +145,8 @@ class _Reader:
         ids, names: the data set's classes: label i is `ids[i - 1]`.
     """
 
-    def __init__(
-        self, path: Path, folder: Path, outside_root: bool, categories: dict[int, str], ids: list[int], names: list[str]
-    ):
-        self.path, self.folder, self.outside_root = path, folder, outside_root
+    def __init__(self, path: Path, locate: Locate, categories: dict[int, str], ids: list[int], names: list[str]):
+        self.path, self.locate = path, locate
         self.categories, self.names = categories, names
         self.labels = {category: label for label, category in enumerate(ids, 1)}
 
@@ -182,14 +218,14 @@ class _Reader:
         name, height, width = (entry.get(key) for key in ("file_name", "height", "width"))
         if not isinstance(name, str) or not name:
             raise DataError(f"{where}: file_name is {shown(name)}, a string is accepted", "malformed record")
-        check_inside(name, f"{where}: file_name", self.outside_root)
+        file = self.locate(name, f"{where}: file_name")
         sides = as_side(height), as_side(width)
         if sides == (0, 0):
-            return RawImage(image_id, name, str(self.folder / name), None)
+            return RawImage(image_id, name, file, None)
         if not (sides[0] and sides[1]):
             message = f"{where}: height, width are {shown(height)}, {shown(width)}; positive integers are accepted"
             raise DataError(message, "malformed record")
-        return RawImage(image_id, name, str(self.folder / name), sides)
+        return RawImage(image_id, name, file, sides)
 
     def _object(self, entry: dict[str, Any], where: str) -> RawObject:
         label = self._label(entry.get("category_id"), where)

@@ -43,6 +43,7 @@ class DetectionDataset(Dataset):
         unused: the number of records that are valid but not targets: crowd and difficult boxes, boxes without area, and
             in training images without boxes (`background="drop"`).
         clipped: the number of boxes that crossed the image's border and were clipped.
+        is_voc: the annotations are Pascal VOC's, so that its AP is wanted too.
         replace_unreadable: the training loader replaces an image that cannot be decoded by the next one.
         max_replaced: the number of images that may be replaced in this way before it is an error.
     """
@@ -57,6 +58,7 @@ class DetectionDataset(Dataset):
     skipped: Counter[str]
     unused: Counter[str]
     clipped: int = 0
+    is_voc: bool = False
     replace_unreadable: bool = False
     max_replaced: float = float("inf")
 

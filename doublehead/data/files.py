@@ -55,7 +55,8 @@ class RawObject:
 class RawImage:
     """One image as read; `size` is (height, width) from the annotation, None if it has none.
 
-    `errors` are those of its annotations that could not be read.
+    `errors` are those of its annotations that could not be read; `left_out` counts its objects that are valid, but not
+    wanted, by reason.
     """
 
     image_id: int
@@ -64,6 +65,7 @@ class RawImage:
     size: tuple[int, int] | None
     objects: list[RawObject] = field(default_factory=list)
     errors: list[DataError] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 CLIPPED = "cut {} x box at the image's border"
@@ -105,6 +107,7 @@ class FileDataset(DetectionDataset):
             bare = not image.objects and not image.errors
             objects = list(_checked_boxes(image, size, problems, UNTRAINED if train else UNMATCHED))
             read, objects_read = read + 1, objects_read + len(objects)
+            self.unused += image.left_out
             if train and not any(map(_is_target, objects)) and not (bare and background):
                 self.unused["image without boxes"] += 1
                 self.unused["box without area"] += sum(item.without_area for item in objects)
@@ -122,9 +125,15 @@ class FileDataset(DetectionDataset):
         problems.check_shares(read, objects_read, complete=len(self._paths) != limit)
         problems.warn()
         if not self._paths or (train and not any(map(_is_target, kept))):
-            raise DataError(f"{name}: no image{' with a box' if train else ''} is left", "empty set")
+            why = f"; not used: {self.left_out()}" if self.left_out() else ""
+            raise DataError(f"{name}: no image{' with a box' if train else ''} is left{why}", "empty set")
         self._store(kept, np.array(ends))
         self.unused = +self.unused
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether any image has an annotation."""
+        return len(self._labels) > 0
 
     def _store(self, objects: list[RawObject], ends: np.ndarray) -> None:
         self._ends = ends
@@ -143,6 +152,11 @@ class FileDataset(DetectionDataset):
         if self._ignore.any():
             self.unused["crowd or difficult box"] += int(self._ignore.sum())
         self.unused["box without area"] += sum(item.without_area for item in objects)
+
+    @property
+    def paths(self) -> list[str]:
+        """The image's file by index."""
+        return self._paths
 
     def load(self, index: int) -> tuple[Tensor, Target]:
         image = read_image(self._paths[index], self.image_sizes[index], max_pixels=self._max_pixels)

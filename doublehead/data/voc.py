@@ -5,15 +5,14 @@ Pixel convention: VOC counts pixels from 1, and boxes include their last pixel. 
 xmin = 0, from tools that count from 0, is one pixel outside the image: the box is clipped and counted.  xmin = xmax
 would be one column of pixels; real objects are wider, so it is treated as a mistake and becomes a box of zero width.
 
-Classes are VOC's twenty if they suffice; otherwise all names in `Annotations`, sorted, which are the same for every
-split.  Image ids are line numbers of the split's list, even if records are skipped.  A `<size>` that is empty or 0 x 0,
-from tools that could not read the image, counts as missing.  `<filename>` and `<path>` are not used.
+Classes are all names in `Annotations`, sorted, which are the same for every split.  Image ids are line numbers of the
+split's list, even if records are skipped.  A `<size>` that is empty or 0 x 0, from tools that could not read the image,
+counts as missing.  `<filename>` and `<path>` are not used.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
@@ -21,6 +20,7 @@ from ..errors import DataError
 from .coco_json import MAX_SIDE
 from .files import MIN_SIDE, RawImage, RawObject
 from .names import clean_name, not_a_class, shown_name, wrong_name
+from .numbers import as_written
 from .paths import check_inside
 from .xml import read_annotation
 
@@ -28,9 +28,14 @@ VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".webp")
+"""The classes of VOC itself; earlier versions used all of them for data that name only some."""
+SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".webp", ".BMP", ".tif", ".tiff", ".TIF")
 """Suffixes of image files; the first that exists is used."""
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf(inity)?|nan", re.ASCII | re.IGNORECASE)
+
+
+def is_voc(root: Path, split: str) -> bool:
+    """Whether `read_voc` finds the split's list."""
+    return (root / "ImageSets" / "Main" / f"{split}.txt").is_file()
 
 
 def read_voc(
@@ -52,43 +57,64 @@ def read_voc(
     for folder in ("Annotations", "JPEGImages"):
         if not (root / folder).is_dir():
             raise DataError(f"{root / folder}: no such folder", "missing folder")
+    folders = root / "JPEGImages", root / "Annotations"
+    return read_xml(listed_names(listing), *folders, [root / "Annotations"], classes, outside_root)
+
+
+def listed_names(listing: Path) -> list[tuple[int, str, str]]:
+    """A list's (image id, name of an image, where it stands), one for each line that is not empty.
+
+    Raises:
+        DataError: it is not text.
+    """
     try:
-        names = listing.read_text("utf-8-sig").splitlines()
+        lines = listing.read_text("utf-8-sig").splitlines()
     except ValueError as error:
         raise DataError(f"{listing}: not a text file in UTF-8: {error}", "malformed record") from error
-    found = list(classes) if classes is not None else _find_classes(root / "Annotations")
+    names = enumerate(map(clean_name, lines), 1)
+    return [(line, name, f"{listing}, line {line}") for line, name in names if name]
+
+
+def read_xml(
+    listed: Iterable[tuple[int, str, str]], images: Path, annotations: Path, all_annotations: Sequence[Path],
+    classes: Sequence[str] | None = None, outside_root: bool = False,
+) -> tuple[list[str], list[int], Iterator[RawImage | DataError]]:  # fmt: skip
+    """As `read_voc`, of images by name.
+
+    Args:
+        listed: (image id, name, where it stands) of each image.
+        images, annotations: the folders of NAME.jpg and NAME.xml.
+        all_annotations: the folders in which to look for classes: those of every split.
+    """
+    found = list(classes) if classes is not None else _find_classes(all_annotations)
     labels = {clean_name(name): label for label, name in enumerate(found, 1)}
-    return found, list(range(1, len(found) + 1)), _images(root, listing, names, labels, outside_root)
+    return found, list(range(1, len(found) + 1)), _images(listed, images, annotations, labels, outside_root)
 
 
-def _find_classes(folder: Path) -> list[str]:
+def _find_classes(folders: Iterable[Path]) -> list[str]:
     names: set[str] = set()
-    for path in folder.glob("*.xml"):
+    for path in (path for folder in folders for path in folder.glob("*.xml")):
         try:
             names.update(_text(item, "name") for item in read_annotation(path).findall("object"))
         except DataError:
             continue  # a broken file has no classes; its split reports it
-    names = {name for name in names if not wrong_name(name)}
-    return list(VOC_CLASSES) if names <= set(VOC_CLASSES) else sorted(names)
+    return sorted(name for name in names if not wrong_name(name))
 
 
 def _images(
-    root: Path, listing: Path, names: list[str], labels: dict[str, int], outside_root: bool
+    listed: Iterable[tuple[int, str, str]], images: Path, annotations: Path, labels: dict[str, int], outside_root: bool
 ) -> Iterator[RawImage | DataError]:
     seen: set[str] = set()
     objects = 0
-    for line, name in enumerate(map(clean_name, names), 1):
-        if not name:
-            continue
+    for number, name, where in listed:
         try:
-            where = f"{listing}, line {line}"
             if name in seen:
                 raise DataError(f"{where}: {name[:200]!r} occurs a second time", "duplicate image id")
             check_inside(name, where, outside_root)
-            image_path = _image_path(root, name, where)
-            path = root / "Annotations" / f"{name}.xml"
+            image_path = _image_path(images, name, where)
+            path = annotations / f"{name}.xml"
             tree = read_annotation(path)
-            image = RawImage(line, image_path.name, str(image_path), _size(tree, path))
+            image = RawImage(number, image_path.name, str(image_path), _size(tree, path))
         except DataError as error:
             yield error
             continue
@@ -104,15 +130,15 @@ def _images(
         yield image
 
 
-def _image_path(root: Path, name: str, where: str) -> Path:
+def _image_path(folder: Path, name: str, where: str) -> Path:
     for suffix in SUFFIXES:
-        path = root / "JPEGImages" / (name + suffix)
+        path = folder / (name + suffix)
         try:
             if path.is_file():
                 return path
         except OSError:  # not a valid file name, such as one that is too long
             break
-    message = f"{where}: no image {root / 'JPEGImages' / name[:200]} with one of the suffixes {' '.join(SUFFIXES)}"
+    message = f"{where}: no image {folder / name[:200]} with one of the suffixes {' '.join(SUFFIXES)}"
     raise DataError(message, "missing image")
 
 
@@ -121,7 +147,7 @@ def _size(tree: Element, path: Path) -> tuple[int, int] | None:
     size = tree.find("size")
     said = [_text(size, key) if size is not None else "" for key in ("height", "width")]
     try:
-        sides = [_number(text) if text else 0.0 for text in said]
+        sides = [as_written(text) if text else 0.0 for text in said]
     except ValueError as error:
         raise DataError(f"{path}, size: {error}", "malformed record") from error
     if sides == [0, 0]:
@@ -160,14 +186,7 @@ def _object(entry: Element, where: str, number: int, labels: dict[str, int]) -> 
 def _corner(corners: Element, key: str) -> float:
     if len(corners.findall(key)) != 1:
         raise ValueError(f"{len(corners.findall(key))} elements <{key}>, one is accepted")
-    return _number(_text(corners, key))
-
-
-def _number(text: str) -> float:
-    """Parse a number; forms such as 1_000 or digits of other scripts, which Python accepts, are refused."""
-    if not NUMBER.fullmatch(text):
-        raise ValueError(f"{text[:40]!r} is not a number")
-    return float(text)
+    return as_written(_text(corners, key))
 
 
 def _text(element: Element, key: str) -> str:

@@ -40,11 +40,17 @@ class EvaluationData:
 def data_config(trained: DataConfig, given: EvaluationData) -> DataConfig:
     """The data of training, changed by the options of the command line.
 
+    A folder that is given to a detector trained on generated pictures is read in whichever layout it has.
+
     Raises:
-        UserError: the data set's folder is not given, or that of training does not exist.
+        UserError: the data set's folder is not given, that of training does not exist, or it would not be read.
     """
     values = {f.name: getattr(given, f.name) for f in fields(given)}
     config = replace(trained, **{name: v for name, v in values.items() if v is not None and v is not False})
+    if given.root is not None and given.format == "shapes":
+        raise UserError(f"--data.format shapes draws its own pictures and would not read --data.root {given.root}")
+    if given.root is not None and config.format == "shapes":  # the detector learnt from those; the folder has its own
+        config = replace(config, format="auto", val_images=given.val_images)
     if config.format == "shapes":
         return config
     if given.root is None and config.format != trained.format:

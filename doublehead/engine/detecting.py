@@ -19,7 +19,7 @@ from doublehead import data
 from doublehead.config import MAX_PIXELS
 from doublehead.engine import pictures
 from doublehead.engine.evaluator import inference
-from doublehead.engine.picture_files import HOW_TO_SPLIT, VIDEOS, Entry, output_names
+from doublehead.engine.picture_files import Entry, output_names
 from doublehead.engine.streaming import Clock, Uploader, batches, default_threads, in_order
 from doublehead.errors import DataError, UserError, one_line
 
@@ -70,6 +70,8 @@ def detect_in_pictures(
         max_pixels: larger pictures are not read.
         clock: sums up the time of each stage.
 
+    If it is stopped or fails, no picture stays that was not reported.
+
     Raises:
         UserError: the GPU's memory does not suffice for a batch.
     """
@@ -78,7 +80,9 @@ def detect_in_pictures(
     uploader = Uploader(next(model.parameters()).device)
     threads = threads or default_threads()
     named = zip(files, output_names(files, folder), strict=True)
+    unreported: set[Path] = set()
     with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [path.unlink(missing_ok=True) for path in unreported])  # when the threads have ended
         stack.enter_context(inference(model))
         read = in_order(
             lambda item: _read(*item, uploader, clock, max_pixels), named, threads, ahead=threads + 2 * batch_size
@@ -90,16 +94,18 @@ def detect_in_pictures(
             for picture in _detect(model, batch, uploader, score_threshold, dtype, clock)
         )
         drawn = in_order(
-            lambda picture: _draw(picture, folder, classes, clock), detected, threads, ahead=threads + batch_size
+            lambda picture: _draw(picture, folder, classes, clock, unreported),
+            detected,
+            threads,
+            ahead=threads + batch_size,
         )
         stack.enter_context(contextlib.closing(drawn))
         for entry in tqdm(drawn, total=len(files), desc="detecting", unit="picture", disable=None):
             on_entry(entry)
+            unreported.discard(folder / entry.get("picture", ""))
 
 
 def _read(file: Path, name: str, uploader: Uploader, clock: Clock, max_pixels: int) -> Picture:
-    if file.suffix.lower() in VIDEOS:
-        return Picture(file, name, error=f"a video: {HOW_TO_SPLIT}")
     with clock.measure("reading"):
         try:
             image = data.read_image(file, upright=True, max_pixels=max_pixels)
@@ -137,8 +143,8 @@ def _detect(
     return [detected.get(picture.file, picture) for picture in batch]
 
 
-def _draw(picture: Picture, folder: Path, classes: Sequence[str], clock: Clock) -> Entry:
-    """Draw and save a picture; returns its entry in the JSON."""
+def _draw(picture: Picture, folder: Path, classes: Sequence[str], clock: Clock, saved: set[Path]) -> Entry:
+    """Draw and save a picture, whose path goes into `saved`; returns its entry in the JSON."""
     if picture.error:
         return {"file": str(picture.file), "error": picture.error}
     with clock.measure("drawing"):
@@ -146,6 +152,7 @@ def _draw(picture: Picture, folder: Path, classes: Sequence[str], clock: Clock) 
         image = pictures.to_picture(picture.image)
         drawn = pictures.draw_boxes(image, output["boxes"], output["labels"], classes, output["scores"])
         pictures.save_picture(folder / picture.name, drawn)
+        saved.add(folder / picture.name)
         return {
             "file": str(picture.file), "picture": picture.name, "width": drawn.width, "height": drawn.height,
             "detections": _as_json(output, classes),

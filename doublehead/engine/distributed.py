@@ -162,10 +162,10 @@ def join_world(device: str = "auto") -> Iterator[World]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield World(device=_device(device, None))
+        yield World(device=find_device(device))
         return
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = _device(device, local_rank)
+    chosen = find_device(device, local_rank)
     store, rank, size = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
     options = {"store": dist.PrefixStore("groups", store), "rank": rank, "world_size": size, "timeout": TIMEOUT}
     if chosen.type == "cuda":
@@ -191,7 +191,16 @@ def _exit_code(error: BaseException) -> int:
     return code if isinstance(code, int) and code else 1
 
 
-def _device(name: str, local_rank: int | None) -> torch.device:
+def find_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device of that name.
+
+    Args:
+        name: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "cuda:1", ...
+        local_rank: this process's number on its machine; None: there is one process.
+
+    Raises:
+        UserError: there is no such device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

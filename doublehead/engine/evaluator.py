@@ -8,24 +8,35 @@ on any number of processes and in any order.
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from doublehead.engine.coco_metrics import CocoResults, Details, compute_metrics, detailed_metrics
 from doublehead.engine.distributed import World
 from doublehead.engine.metrics_text import COCO_NUMBERS
-from doublehead.engine.voc_ap import voc_ap50
 
 if TYPE_CHECKING:
     from doublehead.models.readout import ReadOut
 
-CocoResults = list[dict[str, Any]]
+__all__ = [
+    "COCO_NUMBERS", "CocoResults", "Evaluation", "coco_results", "compute_metrics", "evaluate", "evaluate_each",
+    "evaluate_in_detail", "inference", "predict", "predict_images", "rois_of_the_box_head", "watch_rois",
+]  # fmt: skip
 Output = dict[str, torch.Tensor]
 """An image's detections: boxes, labels, scores; from a `DoubleHeadRCNN` also rois and box_rois."""
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate_in_detail` gives."""
+
+    metrics: dict[str, Any]
+    results: CocoResults
+    details: Details | None
+    """What the charts show; on the main process, and only where there is something to find."""
 
 
 def evaluate(
@@ -49,25 +60,40 @@ def evaluate(
 
     Returns:
         `(metrics, results)`.  `metrics` (the same on every process; in [0, 1], None where there is
-        nothing to measure) has the names of `COCO_NUMBERS`, `classes` (name -> AP, AP50), `images`,
-        `detections`, `box_rois` (see `rois_of_the_box_head`) and, with `voc`, `voc` (mAP50 and
-        classes).  Without any ground-truth box, as in a test split, only the counts are there.
+        nothing to measure) has the names of `COCO_NUMBERS`, `classes` (name -> AP, AP50), `best_f1` (see
+        `matching.best_f1`), `images`, `detections`, `box_rois` (see `rois_of_the_box_head`) and, with
+        `voc`, `voc` (mAP50 and classes).  Without any ground-truth box, as in a test split, only the
+        counts are there.
         `results` is COCO's submission format, in the data set's order, on the main process; empty
         on the others.
     """
+    return evaluate_in_detail(model, dataset, world, voc=voc, workers=workers, progress=progress)[:2]
+
+
+def evaluate_in_detail(
+    model: nn.Module,
+    dataset: Any,
+    world: World | None = None,
+    *,
+    voc: bool = False,
+    workers: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """`evaluate`, and what its charts need."""
     world = world or World(device=next(model.parameters()).device)
     mine = predict(model, dataset, world, workers=workers, progress=progress)
     shares = world.gather_on_main(mine)
 
     results: CocoResults = []
+    details: list[Details | None] = [None]
 
     def measure() -> dict[str, Any]:
         outputs = {image_id: output for share in shares for image_id, output in share.items()}
-        metrics, measured = _measure(outputs, dataset, voc)
+        metrics, measured, details[0] = _measure(outputs, dataset, voc)
         results.extend(measured)
         return metrics
 
-    return world.on_main(measure), results
+    return Evaluation(world.on_main(measure), results, details[0])
 
 
 def evaluate_each(
@@ -101,17 +127,17 @@ def evaluate_each(
     def measure() -> dict[str, dict[str, Any]]:
         gathered = {image_id: outputs for share in shares for image_id, outputs in share.items()}
         return {
-            name: _measure({image_id: outputs[number] for image_id, outputs in gathered.items()}, dataset, voc)[0]
+            name: _measure({image_id: outputs[number] for image_id, outputs in gathered.items()}, dataset, voc).metrics
             for number, name in enumerate(readouts)
         }
 
     return world.on_main(measure)
 
 
-def _measure(outputs: dict[int, Output], dataset: Any, voc: bool) -> tuple[dict[str, Any], CocoResults]:
+def _measure(outputs: dict[int, Output], dataset: Any, voc: bool) -> Evaluation:
     results = coco_results(outputs, dataset)
-    metrics = compute_metrics(dataset.coco_ground_truth(), results, dataset, voc)
-    return metrics | rois_of_the_box_head(outputs), results
+    metrics, details = detailed_metrics(dataset.coco_ground_truth(), results, dataset, voc)
+    return Evaluation(metrics | rois_of_the_box_head(outputs), results, details)
 
 
 def predict(
@@ -219,84 +245,3 @@ def rois_of_the_box_head(predictions: dict[int, dict[str, torch.Tensor]]) -> dic
         return {}
     rois, box_rois = (sum(numbers) / len(counts) for numbers in zip(*counts, strict=True))
     return {"box_rois": {"all": rois, "seen": box_rois, "share": box_rois / rois if rois else 0.0}}
-
-
-def compute_metrics(ground_truth: dict[str, Any], results: CocoResults, dataset: Any, voc: bool) -> dict[str, Any]:
-    """The metrics of `evaluate` from ground truth and results in COCO's format."""
-    metrics: dict[str, Any] = {"images": len(dataset), "detections": len(results)}
-    if not ground_truth["annotations"]:
-        return metrics
-    if voc:  # before pycocotools, which overwrites the annotations' `ignore`
-        by_class = voc_ap50(ground_truth, results)
-        known = [ap for ap in by_class.values() if ap is not None]
-        metrics["voc"] = {"mAP50": sum(known) / len(known) if known else None, "classes": by_class}
-    numbers, classes = _coco_evaluation(ground_truth, results, dataset)
-    return numbers | {"classes": classes} | metrics
-
-
-def _coco_evaluation(ground_truth: dict[str, Any], results: CocoResults, dataset: Any) -> tuple[dict, dict]:
-    from pycocotools.cocoeval import COCOeval
-
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth, detections = _renumbered(ground_truth, results, dataset)
-        evaluation = COCOeval(_coco(truth), _coco(_as_annotations(truth, detections)), "bbox")
-        evaluation.params.imgIds = list(range(1, len(dataset.image_ids) + 1))
-        evaluation.params.catIds = list(range(1, len(dataset.category_ids) + 1))
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    numbers = {name: _known(value) for name, value in zip(COCO_NUMBERS, evaluation.stats, strict=True)}
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU, recall, class; all areas, most detections
-    classes = {
-        name: {"AP": _mean(precision[:, :, k]), "AP50": _mean(precision[0, :, k])}
-        for k, name in enumerate(dataset.classes)
-    }
-    return numbers, classes
-
-
-def _renumbered(ground_truth: dict[str, Any], results: CocoResults, dataset: Any) -> tuple[dict[str, Any], CocoResults]:
-    """Copies in which images, categories and annotations are numbered from 1, in the data set's order.
-
-    pycocotools takes a match with the annotation of id 0 for no match, keeps only the later of two annotations with the
-    same id, and ranks detections of equal score by image id: metrics must not depend on a file's numbering.
-    """
-    images = {image: number for number, image in enumerate(dataset.image_ids, start=1)}
-    categories = {category: number for number, category in enumerate(dataset.category_ids, start=1)}
-
-    def moved(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        known = [e for e in entries if e["image_id"] in images and e["category_id"] in categories]
-        return [
-            e | {"id": number, "image_id": images[e["image_id"]], "category_id": categories[e["category_id"]]}
-            for number, e in enumerate(known, start=1)
-        ]
-
-    truth = {
-        "images": [{"id": number} for number in images.values()],
-        "categories": [{"id": number} for number in categories.values()],
-        "annotations": moved(ground_truth["annotations"]),
-    }
-    return truth, moved(results)
-
-
-def _coco(content: dict[str, Any]) -> Any:
-    from pycocotools.coco import COCO
-
-    coco = COCO()
-    coco.dataset = content
-    coco.createIndex()
-    return coco
-
-
-def _as_annotations(ground_truth: dict[str, Any], results: CocoResults) -> dict[str, Any]:
-    """Numbered results as a COCO data set; `COCO.loadRes` does the same but fails when there are none."""
-    annotations = [result | {"area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0} for result in results]
-    return {"images": ground_truth["images"], "categories": ground_truth["categories"], "annotations": annotations}
-
-
-def _known(value: float) -> float | None:
-    return None if value < 0 else float(value)  # pycocotools writes -1 where there is nothing to measure
-
-
-def _mean(values: Any) -> float | None:
-    values = values[values > -1]
-    return float(values.mean()) if values.size else None

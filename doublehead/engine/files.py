@@ -21,6 +21,9 @@ from doublehead.engine.lock import LOCK_FILE
 from doublehead.errors import UserError
 
 RECIPE_FILE = "recipe.json"
+UNSAVED_MARK = ".unsaved"
+"""Marks a run's folder until its first state is saved: a model without a state is then from an interrupted save, not
+one that somebody wants to keep.  It is written before the recipe."""
 _LONGEST = 200  # bytes of a file's name that its temporary file repeats
 _A_DAY = 24 * 3600.0
 _WRITER = re.compile(r"^\..*\.(?P<system>[0-9a-f]{8})-(?P<process>[0-9]+)-[0-9a-f]{8}\.tmp$", re.DOTALL)
@@ -199,7 +202,7 @@ def check_new(folder: Path) -> None:
     Raises:
         UserError: it does.
     """
-    if any(path.name != LOCK_FILE and not is_temporary(path) for path in folder.iterdir()):
+    if any(path.name not in (LOCK_FILE, UNSAVED_MARK) and not is_temporary(path) for path in folder.iterdir()):
         raise UserError(f"{folder} already holds files: give another --out, or continue it with --resume {folder}")
 
 
@@ -222,12 +225,30 @@ def read_recipe(folder: str | Path) -> Recipe:
     """
     path = Path(folder) / RECIPE_FILE
     try:
-        if path.exists() and not path.is_file():  # reading a pipe would wait forever
-            raise UserError(f"{path}: not a regular file")
-        return from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except UserError:
-        raise
+        return _read_recipe(path)
     except OSError as error:
         raise UserError(f"{folder} is not the folder of a run: {path} cannot be read ({error.strerror})") from error
+
+
+def read_recipe_file(path: str | Path) -> Recipe:
+    """The recipe in a file, or in the folder of a run.
+
+    Raises:
+        UserError: there is none; what is wrong in it is named by its field.
+    """
+    path = Path(path)
+    path = path / RECIPE_FILE if path.is_dir() else path
+    try:
+        return _read_recipe(path)
+    except OSError as error:
+        raise UserError(f"--recipe {path}: cannot be read: {error.strerror}") from error
+
+
+def _read_recipe(path: Path) -> Recipe:
+    """Raises OSError: it cannot be read; UserError: it holds no recipe."""
+    if path.exists() and not path.is_file():  # reading a pipe would wait forever
+        raise UserError(f"{path}: not a regular file")
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:  # of characters, JSON, fields
         raise UserError(f"{path}: not a recipe of this version: {error}") from error

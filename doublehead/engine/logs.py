@@ -1,4 +1,4 @@
-"""Output of a training: a JSONL log, TensorBoard events, a progress bar, counted warnings."""
+"""Output of a training: a JSONL log, TensorBoard events, lines on the terminal, counted warnings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import sys
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -156,42 +155,6 @@ def _board_name(name: str) -> str:
     if name == "images_per_second":
         return f"speed/{name}"
     return f"val/{name}" if name.startswith("A") else f"train/{name}"
-
-
-class Progress:
-    """A progress bar on a terminal; elsewhere (a file, a CI log) a plain line every few seconds."""
-
-    def __init__(self, total: int, done: int, shown: bool, every: float = 15.0) -> None:
-        self._bar = tqdm(total=total, initial=done, unit="step", disable=None if shown else True, dynamic_ncols=True)
-        self._plain = shown and self._bar.disable
-        self._total, self._first, self._step, self._every = total, done, done, every
-        self._begun = self._last = time.monotonic()
-
-    def advance(self) -> None:
-        """One more step is done."""
-        self._step += 1
-        self._bar.update()
-
-    def show(self, record: Record) -> None:
-        """Show the losses of a log record."""
-        parts = {"loss": record["loss"]} | {k[5:]: v for k, v in record.items() if k.startswith("loss_")}
-        text = " ".join(f"{name} {value:.3g}" for name, value in parts.items())
-        self._bar.set_postfix_str(text, refresh=False)
-        now = time.monotonic()
-        if self._plain and (now - self._last >= self._every or self._step == self._total):
-            self._last = now
-            left = (now - self._begun) / max(1, self._step - self._first) * (self._total - self._step)
-            say(f"step {self._step}/{self._total}  {text}  {_clock(left)} left")
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self._bar.close()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def say(text: str = "") -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from doublehead.engine.files import write_bytes
+from doublehead.engine.metrics_text import shown_score
 
 Colour = tuple[int, int, int]
 JPEG_SIDE = 65_500
@@ -57,7 +58,7 @@ def draw_boxes(
     """
     picture = picture.convert("RGB").copy()
     size = max(12, round(min(picture.size) / 32))
-    font = _font(size)
+    font = drawing_font(size)
     draw = ImageDraw.Draw(picture)
     chosen = range(len(boxes))
     if scores is not None:
@@ -66,14 +67,14 @@ def draw_boxes(
         _draw_box(draw, boxes[i].tolist(), class_colour(int(labels[i])), width=max(3, size // 6))
     for i in chosen:  # the names last, so that no box hides one
         label = int(labels[i])
-        text = _shown(classes[label - 1]) + (f" {scores[i]:.2f}" if scores is not None else "")
+        text = shown_name(classes[label - 1]) + (f" {scores[i]:.2f}" if scores is not None else "")
         _draw_name(draw, boxes[i].tolist(), text, class_colour(label), font, picture.size)
     return picture
 
 
-def _shown(name: str) -> str:
+def shown_name(name: str, longest: int = LONGEST_NAME) -> str:
     """A class name as one line of bounded length, without characters that fonts cannot draw."""
-    short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
+    short = name if len(name) <= longest else f"{name[: longest - 1]}\N{HORIZONTAL ELLIPSIS}"
     return "".join(letter if letter.isprintable() else " " for letter in short)
 
 
@@ -97,7 +98,7 @@ def _draw_name(draw, box: list[float], text: str, colour: Colour, font, limits: 
 
 
 @functools.lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def drawing_font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib and knows most alphabets."""
     from matplotlib import get_data_path
 
@@ -112,6 +113,7 @@ def detection_grid(
     threshold: float = 0.5,
     columns: int = 2,
     side: int = 360,
+    why: str = "",
 ) -> Image.Image:
     """Ground truth beside detections, several images on one sheet.
 
@@ -122,6 +124,7 @@ def detection_grid(
         threshold: detections below this score are not drawn.
         columns: pairs side by side.
         side: each picture is scaled to fit a square of this many pixels.
+        why: what chose the threshold.
     """
     gap, header = 12, 34
     columns = min(columns, max(1, len(images)))
@@ -134,10 +137,11 @@ def detection_grid(
     tops = np.cumsum([header, *(gap + max(picture.height for picture in row) for row in rows)]).tolist()
     lefts = [gap + column * (2 * side + 3 * gap) for column in range(columns)]
     sheet = Image.new("RGB", (lefts[-1] + 2 * side + 2 * gap, tops[-1]), "white")
-    draw, font = ImageDraw.Draw(sheet), _font(17)
+    draw, font = ImageDraw.Draw(sheet), drawing_font(17)
+    above = f"detections, score ≥ {shown_score(threshold)}" + (f" ({why})" if why else "")
     for left in lefts:
         draw.text((left, 8), "ground truth", fill="black", font=font)
-        draw.text((left + side + gap, 8), f"detections, score ≥ {threshold:g}", fill="black", font=font)
+        draw.text((left + side + gap, 8), above, fill="black", font=font)
     for number, (picture, scale, target, output) in enumerate(zip(pictures, scales, targets, outputs, strict=True)):
         left, top = lefts[number % columns], tops[number // columns]
         truth = draw_boxes(picture, target["boxes"] * scale, target["labels"], classes)

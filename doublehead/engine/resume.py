@@ -13,7 +13,8 @@ import safetensors
 
 from doublehead.config import Recipe, to_dict
 from doublehead.engine.checkpoint import MODEL_FILE, STATE_FILE
-from doublehead.engine.files import RECIPE_FILE, read_recipe
+from doublehead.engine.commands import train_again_command
+from doublehead.engine.files import RECIPE_FILE, UNSAVED_MARK, read_recipe
 from doublehead.errors import UserError
 
 #: Fields that may change when a run is resumed.  The others shaped the state (the model, the optimiser and its
@@ -29,34 +30,41 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-#: Marks a folder until its first state is saved: a model without a state is then from an interrupted save, not one that
-#: somebody wants to keep.
-UNSAVED_MARK = ".unsaved"
+#: The best weights by AP so far (see `train.eval_every`).
+BEST_FILE = "best.safetensors"
+_RESULTS = (MODEL_FILE, BEST_FILE, "metrics.json", "curves.png", "detections.png", "pr_curves.png", "confusion.png")
 
 
-def mark_unsaved(folder: Path, unsaved: bool) -> None:
-    """Note whether the run in `folder` has no state yet."""
-    if unsaved:
-        (folder / UNSAVED_MARK).touch()
-    else:
-        (folder / UNSAVED_MARK).unlink(missing_ok=True)
+def mark_unsaved(folder: Path, start_from: Path | None = None) -> None:
+    """Note that the run in `folder` has no state yet, and from which detector it starts, if from any."""
+    (folder / UNSAVED_MARK).write_text("" if start_from is None else f"{start_from}\n", encoding="utf-8")
+
+
+def mark_saved(folder: Path) -> None:
+    """Note that the run in `folder` has a state."""
+    (folder / UNSAVED_MARK).unlink(missing_ok=True)
 
 
 def resume_command(folder: str | Path, processes: int = 1) -> str:
     """The command that resumes the run in `folder`."""
-    start = "python -m" if processes == 1 else f"torchrun --nproc-per-node {processes} -m"
-    return f"{start} doublehead.train --resume {shlex.quote(str(folder))}"
+    start = "" if processes == 1 else f"torchrun --nproc-per-node {processes} -m "
+    return f"{start}doublehead train --resume {shlex.quote(str(folder))}"
 
 
 def identity(recipe: Recipe, dataset: Any) -> dict[str, Any]:
     """What a training state stores to recognise its run: plain values."""
-    files = "".join(f"{name}\n{size}\n" for name, size in zip(dataset.file_names, dataset.image_sizes, strict=True))
     return {
         "recipe": _fixed(recipe),
         "classes": list(dataset.classes),
         "images": len(dataset),
-        "files": hashlib.sha256(files.encode("utf-8", "surrogateescape")).hexdigest(),
+        "files": digest_of_images(dataset),
     }
+
+
+def digest_of_images(dataset: Any) -> str:
+    """Of the images' names and sizes, in order."""
+    files = "".join(f"{name}\n{size}\n" for name, size in zip(dataset.file_names, dataset.image_sizes, strict=True))
+    return hashlib.sha256(files.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
@@ -67,16 +75,29 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     Raises:
         UserError: says what to do instead.
     """
-    if not (folder / STATE_FILE).exists() and not (folder / UNSAVED_MARK).exists():
-        for name in (MODEL_FILE, "metrics.json"):
-            if (folder / name).exists():
-                weights = f" --model.backbone.weights {shlex.quote(str(folder / name))}" if name == MODEL_FILE else ""
-                raise UserError(
-                    f"{folder} has {name} but no {STATE_FILE} to go on from, and --resume never overwrites it; "
-                    f"begin another run: doublehead train RECIPE --out ANOTHER{weights}"
-                )
+    mark = folder / UNSAVED_MARK
+    if not (folder / STATE_FILE).exists():
+        if not mark.exists():
+            _refuse_results(folder, recipe)
+        elif source := mark.read_text(encoding="utf-8").strip():
+            raise UserError(
+                f"{folder} was stopped before it had saved the weights that it started from: remove it, and start it "
+                f"again from {source}: {train_again_command(folder, recipe, Path(source))}"
+            )
     if (folder / RECIPE_FILE).exists():
         check_recipe(folder, _fixed(read_recipe(folder)), recipe)
+
+
+def _refuse_results(folder: Path, recipe: Recipe) -> None:
+    """Refuse a folder that has results though it has no state: a model that somebody keeps, or converted."""
+    there = [name for name in _RESULTS if (folder / name).exists()]
+    if there:
+        model = {MODEL_FILE: folder, BEST_FILE: folder / BEST_FILE}.get(there[0])
+        another = "begin another run from its weights" if model else "begin another run"
+        raise UserError(
+            f"{folder} has {there[0]} but no {STATE_FILE} to go on from, and --resume never overwrites it; "
+            f"{another}: {train_again_command(folder, recipe, model)}"
+        )
 
 
 def check_recipe(folder: Path, before: dict[str, Any], recipe: Recipe) -> None:
@@ -95,7 +116,7 @@ def check_recipe(folder: Path, before: dict[str, Any], recipe: Recipe) -> None:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
             f"{folder} holds another run: {', '.join(changed[:3])}{more}; resume it without these options, "
-            "or begin a new run with --out"
+            f"or begin another from its weights: {train_again_command(folder, recipe, folder)}"
         )
 
 
@@ -118,18 +139,20 @@ def check_state(folder: Path, state: dict[str, Any], recipe: Recipe, dataset: An
     if difference := _class_difference(known["classes"], dataset.classes):
         raise UserError(
             f"{folder} was trained on other classes: {difference}; the same names in the same order are needed: "
-            "resume on the run's own data, or begin a new run with --out"
+            f"resume on the run's own data, or begin another run: {train_again_command(folder, recipe, folder)}"
         )
     now = identity(recipe, dataset)
     if known.get("files", now["files"]) != now["files"]:
         raise UserError(
             f"{folder} was trained on other images: {known['images']} then, {now['images']} now, and not with the same "
-            "names, sizes and order; resume on the run's own data, or begin a new run with --out"
+            "names, sizes and order; resume on the run's own data, or begin another run: "
+            f"{train_again_command(folder, recipe, folder)}"
         )
     if recipe.train.steps < state["step"]:
         raise UserError(
             f"{folder} has done {state['step']} steps already, more than train.steps {recipe.train.steps}: "
-            f"give --train.steps {state['step']} or more"
+            f"give --train.steps {state['step']} or more, or begin another run from its weights: "
+            f"{train_again_command(folder, recipe, folder)}"
         )
 
 

@@ -1,8 +1,9 @@
 """A whole training run: data, model, trainer, and the folder of its results.
 
 `runs/<name>/` holds `recipe.json`, `model.safetensors` (to use), `state.pt` (to continue from),
-`log.jsonl`, `tensorboard/`, and after the last step `metrics.json`, `curves.png` and
-`detections.png`.
+`log.jsonl`, `tensorboard/`, `batches.png`, and after the last step `metrics.json`, `curves.png`,
+`detections.png` and the charts of `charts.CHARTS`; with evaluations on the way also `best.safetensors`,
+the weights with the highest AP.
 """
 
 from __future__ import annotations
@@ -11,41 +12,49 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from doublehead.config import ModelConfig, Recipe, check, to_dict
-from doublehead.data import build_dataset, build_loader
-from doublehead.engine import checkpoint, pictures
+from doublehead.config import ModelConfig, Recipe, to_dict
+from doublehead.data import build_loader
+from doublehead.engine import banner, checkpoint, pictures
+from doublehead.engine.batch_sheet import BATCHES_FILE, draw_first_batches
+from doublehead.engine.best import BEST_FILE, Best
+from doublehead.engine.coco_metrics import Details
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import PeerFailed, PeerLostError, PeerStopped
-from doublehead.engine.evaluator import evaluate, predict_images
-from doublehead.engine.files import RECIPE_FILE, check_new, read_recipe, write_json
+from doublehead.engine.evaluator import evaluate_in_detail
+from doublehead.engine.files import RECIPE_FILE, check_new, write_json
+from doublehead.engine.fitting import Wishes, prepare
 from doublehead.engine.lock import FolderLock
-from doublehead.engine.logs import LOG_FILE, Progress, RunLog, check_log, read_log, say
+from doublehead.engine.logs import LOG_FILE, RunLog, check_log, read_log, say
 from doublehead.engine.metrics_text import format_metrics
 from doublehead.engine.optim import seed_step
-from doublehead.engine.resume import changes, check_folder, check_state, identity, mark_unsaved, resume_command
-from doublehead.engine.schedule import notes, notes_of_more_steps
+from doublehead.engine.progress import Progress
+from doublehead.engine.results import draw_results
+from doublehead.engine.resume import check_folder, check_state, identity, mark_saved, mark_unsaved, resume_command
 from doublehead.engine.signals import Stopped, StopSignals
-from doublehead.engine.trainer import Hooks, Trainer, check_config, micro_batch_size
+from doublehead.engine.starting import Source
+from doublehead.engine.trainer import Hooks, Trainer, micro_batch_size
 from doublehead.errors import UserError, config_errors
 
 METRICS_FILE = "metrics.json"
-PICTURES = 8  # images in detections.png
 _STOPS = (Stopped, KeyboardInterrupt, PeerStopped, PeerLostError)  # nothing is wrong with the run: it can be resumed
 
 
-def train(recipe: Recipe, folder: Path, world: World, resume: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe, folder: Path, world: World, resume: bool = False, wishes: Wishes | None = None
+) -> dict[str, Any]:
     """Train `recipe`, evaluate it, and leave everything in `folder`.
 
     Args:
         folder: the run's folder: an empty one (see `new_run_folder`), or with `resume` that of an earlier run.
         resume: continue from `folder`'s state, or begin again if it was stopped before its first one.
+        wishes: what a new run may change in `recipe`, and what it starts from; None: nothing.
 
     Returns:
         The final metrics (see `evaluate`).
@@ -61,14 +70,15 @@ def train(recipe: Recipe, folder: Path, world: World, resume: bool = False) -> d
         try:
             with signals.ending_at_once(), _locked(folder, world):
                 world.on_main(lambda: check_folder(folder, recipe) if resume else check_new(folder))
-                parts.append(run := Run(recipe, folder, world, resume))
+                parts.append(run := Run(recipe, folder, world, resume, wishes))
                 run.trainer.fit()
                 return run.finish()
         except BaseException as error:
             cause = _cause(error, world)
             if world.is_main and isinstance(cause, _STOPS):
                 steps = (parts[0].trainer.step, parts[0].saved_step) if parts else None
-                tqdm.write(f"stopped{_progress(folder, steps, recipe.train.steps)}", file=sys.stderr)
+                total = (parts[0].recipe if parts else recipe).train.steps
+                tqdm.write(f"stopped{_progress(folder, steps, total)}", file=sys.stderr)
             if cause is error:
                 raise
             raise cause from None
@@ -105,52 +115,65 @@ def _progress(folder: Path, steps: tuple[int, int | None] | None, total: int) ->
         return f" before the first step: {folder} is as it was; go on with: {command}"
     done, saved = steps
     if saved is None:
-        return f" before the first checkpoint: nothing is saved yet; begin again with: {command}"
-    what = f"step {saved} of {total}" if saved < total else f"the last step, {total},"
-    return f" after step {done}: {what} is saved in {folder}; go on with: {command}"
+        return f" at {done}/{total} before the first checkpoint: nothing is saved yet; begin again with: {command}"
+    if saved == total:
+        return f" at {done}/{total}: all steps are saved; measure the model with: {command}"
+    unsaved = f", saved at {saved}" if saved < done else ""
+    return f" at {done}/{total}{unsaved}; go on with: {command}"
 
 
 class Run(Hooks):
     """One run: its data, model and trainer, and the hooks that record it."""
 
-    def __init__(self, recipe: Recipe, folder: Path, world: World, resume: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, world: World, resume: bool = False, wishes: Wishes | None = None
+    ) -> None:
         from doublehead.models import build_detector  # only here: it brings torchvision
 
-        self.recipe, self.folder, self.world = recipe, folder, world
+        self.folder, self.world = folder, world
         self.saved_step: int | None = None  # the step of the state on disk
+        prepared = prepare(recipe, world, wishes)
+        self.recipe, self.training, self.validation = prepared[:3]
         with config_errors():
-            check(recipe)  # before the data is read: that may take minutes
-            check_config(recipe.train, world)
-            self.training = build_dataset(recipe.data, "train", recipe.train.horizontal_flip)
-            self.validation = build_dataset(recipe.data, "val", classes=self.training.classes)
             self._batches(0)  # refuses what a loader does
             state = self._read_state() if resume else None
-            seed_step(recipe.train.seed, -1)  # the first weights, the same on every process
-            model = build_detector(_start(recipe.model, state), len(self.training.classes) + 1)
-            self.trainer = Trainer(model, recipe.train, self._batches, world, self)
+            seed_step(self.recipe.train.seed, -1)  # the first weights, the same on every process
+            model = build_detector(_start(self.recipe.model, state), len(self.training.classes) + 1)
+            copied = None
+            if prepared.source:
+                copied = prepared.source.copy_to(model, self.recipe.model, self.training.classes)
+            self.trainer = Trainer(model, self.recipe.train, self._batches, world, self)
         if state is not None:
             self.trainer.load_state_dict(state, folder / checkpoint.STATE_FILE)
             self.saved_step = state["step"]
-        self.identity = identity(recipe, self.training)
+        self.identity = identity(self.recipe, self.training)
         if world.is_main:
-            self._say_start(state)
+            banner.say_start(
+                self.recipe, folder, world, self.training, self.trainer, state, self._machine(),
+                data=prepared.said, start_from=copied, notes_of_fitting=prepared.notes,
+            )  # fmt: skip
         self.log: RunLog | None = None  # the main process's
-        world.on_main(lambda: self._open_files(state))
-        self.progress = Progress(recipe.train.steps, self.trainer.step, shown=world.is_main)
+        self.best = Best(folder / BEST_FILE, self.validation)
+        world.on_main(lambda: self._open_files(state, prepared.source))
+        if prepared.source:
+            self.on_save()  # a resume needs no more of the detector that it started from
+        self.progress = Progress(self.recipe.train.steps, self.trainer.step, shown=world.is_main)
         self.metrics: dict[str, Any] = {}
+        self.details: Details | None = None
 
-    def _batches(self, start: int) -> Any:
+    def _batches(self, start: int, training: Any = None, workers: int | None = None) -> Any:
         config = self.recipe.train
         return build_loader(
-            self.training,
+            self.training if training is None else training,
             micro_batch_size(config, self.world),
             train=True,
             seed=config.seed,
             rank=self.world.rank,
             world_size=self.world.size,
-            workers=self.recipe.data.workers,
+            workers=self.recipe.data.workers if workers is None else workers,
             aspect_ratio_grouping=config.aspect_ratio_grouping,
             start_step=start,
+            augment=config.augment,
         )
 
     # ------------------------------------------------------------------ resuming
@@ -164,13 +187,17 @@ class Run(Hooks):
         check_state(self.folder, state, self.recipe, self.training)
         return state
 
-    def _open_files(self, state: dict[str, Any] | None) -> None:
+    def _open_files(self, state: dict[str, Any] | None, source: Source | None) -> None:
         check_log(self.folder)
         try:
+            if state is None:  # before the recipe, by which a run is known
+                mark_unsaved(self.folder, source.path if source else None)
             write_json(self.folder / RECIPE_FILE, to_dict(self.recipe))
-            mark_unsaved(self.folder, state is None)
+            if state is not None:
+                mark_saved(self.folder)
         except OSError as error:
             raise UserError(f"{self.folder / RECIPE_FILE}: cannot be written: {error.strerror}") from error
+        self._draw_batches()
         if state is None:
             self.log = RunLog(self.folder)
             return
@@ -179,8 +206,20 @@ class Run(Hooks):
             return record["step"] <= state["step" if "loss" in record else "evaluated_step"]
 
         self.log = RunLog(self.folder, state["step"], keep)
+        self.best.read()
         if not (self.folder / checkpoint.MODEL_FILE).exists():  # somebody removed it
             self._save_model()
+
+    def _draw_batches(self) -> None:
+        """Show the batches that this process begins with; not again when the run is resumed."""
+        path, step = self.folder / BATCHES_FILE, self.trainer.step
+        if path.exists() or step >= self.recipe.train.steps:
+            return
+        first = step * self.recipe.train.accumulate
+        try:
+            draw_first_batches(lambda training: self._batches(first, training, workers=0), self.training, path, first)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
     def _machine(self) -> dict[str, Any]:
         """What sums are split over: rounding depends on it, and so do the exact results of a run."""
@@ -205,29 +244,35 @@ class Run(Hooks):
             self._save_model()
             checkpoint.save_state(path, state)
             self.saved_step = state["step"]
-            mark_unsaved(self.folder, False)
+            mark_saved(self.folder)
 
         self.world.on_main(write)
 
-    def _save_model(self) -> None:
-        path = self.folder / checkpoint.MODEL_FILE
-        model, data = self.trainer.evaluated_model, self.training
-        checkpoint.save_model(path, model, self.recipe, data.classes, data.category_ids, self.trainer.step)
+    def _save_model(self, name: str = checkpoint.MODEL_FILE, more: Mapping[str, str] | None = None) -> None:
+        model, data, step = self.trainer.evaluated_model, self.training, self.trainer.step
+        checkpoint.save_model(self.folder / name, model, self.recipe, data.classes, data.category_ids, step, more)
 
     def on_evaluate(self) -> None:
         data = self.recipe.data
-        self.metrics, _ = evaluate(
+        self.metrics, _, self.details = evaluate_in_detail(
             self.trainer.evaluated_model,
             self.validation,
             self.world,
-            voc=data.format == "voc",
+            voc=self.validation.is_voc,
             workers=data.workers,
             progress=self.world.is_main,
         )
+        self.world.on_main(self._keep_best)
         if self.log and self.metrics.get("AP") is not None:
             numbers = {name: value for name, value in self.metrics.items() if name.startswith("A")}
             self.log.write({"step": self.trainer.step, **numbers})
             say(f"step {self.trainer.step}: AP {100 * numbers['AP']:.1f}, AP50 {100 * numbers['AP50']:.1f}")
+
+    def _keep_best(self) -> None:
+        """Before the log says so: a run killed between the two evaluates again, and finds its own file."""
+        ap = self.metrics.get("AP")
+        if self.recipe.train.eval_every and self.best.is_beaten_by(self.trainer.step, ap):
+            self._save_model(BEST_FILE, self.best.replaced_by(self.trainer.step, ap))
 
     # ------------------------------------------------------------------ the end
 
@@ -241,69 +286,25 @@ class Run(Hooks):
 
     def _write_results(self) -> None:
         try:
-            self._write_files()
+            names = self._write_files()
         except OSError as error:
             raise UserError(
                 f"{self.folder}: the results cannot be written: {error.strerror or error}; the training is done and "
                 "saved, --resume makes them again"
             ) from error
         say("\n" + format_metrics(self.metrics) + "\n")
-        say(f"{self.folder}: {checkpoint.MODEL_FILE}, {METRICS_FILE}, {LOG_FILE}, curves.png, detections.png")
+        if best := self.best.describe():
+            say(f"{self.folder}: {best}")
+        say(f"{self.folder}: {', '.join([checkpoint.MODEL_FILE, LOG_FILE, *names])}")
 
-    def _write_files(self) -> None:
+    def _write_files(self) -> list[str]:
+        """Write the results; their names."""
         steps = {"step": self.trainer.step, "seconds": round(self.trainer.seconds(), 1)}
-        write_json(self.folder / METRICS_FILE, steps | self.metrics)
+        write_json(self.folder / METRICS_FILE, steps | self.metrics | self.best.as_metrics())
         pictures.draw_curves(read_log(self.folder / LOG_FILE), self.folder / "curves.png", self.recipe.name)
-        self._draw_detections()
-
-    def _draw_detections(self) -> None:
-        count = min(PICTURES, len(self.validation))
-        chosen = [i * len(self.validation) // count for i in range(count)]
-        images, targets = zip(*(self.validation[i] for i in chosen), strict=True)
-        outputs = predict_images(self.trainer.evaluated_model, images, self.world.device)
-        sheet = pictures.detection_grid(images, targets, outputs, self.training.classes)
-        pictures.save_picture(self.folder / "detections.png", sheet)
-
-    def _say_start(self, state: dict[str, Any] | None) -> None:
-        """Print what is trained, on what data and device, and notes.  Nothing is written yet."""
-        recipe, config, model = self.recipe, self.recipe.train, self.trainer.model
-        weights = sum(p.numel() for p in model.parameters())
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        shown = ", ".join(self.training.classes[:8]) + (", ..." if len(self.training.classes) > 8 else "")
-        options = [f"amp {config.amp}"] if config.amp != "off" else []
-        options += [f"{config.accumulate} accumulation steps"] if config.accumulate > 1 else []
-        options += [f"weights averaged ({config.ema_decay})"] if config.ema_decay is not None else []
-        options += ["all done: the results are made again"] if self.trainer.step >= config.steps else []
-        steps = f"{config.steps}" if state is None else f"{self.trainer.step} -> {config.steps}"
-        lines = {
-            "recipe": f"{recipe.name}: {recipe.about}",
-            "data": f"{recipe.data.format}: {len(self.training)} images to train, {len(self.validation)} to validate",
-            "classes": f"{len(self.training.classes)}: {shown}",
-            "model": f"{recipe.model.head.kind}, {recipe.model.backbone.name}, "
-            f"{weights / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained",
-            "steps": ", ".join([f"{steps} x {config.batch_size} images", *options]),
-            "device": _device_name(self.world),
-            "folder": f"{self.folder}" + (" (resumed)" if state is not None else ""),
-        }
-        if self.training.left_out():
-            lines["left out"] = f"of training: {self.training.left_out()}"
-        for name, text in lines.items():
-            say(f"{name:<8} {text}")
-        for text in [*notes(config), *(self._notes_of_resuming(state) if state is not None else ())]:
-            say(f"note: {text}")
-
-    def _notes_of_resuming(self, state: dict[str, Any]) -> Iterator[str]:
-        before, now = state["machine"], self._machine()
-        if before != now:
-            changed = ", ".join(f"{before[name]} -> {now[name]} {name}" for name in now if before[name] != now[name])
-            yield f"{changed}: the run goes on, but its results will not be bit-identical"
-        if self.trainer.average and state["average"] is None:
-            yield "the state has no averaged weights: their average begins with this part of the run"
-        if (self.folder / RECIPE_FILE).exists():
-            recipe = read_recipe(self.folder)
-            if changed := changes(recipe, self.recipe):
-                yield f"changed from here on: {', '.join(changed)}"
-            yield from notes_of_more_steps(self.recipe.train, recipe.train, state["step"])
+        model, device = self.trainer.evaluated_model, self.world.device
+        drawn = draw_results(self.folder, self.recipe.name, model, self.validation, device, self.details)
+        return [METRICS_FILE, "curves.png", *drawn]
 
 
 def _start(config: ModelConfig, state: dict[str, Any] | None) -> ModelConfig:
@@ -311,11 +312,3 @@ def _start(config: ModelConfig, state: dict[str, Any] | None) -> ModelConfig:
     if state is None:
         return config
     return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=None))
-
-
-def _device_name(world: World) -> str:
-    if world.device.type == "cuda":
-        name = torch.cuda.get_device_name(world.device)
-    else:
-        name = f"{world.device.type}, {torch.get_num_threads()} threads"
-    return f"{world.size} x {name}" if world.size > 1 else name

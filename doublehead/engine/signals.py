@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from doublehead.errors import Abandoned
@@ -25,9 +26,13 @@ class StopSignals:
     """While entered, SIGTERM and SIGINT set `received` instead of ending the process at once.
 
     A second Ctrl-C raises `Abandoned`.  Outside the main thread, where Python allows no handlers, this does nothing.
+
+    Args:
+        on_first: called in the handler of the first signal, unless that ends the process at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_first: Callable[[], None] = lambda: None) -> None:
+        self.on_first = on_first
         self.received = 0
         self._at_once = False
         self._before: dict[int, object] = {}
@@ -60,4 +65,16 @@ class StopSignals:
             raise Stopped(number)
         if self.received and number == signal.SIGINT:
             raise Abandoned
-        self.received = self.received or number
+        if not self.received:
+            self.received = number
+            self.on_first()
+
+
+def say_saving() -> None:
+    """Answer a request to stop at once: the running step may take a while.
+
+    Past Python's own buffers, which must not be used in a signal's handler: it may have interrupted a write to them.
+    """
+    with contextlib.suppress(OSError):
+        below_the_bar = "\n" if os.isatty(2) else ""
+        os.write(2, f"{below_the_bar}saving: the running step ends first; Ctrl-C again ends without it\n".encode())

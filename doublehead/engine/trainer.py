@@ -30,7 +30,7 @@ from doublehead.engine.optim import (
     set_learning_rate,
 )
 from doublehead.engine.schema import is_finite
-from doublehead.engine.signals import Stopped, StopSignals
+from doublehead.engine.signals import Stopped, StopSignals, say_saving
 from doublehead.engine.state import trainer_state
 from doublehead.engine.tracker import LossTracker
 from doublehead.errors import UserError
@@ -87,7 +87,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=config.amp == "fp16")
         self.parallel = _parallel(self.model, self.world)
         self.losses = LossTracker(self.world)
-        self.signals = StopSignals()
+        self.signals = StopSignals(say_saving) if self.world.is_main else StopSignals()
         self.step = 0  # optimizer steps done
         self.evaluated_step = -1  # the step of the last evaluation
         self.earlier_seconds = 0.0  # of this run, before it was resumed

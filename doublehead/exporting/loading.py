@@ -105,6 +105,17 @@ class ExportedDetector:
         before = [(image.shape[-2], image.shape[-1]) for image in images]
         return self._transform.detections(Detections(*(v[: len(images)] for v in found)), before, after)
 
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of an image of this size after the model's own resizing; this needs torchvision.
+
+        The program takes it if neither is above those of `shape`.
+        """
+        from ..models.images import RESIZE_RULES
+
+        config = image_config(self.description)
+        size = RESIZE_RULES[config.resize].size((height, width), config.min_size[-1], config.max_size)
+        return max(1, size[0]), max(1, size[1])
+
     def __repr__(self) -> str:
         batch, height, width = self.shape
         return (

@@ -25,8 +25,10 @@ def box_area(boxes: Tensor) -> Tensor:
 
     Args:
         boxes: `Tensor[..., 4]`, floating point.
+
     Returns:
         `Tensor[...]`, float32 or float64.
+
     Raises:
         TypeError: not a tensor.
         ValueError: the last dimension is not 4.
@@ -44,8 +46,10 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     Args:
         a: `Tensor[..., N, 4]`.
         b: `Tensor[..., M, 4]`; leading dimensions broadcast against those of `a`.
+
     Returns:
         `Tensor[..., N, M]`, float32 or float64.
+
     Raises:
         TypeError: not a tensor.
         ValueError: a last dimension is not 4.
@@ -74,8 +78,10 @@ def encode_boxes(reference: Tensor, proposals: Tensor, weights: Weights = (1.0, 
         reference: `Tensor[..., 4]`, the boxes aimed at.
         proposals: `Tensor[..., 4]`, broadcast against `reference`.
         weights: factors of (dx, dy, dw, dh).
+
     Returns:
         `Tensor[..., 4]` (dx, dy, dw, dh), float32 or float64.  Not finite where a side is not positive.
+
     Raises:
         TypeError: not a tensor.
         ValueError: a last dimension, or the number of weights, is not 4.
@@ -102,8 +108,10 @@ def decode_boxes(
             `boxes[:, None]`.
         weights: the factors `deltas` were encoded with.
         clip: upper bound of dw and dh after division by their weights, so that exp cannot overflow.
+
     Returns:
         `Tensor[..., 4]`, float32 or float64.
+
     Raises:
         TypeError: not a tensor.
         ValueError: a last dimension, or the number of weights, is not 4.
@@ -130,8 +138,10 @@ def clip_boxes(boxes: Tensor, sizes: Tensor, least_side: float = 0.0) -> Tensor:
         sizes: `Tensor[B, 2]` (height, width) in pixels of each image, any real dtype; `Tensor[..., 2]` in general.
         least_side: pixels that remain of a box wholly outside: x1 and y1 stop so far before the far border, x2 and y2
             so far behind the near one.
+
     Returns:
         `Tensor[B, N, 4]` of `boxes`' dtype.  NaN stays NaN.
+
     Raises:
         TypeError: not a tensor.
         ValueError: the last dimension of `boxes` is not 4 or that of `sizes` is not 2.

@@ -1,4 +1,4 @@
-"""The tables in README.md and benchmarks/RESULTS.md say what benchmarks/results/ holds."""
+"""The tables in README.md, docs/benchmarks.md and benchmarks/RESULTS.md say what benchmarks/results/ holds."""
 
 import json
 import subprocess
@@ -26,11 +26,20 @@ def test_tables_are_up_to_date():
 
 def test_every_headline_has_been_recorded(plot):
     recorded = {case["case"] for case in plot.load(plot.RESULTS / "cpu")}
-    assert set(plot.HEADLINES) <= recorded
+    assert set(plot.HEADLINES) | set(plot.SUMMARY_CPU) <= recorded
+
+
+def test_every_row_of_the_summary_has_been_measured_on_a_gpu(plot):
+    (record,) = [json.loads(path.read_text()) for path in plot.RESULTS.glob("headline-*.json")]
+    measured = {row["row"] for row in record["rows"] if row["status"] == "measured"}
+    assert set(plot.SUMMARY_GPU) <= measured
+    page = (ROOT / "README.md").read_text()
+    assert all(f"| GPU | {words} |" in page for words, _ in plot.SUMMARY_GPU.values())
 
 
 def test_a_changed_result_changes_the_table(plot, tmp_path, monkeypatch):
-    case = next(case for case in plot.load(plot.RESULTS / "cpu") if case["case"] in plot.HEADLINES)
+    shown = plot.HEADLINES.keys() & plot.SUMMARY_CPU
+    case = next(case for case in plot.load(plot.RESULTS / "cpu") if case["case"] in shown)
     case["providers"]["doublehead"]["median_ms"] = 123456.0
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "nms.json").write_text(json.dumps({"op": "nms", "cases": [case]}))

@@ -58,7 +58,8 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
     out = tmp_path / "out"
 
     def found(*names):
-        files, unmatched = find_pictures(names, leave_out=out)
+        files, unmatched, notes = find_pictures(names, leave_out=out)
+        assert notes == []
         return [str(f) for f in files], [(entry["file"], entry["error"]) for entry in unmatched]
 
     assert found(".") == (["a.JPG", "b.png", "other/d.png", "sub/deep/c.webp"], [])
@@ -76,7 +77,7 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
 
 def test_a_name_with_brackets_is_a_file_first(tmp_path):
     path = picture(tmp_path / "a[1].png")
-    assert find_pictures([str(path)], leave_out=tmp_path / "out") == ([path], [])
+    assert find_pictures([str(path)], leave_out=tmp_path / "out") == ([path], [], [])
 
 
 def test_no_two_pictures_share_a_name_and_no_input_is_overwritten(tmp_path):
@@ -177,9 +178,16 @@ def test_ctrl_c_stops_and_keeps_what_is_done(saved, tmp_path, capsys, monkeypatc
     before = threading.active_count()
     assert detect(saved, folder, "--out", tmp_path / "out", "--threads", 1) == 130
     assert len(seen) == 6 and threading.active_count() == before
-    assert "stopped" in capsys.readouterr().err
     answer = json.loads((tmp_path / "out" / "detections.json").read_text())
     done = [entry["file"] for entry in answer["pictures"]]
+    results = tmp_path / "out" / "detections.json"
+    said = f"stopped by Ctrl-C: {len(done)} of 12 pictures are done and in {results}; to start over, add --overwrite\n"
+    assert capsys.readouterr().err.endswith(said)
+    seen_by_json = {entry["file"] for entry in (*answer["pictures"], *answer["unreadable"])} | set(answer["not_done"])
+    assert seen_by_json == {str(path) for path in folder.iterdir()} and answer["not_done"]
+    assert {path.name for path in results.parent.iterdir()} == (
+        {"detections.json"} | {entry["picture"] for entry in answer["pictures"]}
+    )
     assert 1 <= len(done) <= 6 and done == sorted(done)
     assert not [path for path in (tmp_path / "out").iterdir() if path.suffix == ".tmp"]
 
@@ -199,7 +207,7 @@ def test_sigterm_stops_as_ctrl_c_does(saved, tmp_path, capsys, monkeypatch):
     assert detect(saved, folder, "--out", tmp_path / "out", "--threads", 1) == 143
     assert signal.getsignal(signal.SIGTERM) == handler
     done = len(json.loads((tmp_path / "out" / "detections.json").read_text())["pictures"])
-    assert f"stopped: {done} of " in capsys.readouterr().err
+    assert f"stopped by SIGTERM: {done} of " in capsys.readouterr().err
 
 
 def test_a_used_folder_holds_no_pictures_of_an_earlier_call(saved, tmp_path, capsys):
@@ -211,12 +219,12 @@ def test_a_used_folder_holds_no_pictures_of_an_earlier_call(saved, tmp_path, cap
     listed = json.loads((out / "detections.json").read_text())
     listed["pictures"] += [{"picture": name} for name in ("../first/a.png", str(first / "b.png"), 7, "notes.txt")]
     (out / "detections.json").write_text(json.dumps(listed))
-    assert detect(saved, second, "--out", out) == 0
+    assert detect(saved, second, "--out", out, "--overwrite") == 0
     assert {path.name for path in out.iterdir()} == {"b.jpg", "notes.txt", "own.jpg", "detections.json"}
     assert {path.name for path in first.iterdir()} == {"a.png", "b.png"}
     assert f"1 annotated pictures of an earlier call removed from {out}" in capsys.readouterr().out
     (out / "detections.json").write_text("[" * 5000)
-    assert detect(saved, second, "--out", out) == 0
+    assert detect(saved, second, "--out", out, "--overwrite") == 0
 
 
 def test_no_other_file_in_the_folder_is_overwritten(saved, tmp_path):
@@ -224,8 +232,8 @@ def test_no_other_file_in_the_folder_is_overwritten(saved, tmp_path):
     own = picture(out / "a.jpg", colour=(1, 2, 3))
     before = own.read_bytes()
     picture(tmp_path / "in" / "a.png")
-    for _ in range(2):  # the second time over the first one's
-        assert detect(saved, tmp_path / "in", "--out", out) == 0
+    for more in ((), ("--overwrite",)):  # the second time over the first one's
+        assert detect(saved, tmp_path / "in", "--out", out, *more) == 0
         assert sorted(path.name for path in out.iterdir()) == ["a-2.jpg", "a.jpg", "detections.json"]
         assert own.read_bytes() == before
 
@@ -238,13 +246,13 @@ def test_names_and_files_that_no_folder_takes(saved, tmp_path, capsys):
         picture(tmp_path / "in" / name, (66_000, 2) if name == "wide.png" else (20, 20))
     out.mkdir()
     (out / "detections.json").write_text(json.dumps({"pictures": [{"picture": "y" * 400 + ".jpg"}]}))
-    assert detect(saved, tmp_path / "in", "--out", out) == 0
+    assert detect(saved, tmp_path / "in", "--out", out, "--overwrite") == 0
     entries = json.loads((out / "detections.json").read_text())["pictures"]
     assert [entry["width"] for entry in entries] == [66_000, 20, 20]
     assert [entry["picture"] for entry in entries] == ["wide.jpg", f"{long}.jpg", f"{long[:249]}-2.jpg"]
     assert [Image.open(out / entry["picture"]).size for entry in entries] == [(65_500, 1), (20, 20), (20, 20)]
     capsys.readouterr()
-    assert detect(saved, out, "", "--out", out) == 1
+    assert detect(saved, out, "", "--out", out, "--overwrite") == 1
     shown = capsys.readouterr().err
     assert f"{out}: the folder of the results (--out), whose pictures are left out" in shown
     assert "\n  '': no such file" in shown
@@ -263,10 +271,13 @@ def test_where_nothing_is_read_earlier_results_stay(saved, tmp_path, capsys):
     assert detect(saved, tmp_path / "a.png", "--out", out) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()
-    assert detect(saved, tmp_path / "mistyped.png", "x" * 5000, "--out", out) == 1
+    assert detect(saved, tmp_path / "mistyped.png", "x" * 5000, "--out", out, "--overwrite") == 1
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     said = capsys.readouterr()
-    assert f"the results of an earlier call stay in {out}" in said.out and "2 could not be read" in said.err
+    assert (
+        f"nothing is written: the results of an earlier call stay in {out}" in said.out
+        and "2 could not be read" in said.err
+    )
 
 
 def test_videos_pipes_and_bombs_are_named(saved, tmp_path, capsys):
@@ -283,7 +294,7 @@ def test_videos_pipes_and_bombs_are_named(saved, tmp_path, capsys):
     shown = capsys.readouterr().err
     for said in (
         "5 could not be read", "round.jpg: cannot read this image: Too many levels of symbolic links",
-        "a.mp4: a video: make pictures of a video first: ffmpeg",
+        "a.mp4: a video: make pictures of it first: mkdir frames; ffmpeg -i ",
         "videos: no picture in this folder, but videos: make pictures",
         "pipe.jpg: cannot read this image: it is a pipe",
         "bomb.png: the image has 12000x12000",
@@ -291,9 +302,9 @@ def test_videos_pipes_and_bombs_are_named(saved, tmp_path, capsys):
         assert said in shown, shown
     assert "DecompressionBomb" not in shown
     assert len(json.loads((tmp_path / "out" / "detections.json").read_text())["pictures"]) == 1
-    assert detect(saved, folder / "good.png", "--out", tmp_path / "out", "--max-pixels", 10) == 1
+    assert detect(saved, folder / "good.png", "--out", tmp_path / "out2", "--max-pixels", 10) == 1
     assert "10 are accepted" in capsys.readouterr().err
-    assert detect(saved, folder / "good.png", "--out", tmp_path / "out", "--max-pixels", 0) == 2
+    assert detect(saved, folder / "good.png", "--out", tmp_path / "out2", "--max-pixels", 0) == 2
 
 
 def test_want_of_memory_is_no_fault_of_the_picture(saved, tmp_path, monkeypatch):

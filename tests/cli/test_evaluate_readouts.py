@@ -34,7 +34,7 @@ def run(tmp_path_factory):
 
 def evaluate(run, tmp_path, *arguments) -> dict:
     path = tmp_path / "metrics.json"
-    main([str(run), "--metrics", str(path), "--device", "cpu", "--data.val-images", "6", *arguments])
+    main([str(run), "--overwrite", "--metrics", str(path), "--device", "cpu", "--data.val-images", "6", *arguments])
     return json.loads(path.read_text())
 
 

@@ -18,8 +18,10 @@ from doublehead.config import TrainConfig, to_dict
 from doublehead.data import DataError
 from doublehead.engine.checkpoint import load_state
 from doublehead.engine.errors import UserError
+from doublehead.engine.fitting import planned
 from doublehead.engine.logs import read_log
 from doublehead.engine.schedule import notes, notes_of_more_steps
+from doublehead.engine.training import base_of
 from doublehead.recipes import RECIPES
 from tests.support.engine_standin import TINY, TinyDetector, finish, free_port, launch, one_thread  # noqa: F401 (a fixture)
 from tests.support.training_runs import OPTIONS, assert_same, contents, train
@@ -28,18 +30,23 @@ from tests.support.training_runs import OPTIONS, assert_same, contents, train
 
 
 def test_without_arguments_it_is_the_demonstration():
-    recipe, options = parse([])
+    recipe, options, given, base = parse([])
+    assert base == recipe and not given
     assert recipe == RECIPES["shapes-ext"] and options.out is None and options.resume is None
 
 
 def test_every_field_of_a_recipe_can_be_changed():
-    recipe, options = parse(
+    recipe, options, given, _ = parse(
         "shapes-ext --data.format voc --data.root /x --on-bad-record skip --train.milestones 3 4 --train.amp bf16 "
         "--train.clip_grad_norm 2 --model.head.non-local.groups 2 --model.backbone.weights None --out o".split()
     )
     assert (recipe.data.format, recipe.data.root, recipe.data.on_bad_record) == ("voc", "/x", "skip")
     assert (recipe.train.milestones, recipe.train.amp, recipe.train.clip_grad_norm) == ((3, 4), "bf16", 2.0)
     assert recipe.model.head.non_local.groups == 2 and recipe.model.backbone.weights is None
+    assert given == {
+        "data.format", "data.root", "data.on_bad_record", "train.milestones", "train.amp", "train.clip_grad_norm",
+        "model.head.non_local.groups", "model.backbone.weights",
+    }  # fmt: skip
     assert options.out == "o" and recipe.name == "shapes-ext"
     assert recipe.train.lr == RECIPES["shapes-ext"].train.lr
 
@@ -76,9 +83,9 @@ def test_what_cannot_be_meant_is_refused(arguments, message, tmp_path, monkeypat
 
 
 def test_a_resumed_run_keeps_its_recipe_model_and_folder(tmp_path):
-    recipe, _ = parse(["--train.lr", "0.125", "--model.head.fc-dim", "77"])
+    recipe = parse(["--train.lr", "0.125", "--model.head.fc-dim", "77"]).recipe
     (tmp_path / "recipe.json").write_text(json.dumps(to_dict(recipe)))
-    resumed, options = parse(["--resume", str(tmp_path), "--train.steps", "5000"])
+    resumed, options, *_ = parse(["--resume", str(tmp_path), "--train.steps", "5000"])
     assert resumed.model == recipe.model and resumed.train.lr == 0.125 and resumed.train.steps == 5000
     with pytest.raises(UserError, match="leave the --model options out"):
         parse([f"--resume={tmp_path}", "--model.head.fc-dim", "78"])
@@ -91,7 +98,9 @@ def test_steps_alone_scale_the_schedule():
     assert (recipe.steps, recipe.milestones, recipe.warmup_steps) == (480, (345, 440), 50)
 
     def schedule(*arguments):
-        train = parse(arguments)[0].train
+        recipe, _, given, base = parse(arguments)
+        assert base_of(recipe, given) == base  # in Python, which names none
+        train = planned(recipe, base, given).train
         return train.milestones, train.warmup_steps
 
     assert schedule("--train.steps", "48") == ((34, 44), 5)
@@ -133,8 +142,8 @@ def test_what_a_run_leaves(whole):
     folder = whole
     names = {p.name for p in folder.iterdir()}
     assert names == {
-        "recipe.json", "model.safetensors", "state.pt", "log.jsonl", "tensorboard", "metrics.json", "curves.png",
-        "detections.png",
+        "recipe.json", "model.safetensors", "best.safetensors", "state.pt", "log.jsonl", "tensorboard", "metrics.json",
+        "curves.png", "detections.png", "batches.png", "pr_curves.png", "confusion.png", "scores.png",
     }  # fmt: skip
     assert list((folder / "tensorboard").glob("events.*"))
     log = read_log(folder / "log.jsonl")
@@ -155,7 +164,7 @@ def test_what_a_run_leaves(whole):
 def test_what_a_run_says(whole):
     text = whole.with_suffix(".txt").read_text()
     for words in (
-        "shapes-ext", "9 images to train, 3 to validate", "disc, ", "12 x 4 images, 2 accumulation steps",
+        "shapes-ext", "shapes: 9 train, 3 val, 6 classes", "disc, ", "12 x 4 images, 2 accumulation steps",
         "cpu, 1 threads", "M parameters", "class", "AR100", "model.safetensors", "0:00 left",
     ):  # fmt: skip
         assert words in text, words
@@ -220,6 +229,7 @@ def test_killed_in_steps_and_while_saving_it_ends_with_the_same_bits(whole, tmp_
         functools.partial(die_at_replace, "state.pt", 1, False),
         functools.partial(die_in_step, 5),
         functools.partial(die_at_replace, "state.pt", 1, True),  # before the evaluation of step 5
+        functools.partial(die_at_replace, "best.safetensors", 1, True),  # before the log knows of that evaluation
         functools.partial(die_at_replace, "log.jsonl", 1, False),  # while the log is cut back
         functools.partial(die_in_step, 3),
         functools.partial(die_at_replace, "state.pt", 3, True),  # after the last step, before its evaluation
@@ -268,8 +278,10 @@ def test_a_signal_lets_the_step_end_saves_and_exits(whole, tmp_path, number, cod
     # Forward 7 is the first half of step 4, after which nothing is saved otherwise.
     assert finish(train(folder, *OPTIONS, before=functools.partial(stop_in_step, 7, [number]))) == code
     assert load_state(folder / "state.pt")["step"] == 4 and (folder / "model.safetensors").exists()
-    command = f"go on with: python -m doublehead.train --resume {folder}\n"
-    assert f"stopped after step 4: step 4 of 12 is saved in {folder}; {command}" in log.read_text()
+    lines = log.read_text().splitlines()
+    saving = lines.index("saving: the running step ends first; Ctrl-C again ends without it")
+    assert f"stopped at 4/12; go on with: doublehead train --resume {folder}" in lines[saving:]
+    assert lines.count(lines[saving]) == 1
     assert "Traceback" not in log.read_text()
     assert finish(train(folder, "--resume", folder)) == 0, log.read_text()
     assert_same(contents(folder), contents(whole))
@@ -281,7 +293,8 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert finish(process) == -signal.SIGINT
     assert not (folder / "state.pt").exists()
     text = folder.with_suffix(".txt").read_text()
-    assert "stopped before the first checkpoint: nothing is saved yet; begin again with: python" in text
+    again = f"begin again with: doublehead train --resume {folder}\n"
+    assert f"stopped at 1/12 before the first checkpoint: nothing is saved yet; {again}" in text
     assert "Traceback" not in text
 
 
@@ -300,7 +313,8 @@ def stop_in_evaluation():
 def test_a_signal_during_evaluation_does_not_wait(whole, tmp_path):
     folder = tmp_path / "run"
     assert finish(train(folder, *OPTIONS, before=stop_in_evaluation), seconds=25) == 143
-    assert "stopped after step 5: step 5 of 12 is saved in" in folder.with_suffix(".txt").read_text()
+    text = folder.with_suffix(".txt").read_text()
+    assert "stopped at 5/12; go on with: " in text and "saving" not in text  # it is saved already
     assert load_state(folder / "state.pt")["step"] == 5
     assert finish(train(folder, "--resume", folder)) == 0
     assert_same(contents(folder), contents(whole))

@@ -278,7 +278,7 @@ def test_byte_order_mark(coco):
     assert len(build_dataset(config, "val")) == 3
 
 
-@pytest.mark.parametrize("field, value", [("on_bad_record", "ignore"), ("val_images", 0), ("format", "yolo")])
+@pytest.mark.parametrize("field, value", [("on_bad_record", "ignore"), ("val_images", 0), ("format", "csv")])
 def test_configuration_is_checked(coco, field, value):
     config = DataConfig(**{"format": "coco", "root": str(coco.root), field: value})
     with pytest.raises(ValueError, match=f"{field} is {value!r}"):

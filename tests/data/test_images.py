@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from doublehead import data
-from doublehead.data import DataError, DataWarning, build_dataset, read_image
+from doublehead.data import DataError, DataWarning, build_dataset, opening, read_image
 from doublehead.data.images import check_image
 from tests.support.data_samples import CocoFolder, VocFolder, picture
 
@@ -130,7 +129,7 @@ def test_it_is_said_where_decoding_is_tolerant(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build_dataset(config, "train")
-    monkeypatch.setattr(data, "is_strict", lambda: False)
+    monkeypatch.setattr(opening, "is_strict", lambda: False)
     with pytest.warns(DataWarning, match="simplejpeg is not installed: decoding is tolerant"):
         build_dataset(config, "train")
 

@@ -427,18 +427,13 @@ def test_the_start_of_a_run_says_what_is_left_out(coco, capsys):
     from types import SimpleNamespace
 
     from doublehead.config import Recipe
+    from doublehead.engine.banner import say_start
     from doublehead.engine.distributed import World
-    from doublehead.engine.run import Run
 
     config = coco.config()
-    run = SimpleNamespace(
-        recipe=Recipe(data=config),
-        training=build_dataset(config, "train"),
-        validation=build_dataset(config, "val"),
-        trainer=SimpleNamespace(model=torch.nn.Linear(1, 1), step=0),
-        world=World(device=torch.device("cpu")),
-        folder=coco.root,
-    )
-    Run._say_start(run, None)
+    trainer = SimpleNamespace(model=torch.nn.Linear(1, 1), step=0)
+    training = build_dataset(config, "train")
+    world = World(device=torch.device("cpu"))
+    say_start(Recipe(data=config), coco.root, world, training, trainer, state=None, machine={}, data="")
     said = capsys.readouterr()
     assert "left out of training: 1 x image without boxes, 1 x crowd or difficult box\n" in said.out + said.err

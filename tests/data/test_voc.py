@@ -85,12 +85,14 @@ def test_classes_are_those_of_all_annotations(voc):
     assert data.classes == ["newt", "frog"] and data[0][1]["labels"].tolist() == [2]
 
 
-def test_the_twenty_classes_of_voc(voc):
+def test_of_the_twenty_classes_of_voc_those_that_occur(voc):
     voc.objects = {"one": [("person", (1, 1, 9, 9), 0)], "two": [("cat", (1, 1, 9, 9), 0)], "bare": []}
     voc.write()
     data = build_dataset(voc.config(), "val")
-    assert data.classes == list(VOC_CLASSES) == sorted(VOC_CLASSES) and len(VOC_CLASSES) == 20
-    assert [data[i][1]["labels"].tolist() for i in range(2)] == [[15], [8]]
+    assert data.classes == ["cat", "person"] and VOC_CLASSES == tuple(sorted(VOC_CLASSES)) and len(VOC_CLASSES) == 20
+    assert [data[i][1]["labels"].tolist() for i in range(2)] == [[2], [1]]
+    older = build_dataset(voc.config(), "val", classes=VOC_CLASSES)
+    assert [older[i][1]["labels"].tolist() for i in range(2)] == [[15], [8]]
 
 
 def test_limit_stops_before_bad_records(voc):

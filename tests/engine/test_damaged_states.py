@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from doublehead.cli import train
-from doublehead.engine import pictures
+from doublehead.engine import charts, pictures
 from doublehead.engine.checkpoint import load_state, save_state
 from doublehead.engine.errors import NonFiniteLossError, UserError
 from doublehead.engine.state import STATE
@@ -244,6 +244,7 @@ def finished(tmp_path_factory):
 def prepare(patch):
     patch.setitem(sys.modules, "doublehead.models", tiny_models())
     patch.setattr(pictures, "draw_curves", lambda *args: None)
+    patch.setattr(charts, "draw_charts", lambda *args: [])
 
 
 def content(folder):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import hashlib
 import json
 import shutil
 import signal
@@ -13,8 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from doublehead.cli import train
-from doublehead.engine import lock, pictures, run
+from doublehead.engine import lock, run
 from doublehead.engine.checkpoint import load_state
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import PeerLostError, UserError
@@ -23,7 +21,7 @@ from doublehead.engine.lock import LOCK_FILE, FolderLock
 from doublehead.engine.logs import read_log
 from doublehead.engine.trainer import Trainer
 from doublehead.recipes import RECIPES
-from tests.support.engine_standin import TINY, finish, launch, one_thread, tiny_models  # noqa: F401 (a fixture)
+from tests.support.engine_standin import TINY, checksums, finish, launch, one_thread, tiny_models, tiny_program  # noqa: F401 (a fixture)
 
 HOLDER = """
 import sys, time
@@ -48,18 +46,8 @@ def holder(tmp_path):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Trainings in this process, with the tiny detector and without curves: `tiny(arguments)` gives the exit code."""
-    monkeypatch.setitem(sys.modules, "doublehead.models", tiny_models())
-    monkeypatch.setattr(pictures, "draw_curves", lambda *args: None)
-
-    def run(*arguments):
-        try:
-            train.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            return stop.code
-        return 0
-
-    return run
+    """Trainings: `tiny(arguments)` gives the exit code."""
+    return tiny_program(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +63,6 @@ def finished(tmp_path_factory):
 def folder(finished, tmp_path):
     """A copy of it."""
     return shutil.copytree(finished, tmp_path / "run")
-
-
-def contents(folder):
-    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
 
 
 def edit_state(folder, **changes):
@@ -146,10 +130,10 @@ def test_a_folder_in_use_is_left_alone(folder, tiny, capsys):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE, text=True)
     try:
         holder.stdout.readline()
-        before = contents(folder)
+        before = checksums(folder)
         assert tiny("--resume", folder, "--train.steps", "6") == 2
         assert f"in use by another training (process {holder.pid}" in capsys.readouterr().err
-        assert contents(folder) == before
+        assert checksums(folder) == before
     finally:
         holder.kill()
         holder.communicate()
@@ -185,6 +169,32 @@ def lose_model_too(folder):
     (folder / "model.safetensors").unlink()
 
 
+def only_the_best_is_left(folder):
+    (folder / "model.safetensors").rename(folder / "best.safetensors")
+    for name in ("state.pt", "metrics.json"):
+        (folder / name).unlink()
+
+
+def only_pictures_are_left(folder):
+    lose_model_too(folder)
+    (folder / "metrics.json").unlink()
+
+
+def converted(folder):
+    """As `doublehead convert` leaves it: no data are known."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        if path.name not in ("recipe.json", "model.safetensors"):
+            path.unlink()
+    recipe = json.loads((folder / "recipe.json").read_text())
+    (folder / "recipe.json").write_text(json.dumps({"name": "torchvision", "model": recipe["model"]}))
+
+
+def detections(folder):
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        path.unlink()
+    (folder / "detections.json").write_text("[]")
+
+
 def swap_recipe(folder):
     path = folder / "recipe.json"
     path.write_text(path.read_text().replace('"fc_dim": 256', '"fc_dim": 128'))
@@ -212,9 +222,15 @@ def fewer_classes_in_the_model_of_an_old_state(folder):
 @pytest.mark.parametrize(
     "change, options, message",
     [
-        (lose_state, [], r"has model.safetensors but no state.pt .* doublehead train RECIPE --out ANOTHER"),
-        (lose_model_too, [], "has metrics.json but no state.pt"),
-        (None, ["--train.steps", "3"], "has done 4 steps already, more than train.steps 3: give --train.steps 4"),
+        (lose_state, [], r"no state.pt .* from its weights: doublehead train --recipe \S+recipe.json --from \S+run$"),
+        (lose_model_too, [], "has metrics.json but no state.pt .*: doublehead train --recipe .*recipe.json$"),
+        (only_the_best_is_left, [], r"best.safetensors but .*doublehead train --recipe \S+ --from \S+/best.safe"),
+        (only_pictures_are_left, [], "has detections.png but no state.pt .*: doublehead train --recipe .*recipe.json$"),
+        (converted, [], r"has model.safetensors but no state.pt .*: doublehead train --from \S+run --data.root DIR$"),
+        (converted, ["--train.steps", "5"], r"but no state.pt .*: doublehead train --from \S+run --data.root DIR$"),
+        (detections, [], "is not the folder of a run: .*recipe.json cannot be read"),
+        (None, ["--train.steps", "3"], "has done 4 steps already, more than train.steps 3: give --train.steps 4 or "),
+        (None, ["--train.steps", "1"], r"or begin another run from its weights: doublehead train --recipe \S+ --from"),
         (None, ["--train.steps", "6", "--train.seed", "7"], "holds another run: train.seed is 0 there, not 7"),
         (None, ["--train.batch-size", "2"], "train.batch_size is 4 there, not 2"),
         (None, ["--train.momentum", "0.5"], "train.momentum is 0.9 there, not 0.5"),
@@ -233,13 +249,13 @@ def fewer_classes_in_the_model_of_an_old_state(folder):
 def test_a_resume_of_anything_else_is_refused_and_changes_nothing(folder, tiny, capsys, change, options, message):
     if change:
         change(folder)
-    before = contents(folder)
+    before = checksums(folder)
     assert tiny("--resume", folder, *options) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith("error: ")
     with pytest.raises(UserError, match=message):
         raise UserError(said)
-    assert contents(folder) == before
+    assert checksums(folder) == before
 
 
 def test_what_may_change_does_and_is_said(folder, tiny, capsys):
@@ -295,16 +311,16 @@ def test_a_stop_before_the_first_step_says_so(tmp_path, tiny, monkeypatch, capsy
     def stop(*args, **kwargs):
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("doublehead.engine.run.build_dataset", stop)
+    monkeypatch.setattr("doublehead.engine.fitting.open_splits", stop)
     monkeypatch.chdir(tmp_path)
     assert tiny(*TINY, "--out", "new") == 143
     assert "stopped before the first step: nothing is saved; start it again" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
-    before = contents(folder)
+    before = checksums(folder)
     assert tiny("--resume", "run") == 143
-    command = "go on with: python -m doublehead.train --resume run\n"
+    command = "go on with: doublehead train --resume run\n"
     assert f"stopped before the first step: run is as it was; {command}" in capsys.readouterr().err
-    assert contents(folder) == before
+    assert checksums(folder) == before
 
 
 def test_a_lost_process_is_named_though_torchrun_stops_the_others_at_once(folder, tiny, monkeypatch, capsys):
@@ -325,5 +341,5 @@ def test_a_lost_process_is_named_though_torchrun_stops_the_others_at_once(folder
     finally:
         signal.signal(signal.SIGTERM, before)
     stopped, error = capsys.readouterr().err.splitlines()
-    assert stopped.startswith("stopped after step 4: the last step, 4, is saved in ") and "--resume" in stopped
+    assert stopped.startswith("stopped at 4/4: all steps are saved; measure the model with: doublehead train --resume")
     assert error == "error: another process of this job is gone" and not fallen_through

@@ -64,7 +64,7 @@ def test_the_release_recipe_says_where_its_backbone_is(tmp_path, monkeypatch):
 
 FAMILIES = (  # columns of the documentation's table
     ("*-fpn", "*-fpn-voc07"), ("*-fpn-text",), ("*-c4",), ("*-fpn-release",),
-    ("shapes-ext", "bccd-small", "tiny-coco-overfit", "miniature-*"),
+    ("shapes-ext", "bccd-small", "tiny-coco-overfit", "own-data", "miniature-*"),
 )  # fmt: skip
 
 

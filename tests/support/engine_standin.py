@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import multiprocessing
 import os
@@ -95,6 +96,28 @@ def tiny_models(seen: list | None = None) -> types.ModuleType:
     return models
 
 
+def tiny_program(monkeypatch):
+    """A function that runs a command in this process, with the tiny detector and without charts: its exit code."""
+    monkeypatch.setitem(sys.modules, "doublehead.models", tiny_models())
+    monkeypatch.setattr("doublehead.engine.pictures.draw_curves", lambda *args: None)
+    monkeypatch.setattr("doublehead.engine.charts.draw_charts", lambda *args: [])
+
+    def run(*arguments, command="train"):
+        try:
+            importlib.import_module(f"doublehead.cli.{command}").main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return run
+
+
+def checksums(folder: Path) -> dict[Path, str]:
+    """The digest of each file in `folder`, at any depth, and the folders in it."""
+    paths = sorted(folder.rglob("*"))
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder" for path in paths}
+
+
 class MemoryDataset(DetectionDataset):
     """Images and COCO annotations given as they are; classes a, b, ... with sparse category ids."""
 
@@ -161,8 +184,8 @@ def launch(
 ):
     """Start `doublehead COMMAND arguments` with `TinyDetector`; one process of `size`.
 
-    Its output goes to `output`.  `before` is called in the new process first.  Without `draw` the curves, which
-    take as long as all the rest, are not drawn.  Returns the started process.
+    Its output goes to `output`.  `before` is called in the new process first.  Without `draw` the curves and charts,
+    which take longer than all the rest, are not drawn.  Returns the started process.
     """
     _start_server()
     arguments = [str(a) for a in arguments]
@@ -204,6 +227,7 @@ def _run(command, arguments, output, rank, size, port, before, draw):
         before()
     if not draw:
         importlib.import_module("doublehead.engine.pictures").draw_curves = lambda *args: None
+        importlib.import_module("doublehead.engine.charts").draw_charts = lambda *args: []
     importlib.import_module(f"doublehead.cli.{command}").main(arguments)
 
 

@@ -29,15 +29,16 @@ def batch_norm_act(
 
     Args:
         x: `Tensor[M, C]`, float16, bfloat16, float32 or float64.
-        weight, bias: `Tensor[C]`, floating point, usually float32.
+        weight: `Tensor[C]`, floating point, usually float32.
+        bias: `Tensor[C]`, likewise.
         residual: `Tensor[M, C]` in the dtype of x, or None.
         relu: take ReLU at the end.
         eps: added to the variance.
 
     Returns:
         y: `Tensor[M, C]` in the dtype of x.
-        mean, invstd: `Tensor[C]`, float32 (float64 for float64), without gradient.  The (biased) variance is
-            `invstd ** -2 - eps`.
+        mean: `Tensor[C]`, float32 (float64 for float64), without gradient.
+        invstd: likewise, 1 / sqrt(variance + eps) of the biased variance.
 
     Raises:
         TypeError: not a tensor, or a dtype that is not accepted.

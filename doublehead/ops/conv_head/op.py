@@ -33,9 +33,11 @@ def conv_head(
     Args:
         x: `Tensor[N, C, H, W]`, float16, bfloat16, float32 or float64; channels-last is used without a copy.
         tensors: folded weights and biases of all blocks, one after the other: see `Block`; in the dtype of x.
-        blocks: kinds of block, in order.
+        blocks: kinds of block, in order; `doublehead.ops.conv_head.Block` or its numbers.
         count: `Tensor[]` int64 on the device of x: only the first `count` RoIs are computed.  None: all.
-        groups, softmax, scale: the attention of the non-local blocks; see `Attention`.
+        groups: independent parts of the non-local blocks' inner width.
+        softmax: whether their pairwise products go through a softmax over the keys.
+        scale: factor of their pairwise products; 1 / cells in a dot product.
         relu: whether non-local blocks end with ReLU.
 
     Returns:

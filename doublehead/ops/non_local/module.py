@@ -181,7 +181,9 @@ class NonLocalBlock(nn.Module):
 
         Args:
             state_dict: of that module; widths are read off the weights, and whether there is a batch norm.
-            mode, use_scale, sub_sample: as the module was built; the defaults are mmcv's.
+            mode: as the module was built, and so the next two; the defaults are mmcv's.
+            use_scale: divide the logits of `embedded_gaussian` by sqrt(inner width).
+            sub_sample: only False is accepted.
             eps: the batch norm's epsilon, as in `norm_cfg`.
 
         Raises:

@@ -24,7 +24,8 @@ class MultiScaleRoIAlign(nn.Module):
         featmap_names: the entries of the dict of features to pool from, finest first.
         output_size: bins, (height, width) or one number for both.
         sampling_ratio: samples a bin along each axis; if <= 0, ceil(box side / bins) of them, per box.
-        canonical_scale, canonical_level: a box of this side (image pixels) belongs on the level of this number.
+        canonical_scale: a box of this side (image pixels) belongs on the level `canonical_level`.
+        canonical_level: that level's number; level l has 2^l image pixels a cell.
     """
 
     def __init__(

@@ -49,8 +49,9 @@ def roi_align(
     Args:
         input: `Tensor[B, C, H, W]`, float16, bfloat16, float32 or float64.
         boxes: `Tensor[K, 5]` (batch index, x1, y1, x2, y2), or for each image a `Tensor[L, 4]` (x1, y1, x2, y2), in
-            image units: `spatial_scale` times a coordinate is one in pixels of `input`.
+            image units.
         output_size: bins, (height, width) or one number for both.
+        spatial_scale: pixels of `input` per image unit: 1/16 for a stride of 16.
         sampling_ratio: samples a bin along each axis; if <= 0, ceil(box side / bins) of them, per box.
         aligned: shift by half a pixel, so that a pixel's centre has a whole coordinate, and leave boxes as small as
             they are; else sides are taken to be at least 1 pixel.
@@ -103,9 +104,11 @@ def multiscale_roi_align(
         output_size: bins, (height, width) or one number for both.
         spatial_scales: for each level, its pixels per image pixel: 1/4, 1/8, ...  The first one's level has the number
             log2(1 / spatial_scales[0]).
-        sampling_ratio, aligned: as in `roi_align`.
+        sampling_ratio: samples a bin along each axis; if <= 0, ceil(box side / bins) of them, per box.
+        aligned: as in `roi_align`.
         box_scales: factors to expand each box by about its centre; there is one output for each of them.
-        canonical_size, canonical_level: a box of this side (pixels) belongs on the level of this number.
+        canonical_size: a box of this side (pixels) belongs on the level `canonical_level`.
+        canonical_level: that level's number; level l has 2^l image pixels a cell.
         level_rule: decides next to the border of two levels: a `doublehead.ops.LevelRule`, or the name of the project
             whose rule it is, "torchvision", "detectron2", "mmdet" or "maskrcnn_benchmark".  The last one's also samples
             boxes only up to the coordinate of their last pixel, (x2 - 1, y2 - 1) after they are expanded.

@@ -1,0 +1,32 @@
+"""Command lines that messages tell the user to run."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from doublehead.config import Recipe
+from doublehead.engine.files import RECIPE_FILE
+from doublehead.recipes import RECIPES
+
+
+def train_command(root: str | None, start_from: str | Path | None = None) -> str:
+    """The command that trains on the data in `root`, from a trained detector or not."""
+    return f"doublehead train{_from(start_from)} --data.root {shlex.quote(root) if root else 'DIR'}"
+
+
+def train_again_command(folder: Path, recipe: Recipe, start_from: Path | None) -> str:
+    """The command of another run on the data of the one in `folder`.
+
+    Args:
+        recipe: that run's, or a change of it.
+        start_from: a trained detector to start from; None: train anew, by that run's own recipe.
+    """
+    known = RECIPES.get(recipe.name)
+    if start_from is None or (known is not None and known.data.format == recipe.data.format == "shapes"):
+        return f"doublehead train --recipe {shlex.quote(str(folder / RECIPE_FILE))}{_from(start_from)}"
+    return train_command(recipe.data.root, start_from)
+
+
+def _from(start_from: str | Path | None) -> str:
+    return f" --from {shlex.quote(str(start_from))}" if start_from is not None else ""

@@ -1,0 +1,268 @@
+"""What a data set holds, in numbers: images, boxes by class and size, bad records, pictures that occur twice."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from doublehead.config import DataConfig
+from doublehead.data import DataError, DataWarning, DetectionDataset, build_dataset
+
+Split = Literal["train", "val"]
+SMALL, LARGE = 32.0**2, 96.0**2
+"""Areas in square pixels below which COCO calls an object small, and from which large."""
+THIN = 0.01
+"""A box with a side below this many pixels has no area."""
+FEW = 20
+"""A class with fewer boxes to learn from is noted."""
+_END = 4096
+"""Bytes at each end of a file that are compared before the whole."""
+
+
+@dataclass(frozen=True)
+class ClassCount:
+    """Boxes of one class, crowd and difficult ones and those without area not counted."""
+
+    boxes: int
+    small: int
+    medium: int
+    large: int
+    images: int
+    """Images that show the class."""
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """What one split holds; bad records are not among the images and boxes."""
+
+    images: int
+    without_boxes: int
+    """Images without a box to learn from; they are among `images`."""
+    classes: dict[str, ClassCount]
+    crowd: int
+    """Crowd and difficult boxes."""
+    without_area: int
+    clipped: int
+    """Boxes that crossed the image's border."""
+    bad: dict[str, int]
+    """Bad records by reason."""
+    notes: list[str]
+    """What the reader of the data said: the first of each kind of bad record, and of boxes that it changed."""
+    widths: tuple[int, float, int]
+    """Smallest, median, largest, in pixels."""
+    heights: tuple[int, float, int]
+
+    @property
+    def boxes(self) -> int:
+        """Boxes of all classes."""
+        return sum(count.boxes for count in self.classes.values())
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Pictures that occur more than once, by the first two places of each."""
+
+    across: list[tuple[str, str]] = field(default_factory=list)
+    """Of equal content, in train and in val: (name in train, name in val)."""
+    within: list[tuple[str, str, str]] = field(default_factory=list)
+    """Of equal content, within a split: (split, name, other name)."""
+
+
+def open_counted(config: DataConfig) -> tuple[dict[Split, DetectionDataset], dict[Split, DataError], dict[str, list]]:
+    """Open both splits with bad records left out and counted, however many there are.
+
+    Returns:
+        The splits that can be read; why the others cannot; and, by split, what the reader said.
+
+    Raises:
+        DataError: neither can be read; the error is that of the training split.
+    """
+    config = replace(config, on_bad_record="skip", max_skipped=1.0, background="keep")
+    opened: dict[Split, DetectionDataset] = {}
+    failed: dict[Split, DataError] = {}
+    said: dict[str, list[str]] = {}
+    for split in ("train", "val"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", DataWarning)
+            try:
+                opened[split] = build_dataset(config, split)
+            except DataError as error:
+                failed[split] = error
+        said[split] = _lines(caught)
+    if not opened:
+        raise failed["train"]
+    return opened, failed, said
+
+
+def _lines(caught: Sequence[warnings.WarningMessage]) -> list[str]:
+    """The lines of the data's warnings, without their headings."""
+    lines = [line for warning in caught for line in str(warning.message).splitlines()]
+    return [line.strip() for line in lines if not line.endswith(":")]
+
+
+def summarize(dataset: DetectionDataset, notes: Sequence[str] = ()) -> SplitSummary:
+    """Count what an opened split holds.
+
+    Args:
+        notes: what the reader said while it opened the split.
+    """
+    entries = [entry for entry in dataset.annotations() if not entry["iscrowd"] and min(entry["bbox"][2:]) >= THIN]
+    labels = {category: label for label, category in enumerate(dataset.category_ids)}
+    owners = np.array([labels[entry["category_id"]] for entry in entries], np.int64)
+    areas = np.array([entry["area"] for entry in entries], np.float64)
+    images = np.array([entry["image_id"] for entry in entries], object)
+    counts = {name: _count(areas[owners == i], images[owners == i]) for i, name in enumerate(dataset.classes)}
+    shown = len(set(images.tolist()))
+    dropped = dataset.unused["image without boxes"]
+    heights, widths = np.array(dataset.image_sizes).T
+    return SplitSummary(
+        images=len(dataset) + dropped,
+        without_boxes=len(dataset) - shown + dropped,
+        classes=counts,
+        crowd=dataset.unused["crowd or difficult box"],
+        without_area=dataset.unused["box without area"],
+        clipped=dataset.clipped,
+        bad=dict(dataset.skipped),
+        notes=list(notes),
+        widths=_spread(widths),
+        heights=_spread(heights),
+    )
+
+
+def _count(areas: np.ndarray, images: np.ndarray) -> ClassCount:
+    small, large = int((areas < SMALL).sum()), int((areas >= LARGE).sum())
+    return ClassCount(len(areas), small, len(areas) - small - large, large, len(set(images.tolist())))
+
+
+def _spread(values: np.ndarray) -> tuple[int, float, int]:
+    return int(values.min()), float(np.median(values)), int(values.max())
+
+
+def find_repeated(paths: Mapping[Split, Sequence[str]]) -> Repeated:
+    """Pictures of equal content: an evaluation on pictures that were trained on says nothing.
+
+    Args:
+        paths: the files of each split.
+    """
+    places: dict[tuple[int, bytes], list[tuple[str, str]]] = {}
+    for split, files in paths.items():
+        for file in files:
+            places.setdefault(_ends(file), []).append((split, file))
+    alike: dict[bytes, list[tuple[str, str]]] = {}
+    for candidates in places.values():
+        if len(candidates) > 1:
+            for split, file in candidates:
+                alike.setdefault(hashlib.blake2b(Path(file).read_bytes()).digest(), []).append((split, file))
+    found = Repeated()
+    for same in alike.values():
+        if len(same) < 2:
+            continue
+        by_split = {split: [file for where, file in same if where == split] for split, _ in same}
+        if len(by_split) > 1:
+            found.across.append((by_split["train"][0], by_split["val"][0]))
+        found.within.extend((split, *files[:2]) for split, files in by_split.items() if len(files) > 1)
+    return found
+
+
+def _ends(path: str) -> tuple[int, bytes]:
+    """Size and both ends of a file; few files that differ have these in common."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        head = file.read(_END)
+        file.seek(max(0, size - _END))
+        return size, hashlib.blake2b(head + file.read(_END), digest_size=16).digest()
+
+
+def as_json(splits: Mapping[Split, SplitSummary], repeated: Repeated) -> dict[str, Any]:
+    """The counts as plain values."""
+    return {"splits": {name: asdict(summary) for name, summary in splits.items()}, "repeated": asdict(repeated)}
+
+
+def as_text(splits: Mapping[Split, SplitSummary]) -> str:
+    """Two tables, with a line for each class and for each number of images; at most 100 columns for two splits."""
+    names = list(next(iter(splits.values())).classes)
+    width = min(23, max(len("boxes cut at the border"), *(len(name) for name in names)))
+    lines = [f"{'':{width}}" + "".join(f"  {f' {name} ':-^36}" for name in splits)]
+    lines.append(
+        f"{'class':{width}}" + f"  {'boxes':>8}{'small':>7}{'medium':>7}{'large':>7}{'images':>7}" * len(splits)
+    )
+    rows = [(name, [summary.classes[name] for summary in splits.values()]) for name in names]
+    for name, counts in [*rows, ("all", [_total(summary) for summary in splits.values()])]:
+        cells = (f"  {_n(c.boxes, 8)}{_n(c.small)}{_n(c.medium)}{_n(c.large)}{_n(c.images)}" for c in counts)
+        lines.append(f"{_short(name, width):{width}}" + "".join(cells))
+    lines.append("")
+    for title, value in _ROWS.items():
+        lines.append(f"{title:{width}}" + "".join(f"  {value(summary):>36}" for summary in splits.values()))
+    return "\n".join(lines)
+
+
+def _n(number: int, width: int = 7) -> str:
+    return f"{number:>{width},}" if number else f"{'-':>{width}}"
+
+
+def _total(summary: SplitSummary) -> ClassCount:
+    counts = summary.classes.values()
+    sums = (sum(getattr(count, name) for count in counts) for name in ("boxes", "small", "medium", "large"))
+    return ClassCount(*sums, images=summary.images - summary.without_boxes)
+
+
+def _short(name: str, width: int) -> str:
+    return name if len(name) <= width else name[: width - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _range(values: tuple[int, float, int]) -> str:
+    least, median, most = values
+    return f"{least} / {median:g} / {most}"
+
+
+_ROWS = {
+    "images": lambda summary: f"{summary.images:,}",
+    "images without boxes": lambda summary: f"{summary.without_boxes:,}",
+    "width: min/median/max": lambda summary: _range(summary.widths),
+    "height": lambda summary: _range(summary.heights),
+    "crowd or difficult": lambda summary: f"{summary.crowd:,}",
+    "boxes without area": lambda summary: f"{summary.without_area:,}",
+    "boxes cut at the border": lambda summary: f"{summary.clipped:,}",
+    "bad records": lambda summary: f"{sum(summary.bad.values()):,}",
+}
+
+
+def remarks(splits: Mapping[Split, SplitSummary], repeated: Repeated) -> list[str]:
+    """What a user should know before training, a line each."""
+    found = [f"{split}: {note}" for split, summary in splits.items() for note in summary.notes]
+    if train := splits.get("train"):
+        none = [name for name, count in train.classes.items() if not count.boxes]
+        if none:
+            found.append(f"no box to learn from: {_some(none)}")
+        few = [f"{name} {count.boxes}" for name, count in train.classes.items() if 0 < count.boxes < FEW]
+        if few:
+            found.append(f"few boxes to learn from (fewer than {FEW}): {_some(few)}")
+    if val := splits.get("val"):
+        none = [name for name, count in val.classes.items() if not count.boxes]
+        if none:
+            found.append(f"no box in val, so no AP: {_some(none)}")
+    if repeated.across:
+        train_file, val_file = repeated.across[0]
+        found.append(
+            f"{len(repeated.across)} pictures are in train and in val, so that AP is too high; the first is "
+            f"{train_file} = {val_file}"
+        )
+    for split in splits:
+        twice = [pair for pair in repeated.within if pair[0] == split]
+        if twice:
+            found.append(
+                f"{split}: {len(twice)} pictures occur more than once; the first is {' = '.join(twice[0][1:])}"
+            )
+    return found
+
+
+def _some(names: Sequence[str], most: int = 12) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
