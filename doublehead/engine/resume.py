@@ -12,6 +12,7 @@ from typing import Any
 import safetensors
 
 from doublehead.config import Recipe, to_dict
+from doublehead.data.voc import VOC_CLASSES
 from doublehead.engine.checkpoint import MODEL_FILE, STATE_FILE
 from doublehead.engine.commands import train_again_command
 from doublehead.engine.files import RECIPE_FILE, UNSAVED_MARK, read_recipe
@@ -168,6 +169,16 @@ def _flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _flat(f"{prefix}{name}.", value)
         else:
             yield f"{prefix}{name}", value
+
+
+def voc_classes(folder: Path, recipe: Recipe) -> list[str] | None:
+    """VOC's twenty classes if the run in `folder` learns them all; None: its data's own.
+
+    Earlier versions took all of them for data in VOC's layout that name only some.
+    """
+    if recipe.data.format != "voc" or recipe.data.classes is not None:
+        return None
+    return list(VOC_CLASSES) if _classes_of_model(folder / MODEL_FILE) == list(VOC_CLASSES) else None
 
 
 def _classes_of_model(path: Path) -> list[str] | None:

@@ -36,7 +36,15 @@ from doublehead.engine.metrics_text import format_metrics
 from doublehead.engine.optim import seed_step
 from doublehead.engine.progress import Progress
 from doublehead.engine.results import draw_results
-from doublehead.engine.resume import check_folder, check_state, identity, mark_saved, mark_unsaved, resume_command
+from doublehead.engine.resume import (
+    check_folder,
+    check_state,
+    identity,
+    mark_saved,
+    mark_unsaved,
+    resume_command,
+    voc_classes,
+)  # fmt: skip
 from doublehead.engine.signals import Stopped, StopSignals
 from doublehead.engine.starting import Source
 from doublehead.engine.trainer import Hooks, Trainer, micro_batch_size
@@ -134,7 +142,7 @@ class Run(Hooks):
 
         self.folder, self.world = folder, world
         self.saved_step: int | None = None  # the step of the state on disk
-        prepared = prepare(recipe, world, wishes)
+        prepared = prepare(recipe, world, wishes, voc_classes(folder, recipe) if resume else None)
         self.recipe, self.training, self.validation = prepared[:3]
         with config_errors():
             self._batches(0)  # refuses what a loader does
