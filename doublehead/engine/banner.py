@@ -39,7 +39,7 @@ def say_start(
         start_from: what is taken of a trained detector.
         notes_of_fitting: what was changed in the recipe.
     """
-    config, model = recipe.train, trainer.model
+    config, model, image = recipe.train, trainer.model, recipe.model.image
     weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     shown = ", ".join(training.classes[:8]) + (", ..." if len(training.classes) > 8 else "")
@@ -54,6 +54,7 @@ def say_start(
         "classes": f"{len(training.classes)}: {shown}",
         "model": f"{recipe.model.head.kind}, {recipe.model.backbone.name}, "
         f"{weights / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained",
+        "images": f"short side {', '.join(map(str, image.min_size))} pixels, long side at most {image.max_size}",
         "steps": ", ".join([f"{steps} x {config.batch_size} images", *options]),
         "device": _device_name(world),
         "folder": f"{folder}" + (" (resumed)" if state is not None else ""),

@@ -78,6 +78,8 @@ def train(
             if world.is_main and isinstance(cause, _STOPS):
                 steps = (parts[0].trainer.step, parts[0].saved_step) if parts else None
                 total = (parts[0].recipe if parts else recipe).train.steps
+                if parts:
+                    parts[0].progress.close()  # or the bar would be drawn again below
                 tqdm.write(f"stopped{_progress(folder, steps, total)}", file=sys.stderr)
             if cause is error:
                 raise
@@ -220,6 +222,7 @@ class Run(Hooks):
             draw_first_batches(lambda training: self._batches(first, training, workers=0), self.training, path, first)
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+        say(f"batches  the first ones: {path}")
 
     def _machine(self) -> dict[str, Any]:
         """What sums are split over: rounding depends on it, and so do the exact results of a run."""

@@ -1,4 +1,4 @@
-"""Tiny stand-ins, under the names that README.md and docs/ use, for the data, runs and files of weights that a reader has."""
+"""Tiny stand-ins for a reader's data, runs and weights, under the names that README.md and docs/ use."""
 
 from __future__ import annotations
 
