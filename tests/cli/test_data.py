@@ -128,8 +128,8 @@ def test_all_bad_is_one_line(coco, tmp_path, capsys):
     [
         ([], "the folder of the data set is missing: doublehead data DIR"),
         (["set", "--data.root", "set"], "DIR set and --data.root set are the same: give one"),
-        (["nowhere"], "nowhere: no such folder: give the folder of a data set"),
-        (["set/train/a.jpg"], "set/train/a.jpg: a file: give the folder of a data set"),
+        (["nowhere"], "nowhere: no such folder (data.root)"),
+        (["set/train/a.jpg"], "set/train/a.jpg: a file, not a folder (data.root); give the data set's folder"),
         (["set", "--out", "sheet.txt"], "--out sheet.txt: the name of a picture is accepted, ending in .png"),
         (["set", "--out", "no/where.png"], "--out no/where.png: cannot be written: give a file in a folder"),
         (["set", "--out", "old.png"], "--out old.png: exists: give another file, or --overwrite to replace it"),
