@@ -27,7 +27,8 @@ class Detections:
     """The objects found in one image, best score first; on the CPU.
 
     `len(detections)` is their number, `for d in detections` gives each as a `Detection`, and
-    `detections[detections.scores > 0.8]` selects by a mask, indices or a slice.
+    `detections[detections.scores > 0.8]` selects by a mask, indices or a slice.  As with torchvision's, `["boxes"]`,
+    `["labels"]` and `["scores"]` are the tensors.
     """
 
     boxes: Tensor
@@ -57,7 +58,9 @@ class Detections:
         columns = zip(self.names, self.scores.tolist(), self.boxes.tolist(), self.labels.tolist(), strict=True)
         return (Detection(name, score, tuple(box), label) for name, score, box, label in columns)
 
-    def __getitem__(self, chosen: Tensor | slice | Sequence[int]) -> Detections:
+    def __getitem__(self, chosen: Tensor | slice | Sequence[int] | str) -> Detections | Tensor:
+        if isinstance(chosen, str):
+            return {"boxes": self.boxes, "labels": self.labels, "scores": self.scores}[chosen]
         if isinstance(chosen, int):
             raise TypeError(f"list(detections)[{chosen}] is one of them; a mask, indices or a slice selects some")
         return Detections(self.boxes[chosen], self.labels[chosen], self.scores[chosen], self.classes, self.size)

@@ -53,13 +53,18 @@ def resume_command(folder: str | Path, processes: int = 1) -> str:
 
 def identity(recipe: Recipe, dataset: Any) -> dict[str, Any]:
     """What a training state stores to recognise its run: plain values."""
-    files = "".join(f"{name}\n{size}\n" for name, size in zip(dataset.file_names, dataset.image_sizes, strict=True))
     return {
         "recipe": _fixed(recipe),
         "classes": list(dataset.classes),
         "images": len(dataset),
-        "files": hashlib.sha256(files.encode("utf-8", "surrogateescape")).hexdigest(),
+        "files": digest_of_images(dataset),
     }
+
+
+def digest_of_images(dataset: Any) -> str:
+    """Of the images' names and sizes, in order."""
+    files = "".join(f"{name}\n{size}\n" for name, size in zip(dataset.file_names, dataset.image_sizes, strict=True))
+    return hashlib.sha256(files.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:

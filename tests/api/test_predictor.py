@@ -90,6 +90,7 @@ def test_detections_are_ordinary_tensors(predictor):
     assert len(best) == 3 and best.size == (64, 96) and len(found[:2]) == 2
     assert repr(best[:1]) == f"Detections(1 in 96x64: {name} {first.score:.2f})"
     assert not found[:0] and repr(found[:0]) == "Detections(0 in 96x64)"
+    assert found["boxes"] is found.boxes and found["scores"] is found.scores and found["labels"] is found.labels
     with pytest.raises(TypeError, match=r"list\(detections\)\[0\]"):
         found[0]
 
