@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -50,6 +51,22 @@ def resume_command(folder: str | Path, processes: int = 1) -> str:
     """The command that resumes the run in `folder`."""
     start = "" if processes == 1 else f"torchrun --nproc-per-node {processes} -m "
     return f"{start}doublehead train --resume {shlex.quote(str(folder))}"
+
+
+def how_to_go_on(folder: Path, steps: tuple[int, int | None] | None, total: int) -> str:
+    """What a stopped run has saved, and how to resume it.  `steps`: done and saved; None: it had not begun."""
+    command = resume_command(folder, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if not (folder / RECIPE_FILE).exists():
+        return " before the first step: nothing is saved; start it again with the same command"
+    if steps is None:
+        return f" before the first step: {folder} is as it was; go on with: {command}"
+    done, saved = steps
+    if saved is None:
+        return f" at {done}/{total} before the first checkpoint: nothing is saved yet; begin again with: {command}"
+    if saved == total:
+        return f" at {done}/{total}: all steps are saved; measure the model with: {command}"
+    unsaved = f", saved at {saved}" if saved < done else ""
+    return f" at {done}/{total}{unsaved}; go on with: {command}"
 
 
 def identity(recipe: Recipe, dataset: Any) -> dict[str, Any]:
