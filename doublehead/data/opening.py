@@ -19,6 +19,7 @@ from .layouts.finding import find_layout
 from .layouts.layout import FAMILIES, Contents, Layout
 from .layouts.selection import OTHER_CLASS, check_classes, select_classes
 from .layouts.splits import choose, take_share
+from .layouts.unknown import no_folder
 from .problems import Problems
 from .shapes import ShapesDataset
 from .voc import is_voc, read_voc
@@ -97,7 +98,7 @@ def _layout(config: DataConfig) -> Layout | None:
         raise DataError(f"data.root is missing: the folder of the {config.format} data set (--data.root)")
     root = Path(config.root).expanduser()
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder (data.root)", "missing folder")
+        raise no_folder(root)
     own = {"coco": is_coco, "voc": is_voc}.get(config.format)
     if own is not None and any(own(root, split) for split in (config.train_split, config.val_split)):
         return None

@@ -45,10 +45,9 @@ def planned(
     Raises:
         UserError: both steps and epochs are given.
     """
+    check_length(train, given)
     by_steps = "train.steps" in given
     by_epochs = train.epochs is not None and ("train.epochs" in given or not (resumed or by_steps))
-    if by_steps and by_epochs:
-        raise UserError("train.steps and train.epochs exclude each other: give one of them, the other follows")
     notes = []
     if by_epochs:
         train = replace(train, steps=max(1, math.ceil(train.epochs * images / train.batch_size - 1e-6)))
@@ -63,6 +62,16 @@ def planned(
     if fitted != train:
         notes.append(f"{train.steps} steps: the schedule keeps its shape: {describe(fitted)}")
     return fitted, notes
+
+
+def check_length(train: TrainConfig, given: Collection[str]) -> None:
+    """Refuse steps and epochs together, before data are read.
+
+    Raises:
+        UserError: both are in `given`.
+    """
+    if train.epochs is not None and {"train.steps", "train.epochs"} <= set(given):
+        raise UserError("train.steps and train.epochs exclude each other: give one of them, the other follows")
 
 
 def scaled(config: TrainConfig, steps: int, warmup: bool = True) -> TrainConfig:

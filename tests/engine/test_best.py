@@ -27,9 +27,10 @@ def tiny(monkeypatch):
         def evaluated(*args, **kwargs):
             if (ap := next(results)) == "stop":
                 raise KeyboardInterrupt
-            return {"AP": ap, "AP50": ap, "images": 3, "classes": {}}, []
+            return {"AP": ap, "AP50": ap, "images": 3, "classes": {}}, [], None
 
-        monkeypatch.setattr(run, "evaluate", evaluated)
+        monkeypatch.setattr(run, "evaluate_in_detail", evaluated)
+        monkeypatch.setattr(run, "draw_results", lambda *args: [])
         monkeypatch.setattr(run, "format_metrics", lambda metrics: "")
         train.main([str(argument) for argument in arguments])
         return list(results)

@@ -1,12 +1,18 @@
 """The learning rate of each step, and what follows from steps or epochs alone."""
 
+import sys
 from dataclasses import replace
 
 import pytest
 
+from doublehead.cli.train import main as train_main
 from doublehead.config import TrainConfig
+from doublehead.engine import pictures, run
+from doublehead.engine.files import read_recipe
+from doublehead.engine.logs import read_log
 from doublehead.engine.schedule import describe, learning_rate, notes, notes_of_more_steps, planned
 from doublehead.errors import UserError
+from tests.support.engine_standin import TINY, tiny_models
 
 STEP = TrainConfig(steps=100, batch_size=4, lr=0.5, milestones=(60, 80), warmup_steps=10)
 COSINE = replace(STEP, schedule="cosine")
@@ -79,3 +85,29 @@ def test_resuming_a_cosine_with_more_steps_is_noted():
     ]
     assert "step over 100 steps, cosine over 100 until here" in next(notes_of_more_steps(STEP, COSINE, 50))
     assert not list(notes_of_more_steps(COSINE, COSINE, 50)) and not list(notes_of_more_steps(COSINE, STEP, 0))
+
+
+def steps_of(folder):
+    recipe = read_recipe(folder).train
+    return recipe.steps, recipe.epochs, read_log(folder / "log.jsonl")[-1]["step"]
+
+
+def test_epochs_of_a_run_and_of_a_resumed_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "doublehead.models", tiny_models())
+    for drawing in ("draw_results", "draw_first_batches"):
+        monkeypatch.setattr(run, drawing, lambda *args: [])
+    monkeypatch.setattr(pictures, "draw_curves", lambda *args: None)
+    folder = tmp_path / "run"
+    train_main([*TINY[: TINY.index("--train.steps")], *TINY[TINY.index("--train.steps") + 2 :],
+                "--train.epochs", "2", "--out", str(folder)])  # fmt: skip
+    assert steps_of(folder) == (5, 2.0, 5)  # 18 images, 4 at a time
+    assert "note: 2 epochs of 9 images, 4 at a time, are 5 steps\n" in capsys.readouterr().out
+    train_main(["--resume", str(folder), "--train.epochs", "3"])
+    assert steps_of(folder) == (7, 3.0, 7)
+    train_main(["--resume", str(folder), "--train.steps", "8"])
+    assert steps_of(folder) == (8, None, 8)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit):
+        train_main(["--resume", str(folder), "--train.steps", "9", "--train.epochs", "3"])
+    assert "train.steps and train.epochs exclude each other" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -12,6 +12,7 @@ from ...errors import DataError
 from .coco import find_coco
 from .labelme import find_labelme
 from .layout import FAMILIES, Family, Layout
+from .unknown import no_folder, unknown_layout
 from .voc import find_voc
 from .yolo import find_yolo
 
@@ -32,7 +33,7 @@ def find_layout(root: str | Path, families: Sequence[Family] = FAMILIES) -> Layo
     """
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder (data.root)", "missing folder")
+        raise no_folder(root)
     layout = None
     for family in families:
         if layout is None:
@@ -40,7 +41,7 @@ def find_layout(root: str | Path, families: Sequence[Family] = FAMILIES) -> Layo
         elif other := _other(family, root):
             layout.note(f"{other.title} lies there too, --data.format {family} reads it")
     if layout is None:
-        raise DataError(f"{root}: unknown layout")
+        raise unknown_layout(root, families, lambda folder: any(_other(family, folder) for family in FAMILIES))
     return layout
 
 

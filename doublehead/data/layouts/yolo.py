@@ -50,8 +50,8 @@ def find_yolo(root: Path) -> Layout | None:
 
 def _described(root: Path, description: Description) -> Layout:
     layout = Layout("yolo", f"YOLO with {description.path.name}", {})
-    for text in description.missing:
-        layout.note(f"{description.path.name} names what is not there: {text}")
+    for text in description.notes:
+        layout.note(text)
     for split, places in description.splits.items():
         layout.splits[split] = partial(_read, layout, root, places, description.names, description.key_points)
     return layout
@@ -95,29 +95,29 @@ def _image_folders(root: Path) -> dict[str, Path]:
     """Split -> folder of images that have label files."""
     images = child(root, ("images",))
     if images is not None:
-        inside = {name: folder for name, folder in split_folders(images).items() if _has_labels(folder)}
+        inside = {name: folder for name, folder in split_folders(images).items() if _has_labels(folder, root)}
         if inside:
             return inside
-        if _has_labels(images):
+        if _has_labels(images, root):
             return {"all": images}
     found: dict[str, Path] = {}
     for name, folder in split_folders(root).items():
-        place = next((place for place in (folder / "images", folder) if _has_labels(place)), None)
+        place = next((place for place in (folder / "images", folder) if _has_labels(place, root)), None)
         if place is not None:
             found[name] = place
     if found:
         return found
     for folder in (root, root / "obj_train_data"):
-        if _has_labels(folder):
+        if _has_labels(folder, root):
             return {"all": folder}
     return {}
 
 
-def _has_labels(folder: Path) -> bool:
-    """Whether some image in the folder, not below, has a label file."""
+def _has_labels(folder: Path, root: Path) -> bool:
+    """Whether some image in the folder, not below, has a label file in the root."""
     for name in files_in(folder, IMAGE_SUFFIXES):
         file = label_file(folder / name)
-        if file.name.lower() not in OTHER_TEXTS and file.is_file():
+        if file.name.lower() not in OTHER_TEXTS and file.is_relative_to(root) and file.is_file():
             return True
     return False
 

@@ -25,13 +25,13 @@ SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test"
 class Description:
     """What a `data.yaml` says.
 
-    `splits` are folders of images, or text files that list them; `missing` are those that are not there.
+    `splits` are folders of images, or text files that list them; `notes` say what is not where it is said to be.
     """
 
     path: Path
     names: dict[int, str]
     splits: dict[str, list[Path]]
-    missing: list[str]
+    notes: list[str]
     key_points: bool
 
 
@@ -50,8 +50,8 @@ def find_description(root: Path) -> Description | None:
                         "one, or call it data.yaml", "ambiguous layout")  # fmt: skip
     for path, content in loaded.items():
         names = check_names(_names(content, path), str(path))
-        splits, missing = _splits(root, path, content)
-        return Description(path, names, splits, missing, content.get("kpt_shape") is not None)
+        splits, notes = _splits(root, path, content)
+        return Description(path, names, splits, notes, content.get("kpt_shape") is not None)
     return None
 
 
@@ -88,35 +88,35 @@ def _names(content: dict[Any, Any], path: Path) -> dict[int, str]:
 
 
 def _splits(root: Path, path: Path, content: dict[Any, Any]) -> tuple[dict[str, list[Path]], list[str]]:
-    """The places of each split's images, and the splits that are not there."""
+    """The places of each split's images; and notes on those that are not where they are said to be."""
     splits: dict[str, list[Path]] = {}
+    said_of: dict[str, list[str]] = {}
+    notes: list[str] = []
     missing: dict[str, str] = {}
-    said_of = {
-        split: next((content[key] for key in keys if content.get(key)), None) for split, keys in SPLIT_KEYS.items()
-    }
-    for split, said in said_of.items():
-        if said is None:
-            continue
-        places = said if isinstance(said, list) else [said]
+    for split, keys in SPLIT_KEYS.items():
+        said = next((content[key] for key in keys if content.get(key)), None)
+        places = said if isinstance(said, list) else [said] if said is not None else []
         if not all(isinstance(place, str) for place in places):
             raise DataError(f"{path}: {split} is {shown(said)}; a path or a list of paths is accepted",
                             "malformed record")  # fmt: skip
-        found = [_inside(root, place, content.get("path"), split) for place in places]
-        same = any(splits.get(other) == found and said_of[other] != said for other in splits)
-        if None in found or same:
-            missing[split] = f"{split}: {places[0 if same else found.index(None)]}"
-        else:
-            splits[split] = [place for place in found if place]
+        found = [_inside(root, place, str(content.get("path") or ""), split) for place in places]
+        twice = any(places_of == found and said_of[other] != places for other, places_of in splits.items())
+        if places and (None in found or twice):
+            missing[split] = places[0 if twice else found.index(None)]
+        elif places:
+            splits[split], said_of[split] = [place for place in found if place], places
+            notes += [f"{path.name}: {split} {place} is read from {there.relative_to(root)}" for place, there in
+                      zip(places, splits[split], strict=True) if not _as_said(root, there, place)]  # fmt: skip
     if "train" in missing or not splits:
-        said = ", ".join(missing.values()) or "it names neither train nor val"
+        said = ", ".join(f"{split}: {place}" for split, place in missing.items()) or "it names neither train nor val"
         raise DataError(f"{path}: the images are not in {root} ({said}); correct the path, relative to this file's "
                         "folder", "missing folder")  # fmt: skip
-    return splits, list(missing.values())
+    return splits, notes + [f"{path.name}: {split} {place} is not there" for split, place in missing.items()]
 
 
-def _inside(root: Path, place: str, base: Any, split: str) -> Path | None:
+def _inside(root: Path, place: str, base: str, split: str) -> Path | None:
     """The folder or list in `root` that a path means; None: there is none."""
-    parts, start = _parts(place), _parts(str(base or ""))
+    parts, start = _parts(place), _parts(base)
     whole = [*start, *parts]
     said = [Path(*whole[cut:]) for cut in range(len(whole))]
     words = (split, *SPLIT_KEYS[split])
@@ -125,6 +125,12 @@ def _inside(root: Path, place: str, base: Any, split: str) -> Path | None:
         if (root / path).is_dir() or (path.suffix == ".txt" and is_file(root / path)):
             return root / path
     return root if not parts else None
+
+
+def _as_said(root: Path, found: Path, place: str) -> bool:
+    """Whether a place is where it is said to be, but for the folder above it."""
+    parts = _parts(place)
+    return list(found.relative_to(root).parts)[-len(parts) :] == parts if parts else True
 
 
 def _parts(path: str) -> list[str]:
