@@ -3,9 +3,9 @@
 import ast
 import contextlib
 import importlib
+import re
 import shlex
 import shutil
-import sys
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ import torchvision
 
 import doublehead
 from doublehead import cli
+from doublehead.config import field_names
 from tests.support import torchvision_models
 from tests.support.engine_standin import one_thread  # noqa: F401 (a fixture)
 from tests.support.page_samples import desk as fill
@@ -31,7 +32,9 @@ NOT_RUN = {
     "torchrun --nproc-per-node 8 -m doublehead train double-head-ext-r50-fpn --data.root data/coco --train.amp bf16":
         "eight GPUs",
     "doublehead tables --smoke": "minutes: two steps of every recipe of the paper",
-    "doublehead export runs/shapes-ext-1 detector.pt2": "half a minute of compiling; tests/exporting does it",
+    "doublehead export runs/own-data-1 detector.onnx": "tracing takes half a minute; tests/exporting does it",
+    "doublehead export runs/shapes-ext-1 detector.onnx": "the same",
+    "doublehead export runs/shapes-ext-1 detector.pt2": "compiling takes a minute; tests/exporting does it",
 }  # fmt: skip
 """Commands that do not run here, each with the reason.  Their options are still parsed where they are doublehead's."""
 
@@ -57,7 +60,6 @@ APPENDED = {
 
 SETTINGS = {
     "doublehead.accelerate(model)": "images = pictures",
-    'load("detector.pt2")': "images = pictures",
     "batched_nms(boxes": "boxes, scores, labels = plain[0][0], torch.rand(20), torch.randint(0, 3, (20,))",
     "nms_padded(boxes": "boxes, scores, groups = plain[0], torch.rand(2, 20), torch.randint(0, 3, (2, 20)); "
         "features = [torch.rand(2, 8, 64 >> level, 64 >> level) for level in range(4)]",
@@ -72,11 +74,12 @@ SETTINGS = {
 """What a Python example that holds this text finds already defined."""
 
 NOT_EXECUTED = {
-    "from doublehead.interop import mmdet": "MMDetection is not installed; tests/interop has stand-ins of its calls",
-    "from doublehead.interop import detectron2": "Detectron2 is not installed; tests/interop has stand-ins of its calls",
+    "from doublehead.interop import mmdet": "MMDetection is not installed; tests/interop has stand-ins",
+    "from doublehead.interop import detectron2": "Detectron2 is not installed; tests/interop has stand-ins",
+    'load("detector.pt2")': "needs an exported program; tests/exporting",
     "model.compile_graph": "needs a GPU; tests/models/test_graph.py",
 }
-"""Python examples that are not executed, by a text they hold, with the reason.  They compile, and their imports work."""
+"""Python examples that are not executed, by a text they hold, each with the reason.  Their imports are."""
 
 
 @pytest.fixture(scope="module")
@@ -143,21 +146,30 @@ def test_a_command_runs(command, here, capsys):
             assert (here / words[words.index(option) + 1]).exists()
 
 
+WORK = {"train": "start", "export": "run", "tables": "run_smoke"}
+"""What a command's module calls once it has parsed its options."""
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.text in NOT_RUN and words_of(c)], ids=str)
 def test_the_options_of_a_command_that_is_not_run_are_parsed(command, here, monkeypatch):
     name, *rest = words_of(command)
-    module = importlib.import_module(f"doublehead.cli.{name}")
-    called = []
-    monkeypatch.setattr(module, "run", lambda *options: called.append(options))
+    module, called = importlib.import_module(f"doublehead.cli.{name}"), []
+    monkeypatch.setattr(module, WORK[name], lambda *arguments, **options: called.append(arguments))
     module.main(rest)
     assert called
 
 
-@pytest.mark.parametrize("listed", [NOT_RUN], ids=["commands"])
-def test_what_is_listed_occurs(listed):
-    assert listed.keys() <= {command.text for command in COMMANDS}
+def test_what_is_listed_occurs():
+    assert NOT_RUN.keys() <= {command.text for command in COMMANDS}
     for text in [*NOT_EXECUTED, *SETTINGS]:
         assert any(text in example.text for example in EXAMPLES), text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_fields_that_a_page_gives_as_options_exist(page):
+    known = {name.replace("_", "-") for name in field_names()}
+    named = {found[1] for found in re.finditer(r"--((?:data|train|model)\.[\w.-]*\w)", page.read_text())}
+    assert named <= known
 
 
 def mmcv_state():
@@ -196,7 +208,3 @@ def import_only(example) -> None:
             module = importlib.import_module(node.module)
             for alias in node.names:
                 assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
-
-
-def test_no_example_left_a_module_behind():
-    assert "mmdet" not in sys.modules

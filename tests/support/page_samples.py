@@ -1,17 +1,16 @@
-"""Tiny stand-ins for a reader's data, runs and weights, under the names that README.md and docs/ use."""
+"""Tiny data, runs and files of weights under the names that README.md and docs/ use."""
 
 from __future__ import annotations
 
 import pickle
 import shutil
-from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from doublehead.config import DataConfig, DetectionConfig, Recipe, to_dict
+from doublehead.data.shapes import CLASSES as SHAPES
 from doublehead.engine.checkpoint import save_model
 from doublehead.engine.distributed import World
 from doublehead.engine.files import write_json
@@ -91,7 +90,6 @@ def weights_of_others(folder: Path) -> None:
     (folder / "model_final_b275ba.pkl").write_bytes(pickle.dumps({"model": arrays}, protocol=2))
     torch.save({"meta": {}, "state_dict": mm.tensors}, folder / "dh_faster_rcnn_r50_fpn_1x_coco.pth")
     torch.save({"model": release.tensors}, folder / "authors_r50.pth")
-    torch.save(OrderedDict(nn.Linear(1, 1).state_dict()), folder / "other.pth")
 
 
 def desk(folder: Path) -> Path:
@@ -107,13 +105,12 @@ def desk(folder: Path) -> Path:
     stopped_run(folder / "runs/shapes-ext-1", recipe("double_head_ext", shapes))
     stopped_run(folder / "runs/own-data-1", recipe("double_head_ext", replace(cells, root=str(folder / cells.root))))
     shutil.copytree(folder / "runs/own-data-1", folder / "runs/bccd-small-1")
-    shape_names = ["circle", "square"]
     for name, kind in {
         "runs/a": "fc", "runs/b": "conv", "runs/ext": "double_head_ext",
         "runs/faster-rcnn-r50-fpn": "fc", "runs/conv-head-r50-fpn": "conv",
         "runs/double-head-ext-r50-fpn": "double_head_ext",
     }.items():  # fmt: skip
-        model(folder / name, kind, shape_names if name.count("-") == 0 else ["cat", "dog"])
+        model(folder / name, kind, list(SHAPES) if name.count("-") == 0 else ["cat", "dog"])
     model(folder / "models/torchvision", "fc", ["cat", "dog"])
     model(folder / "models/double-head", "double_head", ["cat", "dog"])
     return folder
