@@ -4,6 +4,7 @@ Environment variables: DOUBLEHEAD_CUDA=0|1 leaves the CUDA part out, or demands 
 chooses its architectures; CUDA_HOME says where the toolkit is; MAX_JOBS limits the parallel compilations.
 """
 
+import importlib.machinery
 import importlib.util
 import os
 import re
@@ -16,11 +17,15 @@ from typing import NamedTuple
 
 import setuptools
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_SETUPTOOLS = 77  # an older one stops at pyproject.toml's licence, with a page of text that does not say so
 OLDEST_TORCH = (2, 11)  # the stable-ABI target set in CMakeLists.txt
+PARTS = ("_C", "_C_cuda")  # the CUDA part is dropped by CMakeBuild where it cannot be built
+# One build serves every Python from 3.10 on, but for the free-threaded ones, which have no stable ABI.
+STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 DEFAULT_ARCHS = ("80", "86", "89", "90", "100", "120")
 OLDEST_ARCH = (8, 0)  # the kernels use instructions that came with it
 
@@ -164,6 +169,20 @@ def lines_of(*command):
         return []
 
 
+def stale_parts(folder, built):
+    """The compiled parts in `folder` that this Python would import in place of, or beside, the files just `built`."""
+    found = [folder / f"{part}{suffix}" for part in PARTS for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    return [path for path in found if path.exists() and path.resolve() not in {Path(file).resolve() for file in built}]
+
+
+class FreshBuild(build):
+    """Begins with an empty package: what an earlier build left in build/lib would go into the wheel."""
+
+    def run(self):
+        shutil.rmtree(Path(self.build_lib) / "doublehead", ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     """Configures once, then builds one CMake target for each Extension."""
 
@@ -174,10 +193,12 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"doublehead builds against torch >= 2.11; {found}.")
         self.configure(torch)
         super().run()
+        if self.inplace:
+            for stale in stale_parts(ROOT / "doublehead", [self.get_ext_fullpath(ext.name) for ext in self.extensions]):
+                print(f"doublehead: removing {stale.name}, which an earlier build left.", flush=True)
+                stale.unlink()
 
     def configure(self, torch):
-        import pybind11
-
         nvcc, arch_list = find_nvcc(os.environ), os.environ.get("TORCH_CUDA_ARCH_LIST", "")
         gpus = lines_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
         cuda, reason = decide_cuda(torch, nvcc, os.environ.get("DOUBLEHEAD_CUDA", ""), arch_list, gpus)
@@ -186,9 +207,9 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
             "TORCH_DIR": torch.folder,
             "TORCH_VERSION": torch.version,
-            "PYBIND11_INCLUDE": pybind11.get_include(),
             "PYTHON_INCLUDE": sysconfig.get_path("include"),
-            "MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+            "PYTHON_STABLE_ABI": "ON" if STABLE_ABI else "OFF",
+            "MODULE_SUFFIX": Path(self.get_ext_filename("doublehead._C")).name.removeprefix("_C"),
             "DOUBLEHEAD_CUDA": "ON" if cuda else "OFF",
             "DOUBLEHEAD_CUDA_REASON": reason,
         }
@@ -200,9 +221,6 @@ class CMakeBuild(build_ext):
                 print(f"doublehead: leaving out {', '.join(left_out)}, older than compute capability 8.0.", flush=True)
         self.build_folder = Path(self.build_temp).resolve() / f"cmake-{sys.implementation.cache_tag}"
         self.cmake("-S", ROOT, "-B", self.build_folder, "-G", "Ninja", *(f"-D{k}={v}" for k, v in settings.items()))
-        if not cuda:  # an earlier build's would be loaded still
-            for stale in ROOT.glob(f"doublehead/_C_cuda*{settings['MODULE_SUFFIX']}"):
-                stale.unlink()
         self.extensions = [ext for ext in self.extensions if cuda or ext.name != "doublehead._C_cuda"]
         print(f"doublehead: building the CPU part {'and the CUDA part' if cuda else 'alone'}, as {reason}.", flush=True)
 
@@ -228,8 +246,8 @@ def find_tool(name):
 if __name__ == "__main__":
     check_setuptools(setuptools.__version__)
     setup(
-        # Both are declared, and the CUDA one is dropped by CMakeBuild where it cannot be built.
-        ext_modules=[Extension("doublehead._C", sources=[]), Extension("doublehead._C_cuda", sources=[])],
-        cmdclass={"build_ext": CMakeBuild},
+        ext_modules=[Extension(f"doublehead.{part}", sources=[], py_limited_api=STABLE_ABI) for part in PARTS],
+        cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE_ABI else {},
         setup_requires=build_requirements(find_torch()),
     )

@@ -1,6 +1,6 @@
 // The Python module doublehead._C. Importing it registers the CPU operators linked into it (each csrc/<op>/cpu/<op>.cpp has
 // its own STABLE_TORCH_LIBRARY_IMPL); build_info() says how it was built.
-#include <pybind11/pybind11.h>
+#include "python_module.h"
 
 #include "build_config.h"
 #include "common.h"
@@ -19,20 +19,16 @@ const char* instruction_set() {
 #endif
 }
 
-pybind11::dict build_info() {
-  pybind11::dict info;
-  info["compiler"] = DOUBLEHEAD_COMPILER;
-  info["flags"] = DOUBLEHEAD_FLAGS;
-  info["torch"] = DOUBLEHEAD_TORCH_VERSION;
-  info["cuda_reason"] = DOUBLEHEAD_CUDA_REASON;
-  info["multiversion"] = bool(DOUBLEHEAD_HAS_MULTIVERSION);
-  info["instruction_set"] = instruction_set();
-  return info;
+PyObject* build_info() {
+  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:N,s:s}",
+                       "compiler", DOUBLEHEAD_COMPILER,
+                       "flags", DOUBLEHEAD_FLAGS,
+                       "torch", DOUBLEHEAD_TORCH_VERSION,
+                       "cuda_reason", DOUBLEHEAD_CUDA_REASON,
+                       "multiversion", PyBool_FromLong(DOUBLEHEAD_HAS_MULTIVERSION),
+                       "instruction_set", instruction_set());
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_C, module) {
-  module.doc() = "doublehead's CPU operators, registered with torch.";
-  module.def("build_info", &build_info, "How this module was built, and the instruction set it runs with here.");
-}
+DOUBLEHEAD_PYTHON_MODULE(_C, "doublehead's CPU operators, registered with torch.", build_info)

@@ -19,7 +19,11 @@ COMMANDS = "analyze convert detect evaluate export info tables train"
 LAYERS: tuple[dict[str, str], ...] = (
     {"errors": "", "version": ""},
     {"config": "", "ops": "torch triton", "weights": "torch numpy safetensors", "paper": ""},
-    {"models": "torch torchvision safetensors", "data": "torch numpy PIL simplejpeg tqdm", "recipes": ""},
+    {
+        "models": "torch torchvision safetensors",
+        "data": "torch torchvision numpy PIL simplejpeg tqdm yaml",
+        "recipes": "",
+    },
     {"engine": "torch numpy PIL matplotlib pycocotools safetensors tensorboard tqdm tyro"},
     {
         "analysis": "torch numpy matplotlib tqdm tyro",

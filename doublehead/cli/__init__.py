@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from doublehead.errors import UserError, shown_to_user
+from doublehead.version import __version__
 
 COMMANDS = {
     "data": "count what a data set holds, and draw a sheet of it",
@@ -31,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name in ("-h", "--help"):
             print(listing())
             return
+        if name == "--version":
+            print(f"doublehead {__version__}")
+            return
         check_command(name)
         importlib.import_module(f"{__name__}.{name}").main(rest)
 
@@ -46,7 +50,8 @@ def listing() -> str:
             "Double-Head R-CNN. The commands are",
             *lines,
             "",
-            "doublehead COMMAND --help lists a command's options. On several processes:",
+            "doublehead COMMAND --help lists a command's options, doublehead --version prints the version.",
+            "On several processes:",
             "torchrun --nproc-per-node N -m doublehead COMMAND ...",
         ]
     )

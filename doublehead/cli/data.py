@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -12,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from doublehead.cli.outputs import check_output, same_file
-from doublehead.config import DataConfig, check
+from doublehead.config import DataConfig
 from doublehead.errors import UserError, config_errors, one_line, shown_to_user
 
 PROGRAM = "doublehead data"
@@ -90,30 +89,32 @@ def run(options: Options) -> bool:
     from doublehead.engine.pictures import save_picture
 
     with config_errors():
-        opened, failed, said = open_counted(config)
-    splits = {name: summarize(dataset, said[name]) for name, dataset in opened.items()}
-    repeated = find_repeated({name: dataset.paths for name, dataset in opened.items()})
+        opened = open_counted(config)
+    if opened.said:
+        print(f"{opened.said}\n")
+    splits = {name: summarize(dataset, opened.notes[name]) for name, dataset in opened.splits.items()}
+    repeated = find_repeated({name: dataset.paths for name, dataset in opened.splits.items()})
     print(as_text(splits))
-    sheet, unreadable = draw_sheet(opened)
-    lines = [f"{name}: cannot be read: {error}" for name, error in failed.items()]
+    sheet, unreadable = draw_sheet(opened.splits)
+    lines = [f"{name}: cannot be read: {error}" for name, error in opened.failed.items()]
     lines += [*remarks(splits, repeated), *unreadable]
     if lines:
         print("\n" + "\n".join(f"- {one_line(line)}" for line in lines))
     save_picture(out, sheet)
     print(f"\npictures with their boxes: {out}")
     if options.json:
-        write_json(options.json, as_json(splits, repeated))
+        write_json(options.json, as_json(opened.said, splits, repeated))
         print(f"counts: {options.json}")
-    if not failed:
+    if not opened.failed:
         print(f"to train: {training_line(options, config, any(summary.bad for summary in splits.values()))}")
-    return not failed
+    return not opened.failed
 
 
 def data_config(options: Options) -> DataConfig:
     """The data that the options name.
 
     Raises:
-        UserError: no folder is given, or two, or it is no folder; or an option has a value that is not accepted.
+        UserError: no folder is given, or two.
     """
     given = {f.name: getattr(options.data, f.name) for f in fields(options.data)}
     if options.dir is not None and given["root"] is not None:
@@ -121,15 +122,7 @@ def data_config(options: Options) -> DataConfig:
     root = given["root"] = options.dir if options.dir is not None else given["root"]
     if root is None:
         raise UserError(f"the folder of the data set is missing: {PROGRAM} DIR")
-    folder = Path(root).expanduser()
-    if not os.path.isdir(folder):
-        raise UserError(
-            f"{root}: {'a file' if os.path.lexists(folder) else 'no such folder'}: give the folder of a data set"
-        )
-    config = DataConfig(**given)
-    with config_errors():
-        check(config, "data")
-    return config
+    return DataConfig(**given)
 
 
 def check_outputs(out: str, options: Options) -> None:

@@ -129,8 +129,7 @@ def _detect(options: Options, files: Sequence[Path], entries: list[Entry], unrea
                 "pictures": entries, "unreadable": unreadable,
                 "not_done": [str(file) for file in files if str(file) not in done],
             }  # fmt: skip
-            if entries:
-                write_results(folder, results, files)
+            write_results(folder, results, files)
 
         try:
             detect_in_pictures(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from doublehead.cli.outputs import check_output, same_file
+from doublehead.cli.outputs import check_folder, check_output, same_file
 from doublehead.cli.readouts import set_readout
 from doublehead.config import DetectionConfig, Fusion, ModelConfig, ReadOutName, to_dict
 from doublehead.engine.data_options import EvaluationData, data_config
@@ -43,8 +44,11 @@ class Options:
     """Write the detections to this file, in COCO's submission format; for a single read-out."""
     metrics: str | None = None
     """Write the metrics to this file; `doublehead tables` includes RUN/metrics-NAME.json, with all of its read-outs."""
+    pictures: str | None = None
+    """Draw into this folder, which is made: precision over recall, the confusion of classes, the scores of right and
+    wrong detections, and some images with ground truth and detections; for a single read-out."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Replace the files that --out and --metrics name."""
+    """Replace the files that --out and --metrics name, and those of --pictures."""
     device: str = "auto"
     """`auto`: CUDA where there is one, else CPU."""
 
@@ -65,10 +69,12 @@ def run(options: Options) -> None:
     from doublehead.engine.checkpoint import load_model
     from doublehead.engine.distributed import join_world
     from doublehead.engine.logs import counted_warnings, say
+    from doublehead.engine.results import RESULT_FILES
 
     check_options(options)
     check_output(options.out, "--out", options.overwrite)
     check_output(options.metrics, "--metrics", options.overwrite)
+    check_folder(options.pictures, RESULT_FILES, "--pictures", options.overwrite)
     with join_world(options.device) as world, counted_warnings(shown=world.is_main):
         model, recipe, classes, _ = load_model(options.checkpoint)
         with config_errors():
@@ -90,12 +96,12 @@ def run(options: Options) -> None:
 
 def measure(model, dataset, world, options: Options, data: dict, settings: dict[str, Any]) -> None:
     """Evaluate the model with its present read-out; write the requested files and print the metrics."""
-    from doublehead.engine.evaluator import evaluate
+    from doublehead.engine.evaluator import evaluate_in_detail
     from doublehead.engine.files import write_json
     from doublehead.engine.logs import say
     from doublehead.engine.metrics_text import format_metrics
 
-    metrics, results = evaluate(model, dataset, world, **settings)
+    metrics, results, details = evaluate_in_detail(model, dataset, world, **settings)
     if options.out:
         world.on_main(lambda: write_json(options.out, results, indent=None))
     if options.metrics:
@@ -105,6 +111,20 @@ def measure(model, dataset, world, options: Options, data: dict, settings: dict[
         say(format_metrics(metrics))
         if options.out:
             say(f"\n{len(results)} detections written to {options.out}")
+    if options.pictures:
+        folder, title = Path(options.pictures), f"{Path(options.checkpoint).name} on {dataset.name}"
+        world.on_main(lambda: draw(folder, title, model, dataset, world.device, details))
+
+
+def draw(folder: Path, title: str, model, dataset, device, details) -> None:
+    """Draw the pictures of --pictures, and name them."""
+    from doublehead.engine.logs import say
+    from doublehead.engine.results import draw_results
+
+    folder.mkdir(exist_ok=True)
+    say(f"\n{folder}: {', '.join(draw_results(folder, title, model, dataset, device, details))}")
+    if details is None:
+        say("there is no ground truth: no precision, confusion and scores to draw")
 
 
 def measure_each(
@@ -145,6 +165,8 @@ def check_options(options: Options) -> None:
         raise UserError(f"--fusions are for the fused read-out, --readouts {' '.join(options.readouts)} has none")
     if options.out:
         raise UserError(f"--out holds the detections of one read-out: leave out {several}, or --out")
+    if options.pictures:
+        raise UserError(f"--pictures shows one read-out: leave out {several}, or --pictures")
 
 
 def find_readouts(model, options: Options, trained: ModelConfig) -> dict[str, ReadOut]:

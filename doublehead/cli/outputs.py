@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from doublehead.errors import UserError
@@ -30,3 +31,20 @@ def same_file(first: str, second: str) -> bool:
     """Whether writing one would overwrite the other; a device, such as /dev/stdout, takes both."""
     same = os.path.realpath(first) == os.path.realpath(second)
     return same and (os.path.isfile(first) or not os.path.exists(first))
+
+
+def check_folder(path: str | None, names: Iterable[str], option: str, overwrite: bool = False) -> None:
+    """Refuse a folder for files of these names that cannot be made or written, or that holds one of them.
+
+    Raises:
+        UserError: says why.
+    """
+    if path is None:
+        return
+    folder = Path(path)
+    closest = folder if folder.exists() else folder.parent
+    if not closest.is_dir() or not os.access(closest, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path}: cannot be written: give a writable folder, or one to be made in such")
+    there = [name for name in names if (folder / name).exists()]
+    if there and not overwrite:
+        raise UserError(f"{option} {path}: has {', '.join(there)} already: give another folder, or add --overwrite")

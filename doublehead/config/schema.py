@@ -262,7 +262,7 @@ class AugmentConfig:
     crop: Fraction = 0.0
     """Probability of a random crop that keeps at least one object."""
     colour: Annotated[float, Bounds(least=0, most=1)] = 0.0
-    """Largest relative change of brightness, contrast and saturation (hue: a tenth of it); 0: off."""
+    """Largest relative change of brightness, contrast and saturation; 0: off."""
 
 
 @dataclass(frozen=True)

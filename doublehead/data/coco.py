@@ -26,6 +26,14 @@ Locate = Callable[[str, str], str]
 """From an image's `file_name`, and where it stands, to the path of its file; raises DataError."""
 
 
+def is_coco(root: Path, split: str) -> bool:
+    """Whether `read_coco` finds the split's file and the folder of its images."""
+    try:
+        return _image_folder(root, _find(root, split)[1]) is not None
+    except DataError:
+        return False
+
+
 def read_coco(
     root: Path, split: str, classes: Sequence[str] | None = None, outside_root: bool = False
 ) -> tuple[list[str], list[int], Iterator[RawImage | DataError]]:
@@ -40,9 +48,7 @@ def read_coco(
     """
     path, split = _find(root, split)
     content = load_coco(path, has_boxes=path.name.startswith("instances_"))
-    subset = re.sub(r"-dev(?=\d{4}$)", "", split)
-    folders = [parent / name for name in dict.fromkeys((split, subset)) for parent in (root, root / "images")]
-    folder = next((path for path in folders if path.is_dir()), None)
+    folder = _image_folder(root, split)
     if folder is None:
         raise DataError(f"{root / split}: no such folder, nor {root / 'images' / split}; the images of {path} are "
                         "looked for there", "missing folder")  # fmt: skip
@@ -90,6 +96,12 @@ def _find(root: Path, split: str) -> tuple[Path, str]:
             raise DataError(message, "missing file")
         split = years[0]
     return folder / f"instances_{split}.json", split
+
+
+def _image_folder(root: Path, split: str) -> Path | None:
+    subset = re.sub(r"-dev(?=\d{4}$)", "", split)
+    folders = [parent / name for name in dict.fromkeys((split, subset)) for parent in (root, root / "images")]
+    return next((path for path in folders if path.is_dir()), None)
 
 
 def _categories(entries: list[Any], path: Path) -> dict[int, str]:

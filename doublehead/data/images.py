@@ -84,6 +84,18 @@ def check_image(
     return pixels.shape[1], pixels.shape[2]
 
 
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """The (height, width) of an image, of a JPEG with its EXIF orientation applied, from its header.
+
+    Raises:
+        DataError: see `read_image`; damage in the pixels is not found.
+    """
+    with _reading(path, MOST_PIXELS) as image:
+        width, height = image.size
+        turned = image.format in ("JPEG", "MPO") and _orientation(image) >= 5
+        return (width, height) if turned else (height, width)
+
+
 @contextmanager
 def _reading(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
     """The opened file; any failure within the context becomes a DataError."""

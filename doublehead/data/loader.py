@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from doublehead.config import AugmentConfig
+
 from ..errors import DataError
 from .dataset import DataWarning, DetectionDataset, Target
-from .transforms import horizontal_flip
+from .transforms import augmented, check_augmentation, horizontal_flip, is_off
 
 Batch = tuple[list[Tensor], list[Target]]
 Item = tuple[int, int]  # epoch, index
@@ -34,6 +36,7 @@ def build_loader(
     workers: int = 0,
     aspect_ratio_grouping: bool = False,
     start_step: int = 0,
+    augment: AugmentConfig | None = None,
 ) -> Loader:
     """Batches of one rank.
 
@@ -42,11 +45,13 @@ def build_loader(
             same as a single process with that batch size.
         train: True: an endless shuffled stream, with images mirrored at random by `dataset.horizontal_flip`.
             False: every image once, in order, image i on rank i mod world_size; the last batch may be smaller.
-        seed: seed of shuffling and mirroring, >= 0.
+        seed: seed of shuffling, mirroring and augmentation, >= 0.
         workers: number of processes that load images; 0: the calling process loads them.
         aspect_ratio_grouping: train only; no batch mixes landscape images (width >= height) with portrait images.
             Images that do not fill a batch are kept for the next epoch.
         start_step: train only; number of batches to skip.
+        augment: train only; random changes besides mirroring (see `augmented`), which depend on seed, epoch and image
+            alone.
 
     Raises:
         ValueError: an argument is out of range.
@@ -64,7 +69,9 @@ def build_loader(
         return Loader(dataset, EvalBatches(len(dataset), batch_size, rank, world_size), None, workers)
     groups = [int(w < h) for h, w in dataset.image_sizes] if aspect_ratio_grouping else [0] * len(dataset)
     batches = TrainBatches(np.array(groups), batch_size, seed, rank, world_size, start_step)
-    return Loader(dataset, batches, seed, workers)
+    if augment is not None:
+        check_augmentation(augment)
+    return Loader(dataset, batches, seed, workers, augment)
 
 
 class TrainBatches:
@@ -122,12 +129,17 @@ class Loader:
     """Iterable of (list of images, list of targets); each `iter()` starts again at the first batch."""
 
     def __init__(
-        self, dataset: DetectionDataset, batches: TrainBatches | EvalBatches, flip_seed: int | None, workers: int
+        self,
+        dataset: DetectionDataset,
+        batches: TrainBatches | EvalBatches,
+        seed: int | None,
+        workers: int,
+        augment: AugmentConfig | None = None,
     ):
         self.dataset = dataset
         self._replaced: set[str] = set()
         self._loader = DataLoader(
-            _Items(dataset, flip_seed),
+            _Items(dataset, seed, augment),
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=_keep,
@@ -169,9 +181,10 @@ class _Items(Dataset):
     there would be lost.
     """
 
-    def __init__(self, dataset: DetectionDataset, flip_seed: int | None):
+    def __init__(self, dataset: DetectionDataset, seed: int | None, augment: AugmentConfig | None = None):
         self.dataset = dataset
-        self.flip_seed = flip_seed
+        self.seed = seed
+        self.augment = None if augment is None or is_off(augment) else augment
 
     def __getitem__(self, item: Item) -> tuple[Tensor | None, Target | None, list[DataError]]:
         epoch, index = item
@@ -185,13 +198,16 @@ class _Items(Dataset):
                 errors.append(error)
         if image is not None and self._flips(epoch, index):
             image, target = horizontal_flip(image, target)
+        if image is not None and self.augment is not None and self.seed is not None:
+            draws = np.random.default_rng((self.seed, epoch, index, 2))  # its own stream, as that of the flip
+            image, target = augmented(image, target, self.augment, int(draws.integers(2**63)))
         return image, target, errors
 
     def _flips(self, epoch: int, index: int) -> bool:
-        if self.flip_seed is None:
+        if self.seed is None:
             return False
         # The trailing 1 separates this random stream from the permutation's.
-        draw = np.random.default_rng((self.flip_seed, epoch, index, 1)).random()
+        draw = np.random.default_rng((self.seed, epoch, index, 1)).random()
         return bool(draw < self.dataset.horizontal_flip)
 
 

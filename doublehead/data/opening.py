@@ -11,7 +11,7 @@ from typing import Literal
 from doublehead.config import DataConfig, check
 
 from ..errors import DataError
-from .coco import read_coco
+from .coco import is_coco, read_coco
 from .dataset import DataWarning, DetectionDataset
 from .files import FileDataset
 from .jpeg import is_strict
@@ -19,9 +19,10 @@ from .layouts.finding import find_layout
 from .layouts.layout import FAMILIES, Contents, Layout
 from .layouts.selection import OTHER_CLASS, check_classes, select_classes
 from .layouts.splits import choose, take_share
+from .layouts.unknown import no_folder
 from .problems import Problems
 from .shapes import ShapesDataset
-from .voc import read_voc
+from .voc import is_voc, read_voc
 
 SHAPES_IMAGES = {"train": 4000, "val": 200}
 Role = Literal["train", "val"]
@@ -97,10 +98,9 @@ def _layout(config: DataConfig) -> Layout | None:
         raise DataError(f"data.root is missing: the folder of the {config.format} data set (--data.root)")
     root = Path(config.root).expanduser()
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder (data.root)", "missing folder")
-    if config.format == "coco" and any((root / "annotations").glob("i*_*.json")):
-        return None
-    if config.format == "voc" and (root / "ImageSets" / "Main").is_dir():
+        raise no_folder(root)
+    own = {"coco": is_coco, "voc": is_voc}.get(config.format)
+    if own is not None and any(own(root, split) for split in (config.train_split, config.val_split)):
         return None
     return find_layout(root, FAMILIES if config.format == "auto" else (config.format,))
 

@@ -12,7 +12,6 @@ counts as missing.  `<filename>` and `<path>` are not used.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element
@@ -21,6 +20,7 @@ from ..errors import DataError
 from .coco_json import MAX_SIDE
 from .files import MIN_SIDE, RawImage, RawObject
 from .names import clean_name, not_a_class, shown_name, wrong_name
+from .numbers import as_written
 from .paths import check_inside
 from .xml import read_annotation
 
@@ -31,7 +31,11 @@ VOC_CLASSES = (
 """The classes of VOC itself; earlier versions used all of them for data that name only some."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".webp", ".BMP", ".tif", ".tiff", ".TIF")
 """Suffixes of image files; the first that exists is used."""
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf(inity)?|nan", re.ASCII | re.IGNORECASE)
+
+
+def is_voc(root: Path, split: str) -> bool:
+    """Whether `read_voc` finds the split's list."""
+    return (root / "ImageSets" / "Main" / f"{split}.txt").is_file()
 
 
 def read_voc(
@@ -143,7 +147,7 @@ def _size(tree: Element, path: Path) -> tuple[int, int] | None:
     size = tree.find("size")
     said = [_text(size, key) if size is not None else "" for key in ("height", "width")]
     try:
-        sides = [_number(text) if text else 0.0 for text in said]
+        sides = [as_written(text) if text else 0.0 for text in said]
     except ValueError as error:
         raise DataError(f"{path}, size: {error}", "malformed record") from error
     if sides == [0, 0]:
@@ -182,14 +186,7 @@ def _object(entry: Element, where: str, number: int, labels: dict[str, int]) -> 
 def _corner(corners: Element, key: str) -> float:
     if len(corners.findall(key)) != 1:
         raise ValueError(f"{len(corners.findall(key))} elements <{key}>, one is accepted")
-    return _number(_text(corners, key))
-
-
-def _number(text: str) -> float:
-    """Parse a number; forms such as 1_000 or digits of other scripts, which Python accepts, are refused."""
-    if not NUMBER.fullmatch(text):
-        raise ValueError(f"{text[:40]!r} is not a number")
-    return float(text)
+    return as_written(_text(corners, key))
 
 
 def _text(element: Element, key: str) -> str:

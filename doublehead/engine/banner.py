@@ -23,10 +23,10 @@ def say_start(
     folder: Path,
     world: World,
     training: DetectionDataset,
-    validation: DetectionDataset,
     trainer: Trainer,
     state: dict[str, Any] | None,
     machine: dict[str, Any],
+    data: str,
     start_from: str | None = None,
     notes_of_fitting: Sequence[str] = (),
 ) -> None:
@@ -35,10 +35,11 @@ def say_start(
     Args:
         state: the state that the run goes on from; None: it begins.
         machine: what sums are split over now (see `Run`).
+        data: one line about the data.
         start_from: what is taken of a trained detector.
         notes_of_fitting: what was changed in the recipe.
     """
-    config, model = recipe.train, trainer.model
+    config, model, image = recipe.train, trainer.model, recipe.model.image
     weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     shown = ", ".join(training.classes[:8]) + (", ..." if len(training.classes) > 8 else "")
@@ -49,10 +50,11 @@ def say_start(
     steps = f"{config.steps}" if state is None else f"{trainer.step} -> {config.steps}"
     lines = {
         "recipe": f"{recipe.name}: {recipe.about}",
-        "data": f"{recipe.data.format}: {len(training)} images to train, {len(validation)} to validate",
+        "data": data,
         "classes": f"{len(training.classes)}: {shown}",
         "model": f"{recipe.model.head.kind}, {recipe.model.backbone.name}, "
         f"{weights / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained",
+        "images": f"short side {', '.join(map(str, image.min_size))} pixels, long side at most {image.max_size}",
         "steps": ", ".join([f"{steps} x {config.batch_size} images", *options]),
         "device": _device_name(world),
         "folder": f"{folder}" + (" (resumed)" if state is not None else ""),

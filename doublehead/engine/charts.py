@@ -16,7 +16,8 @@ import numpy as np
 from doublehead.engine.coco_metrics import Details
 from doublehead.engine.files import write_bytes
 from doublehead.engine.matching import rates
-from doublehead.engine.pictures import shown_name, shown_score
+from doublehead.engine.metrics_text import shown_score
+from doublehead.engine.pictures import shown_name
 
 NAMED_CURVES = 10
 """Up to this many classes each have a curve with a name."""

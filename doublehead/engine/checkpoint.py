@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,12 +53,14 @@ def save_model(
     classes: Sequence[str],
     category_ids: Sequence[int],
     step: int = 0,
+    more: Mapping[str, str] | None = None,
 ) -> None:
     """Write `model`'s weights and their description to `path`, atomically, with a digest that reveals damage.
 
     Args:
         model: what `build_detector` gave; it, or parts of it, may be compiled, or wrapped for averaging or
             for several devices.
+        more: further entries of the file's header.
 
     Raises:
         CheckpointError: the recipe or the classes are none that `load_model` accepts, or the file cannot be written
@@ -70,7 +72,7 @@ def save_model(
         check(recipe)  # `load_model` does too
     except ValueError as error:
         raise CheckpointError(f"{path}: not written: {error}") from error
-    metadata = {
+    metadata = dict(more or {}) | {
         "format": _MODEL_FORMAT,
         "version": __version__,
         "step": str(step),

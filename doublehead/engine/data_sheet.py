@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from doublehead.data import DataError, DetectionDataset
-from doublehead.engine.pictures import _font, draw_boxes, to_picture
+from doublehead.engine.pictures import draw_boxes, drawing_font, shown_name, to_picture
 
 COLUMNS, ROWS, SIDE, GAP, HEADER = 4, 4, 420, 12, 28
 
@@ -88,7 +88,7 @@ def _arrange(cells: list[tuple[str, Image.Image]]) -> Image.Image:
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     heights = [HEADER + max(picture.height for _, picture in row) + GAP for row in rows]
     sheet = Image.new("RGB", (GAP + columns * (SIDE + GAP), max(1, sum(heights))), "white")
-    draw, font, top = ImageDraw.Draw(sheet), _font(15), 0
+    draw, font, top = ImageDraw.Draw(sheet), drawing_font(15), 0
     for row, height in zip(rows, heights, strict=True):
         for column, (title, picture) in enumerate(row):
             left = GAP + column * (SIDE + GAP)
@@ -100,7 +100,7 @@ def _arrange(cells: list[tuple[str, Image.Image]]) -> Image.Image:
 
 def _fitting(title: str, font) -> str:
     """The title, its middle left out where it is too wide."""
-    title = "".join(letter if letter.isprintable() else " " for letter in title)
+    title = shown_name(title, len(title))
     short, keep = title, len(title)
     while font.getlength(short) > SIDE and keep > 8:
         keep -= 1

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from doublehead.config import DataConfig
-from doublehead.data import DataError, DataWarning, DetectionDataset, build_dataset
+from doublehead.data import DataError, DataWarning, DetectionDataset, build_dataset, open_splits
+from doublehead.data.layouts.selection import OTHER_CLASS
 
 Split = Literal["train", "val"]
 SMALL, LARGE = 32.0**2, 96.0**2
@@ -46,6 +47,8 @@ class SplitSummary:
     without_boxes: int
     """Images without a box to learn from; they are among `images`."""
     classes: dict[str, ClassCount]
+    other_classes: int
+    """Objects of classes that were not chosen."""
     crowd: int
     """Crowd and difficult boxes."""
     without_area: int
@@ -75,36 +78,59 @@ class Repeated:
     """Of equal content, within a split: (split, name, other name)."""
 
 
-def open_counted(config: DataConfig) -> tuple[dict[Split, DetectionDataset], dict[Split, DataError], dict[str, list]]:
-    """Open both splits with bad records left out and counted, however many there are.
+@dataclass
+class Opened:
+    """Both splits of a data set, as far as they can be read."""
 
-    Returns:
-        The splits that can be read; why the others cannot; and, by split, what the reader said.
+    said: str = ""
+    """The layout in one line; empty if a split cannot be read."""
+    splits: dict[Split, DetectionDataset] = field(default_factory=dict)
+    failed: dict[Split, DataError] = field(default_factory=dict)
+    """Why a split cannot be read."""
+    notes: dict[Split, list[str]] = field(default_factory=dict)
+    """What the reader said of a split: bad records with the first of each kind, boxes that it changed."""
+
+
+def open_counted(config: DataConfig) -> Opened:
+    """Open both splits as a training would, with bad records left out and counted, however many there are.
 
     Raises:
         DataError: neither can be read; the error is that of the training split.
     """
-    config = replace(config, on_bad_record="skip", max_skipped=1.0, background="keep")
-    opened: dict[Split, DetectionDataset] = {}
-    failed: dict[Split, DataError] = {}
-    said: dict[str, list[str]] = {}
+    config = replace(config, on_bad_record="skip", max_skipped=1.0)
+    opened = Opened()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DataWarning)
+        try:
+            both = open_splits(config)
+        except DataError:
+            caught.clear()
+            _open_each(config, opened)
+        else:
+            opened.said, opened.splits = both.said, {"train": both.train, "val": both.val}
+    opened.notes = _notes(opened.splits, [str(warning.message) for warning in caught])
+    return opened
+
+
+def _open_each(config: DataConfig, opened: Opened) -> None:
     for split in ("train", "val"):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", DataWarning)
-            try:
-                opened[split] = build_dataset(config, split)
-            except DataError as error:
-                failed[split] = error
-        said[split] = _lines(caught)
-    if not opened:
-        raise failed["train"]
-    return opened, failed, said
+        classes = opened.splits["train"].classes if opened.splits else None
+        try:
+            opened.splits[split] = build_dataset(config, split, classes=classes)
+        except DataError as error:
+            opened.failed[split] = error
+    if not opened.splits:
+        raise opened.failed["train"]
 
 
-def _lines(caught: Sequence[warnings.WarningMessage]) -> list[str]:
-    """The lines of the data's warnings, without their headings."""
-    lines = [line for warning in caught for line in str(warning.message).splitlines()]
-    return [line.strip() for line in lines if not line.endswith(":")]
+def _notes(splits: Mapping[Split, DetectionDataset], messages: Sequence[str]) -> dict[Split, list[str]]:
+    """The lines of each split's warning, whose heading is the split's name."""
+    notes: dict[Split, list[str]] = {}
+    for split, dataset in splits.items():
+        found = next((text for text in messages if text.startswith(f"{dataset.name}:\n")), "")
+        messages = [text for text in messages if text is not found]
+        notes[split] = [line.strip() for line in found.splitlines()[1:]]
+    return notes
 
 
 def summarize(dataset: DetectionDataset, notes: Sequence[str] = ()) -> SplitSummary:
@@ -126,6 +152,7 @@ def summarize(dataset: DetectionDataset, notes: Sequence[str] = ()) -> SplitSumm
         images=len(dataset) + dropped,
         without_boxes=len(dataset) - shown + dropped,
         classes=counts,
+        other_classes=dataset.unused[OTHER_CLASS],
         crowd=dataset.unused["crowd or difficult box"],
         without_area=dataset.unused["box without area"],
         clipped=dataset.clipped,
@@ -180,9 +207,13 @@ def _ends(path: str) -> tuple[int, bytes]:
         return size, hashlib.blake2b(head + file.read(_END), digest_size=16).digest()
 
 
-def as_json(splits: Mapping[Split, SplitSummary], repeated: Repeated) -> dict[str, Any]:
-    """The counts as plain values."""
-    return {"splits": {name: asdict(summary) for name, summary in splits.items()}, "repeated": asdict(repeated)}
+def as_json(said: str, splits: Mapping[Split, SplitSummary], repeated: Repeated) -> dict[str, Any]:
+    """The layout's line and the counts as plain values."""
+    return {
+        "said": said,
+        "splits": {name: asdict(summary) for name, summary in splits.items()},
+        "repeated": asdict(repeated),
+    }
 
 
 def as_text(splits: Mapping[Split, SplitSummary]) -> str:
@@ -227,6 +258,7 @@ _ROWS = {
     "images without boxes": lambda summary: f"{summary.without_boxes:,}",
     "width: min/median/max": lambda summary: _range(summary.widths),
     "height": lambda summary: _range(summary.heights),
+    "of other classes": lambda summary: f"{summary.other_classes:,}",
     "crowd or difficult": lambda summary: f"{summary.crowd:,}",
     "boxes without area": lambda summary: f"{summary.without_area:,}",
     "boxes cut at the border": lambda summary: f"{summary.clipped:,}",

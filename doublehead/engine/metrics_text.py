@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 COCO_NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -55,7 +56,16 @@ def _accuracy_lines(metrics: dict[str, Any]) -> list[str]:
         lines.append(row + (f"  {_percent(voc['classes'][name]):>8}" if voc else ""))
     if voc:
         lines += ["", f"VOC mAP at IoU 0.5, area under the precision-recall curve (2010+): {_percent(voc['mAP50'])}"]
+    if best := metrics.get("best_f1"):
+        rates = f"precision {_percent(best['precision'])}, recall {_percent(best['recall'])}"
+        score = shown_score(best["threshold"])
+        lines += ["", f"best F1 at IoU 0.5: {_percent(best['f1'])}, of scores from {score} on ({rates})"]
     return lines
+
+
+def shown_score(threshold: float) -> str:
+    """A threshold in at most three digits, rounded down: the detection that lies on it is above what is written."""
+    return f"{math.floor(1000 * threshold + 1e-6) / 1000:g}"
 
 
 def _percent(value: float | None) -> str:

@@ -52,8 +52,9 @@ def find_pictures(names: Sequence[str], leave_out: Path) -> Found:
         path = Path(name)
         if os.path.isdir(name):  # Path.is_dir raises where a name is too long
             present = [p for p in path.rglob("*") if not p.is_dir() and _real(leave_out) not in _real(p).parents]
-            found = sorted(p for p in present if p.suffix.lower() in ENDINGS)
-            notes += _left_out(name, present) if found else []
+            drawn = {p.parent / one for p in present if p.name == JSON_FILE for one in earlier_pictures(p.parent)}
+            found = sorted(p for p in present if p.suffix.lower() in ENDINGS and p not in drawn)
+            notes += _left_out(name, present, drawn.intersection(present)) if found else []
         elif os.path.lexists(name):
             found = [path]
         else:
@@ -69,8 +70,8 @@ def find_pictures(names: Sequence[str], leave_out: Path) -> Found:
     return Found(list(files.values()), unreadable, notes)
 
 
-def _left_out(name: str, present: Sequence[Path]) -> list[str]:
-    """What to say of a folder's videos, and of pictures in formats that are not looked for."""
+def _left_out(name: str, present: Sequence[Path], drawn: set[Path]) -> list[str]:
+    """What to say of a folder's videos, pictures in formats that are not looked for, and results of earlier calls."""
     videos = sorted(path for path in present if path.suffix.lower() in VIDEOS)
     others = Counter(path.suffix.lower() for path in present if path.suffix.lower() in OTHER_PICTURES)
     count = f"{len(videos)} videos are" if len(videos) > 1 else "1 video is"
@@ -78,6 +79,9 @@ def _left_out(name: str, present: Sequence[Path]) -> list[str]:
     if others:
         counts = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
         notes.append(f"{name}: {counts} are left out: make JPEG or PNG of them, or name them to try them")
+    if drawn:
+        where = min(drawn).parent
+        notes.append(f"{name}: annotated pictures of earlier calls are left out ({len(drawn)}, as in {where})")
     return notes
 
 
@@ -122,6 +126,8 @@ def _why_none(name: str, leave_out: Path) -> str:
         return "the folder of the results (--out), whose pictures are left out: give another one, or name the files"
     if videos := sorted(p for p in Path(name).rglob("*") if p.suffix.lower() in VIDEOS):
         return f"no picture in this folder, but videos: {how_to_split(str(videos[0]))}"
+    if any(earlier_pictures(p.parent) for p in Path(name).rglob(JSON_FILE)):
+        return "no picture in this folder but those that earlier calls annotated; to use them, name the files"
     return f"no picture in this folder, nor below it; looked for are {' '.join(sorted(ENDINGS))}"
 
 

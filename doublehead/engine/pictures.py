@@ -5,7 +5,6 @@ from __future__ import annotations
 import colorsys
 import functools
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from doublehead.engine.files import write_bytes
+from doublehead.engine.metrics_text import shown_score
 
 Colour = tuple[int, int, int]
 JPEG_SIDE = 65_500
@@ -76,11 +76,6 @@ def shown_name(name: str, longest: int = LONGEST_NAME) -> str:
     """A class name as one line of bounded length, without characters that fonts cannot draw."""
     short = name if len(name) <= longest else f"{name[: longest - 1]}\N{HORIZONTAL ELLIPSIS}"
     return "".join(letter if letter.isprintable() else " " for letter in short)
-
-
-def shown_score(threshold: float) -> str:
-    """A threshold in at most three digits, rounded down: the detection that lies on it is above what is written."""
-    return f"{math.floor(1000 * threshold + 1e-6) / 1000:g}"
 
 
 def _draw_box(draw: ImageDraw.ImageDraw, box: list[float], colour: Colour, width: int) -> None:

@@ -14,6 +14,7 @@ from doublehead.engine.evaluator import predict_images
 from doublehead.engine.matching import FALLBACK_THRESHOLD
 
 DETECTIONS_FILE = "detections.png"
+RESULT_FILES = (*charts.CHARTS, DETECTIONS_FILE)
 PICTURES = 8  # images in detections.png
 
 

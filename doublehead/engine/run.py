@@ -2,16 +2,16 @@
 
 `runs/<name>/` holds `recipe.json`, `model.safetensors` (to use), `state.pt` (to continue from),
 `log.jsonl`, `tensorboard/`, `batches.png`, and after the last step `metrics.json`, `curves.png`,
-`detections.png` and the charts of `charts.CHARTS`.
+`detections.png` and the charts of `charts.CHARTS`; with evaluations on the way also `best.safetensors`,
+the weights with the highest AP.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from doublehead.config import ModelConfig, Recipe, to_dict
 from doublehead.data import build_loader
 from doublehead.engine import banner, checkpoint, pictures
 from doublehead.engine.batch_sheet import BATCHES_FILE, draw_first_batches
+from doublehead.engine.best import BEST_FILE, Best
 from doublehead.engine.coco_metrics import Details
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import PeerFailed, PeerLostError, PeerStopped
@@ -34,7 +35,15 @@ from doublehead.engine.metrics_text import format_metrics
 from doublehead.engine.optim import seed_step
 from doublehead.engine.progress import Progress
 from doublehead.engine.results import draw_results
-from doublehead.engine.resume import check_folder, check_state, identity, mark_saved, mark_unsaved, resume_command
+from doublehead.engine.resume import (
+    check_folder,
+    check_state,
+    how_to_go_on,
+    identity,
+    mark_saved,
+    mark_unsaved,
+    voc_classes,
+)
 from doublehead.engine.signals import Stopped, StopSignals
 from doublehead.engine.starting import Source
 from doublehead.engine.trainer import Hooks, Trainer, micro_batch_size
@@ -76,7 +85,9 @@ def train(
             if world.is_main and isinstance(cause, _STOPS):
                 steps = (parts[0].trainer.step, parts[0].saved_step) if parts else None
                 total = (parts[0].recipe if parts else recipe).train.steps
-                tqdm.write(f"stopped{_progress(folder, steps, total)}", file=sys.stderr)
+                if parts:
+                    parts[0].progress.close()  # or the bar would be drawn again below
+                tqdm.write(f"stopped{how_to_go_on(folder, steps, total)}", file=sys.stderr)
             if cause is error:
                 raise
             raise cause from None
@@ -104,22 +115,6 @@ def _cause(error: BaseException, world: World) -> BaseException:
     return error
 
 
-def _progress(folder: Path, steps: tuple[int, int | None] | None, total: int) -> str:
-    """What a stopped run has saved, and how to resume it.  `steps`: done and saved; None: it had not begun."""
-    command = resume_command(folder, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if not (folder / RECIPE_FILE).exists():
-        return " before the first step: nothing is saved; start it again with the same command"
-    if steps is None:
-        return f" before the first step: {folder} is as it was; go on with: {command}"
-    done, saved = steps
-    if saved is None:
-        return f" at {done}/{total} before the first checkpoint: nothing is saved yet; begin again with: {command}"
-    if saved == total:
-        return f" at {done}/{total}: all steps are saved; measure the model with: {command}"
-    unsaved = f", saved at {saved}" if saved < done else ""
-    return f" at {done}/{total}{unsaved}; go on with: {command}"
-
-
 class Run(Hooks):
     """One run: its data, model and trainer, and the hooks that record it."""
 
@@ -130,7 +125,7 @@ class Run(Hooks):
 
         self.folder, self.world = folder, world
         self.saved_step: int | None = None  # the step of the state on disk
-        prepared = prepare(recipe, world, wishes)
+        prepared = prepare(recipe, world, wishes, voc_classes(folder, recipe) if resume else None)
         self.recipe, self.training, self.validation = prepared[:3]
         with config_errors():
             self._batches(0)  # refuses what a loader does
@@ -147,10 +142,11 @@ class Run(Hooks):
         self.identity = identity(self.recipe, self.training)
         if world.is_main:
             banner.say_start(
-                self.recipe, folder, world, self.training, self.validation, self.trainer, state, self._machine(),
-                start_from=copied, notes_of_fitting=prepared.notes,
+                self.recipe, folder, world, self.training, self.trainer, state, self._machine(),
+                data=prepared.said, start_from=copied, notes_of_fitting=prepared.notes,
             )  # fmt: skip
         self.log: RunLog | None = None  # the main process's
+        self.best = Best(folder / BEST_FILE, self.validation)
         world.on_main(lambda: self._open_files(state, prepared.source))
         if prepared.source:
             self.on_save()  # a resume needs no more of the detector that it started from
@@ -170,6 +166,7 @@ class Run(Hooks):
             workers=self.recipe.data.workers if workers is None else workers,
             aspect_ratio_grouping=config.aspect_ratio_grouping,
             start_step=start,
+            augment=config.augment,
         )
 
     # ------------------------------------------------------------------ resuming
@@ -202,6 +199,7 @@ class Run(Hooks):
             return record["step"] <= state["step" if "loss" in record else "evaluated_step"]
 
         self.log = RunLog(self.folder, state["step"], keep)
+        self.best.read()
         if not (self.folder / checkpoint.MODEL_FILE).exists():  # somebody removed it
             self._save_model()
 
@@ -215,6 +213,7 @@ class Run(Hooks):
             draw_first_batches(lambda training: self._batches(first, training, workers=0), self.training, path, first)
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+        say(f"batches  the first ones: {path}")
 
     def _machine(self) -> dict[str, Any]:
         """What sums are split over: rounding depends on it, and so do the exact results of a run."""
@@ -243,10 +242,9 @@ class Run(Hooks):
 
         self.world.on_main(write)
 
-    def _save_model(self) -> None:
-        path = self.folder / checkpoint.MODEL_FILE
-        model, data = self.trainer.evaluated_model, self.training
-        checkpoint.save_model(path, model, self.recipe, data.classes, data.category_ids, self.trainer.step)
+    def _save_model(self, name: str = checkpoint.MODEL_FILE, more: Mapping[str, str] | None = None) -> None:
+        model, data, step = self.trainer.evaluated_model, self.training, self.trainer.step
+        checkpoint.save_model(self.folder / name, model, self.recipe, data.classes, data.category_ids, step, more)
 
     def on_evaluate(self) -> None:
         data = self.recipe.data
@@ -258,10 +256,17 @@ class Run(Hooks):
             workers=data.workers,
             progress=self.world.is_main,
         )
+        self.world.on_main(self._keep_best)
         if self.log and self.metrics.get("AP") is not None:
             numbers = {name: value for name, value in self.metrics.items() if name.startswith("A")}
             self.log.write({"step": self.trainer.step, **numbers})
             say(f"step {self.trainer.step}: AP {100 * numbers['AP']:.1f}, AP50 {100 * numbers['AP50']:.1f}")
+
+    def _keep_best(self) -> None:
+        """Before the log says so: a run killed between the two evaluates again, and finds its own file."""
+        ap = self.metrics.get("AP")
+        if self.recipe.train.eval_every and self.best.is_beaten_by(self.trainer.step, ap):
+            self._save_model(BEST_FILE, self.best.replaced_by(self.trainer.step, ap))
 
     # ------------------------------------------------------------------ the end
 
@@ -282,12 +287,14 @@ class Run(Hooks):
                 "saved, --resume makes them again"
             ) from error
         say("\n" + format_metrics(self.metrics) + "\n")
+        if best := self.best.describe():
+            say(f"{self.folder}: {best}")
         say(f"{self.folder}: {', '.join([checkpoint.MODEL_FILE, LOG_FILE, *names])}")
 
     def _write_files(self) -> list[str]:
         """Write the results; their names."""
         steps = {"step": self.trainer.step, "seconds": round(self.trainer.seconds(), 1)}
-        write_json(self.folder / METRICS_FILE, steps | self.metrics)
+        write_json(self.folder / METRICS_FILE, steps | self.metrics | self.best.as_metrics())
         pictures.draw_curves(read_log(self.folder / LOG_FILE), self.folder / "curves.png", self.recipe.name)
         model, device = self.trainer.evaluated_model, self.world.device
         drawn = draw_results(self.folder, self.recipe.name, model, self.validation, device, self.details)

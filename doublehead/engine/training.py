@@ -11,6 +11,7 @@ from typing import Any
 from doublehead.config import Recipe, to_dict
 from doublehead.engine.commands import train_command
 from doublehead.engine.files import new_run_folder, write_json
+from doublehead.engine.schedule import check_length
 from doublehead.errors import UserError
 from doublehead.recipes import RECIPES
 
@@ -67,9 +68,7 @@ def start(
     from doublehead.engine.run import train
 
     check_arguments(recipe, given, out=out, resume=resume, start_from=start_from)
-    wishes = None
-    if resume is None:
-        wishes = Wishes(base or base_of(recipe, given), frozenset(given), start_from)
+    wishes = Wishes(base or base_of(recipe, given), frozenset(given), start_from, resumed=resume is not None)
     with join_world(recipe.train.device) as world, counted_warnings(shown=world.is_main):
         folder = Path(resume) if resume is not None else world.on_main(lambda: new_run_folder(recipe.name, out))
         try:
@@ -138,6 +137,7 @@ def check_arguments(
             "--from and --resume exclude each other: --resume goes on with a run in its folder, --from begins another "
             "with a detector's weights"
         )
+    check_length(recipe.train, given)
     if recipe.data.format == "shapes" and "data.root" in given:
         run = f"run {resume}" if resume is not None else f"recipe {recipe.name}"
         raise UserError(

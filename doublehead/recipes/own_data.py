@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Literal, Protocol
 
-from doublehead.config import DataConfig, ModelConfig, Recipe, RPNConfig
+from doublehead.config import AugmentConfig, DataConfig, ModelConfig, Recipe, RPNConfig
 
 from .small import small_model
 
@@ -94,13 +94,15 @@ def adapt(recipe: Recipe, facts: Facts, given: Collection[str], keep_model: bool
 
     Args:
         given: dotted names of the fields that the user set, such as `train.steps`; the rules follow them.
-        keep_model: the training starts from a whole detector: its model stays as it is in `recipe`, images are resized
-            as it knows them, and the learning rate is lower.
+        keep_model: the training starts from a whole detector: its model stays as it is in `recipe`, but for images
+            that would be too small for the boxes, and the learning rate is lower.
     """
     fields = _Fields(recipe, frozenset(given))
-    if not keep_model and facts.device == "cpu":
+    if keep_model:
+        _images_of_kept_model(fields, facts)
+    elif facts.device == "cpu":
         _small_model(fields, facts)
-    elif not keep_model:
+    else:
         _paper_model(fields, facts)
     _optimiser(fields, facts, keep_model)
     _length(fields, facts)
@@ -114,11 +116,22 @@ def adapt(recipe: Recipe, facts: Facts, given: Collection[str], keep_model: bool
 # The rules
 
 
+def _short_side(facts: Facts) -> int:
+    """To which images are resized."""
+    if facts.device == "cpu":
+        # The smallest boxes get 16 pixels, the finest map having one cell for 4.  More than 256 take too long, as the
+        # time grows with the square.
+        side = _clipped(16 / facts.small_box, 128, min(256, max(128, 2 * facts.short_side)))
+    else:
+        # The images' own size, but what ImageNet's features know (400) at least; more, up to the paper's 800, if the
+        # smallest boxes need it for the smallest anchor of a pyramid, 32 pixels (Lin et al. 2017).
+        side = _clipped(32 / facts.small_box, _clipped(facts.short_side, 400, 640), 800)
+    return 32 * round(side / 32)  # a ResNet's coarsest stride
+
+
 def _small_model(fields: _Fields, facts: Facts) -> None:
     """On a CPU: a narrow Double-Head-Ext on ResNet-18 from scratch, as of `bccd-small`."""
-    # The short side gives the smallest boxes 16 pixels, the finest map having one cell for 4; more than 256 take too
-    # long, as the time grows with the square.
-    _image_size(fields, facts, _clipped(16 / facts.small_box, 128, min(256, max(128, 2 * facts.short_side))))
+    _image_size(fields, facts)
     side = fields.recipe.model.image.min_size[-1]
     small = small_model(side, side, _anchors(facts, side))
     for part in ("backbone", "head", "roi", "rpn"):
@@ -127,16 +140,22 @@ def _small_model(fields: _Fields, facts: Facts) -> None:
 
 def _paper_model(fields: _Fields, facts: Facts) -> None:
     """On a GPU: the paper's Double-Head-Ext on ResNet-50 with ImageNet's weights."""
-    # The images' own size, but what ImageNet's features know (400) at least; more, up to the paper's 800, if the
-    # smallest boxes need it for the smallest anchor of a pyramid, 32 pixels (Lin et al. 2017).
-    _image_size(fields, facts, _clipped(32 / facts.small_box, _clipped(facts.short_side, 400, 640), 800))
+    _image_size(fields, facts)
     paper = ModelConfig(rpn=RPNConfig(_anchors(facts, fields.recipe.model.image.min_size[-1]), straddle=0.0))
     for part in ("backbone", "head", "roi", "rpn"):
         fields.set(f"model.{part}", getattr(paper, part))
 
 
-def _image_size(fields: _Fields, facts: Facts, short_side: float) -> None:
-    fields.set("model.image.min_size", (32 * round(short_side / 32),))  # 32: a ResNet's coarsest stride
+def _images_of_kept_model(fields: _Fields, facts: Facts) -> None:
+    """A detector of such small images that boxes vanish gets larger ones: convolutions know no image size."""
+    image = fields.recipe.model.image
+    side = min(image.min_size[-1], image.max_size / facts.elongation)
+    if facts.small_box * side < 16 and side < _short_side(facts):
+        _image_size(fields, facts)
+
+
+def _image_size(fields: _Fields, facts: Facts) -> None:
+    fields.set("model.image.min_size", (_short_side(facts),))
     long_side = max(fields.recipe.model.image.min_size) * facts.elongation
     fields.set("model.image.max_size", 32 * math.ceil(long_side / 32 - 1e-6))
 
@@ -219,7 +238,23 @@ def _rhythm(fields: _Fields, facts: Facts) -> None:
 
 
 def _augmentation(fields: _Fields, facts: Facts) -> None:
-    pass
+    """Little where images are seen a few times, more where they would be learnt by heart."""
+    train = fields.recipe.train
+    passes = train.steps * train.batch_size / facts.images
+    much = AugmentConfig(scale=(0.5, 2.0), crop=0.3, colour=0.3)
+    fields.set("train.augment", much if passes > 20 else AugmentConfig(scale=(0.8, 1.25), colour=0.1))
+
+
+def describe(recipe: Recipe, facts: Facts) -> str:
+    """What was chosen, in one line."""
+    image, train = recipe.model.image, recipe.train
+    passes = train.steps * train.batch_size / facts.images
+    anchors = recipe.model.rpn.anchor_sizes
+    return (
+        f"images of {image.min_size[-1]} x {image.max_size} pixels at most, anchors from {anchors[0]:g} to "
+        f"{anchors[-1]:g}, {train.steps} steps of {train.batch_size} images ({passes:.3g} passes), {train.optimizer} "
+        f"with rate {train.lr:g}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------

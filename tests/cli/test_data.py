@@ -9,6 +9,7 @@ from PIL import Image
 
 from doublehead.cli.data import main
 from tests.support.data_samples import CocoFolder, VocFolder
+from tests.support.layouts import write_layout
 
 
 @pytest.fixture
@@ -36,27 +37,28 @@ def digests(folder):
 def test_counts_and_sheet(coco, tmp_path, capsys):
     assert count("set", "--data.format", "coco", "--json", "counts.json") == 0
     shown = capsys.readouterr().out
+    answer = json.loads((tmp_path / "counts.json").read_text())
     rows = [line.split() for line in shown.splitlines()]
     assert ["dog", *"1 1 - - 1 1 1 - - 1".split()] in rows and ["cat", *"1 1 - - 1 1 1 - - 1".split()] in rows
     assert ["all", *"2 2 - - 2 2 2 - - 2".split()] in rows
     assert ["images", "3", "3"] in rows and ["images", "without", "boxes", "1", "1"] in rows
     assert ["crowd", "or", "difficult", "1", "1"] in rows
+    assert shown.startswith("coco: 2 train, 3 val, 2 classes\n\n") and shown.startswith(answer["said"])
     assert max(map(len, shown.splitlines()[:8])) <= 100
-    assert "- 3 pictures are in train and in val, so that AP is too high; the first is " in shown
+    assert "- 2 pictures are in train and in val, so that AP is too high; the first is " in shown
     assert "- few boxes to learn from (fewer than 20): dog 1, cat 1\n" in shown
     assert shown.endswith(
         "pictures with their boxes: data-set.png\ncounts: counts.json\n"
         "to train: doublehead train --data.root set --data.format coco\n"
     )
-    answer = json.loads((tmp_path / "counts.json").read_text())
     train = answer["splits"]["train"]
     assert (train["images"], train["without_boxes"], train["widths"], train["heights"]) == (
-        3, 1, [30, 40.0, 50], [30, 30.0, 40]
+        3, 1, [30, 35.0, 40], [30, 35.0, 40]
     )  # fmt: skip
     assert train["classes"]["cat"] == {"boxes": 1, "small": 1, "medium": 0, "large": 0, "images": 1}
-    assert len(answer["repeated"]["across"]) == 3 and answer["repeated"]["within"] == []
+    assert len(answer["repeated"]["across"]) == 2 and answer["repeated"]["within"] == []
     with Image.open(tmp_path / "data-set.png") as sheet:
-        assert sheet.width == 4 * 432 + 12 and 700 < sheet.height < 2 * 460  # 3 + 3 pictures in two rows
+        assert sheet.width == 4 * 432 + 12 and 700 < sheet.height < 2 * 460  # 2 + 3 pictures in two rows
 
 
 def test_sizes_are_cocos(coco, capsys):
@@ -81,17 +83,18 @@ def test_difficult_and_own_names_of_voc(tmp_path, monkeypatch, capsys):
 def test_bad_records_are_counted_with_the_first_of_each(coco, capsys):
     annotations = coco.content["annotations"]
     annotations += [coco.box(9, 10, 99, [1, 1, 5, 5]), coco.box(10, 10, 3, [1, 1, -5, 5])]
+    annotations += [coco.box(number, 10, 99, [1, 1, 5, 5]) for number in range(20, 40)]  # most of them
     annotations += [coco.box(11, 10, 3, [-5, 1, 25, 25]), coco.box(12, 10, 3, [5, 5, 0, 5])]
     (coco.root / "train" / "c.jpg").unlink()
     coco.config()
     assert count("set", "--data.format", "coco") == 0
     shown = capsys.readouterr().out
     rows = [line.split() for line in shown.splitlines()]
-    assert ["bad", "records", "3", "2"] in rows
+    assert ["bad", "records", "23", "22"] in rows
     assert ["boxes", "without", "area", "1", "1"] in rows and ["boxes", "cut", "at", "the", "border", "1", "1"] in rows
     path = "set/annotations/instances_{}.json"
     for said in (
-        f"- train: left out 1 x unknown category, first: {path.format('train')}, annotation 9: category_id 99",
+        f"- train: left out 21 x unknown category, first: {path.format('train')}, annotation 9: category_id 99",
         f"- val: left out 1 x degenerate box, first: {path.format('val')}, annotation 10",
         "- train: left out 1 x missing image, first: ",
         "- train: cut 1 x box at the image's border, first: ",
@@ -125,8 +128,8 @@ def test_all_bad_is_one_line(coco, tmp_path, capsys):
     [
         ([], "the folder of the data set is missing: doublehead data DIR"),
         (["set", "--data.root", "set"], "DIR set and --data.root set are the same: give one"),
-        (["nowhere"], "nowhere: no such folder: give the folder of a data set"),
-        (["set/train/a.jpg"], "set/train/a.jpg: a file: give the folder of a data set"),
+        (["nowhere"], "nowhere: no such folder (data.root)"),
+        (["set/train/a.jpg"], "set/train/a.jpg: a file, not a folder (data.root); give the data set's folder"),
         (["set", "--out", "sheet.txt"], "--out sheet.txt: the name of a picture is accepted, ending in .png"),
         (["set", "--out", "no/where.png"], "--out no/where.png: cannot be written: give a file in a folder"),
         (["set", "--out", "old.png"], "--out old.png: exists: give another file, or --overwrite to replace it"),
@@ -167,3 +170,22 @@ def test_the_line_to_train_repeats_the_options(coco, capsys):
     ]
     assert count("set", *options) == 0
     assert capsys.readouterr().out.endswith(f"to train: doublehead train --data.root set {' '.join(options)}\n")
+
+
+@pytest.mark.parametrize(
+    "layout, first",
+    [
+        ("yolo-roboflow", "YOLO with data.yaml: 4 train, 3 val, 2 classes"),
+        ("labelme", "LabelMe: 3 train, 2 val, 2 classes; one split: 20% held out by seed 0"),
+    ],
+)
+def test_data_as_they_lie(tmp_path, monkeypatch, capsys, layout, first):
+    monkeypatch.chdir(tmp_path)
+    write_layout(layout, tmp_path / "set")
+    assert count("set", "--data.classes", "cherry", "apple") == 0
+    said, _, _, _, *rows = capsys.readouterr().out.splitlines()
+    assert said == first
+    assert [row.split()[0] for row in rows[:3]] == ["cherry", "apple", "all"]
+    other = next(row.split()[3:] for row in rows if row.startswith("of other classes"))
+    assert sum(map(int, other)) == 3  # bananas
+    assert rows[-1] == "to train: doublehead train --data.root set --data.classes cherry apple"

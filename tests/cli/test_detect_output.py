@@ -173,6 +173,21 @@ def test_videos_are_named_wherever_they_are(tmp_path, monkeypatch):
     ]
 
 
+def test_results_of_earlier_calls_are_no_input(saved, tmp_path, capsys):
+    picture(tmp_path / "in" / "a.png")
+    assert detect(saved, "in", "--out", "in/first") == 0
+    picture(tmp_path / "in" / "first" / "own.png")
+    capsys.readouterr()
+    assert detect(saved, "in", "--out", "in/second") == 0
+    said = "note: in: annotated pictures of earlier calls are left out (1, as in in/first)\n"
+    assert said in capsys.readouterr().err
+    listed = json.loads((tmp_path / "in" / "second" / "detections.json").read_text())["pictures"]
+    assert [entry["file"] for entry in listed] == ["in/a.png", "in/first/own.png"]
+    assert detect(saved, "in/second/a.jpg", "--out", "again") == 0  # named, it is one
+    assert detect(saved, "in/second", "--out", "third") == 1
+    assert "in/second: no picture in this folder but those that earlier calls annotated" in capsys.readouterr().err
+
+
 def test_what_a_folder_holds_besides_is_a_note(saved, tmp_path, capsys):
     picture(tmp_path / "in" / "a.png")
     (tmp_path / "in" / "b.mp4").touch()

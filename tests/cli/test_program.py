@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 
+import doublehead
 import doublehead.cli as cli
 from tests.support.paths import ROOT
 
@@ -75,6 +76,11 @@ def test_an_unknown_command_is_one_line(capsys, name, hint):
     assert capsys.readouterr() == ("", f"error: there is no command {name!r}; {hint}\n")
 
 
+def test_the_version_is_one_line(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"doublehead {doublehead.__version__}\n"
+
+
 def test_a_command_gets_the_rest_of_the_line(monkeypatch):
     calls = []
     monkeypatch.setattr("doublehead.cli.tables.main", calls.append)
@@ -90,7 +96,8 @@ def test_the_installed_program_is_this_one():
 
 def test_help_comes_without_slow_imports():
     """No command's --help imports them; where nothing is to be parsed, tyro is not imported either."""
-    bare = [["doublehead"], ["doublehead", "--help"], ["doublehead", "nonsense"], ["doublehead", "info", "--help"]]
+    alone = ["--help", "--version", "nonsense"]
+    bare = [["doublehead"], *(["doublehead", word] for word in alone), ["doublehead", "info", "--help"]]
     helps = [["doublehead", name, "--help"] for name in cli.COMMANDS if name != "info"]
     results = call_each(*bare, *helps, ["doublehead.train", "--help"])
     for call, (code, output, errors, loaded) in results.items():

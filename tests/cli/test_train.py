@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import random
@@ -18,9 +19,8 @@ from doublehead.config import TrainConfig, to_dict
 from doublehead.data import DataError
 from doublehead.engine.checkpoint import load_state
 from doublehead.engine.errors import UserError
-from doublehead.engine.fitting import planned
 from doublehead.engine.logs import read_log
-from doublehead.engine.schedule import notes, notes_of_more_steps
+from doublehead.engine.schedule import notes, notes_of_more_steps, planned
 from doublehead.engine.training import base_of
 from doublehead.recipes import RECIPES
 from tests.support.engine_standin import TINY, TinyDetector, finish, free_port, launch, one_thread  # noqa: F401 (a fixture)
@@ -100,7 +100,7 @@ def test_steps_alone_scale_the_schedule():
     def schedule(*arguments):
         recipe, _, given, base = parse(arguments)
         assert base_of(recipe, given) == base  # in Python, which names none
-        train = planned(recipe, base, given).train
+        train, _ = planned(recipe.train, base.train, given, images=2000)
         return train.milestones, train.warmup_steps
 
     assert schedule("--train.steps", "48") == ((34, 44), 5)
@@ -110,6 +110,7 @@ def test_steps_alone_scale_the_schedule():
     assert schedule("--train.steps", "48", "--train.milestones", "345", "440") == ((345, 440), 50)
     assert schedule("--train.steps", "480") == schedule() == ((345, 440), 50)
     assert schedule("--train.steps", "1") == ((1, 1), 0)
+    assert schedule("--train.epochs", "0.096") == ((34, 44), 5)  # 48 steps of 4
     with pytest.raises(UserError, match="train.steps is -3, a whole number of at least 1 is accepted"):
         schedule("--train.steps", "-3")
 
@@ -142,8 +143,8 @@ def test_what_a_run_leaves(whole):
     folder = whole
     names = {p.name for p in folder.iterdir()}
     assert names == {
-        "recipe.json", "model.safetensors", "state.pt", "log.jsonl", "tensorboard", "metrics.json", "curves.png",
-        "detections.png", "batches.png", "pr_curves.png", "confusion.png", "scores.png",
+        "recipe.json", "model.safetensors", "best.safetensors", "state.pt", "log.jsonl", "tensorboard", "metrics.json",
+        "curves.png", "detections.png", "batches.png", "pr_curves.png", "confusion.png", "scores.png",
     }  # fmt: skip
     assert list((folder / "tensorboard").glob("events.*"))
     log = read_log(folder / "log.jsonl")
@@ -164,11 +165,24 @@ def test_what_a_run_leaves(whole):
 def test_what_a_run_says(whole):
     text = whole.with_suffix(".txt").read_text()
     for words in (
-        "shapes-ext", "9 images to train, 3 to validate", "disc, ", "12 x 4 images, 2 accumulation steps",
+        "shapes-ext", "shapes: 9 train, 3 val, 6 classes", "disc, ", "12 x 4 images, 2 accumulation steps",
         "cpu, 1 threads", "M parameters", "class", "AR100", "model.safetensors", "0:00 left",
     ):  # fmt: skip
         assert words in text, words
     assert "Traceback" not in text and len(text.splitlines()) < 40
+
+
+def draw_no_batches():
+    importlib.import_module("doublehead.engine.run").draw_first_batches = lambda *args: None
+
+
+def test_the_sheet_of_batches_changes_nothing(whole, tmp_path):
+    augmented = "--train.augment.colour 0.5 --train.augment.crop 0.5".split()
+    folders = [tmp_path / "with", tmp_path / "without"]
+    for folder, before in zip(folders, (None, draw_no_batches), strict=True):
+        assert finish(train(folder, *OPTIONS, *augmented, before=before)) == 0, folder.with_suffix(".txt").read_text()
+    assert (folders[0] / "batches.png").exists() and not (folders[1] / "batches.png").exists()
+    assert_same(*(contents(folder) for folder in folders))
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bits(whole, tmp_path):
@@ -229,6 +243,7 @@ def test_killed_in_steps_and_while_saving_it_ends_with_the_same_bits(whole, tmp_
         functools.partial(die_at_replace, "state.pt", 1, False),
         functools.partial(die_in_step, 5),
         functools.partial(die_at_replace, "state.pt", 1, True),  # before the evaluation of step 5
+        functools.partial(die_at_replace, "best.safetensors", 1, True),  # before the log knows of that evaluation
         functools.partial(die_at_replace, "log.jsonl", 1, False),  # while the log is cut back
         functools.partial(die_in_step, 3),
         functools.partial(die_at_replace, "state.pt", 3, True),  # after the last step, before its evaluation

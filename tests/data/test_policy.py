@@ -432,8 +432,8 @@ def test_the_start_of_a_run_says_what_is_left_out(coco, capsys):
 
     config = coco.config()
     trainer = SimpleNamespace(model=torch.nn.Linear(1, 1), step=0)
-    training, validation = build_dataset(config, "train"), build_dataset(config, "val")
+    training = build_dataset(config, "train")
     world = World(device=torch.device("cpu"))
-    say_start(Recipe(data=config), coco.root, world, training, validation, trainer, state=None, machine={})
+    say_start(Recipe(data=config), coco.root, world, training, trainer, state=None, machine={}, data="")
     said = capsys.readouterr()
     assert "left out of training: 1 x image without boxes, 1 x crowd or difficult box\n" in said.out + said.err

@@ -169,6 +169,32 @@ def lose_model_too(folder):
     (folder / "model.safetensors").unlink()
 
 
+def only_the_best_is_left(folder):
+    (folder / "model.safetensors").rename(folder / "best.safetensors")
+    for name in ("state.pt", "metrics.json"):
+        (folder / name).unlink()
+
+
+def only_pictures_are_left(folder):
+    lose_model_too(folder)
+    (folder / "metrics.json").unlink()
+
+
+def converted(folder):
+    """As `doublehead convert` leaves it: no data are known."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        if path.name not in ("recipe.json", "model.safetensors"):
+            path.unlink()
+    recipe = json.loads((folder / "recipe.json").read_text())
+    (folder / "recipe.json").write_text(json.dumps({"name": "torchvision", "model": recipe["model"]}))
+
+
+def detections(folder):
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        path.unlink()
+    (folder / "detections.json").write_text("[]")
+
+
 def swap_recipe(folder):
     path = folder / "recipe.json"
     path.write_text(path.read_text().replace('"fc_dim": 256', '"fc_dim": 128'))
@@ -198,7 +224,13 @@ def fewer_classes_in_the_model_of_an_old_state(folder):
     [
         (lose_state, [], r"no state.pt .* from its weights: doublehead train --recipe \S+recipe.json --from \S+run$"),
         (lose_model_too, [], "has metrics.json but no state.pt .*: doublehead train --recipe .*recipe.json$"),
-        (None, ["--train.steps", "3"], "has done 4 steps already, more than train.steps 3: give --train.steps 4"),
+        (only_the_best_is_left, [], r"best.safetensors but .*doublehead train --recipe \S+ --from \S+/best.safe"),
+        (only_pictures_are_left, [], "has detections.png but no state.pt .*: doublehead train --recipe .*recipe.json$"),
+        (converted, [], r"has model.safetensors but no state.pt .*: doublehead train --from \S+run --data.root DIR$"),
+        (converted, ["--train.steps", "5"], r"but no state.pt .*: doublehead train --from \S+run --data.root DIR$"),
+        (detections, [], "is not the folder of a run: .*recipe.json cannot be read"),
+        (None, ["--train.steps", "3"], "has done 4 steps already, more than train.steps 3: give --train.steps 4 or "),
+        (None, ["--train.steps", "1"], r"or begin another run from its weights: doublehead train --recipe \S+ --from"),
         (None, ["--train.steps", "6", "--train.seed", "7"], "holds another run: train.seed is 0 there, not 7"),
         (None, ["--train.batch-size", "2"], "train.batch_size is 4 there, not 2"),
         (None, ["--train.momentum", "0.5"], "train.momentum is 0.9 there, not 0.5"),
@@ -254,6 +286,35 @@ def test_a_finished_run_is_evaluated_again_and_a_lost_model_comes_back(folder, t
     assert (folder / "state.pt").read_bytes() == keep[1]
 
 
+def test_the_sheet_of_batches_is_drawn_once(folder, tiny, capsys):
+    sheet = folder / "batches.png"
+    sheet.write_bytes(b"mine")
+    assert tiny("--resume", folder, "--train.steps", "5") == 0
+    assert sheet.read_bytes() == b"mine" and "batches " not in capsys.readouterr().out
+    sheet.unlink()
+    assert tiny("--resume", folder) == 0  # nothing is trained: nothing to show
+    assert not sheet.exists()
+    assert tiny("--resume", folder, "--train.steps", "6") == 0
+    assert sheet.exists() and f"batches  the first ones: {sheet}\n" in capsys.readouterr().out
+
+
+def test_a_sheet_that_cannot_be_written_is_one_line(tmp_path, tiny, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run, "draw_first_batches", full)
+    assert tiny(*TINY, "--out", tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert said.endswith("batches.png: cannot be written: No space left on device\n") and said.count("\n") == 1
+
+
+def test_the_files_of_the_results_are_named(folder, tiny, capsys):
+    assert tiny("--resume", folder) == 0
+    named = capsys.readouterr().out.splitlines()[-1].removeprefix(f"{folder}: ").split(", ")
+    assert set(named) >= {"model.safetensors", "log.jsonl", "metrics.json", "detections.png"}
+    assert all((folder / name).exists() for name in named if name != "curves.png")  # not drawn here
+
+
 def test_a_run_stopped_before_its_first_state_begins_again(folder, tiny):
     for path in folder.iterdir():
         if path.name not in ("recipe.json", "log.jsonl", "tensorboard"):
@@ -279,7 +340,7 @@ def test_a_stop_before_the_first_step_says_so(tmp_path, tiny, monkeypatch, capsy
     def stop(*args, **kwargs):
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("doublehead.engine.fitting.build_dataset", stop)
+    monkeypatch.setattr("doublehead.engine.fitting.open_splits", stop)
     monkeypatch.chdir(tmp_path)
     assert tiny(*TINY, "--out", "new") == 143
     assert "stopped before the first step: nothing is saved; start it again" in capsys.readouterr().err

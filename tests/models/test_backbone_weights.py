@@ -1,6 +1,8 @@
 """A backbone's weights: a ResNet of one's own, as trainers save it and under others' names, and ImageNet's."""
 
 import dataclasses
+import email.message
+import io
 import os
 import pickle
 import urllib.error
@@ -247,6 +249,36 @@ def test_without_a_network_the_file_and_its_place_are_named(hub, name, file):
         f"https://download.pytorch.org/models/{file} at {hub / file}, or give --model.backbone.weights PATH of a "
         "ResNet's weights, or None to start from scratch"
     )
+
+
+class Page(io.BytesIO):
+    """What a proxy answers instead of the file."""
+
+    def info(self):
+        return email.message.Message()
+
+
+class Broken(Page):
+    """A connection that ends in the middle."""
+
+    def read(self, size=-1):
+        if self.tell():
+            raise ConnectionResetError(104, "Connection reset by peer")
+        return super().read(5)
+
+
+@pytest.mark.parametrize(
+    "answer, reason",
+    [
+        (Page, r"invalid hash value \(expected \"f37072fd\", got \"\w+\"\)"),
+        (Broken, ".*Connection reset by peer"),
+    ],
+)
+def test_what_is_not_the_file_is_not_kept(hub, monkeypatch, answer, reason):
+    monkeypatch.setattr("torch.hub.urlopen", lambda *arguments, **more: answer(b"<html>Please log in</html>"))
+    with pytest.raises(ValueError, match=rf"weights resnet18-f37072fd.pth cannot be fetched \({reason}\): put https"):
+        build_backbone(BackboneConfig("resnet18"))
+    assert not list(hub.iterdir())
 
 
 def test_imagenet_weights_in_the_cache(hub, state):

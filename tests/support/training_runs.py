@@ -40,6 +40,10 @@ def contents(folder):
     with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
         flat["header"] = file.metadata()
         flat |= {f"model.{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if (folder / "best.safetensors").exists():
+        with safetensors.safe_open(folder / "best.safetensors", "pt") as file:
+            flat["best step"] = (file.metadata()["step"], file.metadata()["validation_ap"])
+            flat |= {f"best.{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     times = ("time", "images_per_second")
     flat["log"] = [{k: v for k, v in r.items() if k not in times} for r in read_log(folder / "log.jsonl")]
     flat["metrics"] = {k: v for k, v in json.loads((folder / "metrics.json").read_text()).items() if k != "seconds"}

@@ -10,10 +10,15 @@ from pathlib import Path
 
 from ...errors import DataError
 from .coco import find_coco
+from .labelme import find_labelme
 from .layout import FAMILIES, Family, Layout
+from .unknown import no_folder, unknown_layout
 from .voc import find_voc
+from .yolo import find_yolo
 
-FINDERS: dict[Family, Callable[[Path], Layout | None]] = {"coco": find_coco, "voc": find_voc}
+FINDERS: dict[Family, Callable[[Path], Layout | None]] = {
+    "coco": find_coco, "voc": find_voc, "yolo": find_yolo, "labelme": find_labelme,
+}  # fmt: skip
 
 
 def find_layout(root: str | Path, families: Sequence[Family] = FAMILIES) -> Layout:
@@ -28,11 +33,21 @@ def find_layout(root: str | Path, families: Sequence[Family] = FAMILIES) -> Layo
     """
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder (data.root)", "missing folder")
-    found = [layout for family in families if family in FINDERS and (layout := FINDERS[family](root))]
-    if not found:
-        raise DataError(f"{root}: unknown layout")
-    layout = found[0]
-    for other in found[1:]:
-        layout.note(f"{other.title} lies there too, --data.format {other.family} reads it")
+        raise no_folder(root)
+    layout = None
+    for family in families:
+        if layout is None:
+            layout = FINDERS[family](root)
+        elif other := _other(family, root):
+            layout.note(f"{other.title} lies there too, --data.format {family} reads it")
+    if layout is None:
+        raise unknown_layout(root, families, lambda folder: any(_other(family, folder) for family in FAMILIES))
     return layout
+
+
+def _other(family: Family, root: Path) -> Layout | None:
+    """A second layout in a folder; broken ones do not matter."""
+    try:
+        return FINDERS[family](root)
+    except DataError:
+        return None

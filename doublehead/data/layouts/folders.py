@@ -90,3 +90,15 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
+
+
+def images_below(folder: Path, above: frozenset[str] = frozenset()) -> list[Path]:
+    """The images in a folder and in those inside it, without hidden ones, sorted by path.
+
+    `above`: the real paths of folders not to enter again, because a link may lead upwards.
+    """
+    here = os.path.realpath(folder)
+    if here in above:
+        return []
+    found = [folder / name for name in files_in(folder, IMAGE_SUFFIXES)]
+    return sorted(found + [path for inside in subfolders(folder) for path in images_below(inside, above | {here})])

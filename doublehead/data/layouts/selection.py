@@ -18,8 +18,10 @@ def check_classes(chosen: Sequence[str], known: Sequence[str]) -> None:
     """Refuse chosen classes that the data do not have.
 
     Raises:
-        DataError: names the first one, and a similar class.
+        DataError: names the first one, and a similar class; none is chosen, or one is chosen twice.
     """
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise DataError(f"data.classes: {' '.join(chosen) or 'nothing'}; different names are accepted", "bad classes")
     for name in chosen:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)

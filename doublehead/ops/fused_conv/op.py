@@ -48,6 +48,8 @@ def fused_conv(
         TypeError: not a tensor, or dtypes differ.
         ValueError: a shape does not fit.
         RuntimeError: in the backward: there is no gradient.
+
+    Source: the layers of Wu et al. 2020, Figure 5, with batch norms folded.
     """
     _check(x, weight, bias, size, second, residual, count)
     return _op(x, weight, bias, second, residual, count, list(size), relu, mean)

@@ -24,8 +24,11 @@ def nms_padded(
     """Batched greedy non-maximum suppression with a result of fixed size.
 
     In each image the boxes are visited by descending score (ties: the lower index first; NaN scores before all others),
-    and a box is kept unless its IoU with a kept box of its own group exceeds the threshold; the exact rule is in
-    `reference.py`.  Nothing depends on the data in shape and nothing is read back from the device, so the operator
+    and a box is kept unless its IoU with a kept box of its own group exceeds the threshold.  The IoU is computed in
+    float32 (float64 for float64 boxes) without fused multiply-adds, and the threshold is not rounded: an IoU of 1/10,
+    0.100000001... in float32, exceeds 0.1.
+
+    Nothing depends on the data in shape and nothing is read back from the device, so the operator
     compiles with `fullgraph=True` and exports.  It is not differentiable.  Work stops once `max_output` boxes are kept,
     which changes no result.
 
@@ -48,6 +51,8 @@ def nms_padded(
     Raises:
         TypeError: an argument's type or dtype is not accepted.
         ValueError: shapes do not fit, devices differ, or `max_output` or `largest_group` is negative.
+
+    Source: the rule of `torchvision.ops.nms` on the CPU; Girshick, Fast R-CNN (2015), section 2.3, class by class.
     """
     _check(boxes, scores, groups, batched=True)
     check_not_negative("max_output", max_output, ArgumentValueError)

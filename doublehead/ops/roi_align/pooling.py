@@ -11,9 +11,11 @@ class AddedTo(enum.IntEnum):
     """What the epsilon of a `LevelRule` is added to.
 
     With `s` the square root of a box's area, the box belongs on level
+
         LEVEL:            floor(canonical_level + log2(s / canonical_size) + epsilon)
         CANONICAL_RATIO:  floor(canonical_level + log2(s / canonical_size + epsilon))
-        FINEST_RATIO:     floor(log2(s / finest_size + epsilon)) + the finest level's number,
+        FINEST_RATIO:     floor(log2(s / finest_size + epsilon)) + the finest level's number
+
     where finest_size is the size that belongs on the finest level.
     """
 
@@ -28,6 +30,7 @@ class LevelRule(NamedTuple):
     epsilon: float
     """Lifts a box that rounding puts just below a border."""
     added_to: AddedTo
+    """Which quantity the epsilon lifts."""
     end_offset: float = 0.0
     """Boxes are sampled up to (x2 - end_offset, y2 - end_offset), in image pixels, after they are expanded."""
 

@@ -1,0 +1,210 @@
+"""Every command and every Python example in README.md and docs/ runs, from the text itself, on tiny stand-ins."""
+
+import ast
+import contextlib
+import importlib
+import re
+import shlex
+import shutil
+
+import pytest
+import torch
+import torchvision
+
+import doublehead
+from doublehead import cli
+from doublehead.config import field_names
+from tests.support import torchvision_models
+from tests.support.engine_standin import one_thread  # noqa: F401 (a fixture)
+from tests.support.page_samples import desk as fill
+from tests.support.pages import PAGES, commands, examples, once
+
+COMMANDS = once(command for page in PAGES for command in commands(page))
+EXAMPLES = once(example for page in PAGES for example in examples(page))
+
+NOT_RUN = {
+    "pip install -e .": ".ci/run installs the library so",
+    "pip install -e '.[test]'": ".ci/run does",
+    "pytest": "this is it",
+    "doublehead train": "minutes: the demonstration at its real size",
+    "torchrun --nproc-per-node 8 -m doublehead train RECIPE --data.root data/coco --train.amp bf16 --out runs/RECIPE":
+        "eight GPUs",
+    "torchrun --nproc-per-node 8 -m doublehead train double-head-ext-r50-fpn --data.root data/coco --train.amp bf16":
+        "eight GPUs",
+    "doublehead tables --smoke": "minutes: two steps of every recipe of the paper",
+    "doublehead export runs/own-data-1 detector.onnx": "tracing takes half a minute; tests/exporting does it",
+    "doublehead export runs/shapes-ext-1 detector.onnx": "the same",
+    "doublehead export runs/shapes-ext-1 detector.pt2": "compiling takes a minute; tests/exporting does it",
+}  # fmt: skip
+"""Commands that do not run here, each with the reason.  Their options are still parsed where they are doublehead's."""
+
+STANDS_FOR = {"RECIPE": "double-head-r50-fpn", "runs/RECIPE": "runs/one"}
+"""What a reader puts in place of a word in capitals."""
+
+SMALL = (
+    "--train.steps 1 --train.batch-size 2 --train.device cpu --data.workers 0 "
+    "--model.backbone.name resnet18 --model.backbone.weights None --model.backbone.fpn-channels 16 "
+    "--model.head.fc-dim 16 --model.head.conv-dim 32 --model.image.min-size 64 --model.image.max-size 80 "
+    "--model.rpn.post-nms-train 50 --model.rpn.post-nms-test 20 --model.roi.samples 16"
+).split()
+SHORT = SMALL[: SMALL.index("--model.backbone.name")]
+APPENDED = {
+    "doublehead train": SMALL,
+    "doublehead train --resume": [],
+    "doublehead train --recipe": SHORT,
+    "doublehead train --help": [],
+    "doublehead analyze balance-weights": ["--collect"],
+    "doublehead export": [],
+}
+"""What is appended to a command that begins so (the longest beginning counts), to make it small."""
+
+SETTINGS = {
+    "doublehead.accelerate(model)": "images = pictures",
+    "batched_nms(boxes": "boxes, scores, labels = plain[0][0], torch.rand(20), torch.randint(0, 3, (20,))",
+    "nms_padded(boxes": "boxes, scores, groups = plain[0], torch.rand(2, 20), torch.randint(0, 3, (2, 20)); "
+        "features = [torch.rand(2, 8, 64 >> level, 64 >> level) for level in range(4)]",
+    "NonLocalBlock.from_mmcv": "from doublehead.ops import NonLocalBlock; state_dict = mmcv_state; "
+        "fc_logits, conv_logits = torch.rand(2, 1, 20, 5); deltas = torch.rand(1, 20, 5, 4); "
+        "proposals = plain[0][:1]; valid = torch.ones(1, 20, dtype=torch.bool); sizes = torch.tensor([[64, 64]])",
+    "losses = model.train()(images, targets)": "images = pictures; "
+        "targets = [{'boxes': torch.tensor([[4.0, 4, 40, 40]]), 'labels': torch.tensor([1])}] * 2",
+    "convert_faster_rcnn(torchvision_model": "torchvision_model = torchvision.models.detection."
+        "fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None); from doublehead.models import build_detector",
+}  # fmt: skip
+"""What a Python example that holds this text finds already defined."""
+
+NOT_EXECUTED = {
+    "from doublehead.interop import mmdet": "MMDetection is not installed; tests/interop has stand-ins",
+    "from doublehead.interop import detectron2": "Detectron2 is not installed; tests/interop has stand-ins",
+    'load("detector.pt2")': "needs an exported program; tests/exporting",
+    "model.compile_graph": "needs a GPU; tests/models/test_graph.py",
+}
+"""Python examples that are not executed, by a text they hold, each with the reason.  Their imports are."""
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    return fill(tmp_path_factory.mktemp("desk"))
+
+
+@pytest.fixture
+def here(desk, monkeypatch):
+    """The folder in which a reader's command runs; what it made there is gone afterwards."""
+    monkeypatch.chdir(desk)
+    folders = [desk, desk / "runs", desk / "models"]
+    before = {path for folder in folders for path in folder.iterdir()}
+    yield desk
+    for path in {path for folder in folders for path in folder.iterdir()} - before:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def aside(path):
+    """Inside, there is nothing at `path`."""
+    held = path.with_name(f"{path.name}-held")
+    if path.exists():
+        path.rename(held)
+    try:
+        yield
+    finally:
+        if held.exists():
+            shutil.rmtree(path, ignore_errors=True)
+            held.rename(path)
+
+
+def words_of(command) -> list[str]:
+    """What the shell hands to the program `doublehead`, after its name; [] for another program's command."""
+    words = [STANDS_FOR.get(word, word) for word in shlex.split(command.text)]
+    if "-m" in words:
+        return words[words.index("-m") + 2 :]
+    return words[1:] if words[0] == "doublehead" else []
+
+
+def appended(command) -> list[str]:
+    begin = max((b for b in APPENDED if command.text.startswith(b)), key=len, default=None)
+    more = APPENDED.get(begin, [])
+    if "--from" in command.text:  # the model is the checkpoint's
+        more = SHORT
+    if "--train.epochs" in command.text:
+        more = ["--train.epochs", "0.5", *more[2:]]
+    return more
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.text not in NOT_RUN], ids=str)
+def test_a_command_runs(command, here, capsys):
+    words = words_of(command)
+    assert words, f"{command}: neither a command of doublehead nor listed: {command.text}"
+    with aside(here / words[2] if words[0] == "convert" else here / "nothing"):
+        try:
+            cli.main([*words, *appended(command)])
+        except SystemExit as end:
+            assert not end.code, f"{command}: {command.text}\n{capsys.readouterr().err}"
+        if words[0] == "convert":
+            assert (here / words[2] / "model.safetensors").exists()
+    for option in ("--out", "--metrics"):
+        if option in words:
+            assert (here / words[words.index(option) + 1]).exists()
+
+
+WORK = {"train": "start", "export": "run", "tables": "run_smoke"}
+"""What a command's module calls once it has parsed its options."""
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.text in NOT_RUN and words_of(c)], ids=str)
+def test_the_options_of_a_command_that_is_not_run_are_parsed(command, here, monkeypatch):
+    name, *rest = words_of(command)
+    module, called = importlib.import_module(f"doublehead.cli.{name}"), []
+    monkeypatch.setattr(module, WORK[name], lambda *arguments, **options: called.append(arguments))
+    module.main(rest)
+    assert called
+
+
+def test_what_is_listed_occurs():
+    assert NOT_RUN.keys() <= {command.text for command in COMMANDS}
+    for text in [*NOT_EXECUTED, *SETTINGS]:
+        assert any(text in example.text for example in EXAMPLES), text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_fields_that_a_page_gives_as_options_exist(page):
+    known = {name.replace("_", "-") for name in field_names()}
+    named = {found[1] for found in re.finditer(r"--((?:data|train|model)\.[\w.-]*\w)", page.read_text())}
+    assert named <= known
+
+
+def mmcv_state():
+    """The weights of an mmcv `NonLocal2d` of 8 channels."""
+    layers = {"g": (4, 8), "theta": (4, 8), "phi": (4, 8), "conv_out": (8, 4)}
+    state = {f"{name}.conv.weight": torch.rand(*shape, 1, 1) for name, shape in layers.items()}
+    return state | {f"{name}.conv.bias": torch.rand(shape[0]) for name, shape in layers.items()}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=str)
+def test_a_python_example_runs(example, here, monkeypatch):
+    code = compile(example.text, str(example), "exec")
+    if any(text in example.text for text in NOT_EXECUTED):
+        import_only(example)
+        return
+    monkeypatch.setattr(
+        torchvision.models.detection,
+        "fasterrcnn_resnet50_fpn",
+        lambda **_: torchvision_models.build("fasterrcnn_resnet50_fpn"),
+    )
+    names = {
+        "torch": torch, "torchvision": torchvision, "doublehead": doublehead, "mmcv_state": mmcv_state(),
+        "pictures": [torch.rand(3, 64, 80), torch.rand(3, 64, 64)],
+        "plain": [torch.rand(2, 20, 4).cumsum(-1) * 10],
+    }  # fmt: skip
+    for text, setting in SETTINGS.items():
+        if text in example.text:
+            exec(setting, names)
+    exec(code, names)
+
+
+def import_only(example) -> None:
+    """Run the imports from this library."""
+    for node in ast.parse(example.text).body:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("doublehead"):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
