@@ -1,7 +1,6 @@
 """Make a torchvision detector faster, with the same detections.
 
-python examples/speed_up_torchvision.py                    # an untrained one on a random picture
-python examples/speed_up_torchvision.py --weights DEFAULT  # torchvision's trained one, which it downloads
+python examples/speed_up_torchvision.py --weights DEFAULT  # the trained one; without it an untrained one
 """
 
 import argparse
@@ -20,17 +19,17 @@ options = parser.parse_args()
 
 model = getattr(detection, options.model)(weights=options.weights, weights_backbone=None).eval()
 if not options.weights:  # untrained, it is sure of nothing, and would find nothing
-    for layer in (model.rpn.head.cls_logits, model.roi_heads.box_predictor.cls_score):
-        torch.nn.init.normal_(layer.weight)
+    torch.nn.init.normal_(model.rpn.head.cls_logits.weight)
+    torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight)
 images = [torch.rand(3, options.side, options.side)]
 
 
+@torch.inference_mode()
 def detect():
     """The detections of the second of two calls, and its seconds."""
-    with torch.inference_mode():
-        for _ in range(2):
-            start = time.perf_counter()
-            (found,) = model(images)
+    for _ in range(2):
+        start = time.perf_counter()
+        (found,) = model(images)
     return found, time.perf_counter() - start
 
 

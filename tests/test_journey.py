@@ -53,7 +53,7 @@ def example(name, *arguments):
 
 def test_there_are_five_examples_of_a_page():
     scripts = {path.stem: path.read_text().splitlines() for path in EXAMPLES.glob("*.py")}
-    assert len(scripts.keys() - {"sample_data"}) == 5 and max(map(len, scripts.values())) <= 40
+    assert len(scripts.keys() - {"sample_data"}) == 5 and all(len(lines) < 41 for lines in scripts.values())
     assert all(lines[0].startswith('"""') for lines in scripts.values())
 
 
@@ -67,7 +67,7 @@ def test_train_and_evaluate(run):
 def test_fine_tune(run, capsys):
     example("fine_tune", "--steps", 1, "--out", "runs/tuned")  # from runs/example
     tuned = doublehead.load("runs/tuned")
-    assert tuned.classes == ["star", "ring"] and tuned.recipe.model.image.min_size == (64,)
+    assert tuned.classes == ["star", "ring"]
     assert capsys.readouterr().out.splitlines()[-1].startswith("runs/tuned: AP50 ")
 
 
