@@ -39,7 +39,7 @@ analyze sliding-windows "fc alone=$fc" "conv alone=$conv" "Ext, fc=$ext:fc" "Ext
   --difficulty $fc --data.val-images 8 --out "$out/sliding-windows"
 analyze pearson "fc alone=$fc" "conv alone=$conv" "Ext, fc=$ext:fc" "Ext, conv=$ext:conv" \
   --difficulty $fc --data.val-images 8 --out "$out/pearson"
-analyze fc-weights "fc alone=$fc" "Ext=$ext" --out "$out/fc-weights"
+analyze fc-weights "fc alone=$fc" "Ext=$ext" --overwrite --out "$out/fc-weights"
 analyze feature-correlation "Ext=$ext" --data.val-images 60 --out "$out/feature-correlation"
 analyze balance-weights --l-fc 0.4 0.7 1.0 --l-conv 0.4 0.8 1.0 --runs $runs --out "$out/balance-weights"
 analyze qualitative $ext --data.val-images 150 --out "$out/qualitative"

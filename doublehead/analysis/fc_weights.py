@@ -39,11 +39,16 @@ def run(options: FCWeights, world: World) -> None:
     """Write `fc-weights.csv`, `fc-weights-distance.csv` and `fc-weights.png`, on the main process alone.
 
     Raises:
-        UserError: no checkpoint is named, or one has no fc-head.
+        UserError: no checkpoint is named, or one has no fc-head; the folder holds the results of an earlier call.
         CheckpointError: a checkpoint cannot be read.
     """
 
     def work() -> None:
+        before = Path(options.out, "fc-weights.csv")
+        if before.exists() and not options.overwrite:  # nothing tells of which heads it is
+            raise UserError(
+                f"--out {options.out}: holds {before.name}: give another folder, or --overwrite to replace it"
+            )
         found: dict[str, np.ndarray] = {}
         for name, checkpoint, _ in checkpoint_specs(options.checkpoints):
             model, recipe, _, _ = load_model(checkpoint)

@@ -71,6 +71,8 @@ class FCWeights(Output):
 
     checkpoints: Annotated[tuple[str, ...], Positional, tyro.conf.arg(metavar="CHECKPOINT...")] = ()
     """Checkpoints, each as [NAME=]CHECKPOINT; all fc-heads of each are drawn."""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Replace the tables and the figure that an earlier call left in --out."""
 
 
 @dataclass(frozen=True)

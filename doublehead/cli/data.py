@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -115,7 +114,7 @@ def data_config(options: Options) -> DataConfig:
     """The data that the options name.
 
     Raises:
-        UserError: no folder is given, or two, or it is no folder.
+        UserError: no folder is given, or two.
     """
     given = {f.name: getattr(options.data, f.name) for f in fields(options.data)}
     if options.dir is not None and given["root"] is not None:
@@ -123,11 +122,6 @@ def data_config(options: Options) -> DataConfig:
     root = given["root"] = options.dir if options.dir is not None else given["root"]
     if root is None:
         raise UserError(f"the folder of the data set is missing: {PROGRAM} DIR")
-    folder = Path(root).expanduser()
-    if not os.path.isdir(folder):
-        raise UserError(
-            f"{root}: {'a file' if os.path.lexists(folder) else 'no such folder'}: give the folder of a data set"
-        )
     return DataConfig(**given)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -51,11 +52,14 @@ class Prepared(NamedTuple):
     """What was changed in the recipe."""
 
 
-def prepare(recipe: Recipe, world: World, wishes: Wishes | None = None) -> Prepared:
+def prepare(
+    recipe: Recipe, world: World, wishes: Wishes | None = None, classes: Sequence[str] | None = None
+) -> Prepared:
     """Open the data and fit the recipe to them; nothing is written.
 
     Args:
         wishes: None: the recipe is taken as it is.
+        classes: names to use instead of the data's own.
 
     Raises:
         UserError: the recipe, the data or the detector to start from cannot be used.
@@ -64,7 +68,7 @@ def prepare(recipe: Recipe, world: World, wishes: Wishes | None = None) -> Prepa
         check(recipe)  # before the data are read: that may take minutes
         if wishes is None:
             check_config(recipe.train, world)
-            splits = open_splits(recipe.data, recipe.train.horizontal_flip)
+            splits = open_splits(recipe.data, recipe.train.horizontal_flip, classes)
             return Prepared(recipe, splits.train, splits.val, splits.said, None, [])
         recipe, source = _all_images(recipe, wishes), None
         if wishes.start_from is not None:
@@ -72,7 +76,7 @@ def prepare(recipe: Recipe, world: World, wishes: Wishes | None = None) -> Prepa
             recipe = source.recipe(recipe)
         if not wishes.adapts:
             check_config(recipe.train, world)
-        splits = open_splits(recipe.data, recipe.train.horizontal_flip)
+        splits = open_splits(recipe.data, recipe.train.horizontal_flip, classes)
         recipe, notes = _fitted(recipe, wishes, splits, world)
         splits.train.horizontal_flip = recipe.train.horizontal_flip
         check(recipe)

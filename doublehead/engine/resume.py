@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import safetensors
 
 from doublehead.config import Recipe, to_dict
+from doublehead.data.voc import VOC_CLASSES
 from doublehead.engine.checkpoint import MODEL_FILE, STATE_FILE
 from doublehead.engine.commands import train_again_command
 from doublehead.engine.files import RECIPE_FILE, UNSAVED_MARK, read_recipe
@@ -49,6 +51,22 @@ def resume_command(folder: str | Path, processes: int = 1) -> str:
     """The command that resumes the run in `folder`."""
     start = "" if processes == 1 else f"torchrun --nproc-per-node {processes} -m "
     return f"{start}doublehead train --resume {shlex.quote(str(folder))}"
+
+
+def how_to_go_on(folder: Path, steps: tuple[int, int | None] | None, total: int) -> str:
+    """What a stopped run has saved, and how to resume it.  `steps`: done and saved; None: it had not begun."""
+    command = resume_command(folder, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if not (folder / RECIPE_FILE).exists():
+        return " before the first step: nothing is saved; start it again with the same command"
+    if steps is None:
+        return f" before the first step: {folder} is as it was; go on with: {command}"
+    done, saved = steps
+    if saved is None:
+        return f" at {done}/{total} before the first checkpoint: nothing is saved yet; begin again with: {command}"
+    if saved == total:
+        return f" at {done}/{total}: all steps are saved; measure the model with: {command}"
+    unsaved = f", saved at {saved}" if saved < done else ""
+    return f" at {done}/{total}{unsaved}; go on with: {command}"
 
 
 def identity(recipe: Recipe, dataset: Any) -> dict[str, Any]:
@@ -168,6 +186,16 @@ def _flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _flat(f"{prefix}{name}.", value)
         else:
             yield f"{prefix}{name}", value
+
+
+def voc_classes(folder: Path, recipe: Recipe) -> list[str] | None:
+    """VOC's twenty classes if the run in `folder` learns them all; None: its data's own.
+
+    Earlier versions took all of them for data in VOC's layout that name only some.
+    """
+    if recipe.data.format != "voc" or recipe.data.classes is not None:
+        return None
+    return list(VOC_CLASSES) if _classes_of_model(folder / MODEL_FILE) == list(VOC_CLASSES) else None
 
 
 def _classes_of_model(path: Path) -> list[str] | None:

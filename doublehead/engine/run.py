@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,7 +35,15 @@ from doublehead.engine.metrics_text import format_metrics
 from doublehead.engine.optim import seed_step
 from doublehead.engine.progress import Progress
 from doublehead.engine.results import draw_results
-from doublehead.engine.resume import check_folder, check_state, identity, mark_saved, mark_unsaved, resume_command
+from doublehead.engine.resume import (
+    check_folder,
+    check_state,
+    how_to_go_on,
+    identity,
+    mark_saved,
+    mark_unsaved,
+    voc_classes,
+)
 from doublehead.engine.signals import Stopped, StopSignals
 from doublehead.engine.starting import Source
 from doublehead.engine.trainer import Hooks, Trainer, micro_batch_size
@@ -80,7 +87,7 @@ def train(
                 total = (parts[0].recipe if parts else recipe).train.steps
                 if parts:
                     parts[0].progress.close()  # or the bar would be drawn again below
-                tqdm.write(f"stopped{_progress(folder, steps, total)}", file=sys.stderr)
+                tqdm.write(f"stopped{how_to_go_on(folder, steps, total)}", file=sys.stderr)
             if cause is error:
                 raise
             raise cause from None
@@ -108,22 +115,6 @@ def _cause(error: BaseException, world: World) -> BaseException:
     return error
 
 
-def _progress(folder: Path, steps: tuple[int, int | None] | None, total: int) -> str:
-    """What a stopped run has saved, and how to resume it.  `steps`: done and saved; None: it had not begun."""
-    command = resume_command(folder, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if not (folder / RECIPE_FILE).exists():
-        return " before the first step: nothing is saved; start it again with the same command"
-    if steps is None:
-        return f" before the first step: {folder} is as it was; go on with: {command}"
-    done, saved = steps
-    if saved is None:
-        return f" at {done}/{total} before the first checkpoint: nothing is saved yet; begin again with: {command}"
-    if saved == total:
-        return f" at {done}/{total}: all steps are saved; measure the model with: {command}"
-    unsaved = f", saved at {saved}" if saved < done else ""
-    return f" at {done}/{total}{unsaved}; go on with: {command}"
-
-
 class Run(Hooks):
     """One run: its data, model and trainer, and the hooks that record it."""
 
@@ -134,7 +125,7 @@ class Run(Hooks):
 
         self.folder, self.world = folder, world
         self.saved_step: int | None = None  # the step of the state on disk
-        prepared = prepare(recipe, world, wishes)
+        prepared = prepare(recipe, world, wishes, voc_classes(folder, recipe) if resume else None)
         self.recipe, self.training, self.validation = prepared[:3]
         with config_errors():
             self._batches(0)  # refuses what a loader does

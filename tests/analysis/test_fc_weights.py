@@ -80,6 +80,13 @@ def test_every_fc_head_is_written_and_drawn(tmp_path, capsys):
     assert {row["distance"] for row in table(out / "fc-weights-distance.csv")} >= {"1.0", "2.0"}
     assert min(Image.open(out / "fc-weights.png").size) > 500
     assert "double_fc, fc_1: mean correlation of two cells" in capsys.readouterr().out
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    again = ["fc-weights", str(tmp_path / "double_head"), "--out", str(out)]
+    said = failure(again, capsys)
+    assert "holds fc-weights.csv: give another folder, or --overwrite to replace it" in said
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    main([*again, "--overwrite"])
+    assert len(table(out / "fc-weights.csv")) == 81
 
 
 def test_a_gap_is_said_and_left_empty(tmp_path, capsys):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from doublehead.cli.data import main
 from tests.support.data_samples import CocoFolder, VocFolder
+from tests.support.layouts import write_layout
 
 
 @pytest.fixture
@@ -127,8 +128,8 @@ def test_all_bad_is_one_line(coco, tmp_path, capsys):
     [
         ([], "the folder of the data set is missing: doublehead data DIR"),
         (["set", "--data.root", "set"], "DIR set and --data.root set are the same: give one"),
-        (["nowhere"], "nowhere: no such folder: give the folder of a data set"),
-        (["set/train/a.jpg"], "set/train/a.jpg: a file: give the folder of a data set"),
+        (["nowhere"], "nowhere: no such folder (data.root)"),
+        (["set/train/a.jpg"], "set/train/a.jpg: a file, not a folder (data.root); give the data set's folder"),
         (["set", "--out", "sheet.txt"], "--out sheet.txt: the name of a picture is accepted, ending in .png"),
         (["set", "--out", "no/where.png"], "--out no/where.png: cannot be written: give a file in a folder"),
         (["set", "--out", "old.png"], "--out old.png: exists: give another file, or --overwrite to replace it"),
@@ -169,3 +170,22 @@ def test_the_line_to_train_repeats_the_options(coco, capsys):
     ]
     assert count("set", *options) == 0
     assert capsys.readouterr().out.endswith(f"to train: doublehead train --data.root set {' '.join(options)}\n")
+
+
+@pytest.mark.parametrize(
+    "layout, first",
+    [
+        ("yolo-roboflow", "YOLO with data.yaml: 4 train, 3 val, 2 classes"),
+        ("labelme", "LabelMe: 3 train, 2 val, 2 classes; one split: 20% held out by seed 0"),
+    ],
+)
+def test_data_as_they_lie(tmp_path, monkeypatch, capsys, layout, first):
+    monkeypatch.chdir(tmp_path)
+    write_layout(layout, tmp_path / "set")
+    assert count("set", "--data.classes", "cherry", "apple") == 0
+    said, _, _, _, *rows = capsys.readouterr().out.splitlines()
+    assert said == first
+    assert [row.split()[0] for row in rows[:3]] == ["cherry", "apple", "all"]
+    other = next(row.split()[3:] for row in rows if row.startswith("of other classes"))
+    assert sum(map(int, other)) == 3  # bananas
+    assert rows[-1] == "to train: doublehead train --data.root set --data.classes cherry apple"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import random
@@ -169,6 +170,19 @@ def test_what_a_run_says(whole):
     ):  # fmt: skip
         assert words in text, words
     assert "Traceback" not in text and len(text.splitlines()) < 40
+
+
+def draw_no_batches():
+    importlib.import_module("doublehead.engine.run").draw_first_batches = lambda *args: None
+
+
+def test_the_sheet_of_batches_changes_nothing(whole, tmp_path):
+    augmented = "--train.augment.colour 0.5 --train.augment.crop 0.5".split()
+    folders = [tmp_path / "with", tmp_path / "without"]
+    for folder, before in zip(folders, (None, draw_no_batches), strict=True):
+        assert finish(train(folder, *OPTIONS, *augmented, before=before)) == 0, folder.with_suffix(".txt").read_text()
+    assert (folders[0] / "batches.png").exists() and not (folders[1] / "batches.png").exists()
+    assert_same(*(contents(folder) for folder in folders))
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bits(whole, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from doublehead.config import AugmentConfig, DataConfig
-from doublehead.data import build_dataset, build_loader
+from doublehead.data import build_dataset, build_loader, loader
 from doublehead.data.transforms import GREY, augmented
 
 ALL = AugmentConfig(scale=(0.5, 2.0), crop=0.5, colour=0.3)
@@ -20,8 +20,8 @@ def shapes(count=12):
 
 def stream(count=9, augment=ALL, **options):
     """The first batches of a training: (images, targets)."""
-    loader = build_loader(shapes(), options.pop("batch_size", 4), train=True, augment=augment, seed=3, **options)
-    return list(itertools.islice(loader, count))
+    batches = build_loader(shapes(), options.pop("batch_size", 4), train=True, augment=augment, seed=3, **options)
+    return list(itertools.islice(batches, count))
 
 
 def digest(batches):
@@ -43,10 +43,11 @@ def picture(boxes, height=60, width=80):
     return image, target | {"labels": torch.arange(1, len(boxes) + 1)}
 
 
-def test_without_options_nothing_changes():
+def test_without_options_nothing_changes(monkeypatch):
     plain = digest(stream(augment=None))
-    assert digest(stream(augment=AugmentConfig())) == plain
     assert digest(stream(augment=ALL)) != plain
+    monkeypatch.setattr(loader, "augmented", None)  # not even called
+    assert digest(stream(augment=AugmentConfig())) == plain
     # As they were before there were such options.
     assert hashlib.sha256("".join(plain).encode()).hexdigest() == (
         "fc0e830932d6462e8128cdc6112ead14460381bf57e899563d5f426a1214575b"
@@ -97,8 +98,12 @@ def test_smaller_pictures_keep_their_frame_and_larger_ones_are_parts():
     assert sides.tolist() == pytest.approx([20, 20])
     outside = (small == torch.tensor(GREY, dtype=torch.uint8)[:, None, None]).all(0)
     assert outside.sum() == 60 * 80 * 3 // 4
-    large, _ = augmented(image, target, AugmentConfig(scale=(2.0, 2.0)), 1)
-    assert large.shape == (3, 30, 40)
+    image, target = picture([(20, 10, 36, 22), (2, 2, 18, 14), (60, 40, 76, 52)])
+    for seed in range(20):
+        large, found = augmented(image, target, AugmentConfig(scale=(2.0, 2.0)), seed)
+        assert large.shape == (3, 30, 40)
+        seen = (found["boxes"][:, 2:] - found["boxes"][:, :2]).prod(1)
+        assert len(seen) and seen.min() >= 16 * 12 / 4 - 16  # whose centre is outside is left out
 
 
 def test_a_box_that_vanishes_is_dropped_but_never_the_last():

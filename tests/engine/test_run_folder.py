@@ -286,6 +286,35 @@ def test_a_finished_run_is_evaluated_again_and_a_lost_model_comes_back(folder, t
     assert (folder / "state.pt").read_bytes() == keep[1]
 
 
+def test_the_sheet_of_batches_is_drawn_once(folder, tiny, capsys):
+    sheet = folder / "batches.png"
+    sheet.write_bytes(b"mine")
+    assert tiny("--resume", folder, "--train.steps", "5") == 0
+    assert sheet.read_bytes() == b"mine" and "batches " not in capsys.readouterr().out
+    sheet.unlink()
+    assert tiny("--resume", folder) == 0  # nothing is trained: nothing to show
+    assert not sheet.exists()
+    assert tiny("--resume", folder, "--train.steps", "6") == 0
+    assert sheet.exists() and f"batches  the first ones: {sheet}\n" in capsys.readouterr().out
+
+
+def test_a_sheet_that_cannot_be_written_is_one_line(tmp_path, tiny, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run, "draw_first_batches", full)
+    assert tiny(*TINY, "--out", tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert said.endswith("batches.png: cannot be written: No space left on device\n") and said.count("\n") == 1
+
+
+def test_the_files_of_the_results_are_named(folder, tiny, capsys):
+    assert tiny("--resume", folder) == 0
+    named = capsys.readouterr().out.splitlines()[-1].removeprefix(f"{folder}: ").split(", ")
+    assert set(named) >= {"model.safetensors", "log.jsonl", "metrics.json", "detections.png"}
+    assert all((folder / name).exists() for name in named if name != "curves.png")  # not drawn here
+
+
 def test_a_run_stopped_before_its_first_state_begins_again(folder, tiny):
     for path in folder.iterdir():
         if path.name not in ("recipe.json", "log.jsonl", "tensorboard"):

@@ -51,7 +51,7 @@ def draw(path: Path, sample: Sample) -> None:
     """Write a sample's picture."""
     pixels = np.random.default_rng(ord(sample.name[1])).integers(90, 130, (sample.height, sample.width, 3), np.uint8)
     for name, (x1, y1, x2, y2) in sample.objects:
-        pixels[y1:y2, x1:x2] = COLOURS[name]
+        pixels[y1:y2, x1:x2] = COLOURS.get(name, (40, 60, 220))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, quality=95)
 
