@@ -84,6 +84,7 @@ def train(
     """
     if misplaced:
         raise TypeError(_where_it_belongs(misplaced))
+    out, resume, start_from = (None if path is None else Path(path).expanduser() for path in (out, resume, start_from))
     base = _base(recipe, resume)
     changes = {"data": {"root": data} if isinstance(data, (str, os.PathLike)) else data, "model": model, "train": train}
     with config_errors():

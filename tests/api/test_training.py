@@ -37,13 +37,13 @@ def started(monkeypatch):
 
 def test_changes_reach_the_training_with_the_names_of_what_was_given(started):
     result = doublehead.train(
-        "shapes-ext", data={"workers": 0}, train={"steps": 5}, model={"head": {"fc_dim": 8}}, out="o", start_from="s"
+        "shapes-ext", data={"workers": 0}, train={"steps": 5}, model={"head": {"fc_dim": 8}}, out="o", start_from="~/s"
     )
     ((recipe, given, more),) = started
     assert given == {"data.workers", "train.steps", "model.head.fc_dim"}
     assert (recipe.data.workers, recipe.train.steps, recipe.model.head.fc_dim) == (0, 5, 8)
     assert recipe.train.lr == SHAPES.train.lr
-    assert more == {"base": SHAPES, "out": "o", "resume": None, "start_from": "s"}
+    assert more == {"base": SHAPES, "out": Path("o"), "resume": None, "start_from": Path.home() / "s"}
     assert result.folder == Path("runs/x") and result.model == Path("runs/x/model.safetensors")
     assert repr(result) == "TrainResult('runs/x': AP 12.5)" and result.metrics["AP"] == 0.125
 
