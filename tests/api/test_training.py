@@ -48,6 +48,13 @@ def test_changes_reach_the_training_with_the_names_of_what_was_given(started):
     assert repr(result) == "TrainResult('runs/x': AP 12.5)" and result.metrics["AP"] == 0.125
 
 
+def test_the_best_weights_are_those_of_an_evaluation_on_the_way(tmp_path):
+    result = training.TrainResult(tmp_path, {})
+    assert result.best == result.model == tmp_path / "model.safetensors"
+    (tmp_path / "best.safetensors").touch()
+    assert result.best == tmp_path / "best.safetensors"
+
+
 @pytest.mark.parametrize("data", ["cells", Path("cells"), {"root": "cells"}])
 def test_a_folder_alone_is_own_data(started, data, monkeypatch):
     monkeypatch.setitem(RECIPES, "own-data", SHAPES)
@@ -158,3 +165,4 @@ def test_the_package_lists_its_names_without_importing_them():
     with pytest.raises(AttributeError, match="module 'doublehead' has no attribute 'nonsense'"):
         doublehead.nonsense  # noqa: B018
     assert inspect.signature(doublehead.train) == inspect.signature(training.train)
+    assert inspect.getdoc(doublehead.train).startswith("Train a detector, evaluate it")
