@@ -88,6 +88,11 @@ def train(
     changes = {"data": {"root": data} if isinstance(data, (str, os.PathLike)) else data, "model": model, "train": train}
     with config_errors():
         changed, given = override(base, {name: value for name, value in changes.items() if value is not None})
+    if changed.data.format != "shapes" and changed.data.root is None:
+        raise UserError(
+            "data is missing: the folder of the data set, doublehead.train(data='data/cells'); the recipe 'shapes-ext' "
+            "draws its own pictures"
+        )
     try:
         result = training.start(changed, given, base=base, out=out, resume=resume, start_from=start_from)
     except SystemExit as stop:

@@ -79,6 +79,7 @@ def test_a_resumed_run_has_its_own_recipe(started, tmp_path):
     (["."], {}, UserError, r"no recipe '.'; a folder of data is another argument: doublehead.train\(data='.'\)"),
     (["nowhere.json"], {}, UserError, "nowhere.json"),
     ([5], {}, TypeError, "recipe is an? int: expected a recipe's name"),
+    ([], {}, UserError, "data is missing: the folder of the data set"),
     (["shapes-ext"], {"train": {"step": 5}}, UserError, "no field train.step; did you mean train.steps"),
     (["shapes-ext"], {"train": 5}, UserError, "train is 5, a dictionary is accepted"),
     (["shapes-ext"], {"data": 5}, UserError, "data is 5, a dictionary is accepted"),

@@ -1,4 +1,4 @@
-"""Links between README.md, CONTRIBUTING.md, docs/ and benchmarks/ lead to files and headings, as they stand on GitHub."""
+"""Links between README.md, CONTRIBUTING.md, docs/ and benchmarks/ lead to files and headings, as GitHub has them."""
 
 import re
 

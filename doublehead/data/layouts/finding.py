@@ -41,8 +41,12 @@ def find_layout(root: str | Path, families: Sequence[Family] = FAMILIES) -> Layo
         elif other := _other(family, root):
             layout.note(f"{other.title} lies there too, --data.format {family} reads it")
     if layout is None:
-        raise unknown_layout(root, families, lambda folder: any(_other(family, folder) for family in FAMILIES))
+        raise unknown_layout(root, families, _first)
     return layout
+
+
+def _first(folder: Path) -> Layout | None:
+    return next((layout for family in FAMILIES if (layout := _other(family, folder))), None)
 
 
 def _other(family: Family, root: Path) -> Layout | None:

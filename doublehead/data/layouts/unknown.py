@@ -10,7 +10,7 @@ from pathlib import Path
 from ...errors import DataError
 from ..coco_json import load_coco
 from .folders import IMAGE_SUFFIXES, files_in, json_kind, subfolders
-from .layout import Family
+from .layout import Family, Layout
 
 ACCEPTED: dict[Family, str] = {
     "coco": "COCO (annotations/instances_*.json or {train,val}.json, with images/ or the splits' folders; the exports "
@@ -28,7 +28,7 @@ FOREIGN = {
 SHOWN = 4
 FOLDERS = 60
 """Folders inside that are looked at."""
-Matches = Callable[[Path], bool]
+Matches = Callable[[Path], Layout | None]
 
 
 def unknown_layout(root: Path, families: Sequence[Family], matches: Matches) -> DataError:
@@ -36,7 +36,7 @@ def unknown_layout(root: Path, families: Sequence[Family], matches: Matches) -> 
 
     Args:
         families: the kinds of annotations that were looked for.
-        matches: whether a folder is in an accepted layout.
+        matches: the accepted layout of a folder, or None.
     """
     seems = _resembles(root, matches)
     accepted = "; ".join(ACCEPTED[family] for family in families)
@@ -70,6 +70,8 @@ def _contents(root: Path) -> str:
 
 def _resembles(root: Path, matches: Matches) -> str:
     """A sentence about what is probably wrong; empty: nothing is recognised."""
+    if layout := matches(root):
+        return f"{layout.title} lies there, --data.format {layout.family} reads it. "
     inside = [root, *_below(root)]
     right = [folder for folder in inside[1:] if matches(folder) and _has_pictures(folder)]
     right = [folder for folder in right if folder.parent not in right]

@@ -87,7 +87,7 @@ def label_file(image: Path) -> Path:
         if parts[position] == "images":
             there = Path(*parts[:position], "labels", *parts[position + 1 :], f"{image.stem}.txt")
             beside = image.with_suffix(".txt")
-            return beside if not there.parent.is_dir() and beside.is_file() else there
+            return beside if beside.is_file() and not there.is_file() else there
     return image.with_suffix(".txt")
 
 

@@ -121,16 +121,17 @@ def _inside(root: Path, place: str, base: str, split: str) -> Path | None:
     said = [Path(*whole[cut:]) for cut in range(len(whole))]
     words = (split, *SPLIT_KEYS[split])
     usual = [path for word in words for path in (Path(word, "images"), Path("images", word))]
-    for path in [*said[:-1], *usual, *said[-1:]]:
+    for path in [*said[:1], *said[1:-1], *usual, *said[-1:]]:
         if (root / path).is_dir() or (path.suffix == ".txt" and is_file(root / path)):
             return root / path
     return root if not parts else None
 
 
 def _as_said(root: Path, found: Path, place: str) -> bool:
-    """Whether a place is where it is said to be, but for the folder above it."""
-    parts = _parts(place)
-    return list(found.relative_to(root).parts)[-len(parts) :] == parts if parts else True
+    """Whether a place is where it is said to be, but for the folders above it."""
+    there, said = list(found.relative_to(root).parts), _parts(place)
+    shared = min(len(there), len(said))
+    return there == said or (shared > 0 and there[-shared:] == said[-shared:] and (shared > 1 or len(said) == 1))
 
 
 def _parts(path: str) -> list[str]:
