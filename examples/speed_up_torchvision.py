@@ -1,7 +1,6 @@
 """Make a torchvision detector faster, with the same detections.
 
-python examples/speed_up_torchvision.py                    # an untrained Faster R-CNN on a random picture
-python examples/speed_up_torchvision.py --weights DEFAULT  # torchvision's trained one, which it downloads
+python examples/speed_up_torchvision.py --weights DEFAULT  # the trained one; without it an untrained one
 """
 
 import argparse
@@ -18,14 +17,17 @@ parser.add_argument("--weights")
 parser.add_argument("--side", type=int, default=800, help="of the picture, in pixels")
 options = parser.parse_args()
 
-model = getattr(detection, options.model)(weights=options.weights, weights_backbone=None, box_score_thresh=0.0).eval()
+model = getattr(detection, options.model)(weights=options.weights, weights_backbone=None).eval()
+if not options.weights:  # untrained, it is sure of nothing, and would find nothing
+    torch.nn.init.normal_(model.rpn.head.cls_logits.weight)
+    torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight)
 images = [torch.rand(3, options.side, options.side)]
 
 
-def detect() -> tuple[dict[str, torch.Tensor], float]:
+@torch.inference_mode()
+def detect():
     """The detections of the second of two calls, and its seconds."""
-    with torch.inference_mode():
-        model(images)
+    for _ in range(2):
         start = time.perf_counter()
         (found,) = model(images)
     return found, time.perf_counter() - start
@@ -34,5 +36,5 @@ def detect() -> tuple[dict[str, torch.Tensor], float]:
 before, slow = detect()
 doublehead.accelerate(model)
 after, fast = detect()
-torch.testing.assert_close(after["boxes"], before["boxes"], atol=0.01, rtol=1e-3)
-print(f"{len(after['boxes'])} boxes, the same: {1000 * slow:.0f} ms before, {1000 * fast:.0f} ms with doublehead")
+torch.testing.assert_close(after["scores"], before["scores"], atol=1e-3, rtol=0)
+print(f"{len(after['boxes'])} objects, the same: {1000 * slow:.0f} ms before, {1000 * fast:.0f} ms with doublehead")

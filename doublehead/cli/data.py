@@ -84,14 +84,15 @@ def run(options: Options) -> bool:
     check_outputs(out, options)
 
     from doublehead.engine.data_sheet import draw_sheet  # only now: these import PyTorch
-    from doublehead.engine.data_summary import as_json, as_text, find_repeated, open_counted, remarks, summarize
+    from doublehead.engine.data_summary import as_json, as_text, open_counted, remarks, summarize
     from doublehead.engine.files import write_json
     from doublehead.engine.pictures import save_picture
+    from doublehead.engine.repeated import find_repeated
 
     with config_errors():
         opened = open_counted(config)
     if opened.said:
-        print(f"{opened.said}\n")
+        print(f"{one_line(opened.said)}\n")
     splits = {name: summarize(dataset, opened.notes[name]) for name, dataset in opened.splits.items()}
     repeated = find_repeated({name: dataset.paths for name, dataset in opened.splits.items()})
     print(as_text(splits))
@@ -101,12 +102,13 @@ def run(options: Options) -> bool:
     if lines:
         print("\n" + "\n".join(f"- {one_line(line)}" for line in lines))
     save_picture(out, sheet)
-    print(f"\npictures with their boxes: {out}")
+    print(f"\npictures with their boxes: {one_line(out)}")
     if options.json:
         write_json(options.json, as_json(opened.said, splits, repeated))
-        print(f"counts: {options.json}")
+        print(f"counts: {one_line(options.json)}")
     if not opened.failed:
-        print(f"to train: {training_line(options, config, any(summary.bad for summary in splits.values()))}")
+        line = training_line(options, config, any(summary.bad for summary in splits.values()))
+        print(f"to train: {one_line(line)}")
     return not opened.failed
 
 

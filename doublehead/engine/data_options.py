@@ -49,10 +49,12 @@ def data_config(trained: DataConfig, given: EvaluationData) -> DataConfig:
     config = replace(trained, **{name: v for name, v in values.items() if v is not None and v is not False})
     if given.root is not None and given.format == "shapes":
         raise UserError(f"--data.format shapes draws its own pictures and would not read --data.root {given.root}")
-    if given.root is not None and config.format == "shapes":  # the detector learnt from those; the folder has its own
-        config = replace(config, format="auto", val_images=given.val_images)
+    if given.root is not None and config.format == "shapes":
+        config = replace(config, format="auto")
     if config.format == "shapes":
         return config
+    if trained.format == "shapes":  # the number of pictures to draw limits no data set
+        config = replace(config, val_images=given.val_images)
     if given.root is None and config.format != trained.format:
         raise UserError(f"--data.format {config.format} needs --data.root: training was on {trained.format}")
     if config.root is None:

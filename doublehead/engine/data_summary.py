@@ -1,13 +1,10 @@
-"""What a data set holds, in numbers: images, boxes by class and size, bad records, pictures that occur twice."""
+"""What a data set holds, in numbers: images, boxes by class and size, bad records."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +12,7 @@ import numpy as np
 from doublehead.config import DataConfig
 from doublehead.data import DataError, DataWarning, DetectionDataset, build_dataset, open_splits
 from doublehead.data.layouts.selection import OTHER_CLASS
+from doublehead.engine.repeated import Repeated
 
 Split = Literal["train", "val"]
 SMALL, LARGE = 32.0**2, 96.0**2
@@ -23,8 +21,6 @@ THIN = 0.01
 """A box with a side below this many pixels has no area."""
 FEW = 20
 """A class with fewer boxes to learn from is noted."""
-_END = 4096
-"""Bytes at each end of a file that are compared before the whole."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +62,6 @@ class SplitSummary:
     def boxes(self) -> int:
         """Boxes of all classes."""
         return sum(count.boxes for count in self.classes.values())
-
-
-@dataclass(frozen=True)
-class Repeated:
-    """Pictures that occur more than once, by the first two places of each."""
-
-    across: list[tuple[str, str]] = field(default_factory=list)
-    """Of equal content, in train and in val: (name in train, name in val)."""
-    within: list[tuple[str, str, str]] = field(default_factory=list)
-    """Of equal content, within a split: (split, name, other name)."""
 
 
 @dataclass
@@ -172,41 +158,6 @@ def _spread(values: np.ndarray) -> tuple[int, float, int]:
     return int(values.min()), float(np.median(values)), int(values.max())
 
 
-def find_repeated(paths: Mapping[Split, Sequence[str]]) -> Repeated:
-    """Pictures of equal content: an evaluation on pictures that were trained on says nothing.
-
-    Args:
-        paths: the files of each split.
-    """
-    places: dict[tuple[int, bytes], list[tuple[str, str]]] = {}
-    for split, files in paths.items():
-        for file in files:
-            places.setdefault(_ends(file), []).append((split, file))
-    alike: dict[bytes, list[tuple[str, str]]] = {}
-    for candidates in places.values():
-        if len(candidates) > 1:
-            for split, file in candidates:
-                alike.setdefault(hashlib.blake2b(Path(file).read_bytes()).digest(), []).append((split, file))
-    found = Repeated()
-    for same in alike.values():
-        if len(same) < 2:
-            continue
-        by_split = {split: [file for where, file in same if where == split] for split, _ in same}
-        if len(by_split) > 1:
-            found.across.append((by_split["train"][0], by_split["val"][0]))
-        found.within.extend((split, *files[:2]) for split, files in by_split.items() if len(files) > 1)
-    return found
-
-
-def _ends(path: str) -> tuple[int, bytes]:
-    """Size and both ends of a file; few files that differ have these in common."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        head = file.read(_END)
-        file.seek(max(0, size - _END))
-        return size, hashlib.blake2b(head + file.read(_END), digest_size=16).digest()
-
-
 def as_json(said: str, splits: Mapping[Split, SplitSummary], repeated: Repeated) -> dict[str, Any]:
     """The layout's line and the counts as plain values."""
     return {
@@ -285,6 +236,12 @@ def remarks(splits: Mapping[Split, SplitSummary], repeated: Repeated) -> list[st
         found.append(
             f"{len(repeated.across)} pictures are in train and in val, so that AP is too high; the first is "
             f"{train_file} = {val_file}"
+        )
+    if repeated.named:
+        train_file, val_file = repeated.named[0]
+        found.append(
+            f"{len(repeated.named)} names are in train and in val, with other content: copies of one picture make AP "
+            f"too high; the first is {train_file}, {val_file}"
         )
     for split in splits:
         twice = [pair for pair in repeated.within if pair[0] == split]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from doublehead.config import Recipe, to_dict
 from doublehead.engine.commands import train_command
 from doublehead.engine.files import new_run_folder, write_json
 from doublehead.engine.schedule import check_length
-from doublehead.errors import UserError
+from doublehead.errors import DataError, UserError
 from doublehead.recipes import RECIPES
 
 
@@ -70,16 +70,42 @@ def start(
     check_arguments(recipe, given, out=out, resume=resume, start_from=start_from)
     wishes = Wishes(base or base_of(recipe, given), frozenset(given), start_from, resumed=resume is not None)
     with join_world(recipe.train.device) as world, counted_warnings(shown=world.is_main):
-        folder = Path(resume) if resume is not None else world.on_main(lambda: new_run_folder(recipe.name, out))
+        if resume is not None:
+            folder, made = Path(resume), []
+        else:
+            folder, made = world.on_main(lambda: _new_folder(recipe.name, out))
         try:
-            metrics = train(recipe, folder, world, resume is not None, wishes)
+            with _advice(recipe, given, resume):
+                metrics = train(recipe, folder, world, resume is not None, wishes)
         except BaseException:
-            with contextlib.suppress(OSError):  # a run that never began leaves no empty folders
-                folder.rmdir()
-                if out is None:
-                    folder.parent.rmdir()
+            for path in made:  # a run that never began leaves no empty folders
+                with contextlib.suppress(OSError):
+                    path.rmdir()
             raise
     return TrainResult(folder, metrics)
+
+
+def _new_folder(name: str, out: str | Path | None) -> tuple[Path, list[Path]]:
+    """The folder of a new run, and the folders that were made for it, the innermost first."""
+    before = {path for path in _with_parents(Path(out or "runs")) if path.exists()}
+    folder = new_run_folder(name, out)
+    return folder, [path for path in _with_parents(folder) if path not in before]
+
+
+def _with_parents(path: Path) -> list[Path]:
+    return [path, *path.parents]
+
+
+@contextlib.contextmanager
+def _advice(recipe: Recipe, given: Collection[str], resume: str | Path | None) -> Iterator[None]:
+    """Inside, an error of data that a resumed run has not known also says how to begin another."""
+    try:
+        yield
+    except DataError as error:
+        if resume is None or "data.root" not in given:
+            raise
+        another = train_command(recipe.data.root, resume)
+        raise DataError(f"{error}; to train on other data than the run's: {another}", error.reason) from error
 
 
 def write_recipe(

@@ -90,10 +90,11 @@ def test_a_folder_that_is_no_data_set_is_one_line(root, tiny, tmp_path, monkeypa
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     before = checksums(tmp_path)
-    assert tiny("--data.root", root, *OWN) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1 and root in said
-    assert checksums(tmp_path) == before
+    for out in ((), ("--out", "empty"), ("--out", "several/new/folders")):
+        assert tiny("--data.root", root, *OWN, *out) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and root in said
+        assert checksums(tmp_path) == before
 
 
 # ---------------------------------------------------------------------- from a detector
@@ -118,6 +119,13 @@ def test_own_data_from_a_run_keeps_its_model(trained, data, tiny, tmp_path, caps
     assert f"from     {trained}: " in said and "classify, locate new: it has none of this shape" in said
     recipe, before = (json.loads((folder / "recipe.json").read_text()) for folder in (out, trained))
     assert recipe["model"] == before["model"] and recipe["name"] == "own-data"
+
+
+def test_a_folder_that_has_its_mark_alone_is_new(trained, tiny, tmp_path):
+    """Killed between the mark and the recipe, there is nothing to resume."""
+    (tmp_path / ".unsaved").write_text("elsewhere\n")
+    assert tiny("shapes-ext", *TINY, "--train.steps", "1", "--out", tmp_path) == 0
+    assert not (tmp_path / ".unsaved").exists()
 
 
 class Killed(Exception):
@@ -240,6 +248,9 @@ def test_a_finished_run_is_not_resumed_on_other_data(data, tiny, tmp_path, capsy
         assert checksums(tmp_path) == before
     assert tiny("--resume", out, "--data.root", tmp_path / "none") == 2
     said = capsys.readouterr().err
-    assert "none: no such folder" in said and checksums(tmp_path) == before
+    assert "none: no such folder" in said and said.count("\n") == 1 and checksums(tmp_path) == before
+    assert said.endswith(
+        f"; to train on other data than the run's: doublehead train --from {out} --data.root {tmp_path}/none\n"
+    )
     moved = shutil.copytree(data, tmp_path / "moved")
     assert tiny("--resume", out, "--data.root", moved) == 0  # its own, elsewhere

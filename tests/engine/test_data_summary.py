@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from doublehead.engine.data_sheet import choose_evenly
-from doublehead.engine.data_summary import find_repeated
+from doublehead.engine.repeated import find_repeated
 
 
 def test_every_class_has_its_turn():
@@ -34,4 +34,17 @@ def test_pictures_that_occur_twice(tmp_path):
     val = [file("e", b"one"), file("f", b"six"), file("g", middle + b"y" + middle)]
     found = find_repeated({"train": train, "val": val})
     assert found.across == [(train[0], val[0])] and found.within == [("train", train[1], train[2])]
+    assert found.named == []
     assert find_repeated({"val": val}).across == []
+
+
+def test_names_that_are_in_both_splits(tmp_path):
+    def file(name):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(name)
+        return str(path)
+
+    train = [file(f"train/{name}") for name in ("a_jpg.rf.0123456789ab.jpg", "b.jpg", "c.png")]
+    val = [file(f"val/{name}") for name in ("a_jpg.rf.ba9876543210.jpg", "b.jpg", "c.jpg")]
+    assert find_repeated({"train": train, "val": val}).named == [(train[0], val[0]), (train[1], val[1])]

@@ -307,6 +307,18 @@ def test_data_of_training_are_the_default(tmp_path):
         data_config(dataclasses.replace(trained, root="/nowhere"), EvaluationData())
 
 
+def test_a_folder_is_read_though_training_was_on_drawn_pictures():
+    trained = DataConfig(format="shapes", val_images=7)
+    config = data_config(trained, EvaluationData(root="data/cells"))
+    assert (config.format, config.root, config.val_images) == ("auto", "data/cells", None)
+    assert data_config(trained, EvaluationData(root="data/cells", val_images=3)).val_images == 3
+    named = data_config(trained, EvaluationData(root="data/cells", format="voc"))
+    assert (named.format, named.val_images) == ("voc", None)
+    with pytest.raises(UserError, match="draws its own pictures and would not read --data.root data/cells"):
+        data_config(trained, EvaluationData(root="data/cells", format="shapes"))
+    assert data_config(trained, EvaluationData()) == trained
+
+
 def test_broken_records_can_be_left_out_by_the_same_short_option_as_in_training(saved, monkeypatch):
     seen = []
     monkeypatch.setattr("doublehead.cli.evaluate.run", seen.append)

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 
 from doublehead.cli.train import main as train_main
-from doublehead.config import TrainConfig
+from doublehead.config import Recipe, TrainConfig
 from doublehead.engine import pictures, run
 from doublehead.engine.files import read_recipe
 from doublehead.engine.logs import read_log
 from doublehead.engine.schedule import describe, learning_rate, notes, notes_of_more_steps, planned
+from doublehead.engine.training import check_arguments
 from doublehead.errors import UserError
 from tests.support.engine_standin import TINY, tiny_models
 
@@ -52,6 +53,8 @@ def test_steps_and_epochs_exclude_each_other():
     with pytest.raises(UserError, match="train.steps and train.epochs exclude each other: give one of them"):
         planned(replace(STEP, epochs=2.0), STEP, {"train.steps", "train.epochs"}, images=10)
     assert planned(STEP, STEP, {"train.steps", "train.epochs"}, images=10)[0] == STEP  # epochs None is none
+    with pytest.raises(UserError, match="exclude each other"):  # before any data are read
+        check_arguments(Recipe(train=replace(STEP, epochs=2.0)), {"train.steps", "train.epochs"})
 
 
 def test_what_the_user_set_is_not_scaled():

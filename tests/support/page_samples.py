@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -25,7 +26,7 @@ from tests.support.data_samples import CocoFolder, VocFolder, picture
 from tests.support.tiny_detectors import tiny
 from tests.support.torchvision_states import torchvision_state
 
-CELLS = ["RBC", "WBC", "Platelets"]
+ANIMALS = ["cat", "dog", "bird"]
 
 
 def blood_cells(root: Path, splits: tuple[str, ...]) -> None:
@@ -41,7 +42,9 @@ def blood_cells(root: Path, splits: tuple[str, ...]) -> None:
 
 def coco(root: Path) -> None:
     """A few pictures in the layout of COCO 2017."""
-    CocoFolder(root).config()
+    folder = CocoFolder(root)
+    folder.content["categories"].append({"id": 9, "name": "bird"})
+    folder.config()
     for split in ("train", "val"):
         (root / split).rename(root / f"{split}2017")
         (root / f"annotations/instances_{split}.json").rename(root / f"annotations/instances_{split}2017.json")
@@ -100,17 +103,18 @@ def desk(folder: Path) -> Path:
     for name in ("street.jpg", "square.jpg", "photos/a.jpg", "more/b.jpg"):
         picture(folder / name, 80, 64)
     weights_of_others(folder)
-    shapes = DataConfig(train_images=4, val_images=1, image_size=64, workers=0)
-    cells = DataConfig(format="voc", root="data/cells", workers=0)
-    stopped_run(folder / "runs/shapes-ext-1", recipe("double_head_ext", shapes))
-    stopped_run(folder / "runs/own-data-1", recipe("double_head_ext", replace(cells, root=str(folder / cells.root))))
-    shutil.copytree(folder / "runs/own-data-1", folder / "runs/bccd-small-1")
+    cells = DataConfig(format="voc", root=str(folder / "data/cells"), workers=0)
+    stopped_run(folder / "runs/own-data-1", recipe("double_head_ext", cells))
+    for name in ("shapes-ext-1", "bccd-small-1"):  # files are replaced, never changed: links will do
+        shutil.copytree(folder / "runs/own-data-1", folder / "runs" / name, copy_function=os.link)
     for name, kind in {
         "runs/a": "fc", "runs/b": "conv", "runs/ext": "double_head_ext",
         "runs/faster-rcnn-r50-fpn": "fc", "runs/conv-head-r50-fpn": "conv",
         "runs/double-head-ext-r50-fpn": "double_head_ext",
     }.items():  # fmt: skip
-        model(folder / name, kind, list(SHAPES) if name.count("-") == 0 else ["cat", "dog"])
-    model(folder / "models/torchvision", "fc", ["cat", "dog"])
-    model(folder / "models/double-head", "double_head", ["cat", "dog"])
+        model(folder / name, kind, list(SHAPES) if name.count("-") == 0 else ANIMALS)
+    found = {"classes": {name: {"AP": number / 10} for number, name in enumerate(ANIMALS)}}
+    write_json(folder / "runs/faster-rcnn-r50-fpn/metrics.json", found)
+    model(folder / "models/torchvision", "fc", ANIMALS)
+    model(folder / "models/double-head", "double_head", ANIMALS)
     return folder
