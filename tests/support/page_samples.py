@@ -26,7 +26,7 @@ from tests.support.data_samples import CocoFolder, VocFolder, picture
 from tests.support.tiny_detectors import tiny
 from tests.support.torchvision_states import torchvision_state
 
-CELLS = ["RBC", "WBC", "Platelets"]
+ANIMALS = ["cat", "dog", "bird"]
 
 
 def blood_cells(root: Path, splits: tuple[str, ...]) -> None:
@@ -42,7 +42,9 @@ def blood_cells(root: Path, splits: tuple[str, ...]) -> None:
 
 def coco(root: Path) -> None:
     """A few pictures in the layout of COCO 2017."""
-    CocoFolder(root).config()
+    folder = CocoFolder(root)
+    folder.content["categories"].append({"id": 9, "name": "bird"})
+    folder.config()
     for split in ("train", "val"):
         (root / split).rename(root / f"{split}2017")
         (root / f"annotations/instances_{split}.json").rename(root / f"annotations/instances_{split}2017.json")
@@ -110,7 +112,9 @@ def desk(folder: Path) -> Path:
         "runs/faster-rcnn-r50-fpn": "fc", "runs/conv-head-r50-fpn": "conv",
         "runs/double-head-ext-r50-fpn": "double_head_ext",
     }.items():  # fmt: skip
-        model(folder / name, kind, list(SHAPES) if name.count("-") == 0 else ["cat", "dog"])
-    model(folder / "models/torchvision", "fc", ["cat", "dog"])
-    model(folder / "models/double-head", "double_head", ["cat", "dog"])
+        model(folder / name, kind, list(SHAPES) if name.count("-") == 0 else ANIMALS)
+    found = {"classes": {name: {"AP": number / 10} for number, name in enumerate(ANIMALS)}}
+    write_json(folder / "runs/faster-rcnn-r50-fpn/metrics.json", found)
+    model(folder / "models/torchvision", "fc", ANIMALS)
+    model(folder / "models/double-head", "double_head", ANIMALS)
     return folder
