@@ -12,18 +12,24 @@ from doublehead.cli import train
 
 
 class _Callable(types.ModuleType):
-    """The command's module; called, it is `doublehead.api.training.train`."""
+    # The command's module; called, it is `doublehead.api.training.train`, whose signature and help it has.
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        from doublehead.api import training
+        return _function()(*arguments, **options)
 
-        return training.train(*arguments, **options)
+    @property
+    def __doc__(self) -> str | None:
+        return _function().__doc__
 
     @property
     def __signature__(self) -> inspect.Signature:
-        from doublehead.api import training
+        return inspect.signature(_function())
 
-        return inspect.signature(training.train)
+
+def _function() -> Any:
+    from doublehead.api import training  # only now: the command line does without it
+
+    return training.train
 
 
 if __name__ == "__main__":

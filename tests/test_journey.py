@@ -91,8 +91,9 @@ def test_export_and_deploy(run, capsys):
     assert program.classes == model.classes and program.exported.shape == (1, 128, 128)
     pictures = sorted(Path("data/shapes/val").iterdir())
     for one, other in zip(program.predict(pictures, 0.01), model.predict(pictures, 0.01), strict=True):
-        assert len(one) == len(other) > 0
-        torch.testing.assert_close(one.scores, other.scores, atol=1e-3, rtol=0)
+        assert len(one) == len(other) > 0 and one.size == other.size
+        # Pictures become 64 x 64, and the program pads them to 128 x 128: at the border convolutions see other zeros.
+        torch.testing.assert_close(one.scores, other.scores, atol=0.05, rtol=0)
 
 
 def test_speed_up_torchvision(capsys):

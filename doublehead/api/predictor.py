@@ -169,7 +169,7 @@ class Predictor:
             dataset = build_dataset(config, "val", classes=self.classes)
         with self._lock:
             return evaluate(
-                self.model, dataset, World(device=self.device), voc=config.format == "voc", workers=config.workers,
+                self.model, dataset, World(device=self.device), voc=dataset.is_voc, workers=config.workers,
                 progress=progress,
             )[0]  # fmt: skip
 

@@ -23,10 +23,18 @@ Changes = Mapping[str, Any]
 
 
 class TrainResult(training.TrainResult):
-    """What a training leaves: `folder`, `metrics` (those of the last evaluation, AP in 0..1), `model`, `files`."""
+    """What a training leaves: `folder`, `metrics` (those of the last evaluation, AP in 0..1), and paths."""
+
+    @property
+    def best(self) -> Path:
+        """The weights of the best AP that was measured on the way; without evaluations on the way, those of `model`."""
+        from doublehead.engine.best import BEST_FILE  # only now: it imports PyTorch
+
+        best = self.folder / BEST_FILE
+        return best if best.exists() else self.model
 
     def load(self, device: str = "auto") -> Predictor:
-        """The trained detector, as `doublehead.load` opens it."""
+        """The detector of the last step, as `doublehead.load` gives it; `doublehead.load(result.best)` is the best."""
         from .loading import load
 
         return load(self.folder, device)
@@ -70,7 +78,8 @@ def train(
         start_from: a trained detector to start from: a run's folder, a `model.safetensors`, a converted folder.
 
     Returns:
-        `folder`; `metrics`, those of the last evaluation; the paths of the files; and `load()`, the trained detector.
+        `folder`; `metrics`, those of the last evaluation; the paths `model` (the last weights), `best` and `files`; and
+            `load()`, the trained detector.
 
     Raises:
         UserError: a field does not exist or does not accept its value, the message gives its full name; arguments
@@ -84,6 +93,7 @@ def train(
     """
     if misplaced:
         raise TypeError(_where_it_belongs(misplaced))
+    out, resume, start_from = (None if path is None else Path(path).expanduser() for path in (out, resume, start_from))
     base = _base(recipe, resume)
     changes = {"data": {"root": data} if isinstance(data, (str, os.PathLike)) else data, "model": model, "train": train}
     with config_errors():

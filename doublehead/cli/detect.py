@@ -148,11 +148,13 @@ def _detect(options: Options, files: Sequence[Path], entries: list[Entry], unrea
         except BaseException as error:
             if not entries:
                 raise
-            write()
             done = f"{len(entries)} of {len(files)} pictures are done and in {folder / JSON_FILE}"
             if isinstance(error, KeyboardInterrupt):
+                write()
                 raise KeyboardInterrupt(f"{done}; to start over, add --overwrite") from None
-            print(f"stopped by an error: {done}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # a full disk, say: the first error is the one to show
+                write()
+                print(f"stopped by an error: {done}", file=sys.stderr)
             raise
         seconds = time.perf_counter() - start
     if not entries:

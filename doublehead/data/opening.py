@@ -20,11 +20,14 @@ from .layouts.layout import FAMILIES, Contents, Layout
 from .layouts.selection import OTHER_CLASS, check_classes, select_classes
 from .layouts.splits import choose, take_share
 from .layouts.unknown import no_folder
+from .names import similar_name
 from .problems import Problems
 from .shapes import ShapesDataset
 from .voc import is_voc, read_voc
 
 SHAPES_IMAGES = {"train": 4000, "val": 200}
+TITLES = {"shapes": "generated shapes", "coco": "COCO", "voc": "VOC"}
+"""Names of the sets whose layout is not looked for."""
 Role = Literal["train", "val"]
 
 
@@ -52,13 +55,17 @@ def open_splits(config: DataConfig, horizontal_flip: float = 0.0, classes: Seque
     train = _open(config, "train", layout, horizontal_flip, classes)
     val = _open(config, "val", layout, 0.0, train.classes)
     names = {"train": config.train_split, "val": config.val_split}
-    title, notes = config.format, []
+    title, notes = TITLES.get(config.format, config.format), []
     if layout is not None:
         chosen = {role: choose(layout, config, role) for role in ("train", "val")}
         names = {role: role if choice.divided else choice.split for role, choice in chosen.items()}
         title, notes = layout.title, [*(c.note for c in chosen.values() if c.note), *layout.notes]
         if chosen["val"].divided:
             notes.insert(0, f"one split: {config.val_share:.0%} held out by seed {config.split_seed}")
+        if chosen["train"].split == chosen["val"].split and not chosen["train"].divided:
+            notes.append("the validation images are trained on too")
+    alike = [(similar_name(name, train.classes[:i]), name) for i, name in enumerate(train.classes)]
+    notes += [f"classes '{one}' and '{name}' differ in case or spaces alone" for one, name in alike if one is not None]
     counts = f"{len(train)} {names['train']}, {len(val)} {names['val']}, {len(train.classes)} classes"
     return Splits(train, val, "; ".join([f"{title}: {counts}", *notes]))
 
@@ -117,7 +124,7 @@ def _open(
     if layout is not None:
         choice = choose(layout, config, split)
         name = f"{split}, divided by seed {config.split_seed}" if choice.divided else choice.split
-    title = f"{family} {root.name} ({name})"
+    title = f"{family} {root.name or root.absolute().name} ({name})"
     if not is_strict():
         text = "simplejpeg is not installed: decoding is tolerant, and damage inside a JPEG is not detected"
         warnings.warn(text, DataWarning, stacklevel=3)

@@ -56,11 +56,11 @@ def draw_sheet(datasets: Mapping[str, DetectionDataset], number: int = COLUMNS *
             if drawn == share:
                 break
             try:
-                picture = _draw(dataset, index)
+                picture, boxes = _draw(dataset, index)
             except DataError as error:
                 problems.append(f"{split}: {error}")
                 continue
-            cells.append((f"{split}: {dataset.file_names[index]}", picture))
+            cells.append((f"{split}: {dataset.file_names[index]}{'' if boxes else ' (no box)'}", picture))
             drawn += 1
     return _arrange(cells), problems
 
@@ -75,12 +75,13 @@ def _presence(dataset: DetectionDataset) -> np.ndarray:
     return presence
 
 
-def _draw(dataset: DetectionDataset, index: int) -> Image.Image:
+def _draw(dataset: DetectionDataset, index: int) -> tuple[Image.Image, int]:
+    """The picture with its boxes, and their number."""
     image, target = dataset[index]
     scale = SIDE / max(image.shape[-2:])
     size = [max(1, round(length * scale)) for length in (image.shape[-1], image.shape[-2])]
     picture = to_picture(image).resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
-    return draw_boxes(picture, target["boxes"] * scale, target["labels"], dataset.classes)
+    return draw_boxes(picture, target["boxes"] * scale, target["labels"], dataset.classes), len(target["boxes"])
 
 
 def _arrange(cells: list[tuple[str, Image.Image]]) -> Image.Image:

@@ -37,15 +37,22 @@ def started(monkeypatch):
 
 def test_changes_reach_the_training_with_the_names_of_what_was_given(started):
     result = doublehead.train(
-        "shapes-ext", data={"workers": 0}, train={"steps": 5}, model={"head": {"fc_dim": 8}}, out="o", start_from="s"
+        "shapes-ext", data={"workers": 0}, train={"steps": 5}, model={"head": {"fc_dim": 8}}, out="o", start_from="~/s"
     )
     ((recipe, given, more),) = started
     assert given == {"data.workers", "train.steps", "model.head.fc_dim"}
     assert (recipe.data.workers, recipe.train.steps, recipe.model.head.fc_dim) == (0, 5, 8)
     assert recipe.train.lr == SHAPES.train.lr
-    assert more == {"base": SHAPES, "out": "o", "resume": None, "start_from": "s"}
+    assert more == {"base": SHAPES, "out": Path("o"), "resume": None, "start_from": Path.home() / "s"}
     assert result.folder == Path("runs/x") and result.model == Path("runs/x/model.safetensors")
     assert repr(result) == "TrainResult('runs/x': AP 12.5)" and result.metrics["AP"] == 0.125
+
+
+def test_the_best_weights_are_those_of_an_evaluation_on_the_way(tmp_path):
+    result = training.TrainResult(tmp_path, {})
+    assert result.best == result.model == tmp_path / "model.safetensors"
+    (tmp_path / "best.safetensors").touch()
+    assert result.best == tmp_path / "best.safetensors"
 
 
 @pytest.mark.parametrize("data", ["cells", Path("cells"), {"root": "cells"}])
@@ -158,3 +165,4 @@ def test_the_package_lists_its_names_without_importing_them():
     with pytest.raises(AttributeError, match="module 'doublehead' has no attribute 'nonsense'"):
         doublehead.nonsense  # noqa: B018
     assert inspect.signature(doublehead.train) == inspect.signature(training.train)
+    assert inspect.getdoc(doublehead.train).startswith("Train a detector, evaluate it")

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from doublehead.cli.data import main
+from doublehead.cli.train import parse
 from tests.support.data_samples import CocoFolder, VocFolder
 from tests.support.layouts import write_layout
 
@@ -158,18 +159,18 @@ def test_overwrite_replaces(coco, tmp_path):
     assert Image.open(tmp_path / "data-set.png").format == "PNG"
 
 
-def test_the_line_to_train_repeats_the_options(coco, capsys):
-    options = [
-        "--data.format",
-        "coco",
-        "--data.val-split",
-        "train",
-        "--data.max-pixels",
-        "99999",
-        "--data.outside-root",
-    ]
-    assert count("set", *options) == 0
-    assert capsys.readouterr().out.endswith(f"to train: doublehead train --data.root set {' '.join(options)}\n")
+def test_the_line_to_train_repeats_the_options_and_train_understands_it(coco, capsys):
+    options = (
+        "--data.format coco --data.val-split train --data.classes dog cat --data.train-images 2 --data.val-images 2"
+    )
+    options += " --data.max-pixels 99999 --data.val-share 0.5 --data.split-seed 3 --data.outside-root"
+    assert count("set", *options.split()) == 0
+    line = capsys.readouterr().out.splitlines()[-1].removeprefix("to train: ")
+    assert set(line.split()) == {"doublehead", "train", "--data.root", "set", *options.split()}
+    data = parse(line.split()[2:]).recipe.data
+    assert (data.root, data.format, data.val_split, data.classes) == ("set", "coco", "train", ("dog", "cat"))
+    assert (data.train_images, data.val_images, data.max_pixels, data.outside_root) == (2, 2, 99999, True)
+    assert (data.val_share, data.split_seed) == (0.5, 3)
 
 
 @pytest.mark.parametrize(

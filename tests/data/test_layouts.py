@@ -115,6 +115,12 @@ class TestDivision:
         root = write_layout("coco-cvat", tmp_path)
         assert len(self.names(root, val_split="all")) == len(self.names(root, val_split="default")) == 8
 
+    def test_training_on_everything_is_said(self, tmp_path):
+        root = write_layout("coco-cvat", tmp_path)
+        said = open_splits(auto(root, train_split="all")).said
+        assert "one split: 20% held out" not in said or said.endswith("; the validation images are trained on too")
+        assert open_splits(auto(root, train_split="all", val_split="all")).said.endswith("are trained on too")
+
     def test_copies_of_one_picture_stay_together(self, tmp_path):
         names = [f"{i}_jpg.rf.{copy * 32}.jpg" for i in range(6) for copy in "ab"]
         samples = [Sample(name[:-4], 20, 20, (("apple", (1, 1, 9, 9)),)) for name in names]
@@ -232,6 +238,26 @@ class TestClasses:
         assert contents(data)["b0.jpg"] == drawn(VAL)["b0.jpg"] and contents(data)["b1.jpg"] == []
         with pytest.raises(DataError, match="class 'banana' is not among the classes"):
             build_dataset(auto(root), "val", classes=["cherry", "apple"])
+
+
+def test_classes_that_differ_in_case_alone_are_said(tmp_path):
+    more = Sample("c0", 20, 20, (("Apple", (1, 1, 9, 9)),))
+    root = write_layout("voc", tmp_path, (*TRAIN, more), VAL)
+    assert open_splits(auto(root)).said.endswith("classes 'Apple' and 'apple' differ in case or spaces alone")
+
+
+@pytest.mark.parametrize("name, file", [
+    ("labelme", "a0.json"), ("xml-beside", "a0.xml"), ("yolo", "labels/train/a0.txt"), ("coco-cvat", "result.json"),
+    ("voc-lists-at-root", "train.txt"), ("coco-annotations", "annotations/train.json"), ("yolo", "data.yaml"),
+])  # fmt: skip
+def test_pipes_are_not_waited_for(tmp_path, name, file):
+    root = write_layout(name, tmp_path)
+    (root / file).unlink(missing_ok=True)
+    os.mkfifo(root / file)
+    try:
+        open_splits(auto(root))
+    except DataError as error:
+        assert "\n" not in str(error)
 
 
 def test_placeholder_that_is_used_stays(tmp_path):

@@ -68,6 +68,8 @@ def test_the_best_score_takes_the_box_it_overlaps_most_whatever_its_class():
     truths = [box(0, 0, A), box(0, 3, B)]
     assert confusion(truths, [box(0, 1, B, score=0.9)]) == [[0, 1, 0], [0, 0, 1], [0, 0, 0]]  # 1 pixel off, not 2
     assert confusion(truths, [box(0, 1, B, score=0.9), box(0, 1, A, score=0.8)]) == [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
+    last_first = [box(0, 1, A, score=0.8), box(0, 1, B, score=0.9)]
+    assert confusion(truths, last_first) == [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
     doubled = [box(0, 0, A, score=0.9), box(0, 0, A, score=0.95)]
     assert confusion(truths[:1], doubled) == [[1, 0, 0], [0, 0, 0], [1, 0, 0]]
 

@@ -15,6 +15,8 @@ SPLIT_WORDS = {
     "test": ("test", "testing"),
 }
 """What names of splits mean."""
+BESIDE_SPLITS = frozenset("images image imgs img pictures set data coco voc yolo labelme".split())
+"""Words in the name of a split's folder that say nothing more."""
 IMAGE_FOLDERS = ("images", "JPEGImages", "image", "imgs", "img", "data")
 COCO_KEYS = frozenset(("info", "licenses", "images", "annotations", "categories", "type"))
 LABELME_KEYS = frozenset(("version", "flags", "shapes", "imagePath", "imageData", "imageHeight", "imageWidth",
@@ -26,9 +28,13 @@ FIRST_KEY = re.compile(r'\s*\{\s*"([^"\\]{1,80})"\s*:')
 
 def split_word(name: str) -> str | None:
     """`train`, `val` or `test`, if exactly one of these is meant by a name such as `coco_train2017`."""
-    words = re.findall("[a-z]+", name.lower())
+    words = _words(name)
     meant = {split for split, spellings in SPLIT_WORDS.items() if not set(spellings).isdisjoint(words)}
     return meant.pop() if len(meant) == 1 else None
+
+
+def _words(name: str) -> list[str]:
+    return re.findall("[a-z]+", name.lower())
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -42,8 +48,9 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
-    """The folders in a folder whose names mean a split."""
-    return {path.name: path for path in subfolders(folder) if split_word(path.name)}
+    """The folders in a folder whose names mean a split and nothing else: `train2017`, not `train-station`."""
+    found = [path for path in subfolders(folder) if split_word(path.name)]
+    return {path.name: path for path in found if len(set(_words(path.name)) - BESIDE_SPLITS) == 1}
 
 
 def child(folder: Path, names: Sequence[str]) -> Path | None:
@@ -70,6 +77,8 @@ def images_by_stem(folder: Path) -> dict[str, str]:
 
 def json_kind(path: Path) -> Literal["coco", "labelme", "list", "other"]:
     """What a JSON file seems to hold, by its beginning."""
+    if not is_file(path):  # opening a pipe may wait forever
+        return "other"
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             start = file.read(PEEK)

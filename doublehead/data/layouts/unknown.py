@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...errors import DataError
 from ..coco_json import load_coco
-from .folders import IMAGE_SUFFIXES, files_in, json_kind, subfolders
+from .folders import IMAGE_SUFFIXES, files_in, is_file, json_kind, subfolders
 from .layout import Family, Layout
 
 ACCEPTED: dict[Family, str] = {
@@ -105,7 +105,7 @@ def _foreign_files(root: Path, folders: Sequence[Path]) -> str | None:
                 return f"{(folder / names[0]).relative_to(root)} is {what}"
     for folder in folders[:1]:
         for name in files_in(folder, (".xml",))[:3]:
-            if b"<annotations" in (folder / name).read_bytes()[:2000]:
+            if is_file(folder / name) and b"<annotations" in (folder / name).read_bytes()[:2000]:
                 return f"{name} holds all images in one, as CVAT's own XML does: export as COCO 1.0 instead"
     return None
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from ..voc import listed_names, read_xml
-from .folders import IMAGE_FOLDERS, child, files_in, images_by_stem, split_folders, split_word
+from .folders import IMAGE_FOLDERS, child, files_in, images_by_stem, is_file, split_folders, split_word
 from .layout import Contents, Layout
 
 ANNOTATION_FOLDERS = ("Annotations", "xml", "xmls", "labels")
@@ -63,6 +63,8 @@ def _has_xml(folder: Path) -> bool:
 
 
 def _is_voc(path: Path) -> bool:
+    if not is_file(path):
+        return False
     try:
         start = path.read_bytes()[:2000].replace(b"\0", b"")
     except OSError:
@@ -73,7 +75,7 @@ def _is_voc(path: Path) -> bool:
 def _lists(root: Path) -> dict[str, Path]:
     """Split -> list, without VOC's lists of single classes (`cat_train.txt`)."""
     for folder in (root / "ImageSets" / "Main", root / "ImageSets", root):
-        names = [Path(name).stem for name in files_in(folder, (".txt",))]
+        names = [Path(name).stem for name in files_in(folder, (".txt",)) if is_file(folder / name)]
         if folder == root:
             names = [name for name in names if split_word(name)]
         plain = [name for name in names if "_" not in name] or names

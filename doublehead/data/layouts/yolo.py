@@ -115,11 +115,10 @@ def _image_folders(root: Path) -> dict[str, Path]:
 
 def _has_labels(folder: Path, root: Path) -> bool:
     """Whether some image in the folder, not below, has a label file in the root."""
-    for name in files_in(folder, IMAGE_SUFFIXES):
-        file = label_file(folder / name)
-        if file.name.lower() not in OTHER_TEXTS and file.is_relative_to(root) and file.is_file():
-            return True
-    return False
+    images = {Path(name).stem for name in files_in(folder, IMAGE_SUFFIXES)}
+    places = dict.fromkeys((label_file(folder / "any.jpg").parent, folder))
+    texts = {name for place in places if place.is_relative_to(root) for name in files_in(place, (".txt",))}
+    return any(Path(name).stem in images for name in texts if name.lower() not in OTHER_TEXTS)
 
 
 def _name_file(root: Path, folders: Sequence[Path]) -> Path | None:
