@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from doublehead.config import TrainConfig, check
+from doublehead.config import AugmentConfig, TrainConfig, check
 from doublehead.recipes import RECIPES
 from doublehead.recipes.own_data import Facts, adapt, describe
 
@@ -138,8 +138,9 @@ def test_long_evaluations_are_rare():
 
 
 def test_augmentation_grows_with_the_passes():
-    few, many = (adapt(OWN, replace(CELLS, images=count), ()).train.augment for count in (20, 1000))
-    assert few.crop > many.crop == 0 and few.scale[1] > many.scale[1] > 1
+    few, more, many = (adapt(OWN, replace(CELLS, images=count), ()).train.augment for count in (20, 60, 1000))
+    assert few.crop > more.crop == 0 and few.scale[1] > more.scale[1] > 1
+    assert many == AugmentConfig()
 
 
 class Annotated:
