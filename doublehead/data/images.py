@@ -151,9 +151,7 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in FLIPS else 1
 
 
-def _is_turned(
-    image: Image.Image, size: tuple[int, int] | None, path: str | Path, shown_upright: bool = False
-) -> bool:
+def _is_turned(image: Image.Image, size: tuple[int, int] | None, path: str | Path, shown_upright: bool = False) -> bool:
     """Whether the orientation to use is not the stored one: only the upright one has the size, or it comes first."""
     width, height = image.size
     if shown_upright and image.format in PHOTOGRAPHS:
