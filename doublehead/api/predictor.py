@@ -220,10 +220,9 @@ class Predictor:
             outputs = self._run_exported(images) if self.exported else self._run_model(images)
         found = []
         for image, output in zip(images, outputs, strict=True):
-            # Copied outside of inference mode: its tensors may not be changed in place, nor take part in gradients.
-            output = {name: values.cpu().clone() for name, values in output.items()}
-            keep = output["scores"] >= threshold
-            kept = (output[name][keep] for name in ("boxes", "labels", "scores"))
+            # Selected outside of inference mode, these are ordinary tensors: they may be changed in place.
+            keep = output["scores"].cpu() >= threshold
+            kept = (output[name].cpu()[keep] for name in ("boxes", "labels", "scores"))
             found.append(Detections(*kept, self.classes, tuple(image.shape[1:])))
         return found
 

@@ -40,6 +40,15 @@ def test_names_that_lead_out_are_refused(tmp_path, prefix):
         build_dataset(auto(root, train_split="all"), "train")
 
 
+def test_a_single_name_that_leads_out_is_a_bad_record(tmp_path):
+    root = write_layout("coco-flat", tmp_path / "set")
+    content = coco(TRAIN)
+    content["images"][0]["file_name"] = "../../a0.jpg"
+    write(root / "annotations" / "instances_train.json", content)
+    with pytest.raises(DataError, match=r"images\[0\]: file_name: '../../a0.jpg' has '\.\.' in it"):
+        build_dataset(auto(root), "train")
+
+
 def test_last_parts_that_are_not_unique_are_not_used(tmp_path):
     root = write_layout("coco-label-studio", tmp_path / "set")
     content = coco(TRAIN[:2], "/data/")

@@ -50,6 +50,9 @@ def test_polygons_and_turned_boxes_become_the_box_around_them(one):
 def test_rounding_at_the_border_is_no_note_but_more_is(one):
     data = one("0 0.500001 0.5 1 1.000004\n")
     assert data[0][1]["boxes"].tolist() == [[pytest.approx(0, abs=1e-4), 0, 64, 48]] and data.clipped == 0
+    Image.new("RGB", (4000, 10)).save(one.root / "images" / "a0.jpg")  # a millionth is not a thousandth of a pixel
+    data = one("0 0.500008 0.5 1 1\n")
+    assert data[0][1]["boxes"][0, 2] == 4000 and data.clipped == 0
     with pytest.warns(DataWarning, match="cut 1 x box"):
         data = one("0 0.1 0.5 0.3 0.5\n")
     assert data[0][1]["boxes"][0, 0] == 0 and data.clipped == 1

@@ -19,7 +19,7 @@ from doublehead.recipes import RECIPES
 from tests.support import torchvision_models
 from tests.support.engine_standin import one_thread  # noqa: F401 (a fixture)
 from tests.support.page_samples import desk as fill
-from tests.support.page_samples import recipe
+from tests.support.page_samples import narrow_resnet, recipe, weights_of_others
 from tests.support.pages import PAGES, commands, examples, once
 
 COMMANDS = once(command for page in PAGES for command in commands(page))
@@ -50,6 +50,8 @@ NOT_RUN = {
     "doublehead export runs/shapes-ext-1 detector.pt2": "compiling takes a minute; tests/exporting does it",
 }  # fmt: skip
 """Commands that do not run here, each with the reason.  Their options are still parsed where they are doublehead's."""
+
+RESNET = torchvision.models.resnet18
 
 STANDS_FOR = {"RECIPE": "double-head-r50-fpn", "runs/RECIPE": "runs/one"}
 """What a reader puts in place of a word in capitals."""
@@ -106,8 +108,9 @@ NOT_EXECUTED = {
 """Python examples that are not executed, by a text they hold, each with the reason.  Their imports are."""
 
 
-def leave_out_drawing(monkeypatch) -> None:
-    """Charts take twice as long as all the rest of a tiny training; tests/engine draws them."""
+def make_small(monkeypatch) -> None:
+    """A narrow ResNet-18, and no charts: they take twice as long as all the rest of a tiny training."""
+    monkeypatch.setattr(torchvision.models, "resnet18", narrow_resnet)
     monkeypatch.setattr("doublehead.engine.charts.draw_charts", lambda *_, **__: [])
     monkeypatch.setattr("doublehead.engine.pictures.draw_curves", lambda *_: None)
 
@@ -115,15 +118,16 @@ def leave_out_drawing(monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        leave_out_drawing(monkeypatch)
-        return fill(tmp_path_factory.mktemp("desk"))
+        folder = weights_of_others(tmp_path_factory.mktemp("desk"))
+        make_small(monkeypatch)
+        return fill(folder)
 
 
 @pytest.fixture
 def here(desk, monkeypatch):
     """The folder in which a reader's command runs; what it made there is gone afterwards."""
     monkeypatch.chdir(desk)
-    leave_out_drawing(monkeypatch)
+    make_small(monkeypatch)
     for name, value in {"SIZES": 3, "OFFSETS": 5, "WINDOWS": 3**2 * 5**2}.items():  # 225 windows of 14,161
         monkeypatch.setattr(f"doublehead.analysis.windows.{name}", value)
     folders = [desk, desk / "runs", desk / "models"]
@@ -160,6 +164,7 @@ def way(command) -> str:
     through the same code."""
     text = re.sub(r"--(?!data\.root)(data|train|model)\.\S+( [^-\s]\S*)*", "", command.text)
     text = re.sub(r"(--from|--resume) \S+|--out \S+", r"\1", text)
+    text = re.sub(r"(analyze \S+) .*", r"\1", text)
     return " ".join("RECIPE" if word in RECIPES else word for word in text.split())
 
 
@@ -182,8 +187,10 @@ def appended(command) -> list[str]:
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if is_run(c)], ids=str)
-def test_a_command_runs(command, here, capsys):
+def test_a_command_runs(command, here, capsys, monkeypatch):
     words = words_of(command)
+    if words[0] == "convert":  # of real widths
+        monkeypatch.setattr(torchvision.models, "resnet18", RESNET)
     with aside(here / words[2] if words[0] == "convert" else here / "nothing"):
         try:
             cli.main([*words, *appended(command)])
@@ -196,7 +203,7 @@ def test_a_command_runs(command, here, capsys):
             assert (here / words[words.index(option) + 1]).exists()
 
 
-WORK = {"train": "start", "export": "run", "tables": "run_smoke"}
+WORK = {"train": "start", "analyze": "run", "export": "run", "tables": "run_smoke"}
 """What a command's module calls once it has parsed its options."""
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from doublehead.config import DataConfig, DetectionConfig, Recipe, to_dict
 from doublehead.data.shapes import CLASSES as SHAPES
@@ -27,6 +28,18 @@ from tests.support.tiny_detectors import tiny
 from tests.support.torchvision_states import torchvision_state
 
 ANIMALS = ["cat", "dog", "bird"]
+
+
+class NarrowResNet(ResNet):
+    """An eighth of the channels."""
+
+    def _make_layer(self, block, planes, *options, **more):
+        return super()._make_layer(block, planes // 8, *options, **more)
+
+
+def narrow_resnet(weights: None, norm_layer) -> ResNet:
+    """Stands in for `torchvision.models.resnet18`: files of 45 megabytes would take longer than all the rest."""
+    return NarrowResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
 
 
 def blood_cells(root: Path, splits: tuple[str, ...]) -> None:
@@ -80,7 +93,7 @@ def model(folder: Path, kind: str, classes: list[str]) -> None:
     write_json(folder / "recipe.json", to_dict(used))
 
 
-def weights_of_others(folder: Path) -> None:
+def weights_of_others(folder: Path) -> Path:
     """Checkpoints of the other projects, under the names of published ones."""
     torch.save(torchvision_state(90), folder / "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth")
     noise = [torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8)]
@@ -93,16 +106,16 @@ def weights_of_others(folder: Path) -> None:
     (folder / "model_final_b275ba.pkl").write_bytes(pickle.dumps({"model": arrays}, protocol=2))
     torch.save({"meta": {}, "state_dict": mm.tensors}, folder / "dh_faster_rcnn_r50_fpn_1x_coco.pth")
     torch.save({"model": release.tensors}, folder / "authors_r50.pth")
+    return folder
 
 
 def desk(folder: Path) -> Path:
-    """`folder`, with everything that the commands of the pages name."""
+    """`folder`, with everything else that the commands of the pages name."""
     blood_cells(folder / "data/cells", ())
     blood_cells(folder / "data/BCCD", ("test",))
     coco(folder / "data/coco")
     for name in ("street.jpg", "square.jpg", "photos/a.jpg", "more/b.jpg"):
         picture(folder / name, 80, 64)
-    weights_of_others(folder)
     cells = DataConfig(format="voc", root=str(folder / "data/cells"), workers=0)
     stopped_run(folder / "runs/own-data-1", recipe("double_head_ext", cells))
     for name in ("shapes-ext-1", "bccd-small-1"):  # files are replaced, never changed: links will do
