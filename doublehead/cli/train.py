@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from typing import Annotated, NamedTuple
 import tyro
 
 from doublehead.config import DataConfig, ModelConfig, Recipe, TrainConfig, check, field_names
-from doublehead.engine.commands import train_again_command
+from doublehead.engine.commands import train_again_command, train_recipe_command
 from doublehead.engine.files import read_recipe, read_recipe_file
 from doublehead.engine.training import check_arguments, start, write_recipe
 from doublehead.errors import UserError, config_errors, shown_to_user
@@ -73,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recipe, options, given, base = parse(sys.argv[1:] if arguments is None else arguments)
         if options.write_recipe is not None:
             write_recipe(options.write_recipe, recipe, given, base=base, start_from=options.start_from)
-            print(f"written: {options.write_recipe}; train it: {PROGRAM} --recipe {shlex.quote(options.write_recipe)}")
+            print(f"written: {options.write_recipe}; train it: "
+                  f"{train_recipe_command(options.write_recipe, options.start_from)}")  # fmt: skip
             return
         start(recipe, given, base=base, out=options.out, resume=options.resume, start_from=options.start_from)
 

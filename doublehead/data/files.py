@@ -66,6 +66,8 @@ class RawImage:
     objects: list[RawObject] = field(default_factory=list)
     errors: list[DataError] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+    shown_upright: bool = False
+    """Whether its boxes refer to the image turned upright, see `images`."""
 
 
 CLIPPED = "cut {} x box at the image's border"
@@ -99,7 +101,7 @@ class FileDataset(DetectionDataset):
         self.name, self.classes, self.category_ids = name, classes, category_ids
         self.horizontal_flip, self.replace_unreadable = horizontal_flip, train and problems.skip
         self.unused, self._max_pixels = Counter(), max_pixels
-        self.image_ids, self.file_names, self.image_sizes, self._paths = [], [], [], []
+        self.image_ids, self.file_names, self.image_sizes, self._paths, self._upright = [], [], [], [], []
         kept: list[RawObject] = []
         ends = [0]
         read = objects_read = 0
@@ -113,6 +115,7 @@ class FileDataset(DetectionDataset):
                 self.unused["box without area"] += sum(item.without_area for item in objects)
                 continue
             self._paths.append(image.path)
+            self._upright.append(image.shown_upright)
             self.image_ids.append(image.image_id)
             self.file_names.append(image.file_name)
             self.image_sizes.append(size)
@@ -159,7 +162,9 @@ class FileDataset(DetectionDataset):
         return self._paths
 
     def load(self, index: int) -> tuple[Tensor, Target]:
-        image = read_image(self._paths[index], self.image_sizes[index], max_pixels=self._max_pixels)
+        image = read_image(
+            self._paths[index], self.image_sizes[index], shown_upright=self._upright[index], max_pixels=self._max_pixels
+        )
         mine = slice(self._ends[index], self._ends[index + 1])
         seen = self._targets[mine]
         return image, make_target(self._boxes[mine][seen], self._labels[mine][seen], self.image_ids[index])
@@ -186,7 +191,7 @@ def _checked(
         if isinstance(image, DataError):
             return image
         try:
-            return check_image(image.path, image.size, decode, max_pixels)
+            return check_image(image.path, image.size, decode, max_pixels, image.shown_upright)
         except DataError as error:
             return error
 

@@ -2,8 +2,9 @@
 
 Orientation: boxes refer to the pixels as stored (COCO's tools) or to the image turned by its EXIF orientation
 (labelling tools that show photos upright).  The size in the annotation decides: pixels are used as stored if their size
-matches, and turned upright if only that matches.  Without a size they are used as stored.  Detection uses upright
-images.
+matches, and turned upright if only that matches.  Without a size they are used as stored.  A size cannot tell whether
+boxes refer to an image that is turned by half, mirrored or square: for the formats whose tools all show photographs
+upright, YOLO's and LabelMe's, that orientation of a JPEG comes first (`shown_upright`).  Detection uses upright images.
 
 Only regular files are opened, because reading a pipe or a device may block forever.  The number of pixels is checked
 before decoding, because a small file may declare an image that fills the memory.
@@ -31,19 +32,23 @@ END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 EXIF_ORIENTATION = 0x0112
 PROGRAMS = {"EPS", "WMF"}
 """Pillow's names of formats with drawing commands, for which it runs Ghostscript or calls Windows."""
+PHOTOGRAPHS = ("JPEG", "MPO")
+"""Pillow's names of the formats whose EXIF orientation all tools follow."""
 #: Orientation -> axes of `[H, W, 3]` to flip, after rows and columns have been swapped (from 5 on).
 FLIPS = {1: (), 2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}
 
 
 def read_image(
-    path: str | Path, size: tuple[int, int] | None = None, *, upright: bool = False, max_pixels: int = MAX_PIXELS
-) -> Tensor:
+    path: str | Path, size: tuple[int, int] | None = None, *, upright: bool = False, shown_upright: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> Tensor:  # fmt: skip
     """Decode an image file.
 
     Args:
         path: any format that Pillow reads, but icons and drawing commands.
         size: (height, width) that the image must have, in the orientation of its boxes.
         upright: apply the EXIF orientation; `size` must be None.
+        shown_upright: apply a JPEG's EXIF orientation unless only the stored one has the size.
         max_pixels: refuse a larger image; at most `MOST_PIXELS`.
 
     Returns:
@@ -55,32 +60,33 @@ def read_image(
     """
     with _reading(path, max_pixels) as image:
         orientation = _orientation(image)
-        turned = upright or _is_turned(image, size, path)
+        turned = upright or _is_turned(image, size, path, shown_upright)
         pixels = to_rgb(image, path)
         pixels = torch.from_numpy(_upright(pixels, orientation) if turned else pixels).permute(2, 0, 1)
     return pixels if upright else pixels.contiguous()
 
 
 def check_image(
-    path: str | Path, size: tuple[int, int] | None, decode: bool = False, max_pixels: int = MAX_PIXELS
-) -> tuple[int, int]:
+    path: str | Path, size: tuple[int, int] | None, decode: bool = False, max_pixels: int = MAX_PIXELS,
+    shown_upright: bool = False,
+) -> tuple[int, int]:  # fmt: skip
     """The image's (height, width), after checking its header and end; cheap for complete files.
 
     Args:
         size: see `read_image`; None: any size.
         decode: always decode the file.  Otherwise it is decoded only if its format's end marker is missing, to find
             out whether it is truncated or merely has something appended.
-        max_pixels: see `read_image`.
+        max_pixels, shown_upright: see `read_image`.
 
     Raises:
         DataError: see `read_image`.
     """
     with _reading(path, max_pixels) as image:
         width, height = image.size
-        turned = _is_turned(image, size, path)
+        turned = _is_turned(image, size, path, shown_upright) and _orientation(image) >= 5
         if not decode and _ends_properly(path, image.format):
             return (width, height) if turned else (height, width)
-    pixels = read_image(path, size, max_pixels=max_pixels)
+    pixels = read_image(path, size, shown_upright=shown_upright, max_pixels=max_pixels)
     return pixels.shape[1], pixels.shape[2]
 
 
@@ -92,7 +98,7 @@ def upright_size(path: str | Path) -> tuple[int, int]:
     """
     with _reading(path, MOST_PIXELS) as image:
         width, height = image.size
-        turned = image.format in ("JPEG", "MPO") and _orientation(image) >= 5
+        turned = image.format in PHOTOGRAPHS and _orientation(image) >= 5
         return (width, height) if turned else (height, width)
 
 
@@ -145,9 +151,13 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in FLIPS else 1
 
 
-def _is_turned(image: Image.Image, size: tuple[int, int] | None, path: str | Path) -> bool:
-    """Whether only the upright orientation has the required size."""
+def _is_turned(image: Image.Image, size: tuple[int, int] | None, path: str | Path, shown_upright: bool = False) -> bool:
+    """Whether the orientation to use is not the stored one: only the upright one has the size, or it comes first."""
     width, height = image.size
+    if shown_upright and image.format in PHOTOGRAPHS:
+        orientation = _orientation(image)
+        if size in (None, (width, height) if orientation >= 5 else (height, width)):
+            return orientation != 1
     if size is None or size == (height, width):
         return False
     if size == (width, height) and _orientation(image) >= 5:

@@ -3,7 +3,8 @@
 Points are pixels between pixel edges, as boxes are here: a rectangle's two corners, in any order, are x1, y1, x2, y2.
 A polygon, a circle or a mask becomes the box around it.  Shapes of one label with the same `group_id` are the parts of
 one object, as in LabelMe's own converters.  Points and lines have no box: they are left out and counted.  `imageData`
-is not used.
+is not used.  Points are those of the picture shown upright (a JPEG's EXIF orientation applied), unless the size that
+the file states is that of the stored one alone.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def _images(
     for number, (name, path) in enumerate(files, 1):
         try:
             content = load_labelme(path)
-            image = RawImage(number, name, str(locate(_image_path(content, path), path)), _size(content, path))
+            file = str(locate(_image_path(content, path), path))
+            image = RawImage(number, name, file, _size(content, path), shown_upright=True)
         except DataError as error:
             yield error
             continue

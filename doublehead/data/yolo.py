@@ -62,7 +62,7 @@ class _Reader:
             except DataError as error:
                 yield error
                 continue
-            image = RawImage(number, name, str(path), (height, width) if lines else None)
+            image = RawImage(number, name, str(path), (height, width) if lines else None, shown_upright=True)
             for where, line in lines:
                 self.objects += 1
                 try:

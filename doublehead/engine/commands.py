@@ -15,6 +15,11 @@ def train_command(root: str | None, start_from: str | Path | None = None) -> str
     return f"doublehead train{_from(start_from)} --data.root {shlex.quote(root) if root else 'DIR'}"
 
 
+def train_recipe_command(path: str | Path, start_from: str | Path | None = None) -> str:
+    """The command that trains the recipe in a file, from a trained detector or not."""
+    return f"doublehead train --recipe {shlex.quote(str(path))}{_from(start_from)}"
+
+
 def train_again_command(folder: Path, recipe: Recipe, start_from: Path | None) -> str:
     """The command of another run on the data of the one in `folder`.
 
@@ -24,7 +29,7 @@ def train_again_command(folder: Path, recipe: Recipe, start_from: Path | None) -
     """
     known = RECIPES.get(recipe.name)
     if start_from is None or (known is not None and known.data.format == recipe.data.format == "shapes"):
-        return f"doublehead train --recipe {shlex.quote(str(folder / RECIPE_FILE))}{_from(start_from)}"
+        return train_recipe_command(folder / RECIPE_FILE, start_from)
     return train_command(recipe.data.root, start_from)
 
 

@@ -11,7 +11,7 @@ from doublehead.config import Recipe, check
 from doublehead.data import DetectionDataset, Splits, open_splits
 from doublehead.engine.distributed import World
 from doublehead.engine.schedule import planned
-from doublehead.engine.starting import Source, read_source
+from doublehead.engine.starting import Source, read_source, without_start
 from doublehead.engine.trainer import check_config
 from doublehead.errors import config_errors
 from doublehead.recipes import RECIPES
@@ -70,10 +70,12 @@ def prepare(
             check_config(recipe.train, world)
             splits = open_splits(recipe.data, recipe.train.horizontal_flip, classes)
             return Prepared(recipe, splits.train, splits.val, splits.said, None, [])
-        recipe, source = _all_images(recipe, wishes), None
+        recipe, source, begun = _all_images(recipe, wishes), None, []
         if wishes.start_from is not None:
             source = read_source(wishes.start_from, recipe, wishes.given)
             recipe = source.recipe(recipe)
+        elif not wishes.resumed:
+            recipe, begun = without_start(recipe)
         if not wishes.adapts:
             check_config(recipe.train, world)
         splits = open_splits(recipe.data, recipe.train.horizontal_flip, classes)
@@ -81,7 +83,7 @@ def prepare(
         splits.train.horizontal_flip = recipe.train.horizontal_flip
         check(recipe)
         check_config(recipe.train, world)
-    return Prepared(recipe, splits.train, splits.val, splits.said, source, notes)
+    return Prepared(recipe, splits.train, splits.val, splits.said, source, [*begun, *notes])
 
 
 def _all_images(recipe: Recipe, wishes: Wishes) -> Recipe:

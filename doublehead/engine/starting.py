@@ -106,6 +106,15 @@ class Source:
         )
 
 
+def without_start(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """A recipe of a run that started from a detector, for one that does not; and a note that says so."""
+    about, separator, path = recipe.about.partition(_ABOUT)
+    if not separator or recipe.model.backbone.weights is not None:
+        return recipe, []
+    note = f"the recipe is of a run that started from {path}: without --from {path} all weights begin at random"
+    return replace(recipe, about=about), [note]
+
+
 def read_source(path: str | Path, recipe: Recipe, given: Collection[str]) -> Source:
     """Open the detector to start from: a run's or a converted model's folder, or a model.safetensors.
 

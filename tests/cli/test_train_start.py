@@ -226,6 +226,20 @@ def test_a_fitted_recipe_from_a_file_stays_as_it_is(data, tiny, tmp_path, capsys
     assert json.loads((tmp_path / "out" / "recipe.json").read_text()) == fitted
 
 
+def test_a_recipe_in_a_file_brings_no_weights_of_a_detector_and_says_so(data, trained, tiny, tmp_path, capsys):
+    path, out = tmp_path / "fitted.json", tmp_path / "out"
+    assert tiny("--data.root", data, *OWN, "--from", trained, "--write-recipe", path) == 0
+    line = f"train it: doublehead train --recipe {path} --from {trained}\n"
+    assert line in capsys.readouterr().out
+    assert json.loads(path.read_text())["about"].endswith(f"; from {trained}")
+    assert tiny("--recipe", path, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert f"note: the recipe is of a run that started from {trained}: without --from {trained} all weights" in said
+    assert "from " not in json.loads((out / "recipe.json").read_text())["about"]
+    assert tiny("--recipe", path, "--from", trained, "--out", tmp_path / "again") == 0
+    assert "all weights begin at random" not in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------- a finished run and other data
 
 

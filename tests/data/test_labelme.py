@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from doublehead.config import DataConfig
 from doublehead.data import DataError, DataWarning, build_dataset, open_splits
@@ -51,6 +53,24 @@ def test_kinds_of_shapes(one):
     ]  # fmt: skip
     assert data.classes == ["apple", "pear"] and data[0][1]["labels"].tolist() == [1, 2, 1, 1, 1, 1]
     assert data.unused == {"point or line": 2}
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4, 6])
+def test_photographs_are_read_as_the_shapes_were_drawn(one, orientation):
+    """Upright, unless the size says that the tool did not turn them."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open(one.root / "a0.jpg") as image:
+        image.save(one.root / "a0.jpg", exif=exif)
+    with Image.open(one.root / "a0.jpg") as image:
+        stored, shown = np.asarray(image), np.asarray(ImageOps.exif_transpose(image))
+    for height, width in {shown.shape[:2], (None, None)}:
+        data = one(shape("rectangle", [[3, 4], [9, 9]]), imageHeight=height, imageWidth=width)
+        assert np.array_equal(data[0][0].permute(1, 2, 0).numpy(), shown)
+        assert data.image_sizes[0] == shown.shape[:2]
+    if orientation == 6:
+        data = one(shape("rectangle", [[3, 4], [9, 9]]), imageHeight=48, imageWidth=64)
+        assert np.array_equal(data[0][0].permute(1, 2, 0).numpy(), stored)
 
 
 def test_the_parts_of_a_group_are_one_object(one):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from doublehead.config import DataConfig
 from doublehead.data import DataError, DataWarning, build_dataset, open_splits
@@ -104,6 +105,23 @@ def test_shares_are_of_the_picture_as_shown(one):
     data = one("0 0.5 0.5 1 0.5\n")
     assert data.image_sizes[0] == (64, 48) and data[0][1]["boxes"].tolist() == [[0, 16, 48, 48]]
     assert data[0][0].shape == (3, 64, 48)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_read_as_their_labels_were_drawn(one, orientation):
+    """Also where the size does not tell: turned by half, mirrored, square, without objects."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name, size in (("a0", (64, 48)), ("b2", (64, 48)), ("c0", (48, 48))):
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), np.uint8))
+        picture.resize(size).save(one.root / "images" / f"{name}.jpg", exif=exif)
+    write(one.root / "labels" / "c0.txt", "0 0.25 0.25 0.5 0.5\n")
+    data = one("0 0.5 0.5 1 0.5\n")
+    for index in range(3):
+        with Image.open(data.paths[index]) as image:
+            shown = np.asarray(ImageOps.exif_transpose(image))
+        assert data.image_sizes[index] == shown.shape[:2]
+        assert np.array_equal(data[index][0].permute(1, 2, 0).numpy(), shown)
 
 
 def test_a_pose_set_has_key_points_after_the_box(tmp_path):
