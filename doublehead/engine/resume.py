@@ -145,7 +145,7 @@ def changes(before: Recipe, now: Recipe) -> list[str]:
 
 
 def check_state(folder: Path, state: dict[str, Any], recipe: Recipe, dataset: Any) -> None:
-    """Refuse a state of another recipe or other data, or of more steps than `recipe` has.
+    """Refuse a state of another recipe or other data, of more steps than `recipe` has, or to measure on other images.
 
     Raises:
         UserError: names what differs.
@@ -171,6 +171,27 @@ def check_state(folder: Path, state: dict[str, Any], recipe: Recipe, dataset: An
             f"{folder} has done {state['step']} steps already, more than train.steps {recipe.train.steps}: "
             f"give --train.steps {state['step']} or more, or begin another run from its weights: "
             f"{train_again_command(folder, recipe, folder)}"
+        )
+    if recipe.train.steps == state["step"] and (folder / "metrics.json").exists():
+        _check_validation(folder, recipe)
+
+
+def _check_validation(folder: Path, recipe: Recipe) -> None:
+    """Refuse other validation images for a finished run: its metrics would be overwritten by those of other images.
+
+    Raises:
+        UserError: names the fields, and the command that measures without writing into the folder.
+    """
+    if not (folder / RECIPE_FILE).exists():
+        return
+    names = ("data.val_split", "data.val_images")
+    changed = [text for text in changes(read_recipe(folder), recipe) if text.startswith(names)]
+    if changed:
+        options = {"--data.val-split": recipe.data.val_split, "--data.val-images": recipe.data.val_images}
+        given = " ".join(f"{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None)
+        raise UserError(
+            f"{folder} is finished, and its results are those of its own validation images ({', '.join(changed)}); "
+            f"measure it on others: doublehead evaluate {shlex.quote(str(folder))} {given}"
         )
 
 

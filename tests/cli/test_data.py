@@ -44,7 +44,7 @@ def test_counts_and_sheet(coco, tmp_path, capsys):
     assert ["all", *"2 2 - - 2 2 2 - - 2".split()] in rows
     assert ["images", "3", "3"] in rows and ["images", "without", "boxes", "1", "1"] in rows
     assert ["crowd", "or", "difficult", "1", "1"] in rows
-    assert shown.startswith("coco: 2 train, 3 val, 2 classes\n\n") and shown.startswith(answer["said"])
+    assert shown.startswith("COCO: 2 train, 3 val, 2 classes\n\n") and shown.startswith(answer["said"])
     assert max(map(len, shown.splitlines()[:8])) <= 100
     assert "- 2 pictures are in train and in val, so that AP is too high; the first is " in shown
     assert "- few boxes to learn from (fewer than 20): dog 1, cat 1\n" in shown

@@ -65,7 +65,12 @@ def test_recipes_are_read_and_are_the_same():
     assert len(recipes) > 40
     for name, values in recipes.items():
         assert from_dict(values) == RECIPES[name]
-        assert json.loads(json.dumps(to_dict(RECIPES[name]))) == values
+        assert _part_of(json.loads(json.dumps(to_dict(RECIPES[name]))), values) == values  # fields may be added
+
+
+def _part_of(now, before):
+    """`now` without the fields that `before` does not have."""
+    return {key: _part_of(now[key], before[key]) for key in before} if isinstance(before, dict) else now
 
 
 @pytest.mark.parametrize("name", ["ext", "legacy", "c4"])

@@ -231,6 +231,7 @@ def fewer_classes_in_the_model_of_an_old_state(folder):
         (detections, [], "is not the folder of a run: .*recipe.json cannot be read"),
         (None, ["--train.steps", "3"], "has done 4 steps already, more than train.steps 3: give --train.steps 4 or "),
         (None, ["--train.steps", "1"], r"or begin another run from its weights: doublehead train --recipe \S+ --from"),
+        (None, ["--data.val-images", "2"], r"finished, .*val_images 3 -> 2.*: doublehead evaluate \S+run --data.val-"),
         (None, ["--train.steps", "6", "--train.seed", "7"], "holds another run: train.seed is 0 there, not 7"),
         (None, ["--train.batch-size", "2"], "train.batch_size is 4 there, not 2"),
         (None, ["--train.momentum", "0.5"], "train.momentum is 0.9 there, not 0.5"),
