@@ -60,6 +60,11 @@ def test_files_give_what_the_command_finds(run, predictor, tmp_path):
     assert min(map(len, found)) > 0
 
 
+def test_a_detection_that_scores_as_the_threshold_is_given(predictor):
+    scores = predictor.predict(CHW, score_threshold=0).scores
+    assert torch.equal(predictor.predict(CHW, score_threshold=scores[3].item()).scores, scores[:4])
+
+
 def test_every_kind_of_image_gives_the_same(predictor, tmp_path):
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
     expected = predictor.predict(CHW)
