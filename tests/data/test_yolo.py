@@ -43,6 +43,13 @@ def test_lines(one):
     assert len(data[1][1]["boxes"]) == 0 and data.file_names == ["images/a0.jpg", "images/b2.jpg"]
 
 
+def test_a_detector_s_classes_keep_the_files_numbers(one):
+    """Its label is the class's place in its own list, the category id the number in the files; a new class is new."""
+    one("1 0.5 0.5 0.25 0.5\n")
+    data = build_dataset(auto(one.root), "val", classes=["banana", "pear", "apple"])
+    assert data.category_ids == [1, 2, 0] and data[0][1]["labels"].tolist() == [1]
+
+
 def test_polygons_and_turned_boxes_become_the_box_around_them(one):
     data = one("0 0.25 0.25 0.5 0.125 0.375 0.75\n1 0.5 0.25 0.75 0.5 0.5 0.75 0.25 0.5\n")
     assert data[0][1]["boxes"].tolist() == [[16, 6, 32, 36], [16, 12, 48, 36]]
