@@ -62,12 +62,22 @@ def open_splits(config: DataConfig, horizontal_flip: float = 0.0, classes: Seque
         title, notes = layout.title, [*(c.note for c in chosen.values() if c.note), *layout.notes]
         if chosen["val"].divided:
             notes.insert(0, f"one split: {config.val_share:.0%} held out by seed {config.split_seed}")
-        if chosen["train"].split == chosen["val"].split and not chosen["train"].divided:
-            notes.append("the validation images are trained on too")
+    notes += _trained_on(train, val)
     alike = [(similar_name(name, train.classes[:i]), name) for i, name in enumerate(train.classes)]
     notes += [f"classes '{one}' and '{name}' differ in case or spaces alone" for one, name in alike if one is not None]
     counts = f"{len(train)} {names['train']}, {len(val)} {names['val']}, {len(train.classes)} classes"
     return Splits(train, val, "; ".join([f"{title}: {counts}", *notes]))
+
+
+def _trained_on(train: DetectionDataset, val: DetectionDataset) -> list[str]:
+    """A note if images of the validation set are in the training set, by their files."""
+    if not (isinstance(train, FileDataset) and isinstance(val, FileDataset)):
+        return []
+    both = len(set(train.paths) & set(val.paths))
+    if not both:
+        return []
+    count = "the" if both == len(val) else f"{both} of {len(val)}"
+    return [f"{count} validation images are trained on too"]
 
 
 def build_dataset(

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("error::doublehead.data.DataWarning")
 
 
 def auto(root, **changes) -> DataConfig:
-    return DataConfig(format="auto", root=str(root), **changes)
+    return DataConfig(**{"format": "auto", "root": str(root)} | changes)
 
 
 @pytest.mark.parametrize("prefix", [
@@ -128,3 +128,19 @@ class TestVoc:
             "VOC XML in split folders: 4 train, 2 val, 3 classes; 1 x image without an XML file in train, such as a0: "
             "left out; 1 x image without an XML file in val, such as b0: left out"
         )
+
+
+def test_validation_images_that_are_trained_on_are_said(tmp_path):
+    root = write_layout("yolo", tmp_path / "yolo")
+    names = "names: [apple, banana, cherry]\n"
+    for train, said in (("images/train", False), ("images", True), ("[images/train, images/val]", True)):
+        write(root / "data.yaml", f"train: {train}\nval: images/val\n{names}")
+        said_there = open_splits(auto(root, background="keep")).said
+        assert said_there.endswith("; the validation images are trained on too") == said
+    write(root / "data.yaml", f"train: images/train\nval: images/train\n{names}")
+    assert open_splits(auto(root)).said.endswith("; the validation images are trained on too")
+    root = write_layout("voc", tmp_path / "voc")
+    write(root / "ImageSets" / "Main" / "train.txt", "a0\na1\nb0\n")
+    for format in ("auto", "voc"):  # found, and asked for by name
+        said = open_splits(auto(root, format=format)).said
+        assert said.endswith("; 1 of 3 validation images are trained on too")
