@@ -59,6 +59,6 @@ def data_config(trained: DataConfig, given: EvaluationData) -> DataConfig:
         raise UserError(f"--data.format {config.format} needs --data.root: training was on {trained.format}")
     if config.root is None:
         raise UserError(f"--data.root is missing: the folder of the {config.format} data set")
-    if given.root is None and not Path(config.root).is_dir():
+    if given.root is None and not Path(config.root).expanduser().is_dir():
         raise UserError(f"the data set of training, {config.root}, is not here: give --data.root")
     return config

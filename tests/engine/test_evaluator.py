@@ -292,6 +292,13 @@ def test_readout_and_fusion_reach_the_model():
     assert not hasattr(model, "readout")
 
 
+def test_the_home_folder_may_stand_before_the_data_of_training(tmp_path, monkeypatch):
+    (tmp_path / "cells").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    trained = DataConfig(format="voc", root="~/cells")
+    assert data_config(trained, EvaluationData()) == trained
+
+
 def test_data_of_training_are_the_default(tmp_path):
     trained = DataConfig(format="voc", root=str(tmp_path), val_split="test", workers=3)
     assert data_config(trained, EvaluationData()) == trained

@@ -133,6 +133,15 @@ def test_a_regressor_of_all_classes_is_copied_whole(detector):
     assert line.endswith("; heads.fc.classifier new: its 3 classes are none of the 1 here")
 
 
+def test_a_regressor_of_all_classes_has_no_rows_for_each(detector):
+    path = detector("double_head", class_agnostic_boxes=True)
+    recipe, given = changed(head__class_agnostic_boxes=False)
+    state, new, _, line = started(path, OTHERS, *given, recipe=recipe)
+    name = "detector.heads.conv.regressor.weight"
+    assert len(state[name]) == 4 * (len(OTHERS) + 1) and torch.equal(state[name], new[name])
+    assert line.endswith("; heads.conv.regressor new: it has none of this shape")
+
+
 def changed(**fields):
     """A recipe with the fields of a model that a user gives: `head__kind="fc"`."""
     recipe, names = Recipe(), []
