@@ -26,7 +26,7 @@ def check_classes(chosen: Sequence[str], known: Sequence[str]) -> None:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             near = similar_name(name, known) or (close[0] if close else None)
-            hint = f": '{shown_name(near)}' is meant?" if near else ""
+            hint = f": did you mean '{shown_name(near)}'?" if near else ""
             raise DataError(f"data.classes: the data have no class '{shown_name(name)}'{hint}; theirs are "
                             f"{listed(known)}", "unknown category")  # fmt: skip
 
