@@ -266,5 +266,13 @@ def test_a_finished_run_is_not_resumed_on_other_data(data, tiny, tmp_path, capsy
     assert said.endswith(
         f"; to train on other data than the run's: doublehead train --from {out} --data.root {tmp_path}/none\n"
     )
+    for options, message in (
+        (["--data.classes", "apple", "banana", "cherry"], "data.classes is None there, not ['apple', "),
+        (["--data.split-seed", "1"], "data.split_seed is 0 there, not 1"),
+        (["--data.val-share", "0.5"], "data.val_share is 0.2 there, not 0.5"),
+    ):
+        assert tiny("--resume", out, *options) == 2
+        said = capsys.readouterr().err
+        assert f"{out} holds another run: {message}" in said and checksums(tmp_path) == before
     moved = shutil.copytree(data, tmp_path / "moved")
     assert tiny("--resume", out, "--data.root", moved) == 0  # its own, elsewhere
