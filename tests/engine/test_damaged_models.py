@@ -9,6 +9,7 @@ import tracemalloc
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import nn
 
 from doublehead.cli import detect, evaluate, export
@@ -299,6 +300,7 @@ def test_weights_that_are_not_finite_are_named(saved, tmp_path, tiny, value):
 @pytest.mark.parametrize("command", [evaluate, detect, export], ids=lambda module: module.__name__)
 def test_commands_refuse_weights_that_are_not_finite(saved, tmp_path, tiny, capsys, command):
     (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
     path = not_finite(saved, tmp_path)
     arguments = {
         evaluate: ["--data.val-images", "2", "--device", "cpu"],
