@@ -240,7 +240,7 @@ def _rhythm(fields: _Fields, facts: Facts) -> None:
 def _augmentation(fields: _Fields, facts: Facts) -> None:
     """More, the more often each image is seen: what is seen a few times is not learnt by heart, only learnt slower.
 
-    In 9 passes over 205 photographs of blood cells, `little` cost 3 points of AP.
+    In 9 passes over 205 photographs of blood cells, `little` cost 2.6 points of AP (one seed).
     """
     train = fields.recipe.train
     passes = train.steps * train.batch_size / facts.images
