@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from doublehead.config import Recipe
@@ -10,9 +11,10 @@ from doublehead.engine.files import RECIPE_FILE
 from doublehead.recipes import RECIPES
 
 
-def train_command(root: str | None, start_from: str | Path | None = None) -> str:
-    """The command that trains on the data in `root`, from a trained detector or not."""
-    return f"doublehead train{_from(start_from)} --data.root {shlex.quote(root) if root else 'DIR'}"
+def train_command(root: str | None, start_from: str | Path | None = None, classes: Sequence[str] | None = None) -> str:
+    """The command that trains on the data in `root`, from a trained detector or not, on these classes or all."""
+    chosen = f" --data.classes {shlex.join(classes)}" if classes else ""
+    return f"doublehead train{_from(start_from)} --data.root {shlex.quote(root) if root else 'DIR'}{chosen}"
 
 
 def train_recipe_command(path: str | Path, start_from: str | Path | None = None) -> str:
@@ -30,7 +32,7 @@ def train_again_command(folder: Path, recipe: Recipe, start_from: Path | None) -
     known = RECIPES.get(recipe.name)
     if start_from is None or (known is not None and known.data.format == recipe.data.format == "shapes"):
         return train_recipe_command(folder / RECIPE_FILE, start_from)
-    return train_command(recipe.data.root, start_from)
+    return train_command(recipe.data.root, start_from, recipe.data.classes)
 
 
 def _from(start_from: str | Path | None) -> str:

@@ -165,6 +165,11 @@ def check_arguments(
         )
     check_length(recipe.train, given)
     if recipe.data.format == "shapes" and "data.root" in given:
+        if "data.format" in given:
+            raise UserError(
+                f"--data.format shapes draws its own pictures and would not read --data.root {recipe.data.root}: "
+                "leave one of the two out"
+            )
         run = f"run {resume}" if resume is not None else f"recipe {recipe.name}"
         raise UserError(
             f"--data.root {recipe.data.root}: the {run} draws its own pictures and would not read that folder; "

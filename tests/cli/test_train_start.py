@@ -71,6 +71,9 @@ def test_pictures_that_are_drawn_do_not_hide_the_users_own(tiny, data, tmp_path,
         assert "draws its own pictures and would not read that folder" in said and said.count("\n") == 1
         assert said.endswith(f"; to train on it: doublehead train{again} --data.root {data}\n")
         assert not list(tmp_path.iterdir()) and checksums(trained.parent) == before
+    assert tiny("--data.root", data, "--data.format", "shapes") == 2
+    said = capsys.readouterr().err
+    assert f"--data.format shapes draws its own pictures and would not read --data.root {data}: leave one" in said
     with pytest.raises(UserError, match="draws its own pictures"):
         start(RECIPES["shapes-ext"], {"data.root"})
     assert not list(tmp_path.iterdir())
@@ -274,5 +277,7 @@ def test_a_finished_run_is_not_resumed_on_other_data(data, tiny, tmp_path, capsy
         assert tiny("--resume", out, *options) == 2
         said = capsys.readouterr().err
         assert f"{out} holds another run: {message}" in said and checksums(tmp_path) == before
+        chosen = " ".join(["", *options]) if "--data.classes" in options else ""
+        assert said.endswith(f" doublehead train --from {out} --data.root {data}{chosen}\n")
     moved = shutil.copytree(data, tmp_path / "moved")
     assert tiny("--resume", out, "--data.root", moved) == 0  # its own, elsewhere
