@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def graph_of(program: DetectorProgram, example: tuple[Tensor, ...], description:
 def write_openvino(
     program: DetectorProgram, example: tuple[Tensor, ...], description: dict[str, Any], path: Path
 ) -> None:
-    """Write `program` (plain, on the CPU) with its description to `path`, which ends in .xml, and its weights beside it.
+    """Write `program` (plain, on the CPU) with its description to `path` (.xml), and its weights beside it (.bin).
 
     Raises:
         UserError: an operator of the model cannot be expressed in ONNX.
