@@ -59,7 +59,8 @@ def convolution(
 ) -> Tensor:
     """Convolution, bias and, with `relu`, ReLU: `Tensor[N, I, H, W]`, channels-last -> `Tensor[N, O, H', W']`.
 
-    `packed` is a plain weight or one from `pack`; the same holds for `add_convolution`.
+    `packed` is a plain weight or one from `pack`.  ReLU makes 0 of NaN, which PyTorch's keeps: whoever fuses it looks
+    for NaN before, or nobody will see that a model is broken.  Both hold for `add_convolution` too.
     """
     return torch.ops.mkldnn._convolution_pointwise(
         x, packed, bias, list(padding), list(stride), [1, 1], 1, "relu" if relu else "none", [], ""
@@ -121,12 +122,10 @@ def linear(x: Tensor, packed: PackedLinear, relu: bool = False) -> Tensor:
         to.copy_(packed.bias)
         columns = rows.split(LINEAR_COLUMNS, dim=1)
         for block, part in zip(packed.blocks, columns, strict=True):
-            add_convolution(as_map(to), as_map(part), block, None, relu=relu and part is columns[-1])
+            add_convolution(as_map(to), as_map(part), block, None)
     if split < len(x):
         torch.addmm(packed.bias, x[split:], packed.weight.t(), out=y[split:])
-        if relu:
-            y[split:].relu_()
-    return y
+    return y.relu_() if relu else y  # not oneDNN's, which makes 0 of NaN
 
 
 def as_map(rows: Tensor) -> Tensor:

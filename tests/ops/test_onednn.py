@@ -56,7 +56,9 @@ def test_linear_at_its_own_block_sizes_and_nan_stays_in_its_row():
     x, weight, bias = randn(onednn.LINEAR_ROWS + 3, 1000), randn(40, 1000, seed=1), randn(40, seed=2)
     x[1, 2] = torch.nan
     x[-1, -1] = torch.inf
+    relu = onednn.linear(x, onednn.pack_linear(weight, bias), relu=True)
     found = onednn.linear(x, onednn.pack_linear(weight, bias))
+    assert relu[1].isnan().all()  # PyTorch's, which keeps NaN
     rows = [row for row in range(len(x)) if row not in (1, len(x) - 1)]
     assert not found[1].isfinite().any() and not found[-1].isfinite().any()
     exact = linear(x[rows].double(), weight.double(), bias.double())
