@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ._library import in_dispatch_mode, is_functorch_tensor
 
 
 def is_available(dtype: torch.dtype = torch.float32) -> bool:
@@ -23,6 +26,24 @@ def is_available(dtype: torch.dtype = torch.float32) -> bool:
     if dtype == torch.bfloat16:
         return built and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return built and dtype == torch.float32
+
+
+def serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether these functions may take the place of PyTorch's layers in float32; gradients are the caller's to ask for.
+
+    Not where more is wanted than the result (a trace, a derivative, a transform, a count of FLOPs), nor on weights of
+    inference mode, whose changes cannot be seen, so that nothing made of them can be remembered.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_dispatch_mode() or forward_ad._current_level >= 0:
+        return False
+    plain = all(
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.dtype == torch.float32
+        and not is_functorch_tensor(tensor)
+        for tensor in (x, *weights)
+    )
+    return plain and is_available(torch.float32) and not any(tensor.is_inference() for tensor in weights)
 
 
 def pack(
