@@ -234,7 +234,16 @@ def _load_openvino(path: Path, precision: str | None) -> ExportedDetector:
     own = description.get("precision", "fp32")
     if precision not in (None, own) and not {precision, own} <= {"fp32", "bf16"}:
         raise UserError(f"{path}: computes in {own}, not in {precision}: export it with --precision {precision}")
-    call, precision = openvino_call(graph, precision or own)
+    return in_openvino(graph, description, precision or own)
+
+
+def in_openvino(graph: Any, description: dict[str, Any], precision: str) -> ExportedDetector:
+    """An `openvino.Model` of a detector, ready to run.
+
+    Raises:
+        UserError: OpenVINO does not compile it.
+    """
+    call, precision = openvino_call(graph, precision)
     return ExportedDetector(call, description, torch.device("cpu"), precision)
 
 
