@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from doublehead.cli.readouts import ExtGate
 from doublehead.config import MAX_PIXELS, MOST_PIXELS
 from doublehead.engine.logs import counted_warnings
 from doublehead.engine.picture_files import JSON_FILE, Entry, check_free, find_pictures, write_results
@@ -44,6 +45,9 @@ class Options:
     where sizes differ: with 1 a picture's detections do not depend on its neighbours."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Compute in 16 bits: faster on GPUs, slightly other scores."""
+    ext_gate: ExtGate | None = None
+    """Leave out RoIs whose best fc-score is not above this, which is faster and approximate (Ext models, read-out
+    `fused`); `calibrated`: the gate that `doublehead calibrate` stored beside the weights."""
     threads: int = 0
     """Threads that read pictures, and as many that draw; 0: half of the processors, at most 8."""
     max_pixels: int = MAX_PIXELS
@@ -111,6 +115,7 @@ def _detect(options: Options, files: Sequence[Path], entries: list[Entry], unrea
     from doublehead.engine.checkpoint import load_model
     from doublehead.engine.detecting import detect_in_pictures
     from doublehead.engine.distributed import join_world
+    from doublehead.engine.gate_file import set_gate
     from doublehead.engine.streaming import Clock
 
     if not is_strict():
@@ -120,6 +125,7 @@ def _detect(options: Options, files: Sequence[Path], entries: list[Entry], unrea
         if world.size > 1:
             raise UserError("detection runs on one process: leave torchrun out")
         model, _, classes, _ = load_model(options.checkpoint)
+        set_gate(options.checkpoint, model, options.ext_gate)
         start = time.perf_counter()
 
         def write() -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from doublehead.config import DetectionConfig, Fusion, ReadOutName
 from doublehead.engine.checkpoint import find_model
 from doublehead.engine.gates import GateCurve, GatePoint
 from doublehead.engine.schema import Mismatch, entries, number, text, whole
 from doublehead.engine.sealed import read_sealed, write_sealed
-from doublehead.errors import CheckpointError, UserError
+from doublehead.errors import CheckpointError, UserError, config_errors
 from doublehead.version import __version__
 from doublehead.weights.digest import of_weights
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 GATE_FILE = "gate.json"
 CALIBRATED = "calibrated"
-ExtGate = float | Literal["calibrated"]
-"""A gate, or the one of `gate.json`."""
 _FORMAT = "doublehead.gate/1"
 _CONTENT = entries(
     {
@@ -99,9 +97,8 @@ def read_gate(checkpoint: str | Path, model: DoubleHeadRCNN) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, edited, or of other weights.
     """
     path = gate_path(checkpoint)
-    again = f"doublehead calibrate {checkpoint}"
-    content = read_sealed(path, _FORMAT, again)
-    again += " --overwrite"
+    content = read_sealed(path, _FORMAT, f"doublehead calibrate {checkpoint}")
+    again = f"doublehead calibrate {checkpoint} --overwrite"
     try:
         _CONTENT(content, "")
         if not 0 < content["gate"] < 1:
@@ -133,7 +130,7 @@ def check_gateable(checkpoint: str | Path, kind: str, readout: ReadOut) -> None:
 def find_gate(
     checkpoint: str | Path,
     model: DoubleHeadRCNN,
-    ext_gate: ExtGate | None,
+    ext_gate: float | str | None,
     readout: ReadOutName | None = None,
     fusion: Fusion | None = None,
 ) -> float | None:
@@ -162,6 +159,28 @@ def find_gate(
             f"{mine[name]!r}; give a number, or calibrate for it"
         )
     return content["gate"]
+
+
+def set_gate(checkpoint: str | Path, model: DoubleHeadRCNN, ext_gate: float | str | None) -> None:
+    """Give a detector a gate, in the read-out that it has.
+
+    Args:
+        ext_gate: as for `find_gate`; None: nothing is changed.
+
+    Raises:
+        UserError: a number outside of 0 .. 1, or text other than "calibrated"; a gate would do nothing; or see
+            `find_gate`.
+    """
+    if ext_gate is None:
+        return
+    if ext_gate != CALIBRATED and (isinstance(ext_gate, bool) or not isinstance(ext_gate, (int, float))):
+        raise UserError(f"ext_gate is {ext_gate!r}: a score from 0 (no gate) to 1, or {CALIBRATED!r}, is accepted")
+    used = model.detector.readout.detection
+    gate = find_gate(checkpoint, model, ext_gate, used.readout, used.fusion)
+    if gate:
+        check_gateable(checkpoint, model.config.head.kind, model.detector.readout)
+    with config_errors():
+        model.set_readout(used.readout, used.fusion, gate)
 
 
 def describe_gate(checkpoint: str | Path, model: DoubleHeadRCNN) -> str:

@@ -33,7 +33,7 @@ def read_sealed(path: str | Path, kind: str, again: str) -> dict[str, Any]:
 
     Args:
         kind: the format's name, such as "doublehead.gate/1".
-        again: the command that makes the file anew, for the messages.
+        again: the command that makes the file, for the messages; with --overwrite it replaces one.
 
     Raises:
         CheckpointError: the file is missing, of another kind or version, damaged or edited; one line that says which.
@@ -41,6 +41,7 @@ def read_sealed(path: str | Path, kind: str, again: str) -> dict[str, Any]:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file; make it: {again}")
+    again += " --overwrite"
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST:
             raise ValueError("not a small file")
