@@ -45,7 +45,7 @@ class Layered:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         plain = type(x) in (Tensor, nn.Parameter) and not is_functorch_tensor(x)
-        return plain and x.device.type == "cpu" and layer_dtype(x) in (torch.float32, torch.bfloat16)
+        return plain and x.numel() > 0 and x.device.type == "cpu" and layer_dtype(x) in (torch.float32, torch.bfloat16)
 
     def products(self, tower: nn.Module, layers: Sequence[Layer], dtype: torch.dtype) -> Products:
         """Each layer of `tower` ready to run; `dtype`: of those that run in float."""
