@@ -46,8 +46,8 @@ def load(path: str | os.PathLike, device: Any = "auto") -> Predictor:
 
     Args:
         path: a run's folder or one that `doublehead convert` wrote, a `model.safetensors` or `best.safetensors`, or
-            what `doublehead export` wrote, `.pt2` or `.onnx`.  A `.pt2` holds compiled code: open only files that you
-            trust.
+            what `doublehead export` wrote, `.pt2`, `.onnx` or `.xml`.  A `.pt2` holds compiled code: open only files
+            that you trust.
         device: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "cuda:1", or a `torch.device`.  An
             exported program runs on the kind of device it was made for.
 

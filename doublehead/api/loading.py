@@ -36,7 +36,7 @@ def load(path: str | os.PathLike, device: str | torch.device = "auto") -> Predic
 
 
 def _is_exported(path: Path) -> bool:
-    if path.suffix.lower() in (".pt2", ".onnx"):
+    if path.suffix.lower() in (".pt2", ".onnx", ".xml"):
         return not path.is_dir()
     return path.is_file() and zipfile.is_zipfile(path) and read_description(path) is not None
 
