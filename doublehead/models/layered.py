@@ -62,8 +62,10 @@ class Layered:
             return RecordedProduct(weight, bias, lambda x, record=self.record: record(layer.name, x))
         if layer.name not in self.scales:
             return FloatProduct(weight, bias, dtype)
-        made = EmulatedProduct if self.emulated else Int8Product
-        return made(weight, bias, grid_of(self.scales[layer.name], layer.signed, self.bits))
+        grid = grid_of(self.scales[layer.name], layer.signed, self.bits)
+        if self.emulated:
+            return EmulatedProduct(weight, bias, grid)
+        return Int8Product(weight, bias, grid, layer.added)
 
 
 def run_conv(blocks: Sequence[nn.Module], x: Tensor, products: Products, count: Tensor | None) -> Tensor:
