@@ -224,8 +224,9 @@ class ConvTower(nn.Sequential):
 
     def _infer(self, x: Tensor, count: Tensor | None) -> Tensor:
         dtype = layer_dtype(x)
-        if self.layered is not None and self.layered.runs(x) and (layers := self.layers()):
-            return run_conv(self.blocks, x, self.layered.products(self, layers, dtype), count)
+        if self.layered is not None and self.layered.runs(x):
+            if products := self.layered.products(self, self.layers(), dtype):
+                return run_conv(self.blocks, x, products, count)
         tensors = [*self.parameters(), *self.buffers()]
         if torch.compiler.is_compiling():  # part of the graph; torch 2.11 does not trace the lambda below
             kinds, folded = self._fold(dtype)

@@ -131,4 +131,4 @@ class EmulatedProduct(Product):
 
 def _grid_of_result(relu: bool, to: Product | None) -> Grid | None:
     """The grid in which a result goes to its only user; None: in float."""
-    return to.grid if relu and to is not None and to.grid is not None and to.grid.zero == 0 else None
+    return to.grid if relu and to is not None else None

@@ -125,6 +125,21 @@ def test_only_the_first_rois_are_computed():
             assert (result[count:] == 0).all()
 
 
+@pytest.mark.parametrize("name", ["non_local", "fc"])
+def test_what_is_not_finite_is_not_hidden(name):
+    tower, x = tower_of(name), inputs()
+    with torch.inference_mode():
+        use_int8(tower, scales_of(tower, x))
+        expected = tower(x)
+        x[3, 1, 2, 2], x[35, 0, 0, 0] = float("nan"), float("-inf")
+        result = tower(x)
+    spoiled = torch.zeros(len(x), dtype=torch.bool).index_fill(0, torch.tensor([3, 35]), True)
+    assert result[spoiled].isnan().all() and result[~spoiled].equal(expected[~spoiled])
+    with torch.no_grad():
+        next(tower.parameters()).flatten()[0] = float("nan")
+        assert tower(x[:1]).isnan().any()
+
+
 def test_the_same_twice_and_in_any_memory_layout(quantized):
     tower, x, _ = quantized
     result = tower(x)
@@ -176,8 +191,8 @@ def test_other_dtypes_and_tracing_are_in_float():
             torch.testing.assert_close(wide(x.double()), plain(wide)(x.double()))
         with torch.no_grad():
             expected = plain(tower)(x)
-            exported = torch.export.export(tower, (x,)).module()(x)
-            torch.testing.assert_close(exported, expected, rtol=1e-4, atol=1e-5)
+            for traced in (torch.export.export(tower, (x,)).module(), torch.jit.trace(tower, x, check_trace=False)):
+                torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-5)
             assert not tower(x).allclose(expected, rtol=1e-4, atol=1e-5)
 
 
@@ -313,6 +328,9 @@ def test_scales_clip_rare_outliers():
         parts.add(part)
     assert parts.scale(True) == pytest.approx(whole.scale(True), rel=0.05)
     assert whole.scale(True) * 127.5 == pytest.approx(float(values.abs().max()), rel=0.15)
+    scale = whole.scale(True)
+    whole.add(torch.zeros(10_000_000))  # exact in every grid
+    assert whole.scale(True) == scale
     whole.counts *= 100
     whole.add(torch.full((3,), 100.0))
     assert whole.scale(True) * 127.5 < 30
