@@ -240,8 +240,9 @@ class ConvTower(nn.Sequential):
 
     def _infer(self, x: Tensor, count: Tensor | None) -> Tensor:
         dtype = layer_dtype(x)
-        if self.layered is not None and self.layered.runs(x) and (layers := self.layers()):
-            return run_conv(self.blocks, x, self.layered.products(self, layers, dtype), count)
+        if self.layered is not None and self.layered.runs(x):
+            if products := self.layered.products(self, self.layers(), dtype):
+                return run_conv(self.blocks, x, products, count)
         tensors = [*self.parameters(), *self.buffers()]
         if torch.compiler.is_compiling():  # part of the graph; torch 2.11 does not trace the lambda below
             kinds, folded = self._fold(dtype)
@@ -314,10 +315,16 @@ def fold_non_local(block: NonLocalBlock) -> tuple[Block, list[Tensor]]:
 def layers_of(index: int, block: nn.Module, signed: bool) -> list[Layer]:
     """The layers of a block, the `index`-th of its tower; `signed`: whether the block's input can be negative."""
     if not isinstance(block, NonLocalBlock):
-        names = ("residual.0", "residual.3", "shortcut.0" if isinstance(block, WideningBlock) else "residual.6")
-        of_input = {"residual.0", "shortcut.0"}
+        widening = isinstance(block, WideningBlock)
+        names = ("residual.0", "residual.3", "shortcut.0" if widening else "residual.6")
+        added = "residual.3" if widening else "residual.6"
         return [
-            Layer(f"{index}.{name}", signed and name in of_input, partial(fold_norm, *layer))
+            Layer(
+                f"{index}.{name}",
+                signed and name in ("residual.0", "shortcut.0"),
+                partial(fold_norm, *layer),
+                name == added,
+            )
             for name, layer in zip(names, block.layers(), strict=True)
         ]
 
@@ -325,7 +332,8 @@ def layers_of(index: int, block: nn.Module, signed: bool) -> list[Layer]:
         parts = block.theta, block.phi, block.g
         return torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
 
-    return [Layer(f"{index}.qkv", signed, qkv), Layer(f"{index}.out", True, partial(fold_norm, block.out, block.norm))]
+    out = Layer(f"{index}.out", True, partial(fold_norm, block.out, block.norm), added=True)
+    return [Layer(f"{index}.qkv", signed, qkv), out]
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int) -> tuple[nn.Module, nn.Module]:

@@ -78,8 +78,8 @@ class FCTower(nn.Sequential):
         """As `Tower`; all RoIs are computed, whatever `count`."""
         separate = needs_grad(self, x) or has_inner_hooks(self) or not have_kinds(list(self), "flrlr")
         if self.layered is not None and not self.training and not separate and self.layered.runs(x):
-            if layers := self.layers(x.shape[1:]):
-                return run_fc(x, self.layered.products(self, layers, layer_dtype(x)))
+            if products := self.layered.products(self, self.layers(x.shape[1:]), layer_dtype(x)):
+                return run_fc(x, products)
         last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         parameters = list(self.parameters())
         packs = onednn.serves(x, parameters) and layer_dtype(x) == x.dtype
