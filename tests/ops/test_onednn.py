@@ -79,5 +79,5 @@ def test_rows_as_a_map_are_known_to_be_channels_last(rows, columns):
     x = randn(rows, 12)[:, columns]
     found = onednn.as_map(x)
     assert found.shape == (1, x.shape[1], rows, 1) and found.data_ptr() == x.data_ptr()
-    # PyTorch tells the format by strides, those of a single column too, and reorders a map whose format it does not know.
+    # PyTorch tells the format by strides, those of a single column too, and reorders maps whose format it cannot tell.
     assert found.stride()[1:] == (1, 12, x.shape[1])
