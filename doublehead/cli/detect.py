@@ -11,15 +11,19 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from doublehead.cli.runtimes import Program, Runtime, is_exported, open_exported, open_in_openvino
+from doublehead.cli.readouts import ExtGate
+from doublehead.cli.runtimes import Program, Runtime, is_exported, open_exported, open_in_openvino, open_model
 from doublehead.config import MAX_PIXELS, MOST_PIXELS
 from doublehead.engine.logs import counted_warnings
 from doublehead.engine.picture_files import JSON_FILE, Entry, check_free, find_pictures, write_results
 from doublehead.errors import UserError, one_line, shown_to_user
+
+if TYPE_CHECKING:
+    import torch
 
 PROGRAM = "doublehead detect"
 
@@ -48,6 +52,9 @@ class Options:
     where sizes differ: with 1 a picture's detections do not depend on its neighbours."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Compute in 16 bits: faster on GPUs, slightly other scores."""
+    ext_gate: ExtGate | None = None
+    """Leave out RoIs whose best fc-score is not above this, which is faster and approximate (Ext models, read-out
+    `fused`); `calibrated`: the gate that `doublehead calibrate` stored beside the weights."""
     threads: int = 0
     """Threads that read pictures, and as many that draw; 0: half of the processors, at most 8."""
     max_pixels: int = MAX_PIXELS
@@ -109,10 +116,7 @@ def run(options: Options) -> list[Entry]:
 
 def _detect(options: Options, files: Sequence[Path], entries: list[Entry], unreadable: list[Entry]) -> None:
     """Detect in `files`, and add to the two lists; the JSON is written if there is an entry."""
-    import torch  # only now: these take seconds to import
-
-    from doublehead.data.jpeg import is_strict
-    from doublehead.engine.checkpoint import load_model
+    from doublehead.data.jpeg import is_strict  # only now: these take seconds to import
     from doublehead.engine.detecting import detect_in_pictures
     from doublehead.engine.distributed import join_world
     from doublehead.engine.streaming import Clock
@@ -123,11 +127,7 @@ def _detect(options: Options, files: Sequence[Path], entries: list[Entry], unrea
     with join_world(options.device) as world:
         if world.size > 1:
             raise UserError("detection runs on one process: leave torchrun out")
-        program = _program(options)
-        is_model = program is None
-        if program is None:
-            model, _, classes, _ = load_model(options.checkpoint)
-            program = Program(model.to(world.device), classes, None)
+        program = _program(options, world.device)
         classes = program.classes
         start = time.perf_counter()
 
@@ -149,7 +149,7 @@ def _detect(options: Options, files: Sequence[Path], entries: list[Entry], unrea
                 on_entry=lambda entry: (unreadable if "error" in entry else entries).append(entry),
                 score_threshold=options.score_threshold,
                 batch_size=options.batch_size,
-                dtype={"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.amp] if is_model else None,
+                dtype=program.dtype,
                 threads=options.threads,
                 max_pixels=options.max_pixels,
                 clock=clock,
@@ -175,14 +175,16 @@ def _detect(options: Options, files: Sequence[Path], entries: list[Entry], unrea
     print(f"{seconds:.1f} s, {len(entries) / seconds:.2f} pictures/s; at the same time: {stages}")
 
 
-def _program(options: Options) -> Program | None:
-    """What runs instead of the model; None: the model itself."""
+def _program(options: Options, device: torch.device) -> Program:
+    """What runs on the pictures: an exported program, the checkpoint in OpenVINO, or the model itself."""
     precision = None if options.amp == "off" else options.amp
     if is_exported(options.checkpoint):
+        if options.ext_gate is not None:
+            raise UserError(f"--ext-gate: {options.checkpoint} has the gate it was exported with: give it to export")
         return open_exported(options.checkpoint, options.device, precision, options.batch_size)
     if options.runtime == "openvino":
-        return open_in_openvino(options.checkpoint, options.device, precision)
-    return None
+        return open_in_openvino(options.checkpoint, options.device, precision, options.ext_gate)
+    return open_model(options.checkpoint, device, precision, options.ext_gate)
 
 
 def _check(options: Options) -> None:

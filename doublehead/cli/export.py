@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from doublehead.cli.outputs import check_output
-from doublehead.cli.readouts import set_readout
+from doublehead.cli.readouts import ExtGate, set_readout
 from doublehead.config import Fusion, ImageConfig, ReadOutName
 from doublehead.engine.data_options import EvaluationData
 from doublehead.errors import UserError, config_errors, shown_to_user
@@ -61,8 +61,9 @@ class Options:
     """Which head classifies and which gives the boxes (Ext models)."""
     fusion: Fusion | None = None
     """How `fused` joins the two classifiers (Ext models)."""
-    ext_gate: float | None = None
-    """Leave out RoIs whose best fc-score is not above this (Ext models, read-out `fused`); approximate."""
+    ext_gate: ExtGate | None = None
+    """Leave out RoIs whose best fc-score is not above this (Ext models, read-out `fused`); approximate.  `calibrated`:
+    the gate that `doublehead calibrate` stored beside the weights."""
     check: bool = True
     """Load the written program and compare it with the model on a random input before OUT appears; for int8, measure
     what it costs in AP on the images of --data."""
@@ -103,7 +104,7 @@ def run(options: Options) -> None:
     device = _device(options.device, kind, torch.cuda.is_available())
     model, recipe, classes, category_ids = load_model(options.checkpoint)
     with config_errors():
-        set_readout(model, options, recipe.model.detection)
+        set_readout(options.checkpoint, model, options, recipe.model.detection)
     detection = model.detector.readout.detection
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, detection=detection))
     height, width = input_size(recipe.model.image, options.height, options.width)

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from doublehead.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
+    from doublehead.cli.readouts import ExtGate
     from doublehead.exporting import ExportedDetector
 
 Runtime = Literal["torch", "openvino"]
@@ -23,8 +25,10 @@ class Program(NamedTuple):
     model: nn.Module
     """Images in, detections out; on its own device."""
     classes: list[str]
-    too_large: Callable[[int, int], str | None] | None
+    too_large: Callable[[int, int], str | None] | None = None
     """(height, width) of a picture -> why it cannot be used; None: any size can."""
+    dtype: torch.dtype | None = None
+    """For autocast; None: the program's own."""
 
 
 def is_exported(path: str | Path) -> bool:
@@ -37,6 +41,23 @@ def is_exported(path: str | Path) -> bool:
     from doublehead.exporting.package import read_description
 
     return read_description(path) is not None
+
+
+def open_model(checkpoint: str, device: torch.device, precision: str | None, gate: ExtGate | None) -> Program:
+    """Open a checkpoint to run as a model of PyTorch.
+
+    Raises:
+        UserError: it cannot be read, or an option does not fit it.
+    """
+    import torch
+
+    from doublehead.engine.checkpoint import load_model
+    from doublehead.engine.gate_file import set_gate
+
+    model, _, classes, _ = load_model(checkpoint)
+    set_gate(checkpoint, model, gate)
+    dtype = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return Program(model.to(device), classes, dtype=dtype)
 
 
 def open_exported(path: str, device: str, precision: str | None, batch_size: int) -> Program:
@@ -59,13 +80,14 @@ def open_exported(path: str, device: str, precision: str | None, batch_size: int
     return Program(model, detector.classes, model.too_large)
 
 
-def open_in_openvino(checkpoint: str, device: str, precision: str | None) -> Program:
+def open_in_openvino(checkpoint: str, device: str, precision: str | None, gate: ExtGate | None) -> Program:
     """Open a checkpoint to run in OpenVINO: it is translated for the sizes of the pictures that come.
 
     Raises:
         UserError: the checkpoint cannot be read, a package is missing, or an option does not fit.
     """
     from doublehead.engine.checkpoint import load_model
+    from doublehead.engine.gate_file import set_gate
     from doublehead.exporting import openvino_file
     from doublehead.exporting.as_model import TranslatedModel
     from doublehead.exporting.description import describe
@@ -82,6 +104,7 @@ def open_in_openvino(checkpoint: str, device: str, precision: str | None) -> Pro
         )
     openvino_file.check_installed()
     model, recipe, classes, category_ids = load_model(checkpoint)
+    set_gate(checkpoint, model, gate)
     program = DetectorProgram(model.detector, plain=True)
 
     def make(height: int, width: int) -> ExportedDetector:
@@ -92,4 +115,4 @@ def open_in_openvino(checkpoint: str, device: str, precision: str | None) -> Pro
         note = describe("openvino", recipe, classes, category_ids, example[0].shape, "cpu")
         return in_openvino(openvino_file.graph_of(program, example, note), note, precision or "fp32")
 
-    return Program(TranslatedModel(model, make), classes, None)
+    return Program(TranslatedModel(model, make), classes)
