@@ -253,7 +253,7 @@ def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
     [
         (("RUN", "OUT/old.pt2"), "old.pt2 exists: give another name"),
         (("RUN", "OUT/none/a.pt2"), "cannot be written"),
-        (("RUN", "OUT/a.bin"), "its name must end in .pt2 or .onnx"),
+        (("RUN", "OUT/a.bin"), "its name must end in .pt2, .onnx or .xml"),
         (("RUN", "OUT/a.pt2", "--format", "onnx"), "its name must end in .onnx"),
         (("RUN", "OUT/a.pt2", "--height", "100"), "--height is 100, a multiple of 32 (image.size_divisible)"),
         (("RUN", "OUT/a.pt2", "--width", "0"), "--width is 0, a multiple of 32"),
@@ -262,18 +262,23 @@ def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
         (("RUN", "OUT/a.pt2", "--batch", "0"), "--batch is 0, at least 1 is accepted"),
         (("RUN", "OUT/a.pt2", "--ext-gate", "2"), "detection.ext_gate: expected"),
         (("RUN", "OUT/a.onnx", "--device", "cuda"), "an ONNX file is for any device"),
+        (("RUN", "OUT/a.xml", "--device", "cuda"), "OpenVINO runs on the CPU"),
+        (("RUN", "OUT/old.xml"), "old.bin exists: give another name"),
+        (("RUN", "OUT/a.onnx", "--precision", "int8"), "--precision int8 is for OpenVINO files (.xml)"),
+        (("RUN", "OUT/a.xml", "--data.root", "OUT"), "--data.* are the images that --precision int8 is calibrated on"),
+        (("RUN", "OUT/a.xml", "--precision", "int8", "--int8-images", "0"), "--int8-images is 0, at least 1"),
         (("OUT/none", "OUT/a.pt2"), "none: no such file"),
         (("OUT", "OUT/a.pt2"), "this folder has no model.safetensors"),
         (("RUN", "OUT/a.pt2", "--format", "tensorrt"), "tensorrt"),
     ],
 )
 def test_user_errors(run, tmp_path, capsys, arguments, message):
-    (tmp_path / "old.pt2").write_text("kept")
+    for name in ("old.pt2", "old.bin"):
+        (tmp_path / name).write_text("kept")
     arguments = [argument.replace("RUN", str(run)).replace("OUT", str(tmp_path)) for argument in arguments]
     assert fails(*arguments) == 2
     assert message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["old.pt2"]
-    assert (tmp_path / "old.pt2").read_text() == "kept"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"old.pt2": "kept", "old.bin": "kept"}
 
 
 def test_missing_packages_are_named(run, tmp_path, monkeypatch, capsys):
