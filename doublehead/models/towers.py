@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from . import folded
 from .folding import FoldedWeights, layer_dtype, needs_grad
 
 
@@ -114,7 +115,12 @@ class Conv5Tower(nn.Sequential):
 
     def forward(self, x: Tensor, count: Tensor | None = None) -> Tensor:
         """As `Tower`; all RoIs are computed, whatever `count`."""
-        return super().forward(x)
+        maps = folded.sequence(self, [self[0]], x)
+        return super().forward(x) if maps is None else self[2](self[1](maps))
+
+    def train(self, mode: bool = True) -> Conv5Tower:
+        folded.forget(self)
+        return super().train(mode)
 
     def can_skip(self, x: Tensor) -> bool:
         return False
