@@ -123,6 +123,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     """Machine and versions of a measurement."""
     record: dict[str, Any] = {
         "processor": torch.cuda.get_device_name() if device != "cpu" else _cpu_name(),
+        **({"instructions": instruction_sets()} if device == "cpu" else {}),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -141,6 +142,38 @@ def _cpu_name() -> str:
     except OSError:
         match = None
     return match.group(1).strip() if match else platform.processor() or platform.machine()
+
+
+INSTRUCTIONS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_bf16": "AVX512-BF16",
+    "avx512_vnni": "AVX512-VNNI",
+    "avx_vnni": "AVX-VNNI",
+    "amx_bf16": "AMX-BF16",
+    "amx_int8": "AMX-INT8",
+    "bf16": "Arm BF16",
+}
+"""Flag of a processor under Linux -> its usual name: what decides over the speed of each precision."""
+BF16 = ("AVX512-BF16", "AMX-BF16", "Arm BF16")
+INT8 = ("AVX512-VNNI", "AVX-VNNI", "AMX-INT8")
+
+
+def instruction_sets() -> list[str]:
+    """Those of `INSTRUCTIONS` that this processor has; none where the system does not say."""
+    try:
+        match = re.search(r"^(?:flags|Features)\s*:(.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    flags = set(match.group(1).split()) if match else set()
+    return [name for flag, name in INSTRUCTIONS.items() if flag in flags]
+
+
+def lacks_bf16() -> str | None:
+    """Why bfloat16 is not timed on this processor; None: it is."""
+    if set(BF16) & set(instruction_sets()):
+        return None
+    return "this processor has neither AVX512-BF16 nor AMX: bf16 would be emulated"
 
 
 def _version(module: str) -> str:

@@ -14,6 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cpu_rows import BF16, DOUBLE, EXT, FC, INT8, INT8_BF16, OPENVINO
+from cpu_tables import recorded, rows_table, summary_rows, targets_table
+from tables import describe, markdown, number, times
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PEER, OURS = "torchvision", "doublehead"
@@ -55,11 +59,23 @@ DETECTORS = {
 """Provider of a whole detector -> its words."""
 
 
+SUMMARY_DETECTORS = [
+    ("doublehead", PEER),
+    (f"doublehead, {BF16}", f"{PEER}, {BF16}"),
+    (EXT, PEER),
+    (f"{EXT}, {INT8}", PEER),
+    (f"{EXT}, {BF16}", PEER),
+    (f"{EXT}, {INT8_BF16}", PEER),
+    (f"{EXT}, a quarter, {INT8_BF16}", f"{PEER}, {BF16}"),
+    (f"{DOUBLE}, a quarter", PEER),
+    (f"{DOUBLE}, a quarter, {BF16}", f"{PEER}, {BF16}"),
+    (FC, f"{FC}, {OPENVINO}"),
+    (EXT, f"{EXT}, {OPENVINO}"),
+    (f"{EXT}, a quarter", f"{EXT}, {OPENVINO}"),
+]
+"""README.md's rows of whole detectors on a CPU: a row of cpu_rows.py, and the one it is compared with."""
+
 SUMMARY_CPU = {
-    "detector: R50-FPN, 1 x 800 px, float32": {
-        "doublehead": ("torchvision's `fasterrcnn_resnet50_fpn`, accelerated", PEER),
-        "Double-Head-Ext": ("Double-Head-Ext, another detector, beside it", PEER),
-    },
     "batched_nms, 80 classes x 1000 boxes, threshold 0.7": {"doublehead": ("`batched_nms`, 80 x 1,000 boxes", PEER)},
     "forward 7x7 channels_last": {"doublehead": ("`MultiScaleRoIAlign` forward, 512 RoIs", PEER)},
     "conv-head inference": {"doublehead": ("conv-head, inference, 200 RoIs", "reference")},
@@ -90,26 +106,6 @@ def title(case: dict[str, Any]) -> str:
     return case["case"] if case["op"] in case["case"] or case["op"] == "nms" else f"{case['op']} {case['case']}"
 
 
-def describe(cases: list[dict[str, Any]]) -> str:
-    """Where and with what the cases were measured."""
-
-    def each(key: str) -> str:
-        return ", ".join(sorted({str(case["environment"][key]) for case in cases if key in case["environment"]}))
-
-    threads = "" if "cuda" in cases[0]["environment"] else f", {each('threads')} threads"
-    return (
-        f"{each('processor')}{threads}; torch {each('torch')}, torchvision {each('torchvision')}, "
-        f"Python {each('python')}; {each('date')}, commit {each('commit')}"
-    )
-
-
-def number(value: float | None) -> str:
-    """Three significant digits, thousands with a comma."""
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def table(cases: list[tuple[str, dict[str, Any]]], provider: str = PEER) -> list[str]:
     """Times, ratio and peak memory of a provider and of ours; from a GPU also what the kernels did."""
     on_gpu = any("kernel_ms" in case["providers"][OURS] for _, case in cases)
@@ -133,15 +129,6 @@ def compared(case: dict[str, Any], provider: str, on_gpu: bool) -> list[str]:
         cells += [number(ours.get("kernel_ms")), times(case["kernel_speedup"].get(provider))]
         cells += [f"{share:.0%}" if share else ""]
     return cells
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A table's lines."""
-    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-
-
-def times(ratio: float | None) -> str:
-    return f"**{number(ratio)}x**" if ratio else ""
 
 
 def speed_table(cases: list[dict[str, Any]]) -> str:
@@ -170,6 +157,8 @@ def heads_table(cases: list[dict[str, Any]]) -> str:
 
 def detector_table(cases: list[dict[str, Any]]) -> str:
     """Whole detectors: images a second, latency, memory, and where the time goes."""
+    if (on_cpu := recorded(cases)) is not None:
+        return rows_table(on_cpu)
     shown = [case for case in cases if case["op"] == "detector" and "stages_ms" in case["details"]]
     if not shown:
         return "Not measured yet."
@@ -195,7 +184,11 @@ def detector_table(cases: list[dict[str, Any]]) -> str:
 def summary_table(cpu: list[dict[str, Any]], gpu: dict[str, Any]) -> str:
     """README.md's table: what a CPU and a GPU give, gains and losses."""
     known = {case["case"]: case for case in cpu}
-    rows, used = [], []
+    rows, used, missing = [], [], []
+    if (detectors := recorded(cpu)) is not None:
+        pairs, missing = summary_rows(detectors, SUMMARY_DETECTORS)
+        rows += [["CPU", words, peer, *versus(theirs, ours)] for words, peer, theirs, ours in pairs]
+        used.append(detectors)
     for name in filter(known.get, SUMMARY_CPU):
         providers = known[name]["providers"]
         for provider, (words, peer) in SUMMARY_CPU[name].items():
@@ -211,7 +204,7 @@ def summary_table(cpu: list[dict[str, Any]], gpu: dict[str, Any]) -> str:
     if gpu:
         where.append(f"GPU: {gpu['processor']}; torch {gpu['torch']}; {gpu['date']}, commit {gpu['commit']}.")
     table = markdown(["", "", "peer", "peer ms", "doublehead ms", "ratio"], rows)
-    return "\n".join([*table, "", f"Medians. {' '.join(where)}"])
+    return "\n".join([*table, "", " ".join(["Medians.", *where, *missing])])
 
 
 def versus(theirs: float, ours: float) -> list[str]:
@@ -229,9 +222,13 @@ def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
     ]
     for machine, cases in machines.items():
         parts += [f"## {machine}", "", f"{describe(cases)}.", ""]
-        providers = {name for case in cases for name in case["speedup"]}
+        detectors = recorded(cases)
+        if detectors is not None:
+            parts += ["Whole detectors:", "", rows_table(detectors), ""]
+        others = [case for case in cases if case is not detectors]
+        providers = {name for case in others for name in case["speedup"] if not name.startswith(f"{OURS}, ")}
         for provider in sorted(providers, key=lambda name: (name != PEER, name)):
-            shown = [(title(case), case) for case in cases if provider in case["speedup"]]
+            shown = [(title(case), case) for case in others if provider in case["speedup"]]
             parts += [f"Against {provider}:", "", *table(shown, provider), ""]
     return "\n".join(parts)
 
@@ -274,6 +271,7 @@ def pages() -> dict[Path, str]:
         text = marked(text, f"speed {machine}", speed_table(cases))
         text = marked(text, f"heads {machine}", heads_table(cases))
         text = marked(text, f"detector {machine}", detector_table(cases))
+        text = marked(text, f"targets {machine}", targets_table(cases))
     return {
         readme: marked(readme.read_text(), "summary", summary),
         page: text,

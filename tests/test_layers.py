@@ -27,7 +27,7 @@ LAYERS: tuple[dict[str, str], ...] = (
     {"engine": "torch numpy PIL matplotlib pycocotools safetensors tensorboard tqdm tyro"},
     {
         "analysis": "torch numpy matplotlib tqdm tyro",
-        "exporting": "torch onnxruntime onnxscript",
+        "exporting": "torch onnxruntime onnxscript openvino nncf",
         "interop": "torch numpy torchvision",
     },
     {"cli": "torch tqdm tyro"},

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .description import OUTPUTS
+
 Call = Callable[[Tensor, Tensor], Sequence[Tensor]]
 
 
@@ -51,3 +53,30 @@ class SessionCall:
             self._kept, self._session, self._process = self._session, self._open(), os.getpid()
         results = self._session.run(None, {"pixels": pixels.detach().numpy(), "sizes": sizes.detach().numpy()})
         return [torch.from_numpy(result) for result in results]
+
+
+class RequestCall:
+    """A model that OpenVINO compiled: a request for each thread; a forked process compiles its own model.
+
+    Args:
+        compile_model: compiles another `openvino.CompiledModel`.
+        compiled: the compiled one.
+    """
+
+    def __init__(self, compile_model: Callable[[], Any], compiled: Any) -> None:
+        self._compile, self._compiled, self._process = compile_model, compiled, os.getpid()
+        self._own = threading.local()
+
+    def __call__(self, pixels: Tensor, sizes: Tensor) -> list[Tensor]:
+        request = self._request()
+        results = request.infer({"pixels": pixels.detach().numpy(), "sizes": sizes.detach().numpy()}, share_inputs=True)
+        return [torch.from_numpy(results[name]) for name in OUTPUTS]
+
+    def _request(self) -> Any:
+        process = os.getpid()
+        if process != self._process:  # the threads of the old one do not exist here; its memory is never freed
+            self._kept, self._compiled, self._process = (self._compiled, self._own), self._compile(), process
+            self._own = threading.local()
+        if not hasattr(self._own, "request"):
+            self._own.request = self._compiled.create_infer_request()
+        return self._own.request

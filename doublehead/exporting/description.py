@@ -16,8 +16,10 @@ FORMAT = "doublehead.exported/1"
 INPUTS = ("pixels", "sizes")
 OUTPUTS = ("boxes", "scores", "labels", "count")
 
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+
 NAME = "doublehead"
-"""Key of the description in an ONNX file's metadata; `extra/doublehead.json` in a package."""
+"""Key of the description in an ONNX or OpenVINO file's metadata; `extra/doublehead.json` in a package."""
 
 
 def describe(
@@ -28,16 +30,18 @@ def describe(
     shape: Sequence[int],
     device: str,
     dynamic_batch: bool = False,
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """
     Args:
-        kind: "aoti" or "onnx".
+        kind: "aoti", "onnx" or "openvino".
         recipe: the model's recipe, with the exported read-out.
         classes: label i is `classes[i - 1]`.
         category_ids: label i is category `category_ids[i - 1]` of the data set.
         shape: the pixels' shape, (B, 3, H, W).
         device: "cpu" or "cuda".
         dynamic_batch: whether the program accepts fewer than B images.
+        precision: "fp32", "bf16" or "int8" (OpenVINO): what its layers compute in, where the processor can.
     """
     batch, slots = shape[0], recipe.model.detection.max_detections
     return {
@@ -51,6 +55,7 @@ def describe(
         "classes": list(classes),
         "category_ids": [int(i) for i in category_ids],
         "dynamic_batch": dynamic_batch,
+        "precision": precision,
         "inputs": {
             "pixels": {"shape": list(shape), "dtype": "float32", "about": "normalised images, zeros beyond them"},
             "sizes": {"shape": [batch, 2], "dtype": "float32", "about": "height and width of each image in pixels"},
@@ -94,6 +99,8 @@ def flaw_of(description: dict[str, Any]) -> str | None:
         return f"the inputs' shapes are {shapes}"
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         return "the classes are not a list of names"
+    if description.get("precision", "fp32") not in PRECISIONS:  # earlier versions had one
+        return f"its precision is {description['precision']!r}"
     if type(dynamic) is not bool or not all(isinstance(text, str) for text in texts):
         return "a field has the wrong type"
     return None

@@ -1,8 +1,9 @@
-"""Opens what `doublehead export` wrote: by torch and `doublehead.ops` or onnxruntime, without model code."""
+"""Opens what `doublehead export` wrote: by torch and `doublehead.ops`, onnxruntime or OpenVINO, without model code."""
 
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .calls import Call, PackageCall, SessionCall
+from .calls import Call, PackageCall, RequestCall, SessionCall
 from .description import FORMAT, NAME, flaw_of, image_config, machine
 from .package import read_description
 
@@ -33,8 +34,8 @@ class ExportedDetections(NamedTuple):
 class ExportedDetector:
     """An opened detector.
 
-    Several threads may call it; a package runs one call at a time.  In a process forked after opening, an ONNX file
-    works, and a package raises an error.
+    Several threads may call it; a package runs one call at a time.  In a process forked after opening, an ONNX or
+    OpenVINO file works, and a package raises an error.
 
     Attributes:
         description: the exporter's description: "classes", "preprocessing", "inputs", "outputs", "device", ...
@@ -42,10 +43,14 @@ class ExportedDetector:
         shape: (B, H, W) of the pixels it takes, exactly; with `dynamic_batch`, B is the maximum.
         dynamic_batch: whether fewer than B images are accepted.
         device: the device on which it runs.
+        precision: "fp32", "bf16" or "int8": what its layers compute in.
     """
 
-    def __init__(self, call: Call, description: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self, call: Call, description: dict[str, Any], device: torch.device, precision: str | None = None
+    ) -> None:
         self._call, self.description, self.device = call, description, device
+        self.precision: str = precision or description.get("precision", "fp32")
         self.classes: list[str] = description["classes"]
         batch, _, height, width = description["inputs"]["pixels"]["shape"]
         self.shape = (batch, height, width)
@@ -124,26 +129,34 @@ class ExportedDetector:
         )
 
 
-def load(path: str | Path, device_index: int = 0) -> ExportedDetector:
+def load(path: str | Path, device_index: int = 0, precision: str | None = None) -> ExportedDetector:
     """Open an exported detector.
 
     A package holds compiled code, which runs when it is opened: open only files that you trust.
 
     Args:
-        path: a package (.pt2) or an ONNX file, which `doublehead export` wrote.
-        device_index: the GPU's index, for a package made for CUDA.  ONNX files run on the CPU; for other
+        path: a package (.pt2), an ONNX file, or an OpenVINO file (.xml, with the .bin beside it), which `doublehead
+            export` wrote.
+        device_index: the GPU's index, for a package made for CUDA.  ONNX and OpenVINO files run on the CPU; for other
             execution providers create an `onnxruntime.InferenceSession` yourself.
+        precision: "fp32" or "bf16", for an OpenVINO file whose weights are floats; None: the file's own.  A processor
+            without bf16 computes in fp32, and a warning says so.
+
+    An OpenVINO file runs on as many threads as PyTorch has when it is opened (`torch.set_num_threads`).
 
     Raises:
         UserError: the file does not exist, is not from this library, is damaged, or was made for another device or
-            kind of machine; or onnxruntime is missing.
+            kind of machine; or the package that runs it is missing; or it cannot compute in this precision.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if zipfile.is_zipfile(path):
-        return _load_package(path, device_index)
-    return _load_onnx(path)
+    if path.suffix.lower() == ".xml":
+        return _load_openvino(path, precision)
+    detector = _load_package(path, device_index) if zipfile.is_zipfile(path) else _load_onnx(path)
+    if precision not in (None, detector.precision):
+        raise UserError(f"{path}: computes in {detector.precision}; another precision needs another export")
+    return detector
 
 
 def _load_package(path: Path, device_index: int) -> ExportedDetector:
@@ -185,6 +198,41 @@ def _load_onnx(path: Path) -> ExportedDetector:
     note = session.get_modelmeta().custom_metadata_map.get(NAME)
     description = _checked(path, _parsed(note))
     return ExportedDetector(SessionCall(open_session, session), description, torch.device("cpu"))
+
+
+def _load_openvino(path: Path, precision: str | None) -> ExportedDetector:
+    from . import openvino_file
+
+    graph, note = openvino_file.read(path)
+    description = _checked(path, _parsed(note))
+    openvino_file.check_weights(path, description)
+    own = description.get("precision", "fp32")
+    if precision not in (None, own) and not {precision, own} <= {"fp32", "bf16"}:
+        raise UserError(f"{path}: computes in {own}, not in {precision}: export it with --precision {precision}")
+    call, precision = openvino_call(graph, precision or own)
+    return ExportedDetector(call, description, torch.device("cpu"), precision)
+
+
+def openvino_call(graph: Any, precision: str) -> tuple[RequestCall, str]:
+    """Compile an `openvino.Model` for a precision, and the precision in which it computes.
+
+    Raises:
+        UserError: OpenVINO does not compile it.
+    """
+    from . import openvino_file
+
+    if precision == "bf16" and not openvino_file.computes_in("bf16"):
+        warnings.warn("bf16: OpenVINO finds none in this processor, and computes in fp32", stacklevel=4)
+        precision = "fp32"
+
+    def compile_model() -> Any:
+        return openvino_file.compiled(graph, "bf16" if precision == "bf16" else "fp32", threads)
+
+    threads = torch.get_num_threads()
+    try:
+        return RequestCall(compile_model, compile_model()), precision
+    except RuntimeError as error:
+        raise UserError(f"OpenVINO cannot compile this program: {openvino_file.reason(error)}") from error
 
 
 def _checked(path: Path, description: dict[str, Any] | None) -> dict[str, Any]:
