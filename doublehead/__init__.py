@@ -77,8 +77,9 @@ def accelerate(model: Model, fold: bool = True) -> Model:
     channels-last.  At inference without gradients on a CPU, a ResNet's batch norms are folded into its convolutions,
     together with ReLU and sums; what is folded is remembered, as much memory again as the backbone's weights take, and
     computed anew when a weight changes (writing through `.data` is not seen: `restore` and accelerate again).  With
-    hooks on an inner layer, or layers of other classes, the backbone runs as it is.  Only the classes of these modules change, to subclasses; weights, hooks and all other attributes
-    stay.  So `state_dict`, training, `copy.deepcopy` and pickling work as before.
+    hooks on an inner layer, or layers of other classes, the backbone runs as it is.  Only the classes of these modules
+    change, to subclasses; weights, hooks and all other attributes stay.  So `state_dict`, training, `copy.deepcopy` and
+    pickling work as before.
 
     Differences: because of rounding, NMS may decide differently about two boxes whose overlap nearly equals the
     threshold; 16-bit boxes and scores are computed and returned in float32; detections whose boxes are not finite are

@@ -24,16 +24,28 @@ def is_available(dtype: torch.dtype = torch.float32) -> bool:
     return built and dtype == torch.float32
 
 
-def pack(weight: Tensor, stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0)) -> Tensor:
+def pack(
+    weight: Tensor,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    size: Sequence[int] | None = None,
+) -> Tensor:
     """A weight in the layout that oneDNN prefers.
+
+    The layout depends on the size of the maps.  Packed for another size the weight may be brought into another layout
+    at every call, which can take longer than the convolution: 166 ms of 167 (512 to 512 channels, 3x3, AVX2).
 
     Args:
         weight: `Tensor[O, I, kh, kw]`, float32 or bfloat16, on the CPU.
+        stride, padding: of the convolution.
+        size: shape of the maps, [N, I, H, W]; None: unknown.
 
     Returns:
         an opaque tensor for `convolution` and `add_convolution` with the same stride and padding.
     """
-    return torch.ops.mkldnn._reorder_convolution_weight(weight, list(padding), list(stride), [1, 1], 1, None)
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        weight, list(padding), list(stride), [1, 1], 1, None if size is None else list(size)
+    )
 
 
 def convolution(

@@ -20,7 +20,7 @@ _GLOBAL_HOOKS = (
 
 def may_fold(maps: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
     """Whether nothing but the result of a network with these weights, called on these maps, is wanted."""
-    if torch.jit.is_tracing() or in_dispatch_mode() or forward_ad._current_level >= 0:
+    if in_dispatch_mode() or forward_ad._current_level >= 0:
         return False
     if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
         return False

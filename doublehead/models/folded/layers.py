@@ -10,11 +10,6 @@ from torch.nn.functional import conv2d
 
 from ...ops import onednn
 
-WIDEST_POINTWISE = 1024
-"""Output channels up to which oneDNN's fused 1x1 convolutions are used: of 2048 its AVX2 kernel has a fifth of the
-speed that `conv2d` has.
-"""
-
 
 class Layer(NamedTuple):
     """All of a convolution but its tensors; layers of the same plan are told apart by `index`."""
@@ -33,21 +28,36 @@ class Layer(NamedTuple):
 
     def is_fused(self, dtype: torch.dtype) -> bool:
         """Whether it runs in one kernel."""
-        if self.dilation != (1, 1) or self.groups != 1 or not onednn.is_available(dtype):
-            return False
-        return self.kernel != (1, 1) or self.stride != (1, 1) or self.outputs <= WIDEST_POINTWISE
+        return self.dilation == (1, 1) and self.groups == 1 and onednn.is_available(dtype)
 
 
-class Weights(NamedTuple):
-    """A layer's tensors, folded, in the dtype that it runs in."""
+class Weights:
+    """A layer's tensors, folded, in the dtype that it runs in.
 
-    weight: Tensor
-    """Packed for oneDNN where the layer is fused; else channels-last."""
-    bias: Tensor | None
-    fused: bool
+    Args:
+        weight, bias: channels-last, not packed.
+        fused: whether the layer runs in one kernel.
+        sizes: for how many sizes of maps the packed weight is kept: as many as a network is called on at a time.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, fused: bool, sizes: int) -> None:
+        self.weight, self.bias, self.fused = weight, bias, fused
+        self._sizes = sizes
+        self._packed: dict[torch.Size, Tensor] = {}
+
+    def packed(self, layer: Layer, x: Tensor) -> Tensor:
+        """The weight as oneDNN prefers it for maps of the size of `x`."""
+        packed = self._packed.get(x.shape)
+        if packed is None:
+            with torch.inference_mode(False):
+                packed = onednn.pack(self.weight, layer.stride, layer.padding, x.shape)
+            while len(self._packed) >= self._sizes:
+                self._packed.pop(next(iter(self._packed)), None)  # the oldest; another thread may have done it
+            self._packed[x.shape] = packed
+        return packed
 
 
-def fold(layer: Layer, conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype) -> Weights:
+def fold(layer: Layer, conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype, sizes: int) -> Weights:
     """Fold the norm in float64 and round once."""
     weight, bias = conv.weight.double(), None if conv.bias is None else conv.bias.double()
     if norm is not None:
@@ -60,15 +70,13 @@ def fold(layer: Layer, conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dty
         weight = weight * scale.view(-1, 1, 1, 1)
     weight = weight.to(dtype, memory_format=torch.channels_last)
     bias = None if bias is None else bias.to(dtype)
-    if layer.is_fused(dtype):
-        return Weights(onednn.pack(weight, layer.stride, layer.padding), bias, True)
-    return Weights(weight, bias, False)
+    return Weights(weight, bias, layer.is_fused(dtype), sizes)
 
 
 def convolve(layer: Layer, weights: Weights, x: Tensor) -> Tensor:
     """`Tensor[N, I, H, W]`, channels-last -> `Tensor[N, O, H', W']`, channels-last, new memory."""
     if weights.fused:
-        return onednn.convolution(x, weights.weight, weights.bias, layer.stride, layer.padding, layer.relu)
+        return onednn.convolution(x, weights.packed(layer, x), weights.bias, layer.stride, layer.padding, layer.relu)
     y = _plain(layer, weights, x)
     return y.relu_() if layer.relu else y
 
@@ -76,7 +84,9 @@ def convolve(layer: Layer, weights: Weights, x: Tensor) -> Tensor:
 def add_to(to: Tensor, layer: Layer, weights: Weights, x: Tensor) -> Tensor:
     """Add the convolution of `x` to `to` in place, then ReLU; returns `to`."""
     if weights.fused:
-        return onednn.add_convolution(to, x, weights.weight, weights.bias, layer.stride, layer.padding, layer.relu)
+        return onednn.add_convolution(
+            to, x, weights.packed(layer, x), weights.bias, layer.stride, layer.padding, layer.relu
+        )
     if layer.kernel == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1:
         rows = to.permute(0, 2, 3, 1).view(-1, layer.outputs)  # a view: `to` is channels-last
         rows.addmm_(x.permute(0, 2, 3, 1).reshape(-1, layer.inputs), weights.weight.flatten(1).t())

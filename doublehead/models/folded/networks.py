@@ -83,7 +83,7 @@ def _folded(
     maps: Sequence[Tensor],
 ) -> Any:
     """Read the modules, fold them unless that is done, and run."""
-    if torch.compiler.is_compiling():  # nothing below is for a tracer
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # nothing below is for a tracer
         return None
     if owner.training:
         forget(owner)
@@ -100,7 +100,7 @@ def _folded(
     weights = cache.get(
         reader.tensors,
         (dtype, onednn.is_available(dtype), plan),
-        lambda: [fold(*source, dtype) for source in reader.sources],
+        lambda: [fold(*source, dtype, len(maps)) for source in reader.sources],
     )
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         return run(plan, weights, [x.to(dtype).contiguous(memory_format=torch.channels_last) for x in maps])
