@@ -10,6 +10,7 @@ import torch
 
 from doublehead.engine.checkpoint import load_model
 from doublehead.engine.distributed import find_device
+from doublehead.engine.gate_file import set_gate
 from doublehead.errors import UserError
 from doublehead.exporting import load as load_exported
 from doublehead.exporting.package import read_description
@@ -18,7 +19,9 @@ from doublehead.recipes import RECIPES
 from .predictor import Predictor
 
 
-def load(path: str | os.PathLike, device: str | torch.device = "auto") -> Predictor:
+def load(
+    path: str | os.PathLike, device: str | torch.device = "auto", *, ext_gate: float | str | None = None
+) -> Predictor:
     """See `doublehead.load`."""
     if not isinstance(path, (str, os.PathLike)):
         hint = "; a result of doublehead.train has load()" if hasattr(path, "folder") else ""
@@ -29,14 +32,17 @@ def load(path: str | os.PathLike, device: str | torch.device = "auto") -> Predic
             f"{path} is the name of a recipe: train it first, doublehead.train({str(path)!r}), and load its run"
         )
     if _is_exported(path):
+        if ext_gate is not None:
+            raise UserError(f"{path}: an exported program has the gate that it was exported with: leave ext_gate out")
         return _open_exported(path, str(device))
     where = find_device(str(device))
     model, recipe, classes, _ = load_model(path)
+    set_gate(path, model, ext_gate)
     return Predictor(path, classes, where, model=model.to(where), recipe=recipe)
 
 
 def _is_exported(path: Path) -> bool:
-    if path.suffix.lower() in (".pt2", ".onnx"):
+    if path.suffix.lower() in (".pt2", ".onnx", ".xml"):
         return not path.is_dir()
     return path.is_file() and zipfile.is_zipfile(path) and read_description(path) is not None
 

@@ -47,6 +47,14 @@ def matches(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) ->
     return metadata.get(KEY) == _digest(described, tensors)
 
 
+def of_weights(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A digest of a model's `state_dict`, by which other files name the weights that they belong to.
+
+    It does not depend on the file that holds them, nor on its description.
+    """
+    return _digest({}, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
+
+
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
     names = sorted(tensors)
     kinds = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]

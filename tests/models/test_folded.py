@@ -272,6 +272,18 @@ def test_weights_are_packed_for_the_size_of_the_maps(monkeypatch):
     assert len(sizes) == 3 * len(maps)  # every level's once
 
 
+@pytest.mark.parametrize("broken", ["weight", "pixels"])
+@torch.no_grad()
+def test_what_is_not_finite_stays_so(broken):
+    """ReLU in oneDNN's kernel makes 0 of NaN."""
+    body, pixels = build(), PIXELS.clone()
+    if broken == "weight":
+        body.body.conv1.weight.fill_(torch.nan)
+    else:
+        pixels[:] = torch.nan
+    assert all(y.isnan().any() for y in body(pixels))
+
+
 @torch.no_grad()
 def test_they_are_forgotten_in_training_and_with_the_module():
     body = build()

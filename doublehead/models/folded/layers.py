@@ -43,17 +43,22 @@ class Weights:
     def __init__(self, weight: Tensor, bias: Tensor | None, fused: bool, sizes: int) -> None:
         self.weight, self.bias, self.fused = weight, bias, fused
         self._sizes = sizes
-        self._packed: dict[torch.Size, Tensor] = {}
+        self._packed: dict[tuple[torch.Size, int], Tensor] = {}
+
+    def is_finite(self) -> bool:
+        tensors = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
     def packed(self, layer: Layer, x: Tensor) -> Tensor:
-        """The weight as oneDNN prefers it for maps of the size of `x`."""
-        packed = self._packed.get(x.shape)
+        """The weight as oneDNN prefers it for maps of the size of `x`, on this many threads."""
+        key = (x.shape, torch.get_num_threads())
+        packed = self._packed.get(key)
         if packed is None:
             with torch.inference_mode(False):
                 packed = onednn.pack(self.weight, layer.stride, layer.padding, x.shape)
             while len(self._packed) >= self._sizes:
                 self._packed.pop(next(iter(self._packed)), None)  # the oldest; another thread may have done it
-            self._packed[x.shape] = packed
+            self._packed[key] = packed
         return packed
 
 

@@ -95,12 +95,19 @@ def _folded(
         return None
     if not reader.tensors or not may_fold(maps, reader.tensors):
         return None
+    if not all(bool(x.sum().isfinite()) for x in maps):  # fused ReLU would make 0 of NaN
+        return None
     dtype = layer_dtype(maps[0])
     cache = _FOLDED.setdefault(owner, FoldedWeights())
-    weights = cache.get(
-        reader.tensors,
-        (dtype, onednn.is_available(dtype), plan),
-        lambda: [fold(*source, dtype, len(maps)) for source in reader.sources],
-    )
+    kind = (dtype, onednn.is_available(dtype), plan)
+    weights = cache.get(reader.tensors, kind, lambda: _fold(reader, dtype, len(maps)))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         return run(plan, weights, [x.to(dtype).contiguous(memory_format=torch.channels_last) for x in maps])
+
+
+def _fold(reader: Reader, dtype: torch.dtype, sizes: int) -> list[Weights]:
+    weights = [fold(*source, dtype, sizes) for source in reader.sources]
+    if not all(layer.is_finite() for layer in weights):  # a broken model must be seen to be broken
+        for layer in weights:
+            layer.fused = False
+    return weights
