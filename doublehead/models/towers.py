@@ -11,6 +11,8 @@ from torch.nn.functional import linear
 
 from ..ops import onednn
 from .folding import FoldedWeights, has_inner_hooks, have_kinds, layer_dtype, needs_grad
+from . import folded
+from .folding import FoldedWeights, has_inner_hooks, layer_dtype, needs_grad
 from .layered import Layered, run_fc
 from .products import Layer
 
@@ -156,7 +158,12 @@ class Conv5Tower(nn.Sequential):
 
     def forward(self, x: Tensor, count: Tensor | None = None) -> Tensor:
         """As `Tower`; all RoIs are computed, whatever `count`."""
-        return super().forward(x)
+        maps = folded.sequence(self, [self[0]], x)
+        return super().forward(x) if maps is None else self[2](self[1](maps))
+
+    def train(self, mode: bool = True) -> Conv5Tower:
+        folded.forget(self)
+        return super().train(mode)
 
     def can_skip(self, x: Tensor) -> bool:
         return False
