@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from doublehead.config import Precision
+
     from .api.detections import Detection, Detections
     from .api.predictor import Predictor
     from .api.training import TrainResult, train
@@ -41,7 +43,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def load(path: str | os.PathLike, device: Any = "auto") -> Predictor:
+def load(path: str | os.PathLike, device: Any = "auto", precision: Precision = "fp32") -> Predictor:
     """Open a detector: a run, a checkpoint, a converted or an exported one.
 
     Args:
@@ -50,13 +52,17 @@ def load(path: str | os.PathLike, device: Any = "auto") -> Predictor:
             trust.
         device: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "cuda:1", or a `torch.device`.  An
             exported program runs on the kind of device it was made for.
+        precision: "fp32"; "bf16" or "fp16", which are faster where the processor has them; or "int8" on a CPU, with
+            what `doublehead quantize` wrote beside the checkpoint.  A warning of one line says what the processor
+            lacks.  An exported program computes in the precision it was exported in.
 
     Returns:
         A `Predictor`: `.predict(image)`, `.draw(image, detections)`, `.classes`, `.model`.
 
     Raises:
-        UserError: there is no such file, it holds no detector, is damaged, or is made for another device.  For another
-            project's checkpoint, the message is the `doublehead convert` line that makes one of ours.
+        UserError: there is no such file, it holds no detector, is damaged, is made for another device, or cannot
+            compute in this precision.  For another project's checkpoint, the message is the `doublehead convert` line
+            that makes one of ours.
 
     Example:
         >>> predictor = doublehead.load("runs/cells-1")
@@ -65,7 +71,7 @@ def load(path: str | os.PathLike, device: Any = "auto") -> Predictor:
     """
     from .api.loading import load
 
-    return load(path, device)
+    return load(path, device, precision)
 
 
 def accelerate(model: Model) -> Model:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import warnings
 import zipfile
 from pathlib import Path
 
 import torch
 
+from doublehead.config import Precision
 from doublehead.engine.checkpoint import load_model
 from doublehead.engine.distributed import find_device
+from doublehead.engine.precision import set_precision
 from doublehead.errors import UserError
 from doublehead.exporting import load as load_exported
 from doublehead.exporting.package import read_description
@@ -18,7 +21,7 @@ from doublehead.recipes import RECIPES
 from .predictor import Predictor
 
 
-def load(path: str | os.PathLike, device: str | torch.device = "auto") -> Predictor:
+def load(path: str | os.PathLike, device: str | torch.device = "auto", precision: Precision = "fp32") -> Predictor:
     """See `doublehead.load`."""
     if not isinstance(path, (str, os.PathLike)):
         hint = "; a result of doublehead.train has load()" if hasattr(path, "folder") else ""
@@ -29,10 +32,16 @@ def load(path: str | os.PathLike, device: str | torch.device = "auto") -> Predic
             f"{path} is the name of a recipe: train it first, doublehead.train({str(path)!r}), and load its run"
         )
     if _is_exported(path):
+        if precision != "fp32":
+            raise UserError(f"{path}: an exported program computes as it was exported: leave precision {precision!r} "
+                            "out, or export again with it")  # fmt: skip
         return _open_exported(path, str(device))
     where = find_device(str(device))
     model, recipe, classes, _ = load_model(path)
-    return Predictor(path, classes, where, model=model.to(where), recipe=recipe)
+    mode = set_precision(model, precision, where, path)
+    if mode.note:
+        warnings.warn(mode.note, stacklevel=3)
+    return Predictor(path, classes, where, model=model.to(where), recipe=recipe, mode=mode)
 
 
 def _is_exported(path: Path) -> bool:

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a detector, evaluate it, draw what it finds",
     "evaluate": "measure a trained detector on a data set",
     "detect": "draw what a detector finds in pictures",
+    "quantize": "prepare a detector for int8 on CPUs, and measure what it costs",
     "export": "write a detector as a program that needs no model code (AOTInductor, ONNX)",
     "convert": "turn another project's checkpoint into a model of this library",
     "analyze": "draw the paper's Figures 2-4 and 6-10 for any detectors and data",

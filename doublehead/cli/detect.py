@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from doublehead.config import MAX_PIXELS, MOST_PIXELS
+from doublehead.config import MAX_PIXELS, MOST_PIXELS, Precision
 from doublehead.engine.logs import counted_warnings
 from doublehead.engine.picture_files import JSON_FILE, Entry, check_free, find_pictures, write_results
 from doublehead.errors import UserError, one_line, shown_to_user
@@ -42,8 +42,11 @@ class Options:
     batch_size: int = 1
     """Pictures that go through the model at once.  They are padded to a common size, which changes detections slightly
     where sizes differ: with 1 a picture's detections do not depend on its neighbours."""
-    amp: Literal["off", "bf16", "fp16"] = "off"
-    """Compute in 16 bits: faster on GPUs, slightly other scores."""
+    precision: Precision | None = None
+    """`fp32` (by default), `bf16` or `fp16`: faster on GPUs and on CPUs that have it, slightly other scores; `int8`:
+    the layers of the heads that `doublehead quantize` found fit for it, on a CPU."""
+    amp: Literal["off", "bf16", "fp16"] | None = None
+    """The former name of --precision."""
     threads: int = 0
     """Threads that read pictures, and as many that draw; 0: half of the processors, at most 8."""
     max_pixels: int = MAX_PIXELS
@@ -105,12 +108,11 @@ def run(options: Options) -> list[Entry]:
 
 def _detect(options: Options, files: Sequence[Path], entries: list[Entry], unreadable: list[Entry]) -> None:
     """Detect in `files`, and add to the two lists; the JSON is written if there is an entry."""
-    import torch  # only now: these take seconds to import
-
-    from doublehead.data.jpeg import is_strict
+    from doublehead.data.jpeg import is_strict  # only now: these take seconds to import
     from doublehead.engine.checkpoint import load_model
     from doublehead.engine.detecting import detect_in_pictures
     from doublehead.engine.distributed import join_world
+    from doublehead.engine.precision import set_precision
     from doublehead.engine.streaming import Clock
 
     if not is_strict():
@@ -120,6 +122,9 @@ def _detect(options: Options, files: Sequence[Path], entries: list[Entry], unrea
         if world.size > 1:
             raise UserError("detection runs on one process: leave torchrun out")
         model, _, classes, _ = load_model(options.checkpoint)
+        mode = set_precision(model, asked_precision(options), world.device, options.checkpoint)
+        if mode.note:
+            print(f"note: {mode.note}", file=sys.stderr)
         start = time.perf_counter()
 
         def write() -> None:
@@ -140,7 +145,7 @@ def _detect(options: Options, files: Sequence[Path], entries: list[Entry], unrea
                 on_entry=lambda entry: (unreadable if "error" in entry else entries).append(entry),
                 score_threshold=options.score_threshold,
                 batch_size=options.batch_size,
-                dtype={"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.amp],
+                dtype=mode.dtype,
                 threads=options.threads,
                 max_pixels=options.max_pixels,
                 clock=clock,
@@ -165,7 +170,20 @@ def _detect(options: Options, files: Sequence[Path], entries: list[Entry], unrea
     print(f"{seconds:.1f} s, {len(entries) / seconds:.2f} pictures/s; at the same time: {stages}")
 
 
+def asked_precision(options: Options) -> Precision:
+    """What --precision or its former name asks for.
+
+    Raises:
+        UserError: they contradict each other.
+    """
+    former: Precision | None = "fp32" if options.amp == "off" else options.amp
+    if options.precision and former and options.precision != former:
+        raise UserError(f"--precision {options.precision} and --amp {options.amp} contradict each other: leave one out")
+    return options.precision or former or "fp32"
+
+
 def _check(options: Options) -> None:
+    asked_precision(options)
     if not options.images:
         raise UserError("no picture is named: give files, folders or quoted patterns after the checkpoint")
     if not 0 <= options.score_threshold <= 1:

@@ -15,7 +15,7 @@ import tyro
 
 from doublehead.cli.outputs import check_output
 from doublehead.cli.readouts import set_readout
-from doublehead.config import Fusion, ImageConfig, ReadOutName
+from doublehead.config import Fusion, ImageConfig, Precision, ReadOutName
 from doublehead.errors import UserError, config_errors, shown_to_user
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class Options:
     """How `fused` joins the two classifiers (Ext models)."""
     ext_gate: float | None = None
     """Leave out RoIs whose best fc-score is not above this (Ext models, read-out `fused`); approximate."""
+    precision: Precision = "fp32"
+    """What a package computes in: `bf16`, or for CUDA `fp16` (other formats leave that to their runtime)."""
     check: bool = True
     """Load the written program and compare it with the model on a random input before OUT appears."""
 
@@ -80,6 +82,8 @@ def run(options: Options) -> None:
             "--dynamic-batch is for packages (.pt2), with a --batch of at least 2, the most images at a time"
         )
 
+    check_precision(options.precision, kind)
+
     import torch  # only now: these take seconds to import
 
     from doublehead.engine.checkpoint import load_model
@@ -91,6 +95,8 @@ def run(options: Options) -> None:
 
     (package.check_compiler if kind == "aoti" else onnx_file.check_installed)()
     device = _device(options.device, kind, torch.cuda.is_available())
+    if options.precision == "fp16" and device == "cpu":
+        raise UserError("--precision fp16: packages for CPUs compute in fp32 or bf16")
     model, recipe, classes, category_ids = load_model(options.checkpoint)
     with config_errors():
         set_readout(model, options, recipe.model.detection)
@@ -166,6 +172,22 @@ class WrongProgram(UserError):
     """The exported program's results are not the model's."""
 
     exit_code = 1
+
+
+def check_precision(precision: Precision, kind: str) -> None:
+    """
+    Raises:
+        UserError: files of this kind are not written in this precision.
+    """
+    if precision == "int8":
+        raise UserError(
+            "--precision int8: exported files have none; detect, evaluate and doublehead.load run the model in it"
+        )
+    if precision != "fp32" and kind != "aoti":
+        raise UserError(
+            f"--precision {precision}: .{kind} files are written in fp32, and the runtime chooses what to compute in; "
+            "leave --precision out"
+        )
 
 
 def _format(options: Options) -> Literal["aoti", "onnx"]:

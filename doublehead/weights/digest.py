@@ -47,6 +47,11 @@ def matches(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) ->
     return metadata.get(KEY) == _digest(described, tensors)
 
 
+def of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The digest of tensors on the CPU: their names, dtypes, shapes and values."""
+    return _digest({}, tensors)
+
+
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
     names = sorted(tensors)
     kinds = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
