@@ -1,8 +1,9 @@
 """The conv-head's tower: residual and non-local blocks, then the average over cells (PAPER Figure 5, Table 2).
 
-Plain modules define it. `ConvTower` runs them in one of three ways, with the same results:
+Plain modules define it. `ConvTower` runs them in one of four ways, with the same results:
 
 - inference: batch norms folded, all blocks in one operator (`doublehead.ops.conv_head`);
+- inference on a CPU after `quantized.use_int8`: layer by layer, with integers in between (`layered`); results differ;
 - training: blocks with fused batch norm, ReLU and residual, which remember less (`conv_training`);
 - plain: module by module. For everything else: gradients in eval mode, synchronised or frozen batch norms, training
   under torch.compile (which fuses by itself), or `fused=False`.
@@ -11,6 +12,7 @@ Plain modules define it. `ConvTower` runs them in one of three ways, with the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ from ..ops.batch_norm.op import track_statistics
 from ..ops.conv_head import Block, conv_head
 from . import conv_training as training
 from .folding import FoldedWeights, fold_norm, layer_dtype, needs_grad
+from .layered import Layered, run_conv
+from .products import Layer
 
 
 class ResidualBlock(nn.Module):
@@ -124,6 +128,9 @@ class ConvTower(nn.Sequential):
         ValueError: K under 1, or an even K with non-local blocks.
     """
 
+    layered: Layered | None = None
+    """How layers run that have a precision of their own; None: all blocks are one operator."""
+
     def __init__(self, channels: int, config: HeadConfig) -> None:
         blocks, non_local = config.conv_blocks, config.non_local
         if blocks < 1:
@@ -167,7 +174,20 @@ class ConvTower(nn.Sequential):
 
     def train(self, mode: bool = True) -> ConvTower:
         self._folded.forget()
+        if self.layered is not None:
+            self.layered.forget()
         return super().train(mode)
+
+    def layers(self) -> list[Layer]:
+        """The layers that can have a precision of their own, in order; none where a block is of another type."""
+        known = WideningBlock, Bottleneck, NonLocalBlock
+        if any(type(block) not in known for block in self.blocks):
+            return []
+        layers, signed = [], True
+        for index, block in enumerate(self.blocks):
+            layers += layers_of(index, block, signed)
+            signed = isinstance(block, NonLocalBlock) and not block.relu_after
+        return layers
 
     def can_skip(self, x: Tensor) -> bool:
         """Whether `x` goes through the folded operator, which leaves out RoIs: inference, without gradients."""
@@ -203,6 +223,8 @@ class ConvTower(nn.Sequential):
 
     def _infer(self, x: Tensor, count: Tensor | None) -> Tensor:
         dtype = layer_dtype(x)
+        if self.layered is not None and self.layered.runs(x) and (layers := self.layers()):
+            return run_conv(self.blocks, x, self.layered.products(self, layers, dtype), count)
         tensors = [*self.parameters(), *self.buffers()]
         if torch.compiler.is_compiling():  # part of the graph; torch 2.11 does not trace the lambda below
             kinds, folded = self._fold(dtype)
@@ -270,6 +292,23 @@ def fold_non_local(block: NonLocalBlock) -> tuple[Block, list[Tensor]]:
     weight = torch.cat([layer.weight.flatten(1) for layer in layers])
     out, bias = fold_norm(block.out, block.norm)
     return Block.NON_LOCAL, [weight, torch.cat([layer.bias for layer in layers]), out.flatten(1), bias]
+
+
+def layers_of(index: int, block: nn.Module, signed: bool) -> list[Layer]:
+    """The layers of a block, the `index`-th of its tower; `signed`: whether the block's input can be negative."""
+    if not isinstance(block, NonLocalBlock):
+        names = ("residual.0", "residual.3", "shortcut.0" if isinstance(block, WideningBlock) else "residual.6")
+        of_input = {"residual.0", "shortcut.0"}
+        return [
+            Layer(f"{index}.{name}", signed and name in of_input, partial(fold_norm, *layer))
+            for name, layer in zip(names, block.layers(), strict=True)
+        ]
+
+    def qkv() -> tuple[Tensor, Tensor]:
+        parts = block.theta, block.phi, block.g
+        return torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+
+    return [Layer(f"{index}.qkv", signed, qkv), Layer(f"{index}.out", True, partial(fold_norm, block.out, block.norm))]
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int) -> tuple[nn.Module, nn.Module]:

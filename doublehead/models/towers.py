@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .folding import FoldedWeights, layer_dtype, needs_grad
+from .layered import Layered, run_fc
+from .products import Layer
 
 
 @runtime_checkable
@@ -54,6 +56,9 @@ class FCTower(nn.Sequential):
     columns of the first weight.
     """
 
+    layered: Layered | None = None
+    """How layers run that have a precision of their own; None: both in that of the input."""
+
     def __init__(self, channels: int, size: int, dim: int) -> None:
         layers = nn.Linear(channels * size * size, dim), nn.Linear(dim, dim)
         for layer in layers:
@@ -69,7 +74,11 @@ class FCTower(nn.Sequential):
 
     def forward(self, x: Tensor, count: Tensor | None = None) -> Tensor:
         """As `Tower`; all RoIs are computed, whatever `count`."""
-        if needs_grad(self, x) or not x.is_contiguous(memory_format=torch.channels_last):
+        grads = needs_grad(self, x)
+        if self.layered is not None and not self.training and not grads and self.layered.runs(x):
+            if layers := self.layers(x.shape[1:]):
+                return run_fc(x, self.layered.products(self, layers, layer_dtype(x)))
+        if grads or not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
         dtype = layer_dtype(x)
         if torch.compiler.is_compiling():  # part of the graph; torch 2.11 does not trace the lambda below
@@ -93,12 +102,35 @@ class FCTower(nn.Sequential):
 
     def train(self, mode: bool = True) -> FCTower:
         self._folded.forget()
+        if self.layered is not None:
+            self.layered.forget()
         return super().train(mode)
 
+    def layers(self, shape: torch.Size | None = None) -> list[Layer]:
+        """The layers that can have a precision of their own; none where one is of another type.
+
+        `shape`: of a RoI's map, `[C, S, S]`, for the weights.
+        """
+        if any(type(self[index]) is not nn.Linear for index in (1, 3)):
+            return []
+
+        def as_convolution(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            return weight[:, :, None, None], bias
+
+        return [
+            Layer("1", True, lambda: as_convolution(*self._by_cells(shape))),
+            Layer("3", False, lambda: as_convolution(self[3].weight, self[3].bias)),
+        ]
+
     def _fold(self, dtype: torch.dtype, shape: torch.Size) -> list[Tensor]:
-        first, second = self[1], self[3]
-        weight = first.weight.unflatten(1, shape).permute(0, 2, 3, 1).flatten(1)
-        return [tensor.to(dtype) for tensor in (weight, first.bias, second.weight, second.bias)]
+        second = self[3]
+        tensors = *self._by_cells(shape), second.weight, second.bias
+        return [tensor.to(dtype) for tensor in tensors]
+
+    def _by_cells(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the first layer, for channels-last maps of the shape `[C, S, S]`."""
+        first = self[1]
+        return first.weight.unflatten(1, shape).permute(0, 2, 3, 1).flatten(1), first.bias
 
 
 class Conv5Tower(nn.Sequential):
