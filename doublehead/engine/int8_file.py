@@ -119,7 +119,7 @@ def _content(path: Path, again: str) -> dict[str, Any]:
         raise UserError(f"{path}: not what doublehead quantize writes; make it again: {again} --overwrite") from error
     if content["format"] != FORMAT:
         raise UserError(
-            f"{path}: written in {content['format']!r}, this version reads {FORMAT}; make it again: {again}"
+            f"{path}: in {content['format']}, this version reads {FORMAT}; make it again: {again} --overwrite"
         )
     if content.get("checksum") != checksum(content):
         raise UserError(f"{path}: changed or damaged since it was written; make it again: {again} --overwrite")

@@ -125,3 +125,18 @@ def _int8() -> Mode:
         return Mode("int8", used, rest, f"int8 cannot run here, {used} runs in its place: {support.reason}")
     note = f"int8 inputs have 7 bits: {support.reason}" if support.level == "seven_bits" else ""
     return Mode("int8", "int8", rest, note)
+
+
+def on_this_cpu() -> dict[str, str]:
+    """Precision -> what it means on this machine's CPU, in a line."""
+    from doublehead.models import quantized
+
+    support = quantized.int8_support()
+    means = {"vnni": "native", "seven_bits": f"inputs have 7 bits: {support.reason}"}
+    lines = {"fp32": "native"}
+    for name in ("bf16", "fp16"):
+        lines[name] = emulated(name).removeprefix(f"{name} is ") or "native"
+    lines["int8"] = means.get(support.level, f"cannot run: {support.reason}")
+    if support.level != "none":
+        lines["int8"] += f"; the other layers compute in {'bf16' if rest_dtype() is not None else 'fp32'}"
+    return lines
