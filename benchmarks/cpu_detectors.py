@@ -9,44 +9,60 @@ from __future__ import annotations
 import contextlib
 import copy
 import signal
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 
 import harness
-import peers
 import torch
-from cpu_rows import ACCELERATED, ALL, BF16, COMPILED, DOUBLE, EXT, FASTER, FC, INT8, INT8_BF16, QUARTER, Row
+from cpu_rows import (
+    ACCELERATED,
+    ALL,
+    BF16,
+    COMPILED,
+    DOUBLE,
+    EXT,
+    FASTER,
+    FC,
+    FP32,
+    INT8,
+    INT8_BF16,
+    ONNXRUNTIME,
+    QUARTER,
+    ROWS,
+    Row,
+)
 from detector_checks import plain
 from detectors import models
+from heads import in_int8
+from peers import Peers, peers
 from torch import Tensor, nn
 
 import doublehead
-from doublehead.exporting import ExportedDetector
 from doublehead.models import DoubleHeadRCNN
-from doublehead.models.quantized import int8_support, observe, use_int8
 
 COMPILE_SECONDS = 240
 """torch.compile of torchvision's detector is given up after that."""
 
+Found = tuple[Row, list[dict[str, Tensor]]]
+
 
 class Detectors:
-    """The models of all rows, made when they are asked for.
+    """The detectors of some rows, made when they are asked for.
 
     Args:
         images: what they will be given, of `side` pixels; the first one scales the weights and calibrates int8.
         side, proposals: as for `detectors.models`.
+        rows: those of the run.
     """
 
-    def __init__(self, images: list[Tensor], side: int, proposals: int) -> None:
+    def __init__(self, images: list[Tensor], side: int, proposals: int, rows: Sequence[Row] = ROWS) -> None:
         found = models(images, side, proposals)
-        self.images, self.originals = images, found
+        self.images, self.originals, self.rows = images, found, rows
         quarter = copy.deepcopy(found[DOUBLE])
         let_pass(quarter, images, 0.25)
         let_pass(found[DOUBLE], images, 1.0)
         gated = sharing(found[EXT])
         gated.detector.readout = gated.detector.readout.replace(ext_gate=scores(gated, images).quantile(0.75).item())
-        self.models: dict[tuple[str, str], nn.Module] = {
+        self.weights: dict[tuple[str, str], nn.Module] = {
             (FASTER, ALL): found["torchvision"],
             (FC, ALL): found["fc kind"],
             (DOUBLE, ALL): found[DOUBLE],
@@ -55,26 +71,21 @@ class Detectors:
             (EXT, QUARTER): gated,
         }
         self._references: dict[tuple[str, str], list[dict[str, Tensor]]] = {}
-        self._exported: dict[str, peers.Exported] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="doublehead-benchmark-")
+        self._peers: dict[str, Peers] = {}
 
     def reference(self, family: tuple[str, str]) -> list[dict[str, Tensor]]:
         """What a family's detector finds in fp32, module by module."""
         if family not in self._references:
-            model = self.models[family]
+            model = self.weights[family]
             with torch.inference_mode():
                 self._references[family] = (model if family[0] == FASTER else plain(model))(self.images)
         return self._references[family]
 
-    def model(self, row: Row) -> nn.Module | ExportedDetector | str:
-        """The row's detector, or the reason why there is none."""
-        if row.precision in (BF16, INT8_BF16) and (reason := harness.lacks_bf16()):
+    def model(self, row: Row) -> nn.Module | str:
+        """The detector of a row that PyTorch runs, or the reason why there is none."""
+        if row.in_bf16 and (reason := harness.lacks_bf16()):
             return reason
-        if row.exported:
-            if reason := peers.missing(row.runtime, row.precision):
-                return reason
-            return self._file(row).detector(row.runtime, row.precision)
-        model = sharing(self.models[row.weights])  # folded weights are remembered for one precision
+        model = sharing(self.weights[row.weights])  # folded weights are remembered for one precision
         if row.runtime == ACCELERATED:
             return doublehead.accelerate(model)
         if row.runtime == COMPILED:
@@ -83,29 +94,36 @@ class Detectors:
             return in_int8(model, self.images)
         return model
 
-    def call(self, row: Row, model: nn.Module | ExportedDetector) -> Callable[[], tuple[Row, list[dict[str, Tensor]]]]:
-        """What is timed: images in, detections out."""
-        detect = model.detect if isinstance(model, ExportedDetector) else model
+    def exported(self, row: Row) -> Callable[[], list[dict[str, Tensor]]] | str:
+        """A call of an exported detector on the images, or the reason why there is none."""
+        if row.runtime == ONNXRUNTIME and row.precision != FP32:
+            return f"onnxruntime's kernels for the CPU have no {row.precision} on x86"
+        if row.in_bf16 and (reason := harness.lacks_bf16()):
+            return reason
+        if row.detector not in self._peers:  # one file serves all
+            names = [each.peer for each in self.rows if each.detector == row.detector and each.exported]
+            if harness.lacks_bf16():
+                names = [name for name in names if BF16 not in name]
+            self._peers[row.detector] = peers(self.weights[row.weights], self.images, names)
+        found = self._peers[row.detector]
+        return found.calls.get(row.peer) or found.missing[row.peer]
 
-        def run() -> tuple[Row, list[dict[str, Tensor]]]:
+    def call(self, row: Row, model: nn.Module | None = None) -> Callable[[], Found] | str:
+        """What is timed, images in and detections out; or the reason why it cannot be. `model`: of `model(row)`."""
+        detect = self.exported(row) if row.exported else lambda: model(self.images)
+        if isinstance(detect, str):
+            return detect
+
+        def run() -> Found:
             with torch.inference_mode(), precision(row):
-                return row, detect(self.images)
+                return row, detect()
 
         return run
-
-    def _file(self, row: Row) -> peers.Exported:
-        """The exported detector, translated once."""
-        if row.detector not in self._exported:
-            folder = Path(self._folder.name) / row.detector
-            folder.mkdir()
-            self._exported[row.detector] = peers.Exported(self.models[row.weights], self.images, folder)
-        return self._exported[row.detector]
 
 
 def precision(row: Row) -> contextlib.AbstractContextManager:
     """Autocast for what PyTorch runs in bf16."""
-    bf16 = row.precision in (BF16, INT8_BF16) and not row.exported
-    return torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
+    return torch.autocast("cpu", torch.bfloat16) if row.in_bf16 and not row.exported else contextlib.nullcontext()
 
 
 def sharing(model: nn.Module) -> nn.Module:
@@ -158,16 +176,6 @@ def share_passing(model: DoubleHeadRCNN, images: list[Tensor]) -> float:
 # Other forms
 
 
-def in_int8(model: DoubleHeadRCNN, images: list[Tensor]) -> DoubleHeadRCNN | str:
-    """The same model with its heads in int8, calibrated on these images; or why it cannot be."""
-    if int8_support().level == "none":
-        return int8_support().reason
-    with observe(model) as observed, torch.inference_mode():
-        model(images)
-    use_int8(model, observed.scales())
-    return model
-
-
 def compiled(model: nn.Module, row: Row, images: list[Tensor]) -> nn.Module | str:
     """The model compiled, after calls that compile for these images; or why that failed."""
     by_compiler = torch.compile(model)
@@ -181,16 +189,16 @@ def compiled(model: nn.Module, row: Row, images: list[Tensor]) -> nn.Module | st
 
 
 @contextlib.contextmanager
-def at_most(seconds: int) -> Iterator[None]:
+def at_most(seconds: float) -> Iterator[None]:
     """TimeoutError where the block takes longer."""
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"not done in {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

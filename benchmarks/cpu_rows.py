@@ -57,6 +57,15 @@ class Row:
         return self.runtime in EXPORTED
 
     @property
+    def in_bf16(self) -> bool:
+        return self.precision in (BF16, INT8_BF16)
+
+    @property
+    def peer(self) -> str:
+        """What `peers` calls it."""
+        return self.runtime if self.runtime == ONNXRUNTIME else f"{self.runtime} {self.precision}"
+
+    @property
     def weights(self) -> tuple[str, str]:
         """Whose model it is.  An exported Double-Head has the weights of which a quarter passes, and runs every RoI."""
         return self.detector, QUARTER if self.exported and self.detector == DOUBLE else self.rois
@@ -80,8 +89,7 @@ def _exported(detector: str, headline: bool) -> list[Row]:
     return [
         *_in(FP32, BF16, detector=detector, runtime=OPENVINO),
         *_in(WHOLE_INT8, detector=detector, runtime=OPENVINO, headline=False),
-        *_in(FP32, detector=detector, runtime=ONNXRUNTIME, headline=headline),
-        *_in(BF16, detector=detector, runtime=ONNXRUNTIME, headline=False),
+        *_in(FP32, BF16, detector=detector, runtime=ONNXRUNTIME, headline=headline),
     ]
 
 

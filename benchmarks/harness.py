@@ -136,11 +136,15 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     return record
 
 
-def _cpu_name() -> str:
+def _cpu_info() -> str:
     try:
-        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        return Path("/proc/cpuinfo").read_text()
     except OSError:
-        match = None
+        return ""
+
+
+def _cpu_name() -> str:
+    match = re.search(r"model name\s*:\s*(.+)", _cpu_info())
     return match.group(1).strip() if match else platform.processor() or platform.machine()
 
 
@@ -161,10 +165,7 @@ INT8 = ("AVX512-VNNI", "AVX-VNNI", "AMX-INT8")
 
 def instruction_sets() -> list[str]:
     """Those of `INSTRUCTIONS` that this processor has; none where the system does not say."""
-    try:
-        match = re.search(r"^(?:flags|Features)\s*:(.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        match = None
+    match = re.search(r"^(?:flags|Features)\s*:(.+)", _cpu_info(), re.MULTILINE)
     flags = set(match.group(1).split()) if match else set()
     return [name for flag, name in INSTRUCTIONS.items() if flag in flags]
 

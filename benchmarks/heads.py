@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from doublehead.config import HeadConfig
 from doublehead.models.conv_tower import ConvTower
+from doublehead.models.quantized import int8_support, observe, use_int8
+from doublehead.models.towers import FCTower
 from doublehead.ops import NonLocalBlock
 
 SIDE = 7
@@ -61,6 +63,29 @@ def towers() -> tuple[ConvTower, ConvTower]:
     return plain, fused
 
 
+def fc_towers() -> tuple[nn.Module, FCTower]:
+    """Module by module, and as it runs in a detector; the same weights."""
+    torch.manual_seed(0)
+    ours = FCTower(256, SIDE, WIDE).to(DEVICE)
+    return nn.Sequential(*copy.deepcopy(ours)), ours
+
+
+def in_int8(module: nn.Module, inputs: Tensor | list[Tensor]) -> nn.Module | str:
+    """A tower or a detector, in place, its heads' products in int8, calibrated on `inputs`; or why it cannot be."""
+    support = int8_support()
+    if support.level == "none":
+        return support.reason
+    with observe(module) as observed, torch.inference_mode():
+        module(inputs)
+    use_int8(module, observed.scales())
+    return module
+
+
+def off_by(actual: Tensor, expected: Tensor) -> float:
+    """The difference's norm, relative to what is expected."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
 def close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     """Within a few roundings of the largest value: the layers in between round differently."""
     scale = max(value.abs().max().item() for value in expected)
@@ -69,11 +94,11 @@ def close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(value, wanted, rtol=0, atol=tolerance * scale)
 
 
-def inference(tower: nn.Module, x: Tensor):
-    """A call that gives the tower's output in float32."""
+def inference(tower: nn.Module, x: Tensor, dtype: torch.dtype | None = None):
+    """A call that gives the tower's output in float32; computed in `dtype`, or else in that of `x`."""
 
     def run() -> tuple[Tensor]:
-        with torch.inference_mode(), precision(x.dtype):
+        with torch.inference_mode(), precision(dtype or x.dtype):
             return (tower(x).float(),)
 
     return run

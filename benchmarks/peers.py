@@ -1,108 +1,115 @@
-"""Our detectors exported, under the runtimes that a CPU user would pick instead: onnxruntime and OpenVINO.
-
-One ONNX file of each detector serves both.  Both have all RoIs run the conv-head, and as many threads as PyTorch.
-"""
+"""The same model as its users may run it without us: our exported graph under onnxruntime and OpenVINO."""
 
 from __future__ import annotations
 
-import dataclasses
-import logging
+import tempfile
 import warnings
-from collections.abc import Callable
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy
 import torch
-from cpu_rows import BF16, FP32, ONNXRUNTIME, OPENVINO, WHOLE_INT8
-from torch import Tensor
+from torch import Tensor, nn
 
-from doublehead.exporting import ExportedDetector
+from doublehead.config import Recipe
+from doublehead.exporting import ExportedDetector, onnx_file
 from doublehead.exporting.calls import SessionCall
-from doublehead.exporting.description import INPUTS, OUTPUTS, describe
-from doublehead.exporting.onnx_file import write_onnx
+from doublehead.exporting.description import describe
+from doublehead.exporting.loading import openvino_call
 from doublehead.exporting.program import DetectorProgram, example_input
-from doublehead.models import DoubleHeadRCNN
-from doublehead.recipes import RECIPES
 
-NEEDED = {ONNXRUNTIME: ("onnx", "onnxscript", "onnxruntime"), OPENVINO: ("onnx", "onnxscript", "openvino")}
-Call = Callable[[Tensor, Tensor], list[Tensor]]
+NAMES = ("onnxruntime", "OpenVINO fp32", "OpenVINO bf16", "OpenVINO int8")
 
 
-class Exported:
-    """One detector as an ONNX file, and what opens it.
+class Peers(NamedTuple):
+    """What runs here, and what does not."""
+
+    calls: dict[str, Callable[[], list[dict[str, Tensor]]]]
+    """Name -> the call: from pictures to detections, as `model(images)`."""
+    missing: dict[str, str]
+    """Name -> why it cannot run here."""
+
+
+def peers(model: nn.Module, images: Sequence[Tensor], names: Sequence[str] = NAMES) -> Peers:
+    """One of our detectors, exported for the size that its own batch of `images` has, on as many threads as PyTorch.
 
     Args:
-        model: with the read-out that is exported.
-        images: what it will be given; the file takes batches of their size, and they calibrate int8.
-        folder: where the file goes.
+        model: a `DoubleHeadRCNN` on the CPU, with the read-out to measure; every RoI passes every head.
+        images: each `Tensor[3, H, W]`; by them int8's ranges are calibrated too.
+        names: those to prepare, of `NAMES`.
     """
-
-    def __init__(self, model: DoubleHeadRCNN, images: list[Tensor], folder: Path) -> None:
-        with torch.inference_mode():
-            self.batch = model.transform(images)[0]
-        shape = self.batch.pixels.shape
-        program = DetectorProgram(model.detector, plain=True)
-        classes = [str(label) for label in range(1, model.num_classes)]
-        recipe = dataclasses.replace(RECIPES["double-head-r50-fpn"], model=model.config)
-        self.description = describe("onnx", recipe, classes, range(1, model.num_classes), shape, "cpu")
-        self.path = folder / "detector.onnx"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PyTorch's exporter, about itself
-            example = example_input(shape[0], *shape[2:])
-            write_onnx(program, example, self.description, self.path)
-
-    def detector(self, runtime: str, precision: str) -> ExportedDetector:
-        """The file under a runtime; images in, detections out, as of the model."""
-        call = onnxruntime_call(self.path) if runtime == ONNXRUNTIME else openvino_call(self, precision)
-        return ExportedDetector(call, self.description, torch.device("cpu"))
-
-
-def missing(runtime: str, precision: str) -> str | None:
-    """Why this runtime cannot be compared in this precision here; None: it can."""
-    if absent := [name for name in NEEDED[runtime] if find_spec(name) is None]:
-        return f"needs {', '.join(absent)}"
-    if precision == WHOLE_INT8 and find_spec("nncf") is None:
-        return "needs nncf"
-    if runtime == ONNXRUNTIME and precision != FP32:
-        return f"onnxruntime's CPU kernels have no {precision} on x86"
-    return None
+    calls: dict[str, Callable] = {}
+    missing: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="doublehead-peers-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "detector.onnx"
+        try:
+            onnx_file.check_installed()
+            note = write(model, images, path)
+        except Exception as error:
+            return Peers({}, dict.fromkeys(names, str(error)))
+        graph = None
+        for name in names:
+            try:
+                if name == "onnxruntime":
+                    detector = in_onnxruntime(path, note)
+                else:
+                    graph = graph or read(path)
+                    detector = in_openvino(graph, note, name.split()[1], model, images)
+            except Exception as error:
+                missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            else:
+                calls[name] = lambda detector=detector: detector.detect(images)
+    return Peers(calls, missing)
 
 
-def onnxruntime_call(path: Path) -> Call:
+def write(model: nn.Module, images: Sequence[Tensor], path: Path) -> dict[str, Any]:
+    """The ONNX file; returns its description."""
+    with torch.inference_mode():
+        shape = model.transform(images)[0].pixels.shape
+    program = DetectorProgram(model.detector, plain=True)
+    recipe = Recipe(name="benchmark", model=model.config)
+    last = max(head.classifier.out_features for head in model.detector.heads.values() if head.classifier is not None)
+    classes = [str(label) for label in range(1, last)]
+    note = describe("onnx", recipe, classes, range(1, last), shape, "cpu")
+    onnx_file.write_onnx(program, example_input(shape[0], *shape[2:]), note, path)
+    return note
+
+
+def in_onnxruntime(path: Path, note: dict[str, Any]) -> ExportedDetector:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
 
     def open_session() -> Any:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
 
-    return SessionCall(open_session, open_session())
+    return ExportedDetector(SessionCall(open_session, open_session()), note, torch.device("cpu"))
 
 
-def openvino_call(exported: Exported, precision: str) -> Call:
-    import openvino
+def read(path: Path) -> Any:
+    """The file as an `openvino.Model`."""
+    from doublehead.exporting.openvino_import import import_openvino
 
-    core = openvino.Core()
-    graph = core.read_model(exported.path)
-    if precision == WHOLE_INT8:
+    core = import_openvino().Core()
+    core.set_property({"ENABLE_MMAP": False})  # the weights outlive the file
+    return core.read_model(path)
+
+
+def in_openvino(
+    graph: Any, note: dict[str, Any], precision: str, model: nn.Module, images: Sequence[Tensor]
+) -> ExportedDetector:
+    """
+    Raises:
+        RuntimeError: the processor does not compute in this precision.
+    """
+    if precision == "int8":
         from doublehead.exporting.openvino_int8 import quantised
 
-        logging.getLogger("nncf").setLevel(logging.ERROR)
-        graph = quantised(graph, [tuple(exported.batch)])
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,  # all threads for one call
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": "bf16" if precision == BF16 else "f32",
-        "ENABLE_CPU_PINNING": False,
-    }
-    request = core.compile_model(graph, "CPU", settings).create_infer_request()
-
-    def call(pixels: Tensor, sizes: Tensor) -> list[Tensor]:
-        found = request.infer(dict(zip(INPUTS, (pixels.numpy(), sizes.numpy()), strict=True)))
-        return [torch.from_numpy(numpy.array(found[name])) for name in OUTPUTS]
-
-    return call
+        with torch.inference_mode():
+            graph = quantised(graph, [tuple(model.transform(images)[0])])
+    with warnings.catch_warnings(record=True):
+        call, used = openvino_call(graph, precision)
+    if used != precision:
+        raise RuntimeError(f"OpenVINO does not compute in {precision} on this processor")
+    return ExportedDetector(call, note, torch.device("cpu"), used)

@@ -1,12 +1,30 @@
-"""The conv-head (K = 5, non-local) against the same modules in plain PyTorch, side by side, and a whole double head."""
+"""The heads' towers against the same modules in plain PyTorch, side by side, and a whole double head.
+
+The conv-head is the paper's (K = 5, non-local), the fc-head has two layers of 1024.  On a CPU their inference is also
+timed in bf16, where the processor has it, and in int8.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
+import harness
 import pytest
 import torch
-from heads import close, inference, lively, maps, precision, step_near, towers, training_step
+from heads import (
+    close,
+    fc_towers,
+    in_int8,
+    inference,
+    lively,
+    maps,
+    off_by,
+    precision,
+    step_near,
+    towers,
+    training_step,
+)
 from inputs import DEVICE
 from torch import nn
 
@@ -19,6 +37,7 @@ from doublehead.models.structures import Proposals
 ROIS = 1000 if DEVICE == "cuda" else 200
 SURVIVORS = ROIS // 4
 MFLOP = 748  # per RoI, counted: K = 5 with two non-local blocks
+FC_MFLOP = 28  # 2 * (12544 * 1024 + 1024 * 1024)
 PRECISION = "bfloat16" if DEVICE == "cuda" else "float32"
 DETAILS = {"rois": ROIS, "precision": PRECISION}
 
@@ -32,6 +51,35 @@ def compiled(compare, module: nn.Module) -> nn.Module | None:
 NOT_COMPILED = "torch.compile is timed on a GPU only, with --full"
 
 
+BF16, INT8 = "doublehead, bf16", "doublehead, int8"
+OFF = {BF16: 0.02, INT8: 0.05}
+"""How far the whole output may be from fp32's, relative to it: of a wrong weight or scale it is off by 0.1 and more."""
+
+
+def cheaper(tower: nn.Module, x: torch.Tensor) -> dict[str, Callable | str]:
+    """On a CPU: the same tower in bf16 and in int8, or why not."""
+    if DEVICE != "cpu":
+        return {}
+    short, eight = copy.deepcopy(tower), in_int8(copy.deepcopy(tower), x)
+    return {
+        BF16: harness.lacks_bf16() or named(BF16, inference(short, x, torch.bfloat16)),
+        INT8: eight if isinstance(eight, str) else named(INT8, inference(eight, x)),
+    }
+
+
+def named(name: str, call: Callable) -> Callable:
+    """The call with its name before its result, by which `near_enough` knows what to expect."""
+    return lambda: (name, *call())
+
+
+def near_enough(actual: tuple, expected: tuple) -> None:
+    if isinstance(actual[0], str):
+        name, value = actual
+        assert (off := off_by(value, expected[0])) < OFF[name], f"{name}: off by {off:.3g} of the whole"
+    else:
+        close(actual, expected)
+
+
 def test_inference(compare):
     plain, fused = (tower.eval() for tower in towers())
     x, by_compiler = maps(ROIS, 256), compiled(compare, plain)
@@ -40,13 +88,28 @@ def test_inference(compare):
         op="conv_head",
         case="conv-head inference",
         details=DETAILS | {"gflop": MFLOP * ROIS / 1e3},
-        check=close,
+        check=near_enough,
         graphs=True,
         providers={
             "reference": inference(plain, x),
             "torch.compile": inference(by_compiler, x) if by_compiler else NOT_COMPILED,
             "doublehead": inference(fused, x),
+            **cheaper(fused, x),
         },
+    )
+
+
+def test_fc_inference(compare):
+    plain, ours = (tower.eval() for tower in fc_towers())
+    x = maps(ROIS, 256)
+
+    compare(
+        op="conv_head",
+        case="fc-head inference",
+        details=DETAILS | {"gflop": FC_MFLOP * ROIS / 1e3},
+        check=near_enough,
+        graphs=True,
+        providers={"reference": inference(plain, x), "doublehead": inference(ours, x), **cheaper(ours, x)},
     )
 
 

@@ -43,26 +43,31 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def load(path: str | os.PathLike, device: Any = "auto", precision: Precision = "fp32") -> Predictor:
+def load(
+    path: str | os.PathLike, device: Any = "auto", *, precision: Precision = "fp32", ext_gate: Any = None
+) -> Predictor:
     """Open a detector: a run, a checkpoint, a converted or an exported one.
 
     Args:
         path: a run's folder or one that `doublehead convert` wrote, a `model.safetensors` or `best.safetensors`, or
-            what `doublehead export` wrote, `.pt2` or `.onnx`.  A `.pt2` holds compiled code: open only files that you
-            trust.
+            what `doublehead export` wrote, `.pt2`, `.onnx` or `.xml`.  A `.pt2` holds compiled code: open only files
+            that you trust.
         device: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "cuda:1", or a `torch.device`.  An
             exported program runs on the kind of device it was made for.
         precision: "fp32"; "bf16" or "fp16", which are faster where the processor has them; or "int8" on a CPU, with
             what `doublehead quantize` wrote beside the checkpoint.  A warning of one line says what the processor
-            lacks.  An exported program computes in the precision it was exported in.
+            lacks.  An exported program computes as it was exported; OpenVINO's take bf16 too.
+        ext_gate: for a Double-Head-Ext read out as `fused`: RoIs whose best fc-score is not above this do not reach the
+            conv-head, which is faster and approximate; "calibrated": the gate that `doublehead calibrate` stored beside
+            the weights.  None: as configured, as a rule no gate.
 
     Returns:
         A `Predictor`: `.predict(image)`, `.draw(image, detections)`, `.classes`, `.model`.
 
     Raises:
         UserError: there is no such file, it holds no detector, is damaged, is made for another device, or cannot
-            compute in this precision.  For another project's checkpoint, the message is the `doublehead convert` line
-            that makes one of ours.
+            compute in this precision; a gate does nothing for it, or there is no calibrated one for its weights.  For
+            another project's checkpoint, the message is the `doublehead convert` line that makes one of ours.
 
     Example:
         >>> predictor = doublehead.load("runs/cells-1")
@@ -71,7 +76,7 @@ def load(path: str | os.PathLike, device: Any = "auto", precision: Precision = "
     """
     from .api.loading import load
 
-    return load(path, device, precision)
+    return load(path, device, precision=precision, ext_gate=ext_gate)
 
 
 def accelerate(model: Model) -> Model:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import standins
+from tests.support import parallel, standins
 from tests.support.interpreter import TRITON_DEVICE, kernels_on_cpu
 from tests.support.paths import ROOT
 
@@ -27,8 +27,16 @@ COMMAND_LINES = {"test_detect", "test_export"}
 """Files whose tests run command lines, which need tyro."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """`pytest` alone uses several cores; `pytest tests/ops/test_nms.py` is one process."""
+    parallel.divide(config, parallel.usable_cores())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped where torch sees no CUDA device, and those of command lines without tyro."""
+    if hasattr(config, "workerinput"):  # one of several processes: all must have the same order
+        parallel.longest_first(items)
     for item in items:
         if "tyro" in MISSING and item.path.stem in COMMAND_LINES:
             item.add_marker(pytest.mark.skip(reason="needs tyro, which is not installed"))

@@ -187,7 +187,8 @@ class Predictor:
             out: the new file: `.onnx` for onnxruntime, TensorRT and others, or `.pt2`, compiled by AOTInductor for this
                 kind of machine.
             options: those of the command, such as `batch=4`, `height=640, width=640` (of the resized and padded images:
-                multiples of 32), `device="cuda"`, `check=False`.  The precision is the predictor's, unless given.
+                multiples of 32), `device="cuda"`, `check=False`.  A gate that the predictor was loaded with is
+                exported too, unless they hold another `ext_gate`; so is its precision.
 
         Returns:
             The file's path, for `doublehead.load`, or `doublehead.exporting.load` where there is no torchvision.
@@ -201,7 +202,11 @@ class Predictor:
             >>> doublehead.load("runs/cells-1").export("cells.onnx", height=640, width=640)
         """
         self._check_is_model("export", "give its run another file")
-        export.run(export.Options(str(self.path), str(out), **{"precision": self._mode.asked} | options))
+        gate = self.model.detector.readout.detection.ext_gate
+        if gate != self.recipe.model.detection.ext_gate:
+            options = {"ext_gate": gate, **options}
+        options = {"precision": self._mode.asked, **options}
+        export.run(export.Options(str(self.path), str(out), **options))
         return Path(out)
 
     def to(self, device: str | torch.device) -> Predictor:

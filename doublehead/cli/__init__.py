@@ -16,6 +16,7 @@ COMMANDS = {
     "data": "count what a data set holds, and draw a sheet of it",
     "train": "train a detector, evaluate it, draw what it finds",
     "evaluate": "measure a trained detector on a data set",
+    "calibrate": "find the gate that makes a Double-Head-Ext faster at next to no loss",
     "detect": "draw what a detector finds in pictures",
     "quantize": "prepare a detector for int8 on CPUs, and measure what it costs",
     "export": "write a detector as a program that needs no model code (AOTInductor, ONNX)",

@@ -11,14 +11,19 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from doublehead.cli.readouts import ExtGate
+from doublehead.cli.runtimes import Program, Runtime, is_exported, open_exported, open_in_openvino, open_model
 from doublehead.config import MAX_PIXELS, MOST_PIXELS, Precision
 from doublehead.engine.logs import counted_warnings
 from doublehead.engine.picture_files import JSON_FILE, Entry, check_free, find_pictures, write_results
 from doublehead.errors import UserError, one_line, shown_to_user
+
+if TYPE_CHECKING:
+    import torch
 
 PROGRAM = "doublehead detect"
 
@@ -28,7 +33,7 @@ class Options:
     """What the command line takes."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A model.safetensors, or the folder of a run."""
+    """A model.safetensors, the folder of a run, or a file that `doublehead export` wrote."""
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
     """Pictures, folders of pictures (searched to the bottom), or quoted patterns such as 'photos/*.jpg'."""
     out: str
@@ -39,6 +44,9 @@ class Options:
     """Leave out detections that score below this, 0 .. 1."""
     device: str = "auto"
     """`auto`: CUDA where there is one, else CPU."""
+    runtime: Runtime = "torch"
+    """`openvino`: translate the checkpoint to OpenVINO first, which takes about a minute for each size of pictures, and
+    run it on the CPU; `doublehead export RUN model.xml` does so once."""
     batch_size: int = 1
     """Pictures that go through the model at once.  They are padded to a common size, which changes detections slightly
     where sizes differ: with 1 a picture's detections do not depend on its neighbours."""
@@ -47,6 +55,9 @@ class Options:
     the layers of the heads that `doublehead quantize` found fit for it, on a CPU."""
     amp: Literal["off", "bf16", "fp16"] | None = None
     """The former name of --precision."""
+    ext_gate: ExtGate | None = None
+    """Leave out RoIs whose best fc-score is not above this, which is faster and approximate (Ext models, read-out
+    `fused`); `calibrated`: the gate that `doublehead calibrate` stored beside the weights."""
     threads: int = 0
     """Threads that read pictures, and as many that draw; 0: half of the processors, at most 8."""
     max_pixels: int = MAX_PIXELS
@@ -109,10 +120,8 @@ def run(options: Options) -> list[Entry]:
 def _detect(options: Options, files: Sequence[Path], entries: list[Entry], unreadable: list[Entry]) -> None:
     """Detect in `files`, and add to the two lists; the JSON is written if there is an entry."""
     from doublehead.data.jpeg import is_strict  # only now: these take seconds to import
-    from doublehead.engine.checkpoint import load_model
     from doublehead.engine.detecting import detect_in_pictures
     from doublehead.engine.distributed import join_world
-    from doublehead.engine.precision import set_precision
     from doublehead.engine.streaming import Clock
 
     if not is_strict():
@@ -121,10 +130,8 @@ def _detect(options: Options, files: Sequence[Path], entries: list[Entry], unrea
     with join_world(options.device) as world:
         if world.size > 1:
             raise UserError("detection runs on one process: leave torchrun out")
-        model, _, classes, _ = load_model(options.checkpoint)
-        mode = set_precision(model, asked_precision(options), world.device, options.checkpoint)
-        if mode.note:
-            print(f"note: {mode.note}", file=sys.stderr)
+        program = _program(options, world.device)
+        classes = program.classes
         start = time.perf_counter()
 
         def write() -> None:
@@ -138,17 +145,18 @@ def _detect(options: Options, files: Sequence[Path], entries: list[Entry], unrea
 
         try:
             detect_in_pictures(
-                model.to(world.device),
+                program.model,
                 files,
                 folder,
                 classes,
                 on_entry=lambda entry: (unreadable if "error" in entry else entries).append(entry),
                 score_threshold=options.score_threshold,
                 batch_size=options.batch_size,
-                dtype=mode.dtype,
+                dtype=program.dtype,
                 threads=options.threads,
                 max_pixels=options.max_pixels,
                 clock=clock,
+                too_large=program.too_large,
             )
         except BaseException as error:
             if not entries:
@@ -170,8 +178,8 @@ def _detect(options: Options, files: Sequence[Path], entries: list[Entry], unrea
     print(f"{seconds:.1f} s, {len(entries) / seconds:.2f} pictures/s; at the same time: {stages}")
 
 
-def asked_precision(options: Options) -> Precision:
-    """What --precision or its former name asks for.
+def asked_precision(options: Options) -> Precision | None:
+    """What --precision or its former name asks for; None: nothing.
 
     Raises:
         UserError: they contradict each other.
@@ -179,11 +187,27 @@ def asked_precision(options: Options) -> Precision:
     former: Precision | None = "fp32" if options.amp == "off" else options.amp
     if options.precision and former and options.precision != former:
         raise UserError(f"--precision {options.precision} and --amp {options.amp} contradict each other: leave one out")
-    return options.precision or former or "fp32"
+    return options.precision or former
+
+
+def _program(options: Options, device: torch.device) -> Program:
+    """What runs on the pictures: an exported program, the checkpoint in OpenVINO, or the model itself."""
+    precision = asked_precision(options)
+    if is_exported(options.checkpoint):
+        if options.ext_gate is not None:
+            raise UserError(f"--ext-gate: {options.checkpoint} has the gate it was exported with: give it to export")
+        return open_exported(options.checkpoint, options.device, precision, options.batch_size)
+    if options.runtime == "openvino":
+        return open_in_openvino(options.checkpoint, options.device, precision, options.ext_gate)
+    return open_model(options.checkpoint, device, precision, options.ext_gate)
 
 
 def _check(options: Options) -> None:
     asked_precision(options)
+    if options.runtime == "openvino" and is_exported(options.checkpoint) and not options.checkpoint.endswith(".xml"):
+        raise UserError(
+            f"--runtime openvino: {options.checkpoint} is exported for another runtime: leave --runtime out"
+        )
     if not options.images:
         raise UserError("no picture is named: give files, folders or quoted patterns after the checkpoint")
     if not 0 <= options.score_threshold <= 1:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from doublehead.cli.outputs import check_folder, check_output, same_file
-from doublehead.cli.readouts import set_readout
+from doublehead.cli.readouts import ExtGate, set_readout
 from doublehead.config import DetectionConfig, Fusion, ModelConfig, Precision, ReadOutName, to_dict
 from doublehead.engine.data_options import EvaluationData, data_config
 from doublehead.errors import UserError, config_errors, shown_to_user
@@ -39,8 +39,9 @@ class Options:
     loss weights train."""
     fusions: tuple[Fusion, ...] = ()
     """Several fusions of the fused read-out in one pass (Table 3); with --readouts, they replace its `fused`."""
-    ext_gate: float | None = None
-    """Leave out RoIs whose best fc-score is not above this (Ext models, read-out `fused`); approximate."""
+    ext_gate: ExtGate | None = None
+    """Leave out RoIs whose best fc-score is not above this (Ext models, read-out `fused`); approximate.  `calibrated`:
+    the gate that `doublehead calibrate` stored beside the weights."""
     precision: Precision = "fp32"
     """`bf16` and `fp16`: 16 bits; `int8`: the layers of the heads that `doublehead quantize` found fit for it, on a
     CPU, with the difference to the AP of fp32."""
@@ -72,6 +73,7 @@ def run(options: Options) -> None:
     from doublehead.data import build_dataset  # only now: these import PyTorch
     from doublehead.engine.checkpoint import load_model
     from doublehead.engine.distributed import join_world
+    from doublehead.engine.gate_file import describe_gate
     from doublehead.engine.logs import counted_warnings, say
     from doublehead.engine.precision import set_precision
     from doublehead.engine.results import RESULT_FILES
@@ -85,7 +87,7 @@ def run(options: Options) -> None:
         with config_errors():
             readouts = find_readouts(model, options, recipe.model)
             if not readouts:
-                set_readout(model, options, recipe.model.detection)
+                set_readout(options.checkpoint, model, options, recipe.model.detection)
             data = data_config(recipe.data, options.data)
             dataset = build_dataset(data, "val", classes=classes)
         mode = set_precision(model, options.precision, world.device, options.checkpoint)
@@ -93,6 +95,8 @@ def run(options: Options) -> None:
             say(f"{options.checkpoint}: {recipe.name}, on {len(dataset)} images of {dataset.name}")
             if mode.note:
                 say(f"note: {mode.note}")
+            if options.ext_gate == "calibrated":
+                say(describe_gate(options.checkpoint, model))
             if "all" in options.readouts and (left := untrained(readouts)):
                 say(f"left out, as the loss weights do not train them: {', '.join(left)}")
         settings = {"voc": dataset.is_voc, "workers": data.workers, "progress": world.is_main}
@@ -206,18 +210,21 @@ def find_readouts(model, options: Options, trained: ModelConfig) -> dict[str, Re
             f"{options.checkpoint}: its head is {kind!r}, which has one read-out; --readouts and --fusions need "
             f"'double_head_ext'"
         )
+    from doublehead.engine.gate_file import find_gate
+
     fusions = options.fusions or (options.fusion or trained.detection.fusion,)
+    gate = [find_gate(options.checkpoint, model, options.ext_gate, "fused", fusion) for fusion in fusions][0]
     found = {}
     for readout in ALL_READOUTS if "all" in options.readouts else options.readouts or ("fused",):
         for fusion in fusions if readout == "fused" else fusions[:1]:
             name = f"fused-{fusion}" if readout == "fused" and options.fusions else readout
             try:
-                found[name] = model.detector.resolve_readout(readout, fusion, options.ext_gate)
+                found[name] = model.detector.resolve_readout(readout, fusion, gate)
             except ValueError:
                 if readout in options.readouts or not options.readouts:
                     raise
     if not found:  # `all` of a model that trains none: resolving says why
-        model.detector.resolve_readout("fused", fusions[0], options.ext_gate)
+        model.detector.resolve_readout("fused", fusions[0], gate)
     return found
 
 

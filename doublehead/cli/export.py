@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -14,15 +16,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from doublehead.cli.outputs import check_output
-from doublehead.cli.readouts import set_readout
+from doublehead.cli.readouts import ExtGate, set_readout
 from doublehead.config import Fusion, ImageConfig, Precision, ReadOutName
+from doublehead.engine.data_options import EvaluationData
 from doublehead.errors import UserError, config_errors, shown_to_user
 
 if TYPE_CHECKING:
     from doublehead.models import Detector
 
 PROGRAM = "doublehead export"
-SUFFIXES = {"aoti": ".pt2", "onnx": ".onnx"}
+Kind = Literal["aoti", "onnx", "openvino"]
+PRECISIONS = {"aoti": ("fp32", "bf16", "fp16"), "onnx": ("fp32",), "openvino": ("fp32", "bf16", "int8")}
+SUFFIXES: dict[Kind, str] = {"aoti": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +37,17 @@ class Options:
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A model.safetensors, or the folder of a run."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """The file to write, ending in .pt2 (aoti) or .onnx; it must not exist."""
-    format: Literal["aoti", "onnx"] | None = None
-    """`aoti`: a package compiled by AOTInductor for this kind of machine; `onnx`: for onnxruntime, TensorRT and others.
-    By default OUT's ending decides."""
+    """The file to write, ending in .pt2 (aoti), .onnx or .xml (openvino; its weights go beside it, into .bin); it must
+    not exist."""
+    format: Kind | None = None
+    """`aoti`: a package compiled by AOTInductor for this kind of machine; `onnx`: for onnxruntime, TensorRT and others;
+    `openvino`: for OpenVINO on CPUs.  By default OUT's ending decides."""
+    precision: Precision = "fp32"
+    """What the program computes in.  Packages: also `bf16`, and for CUDA `fp16`.  OpenVINO: `bf16` where the processor
+    has it; `int8`: layers with weights, quantised by NNCF for the images of --data.  ONNX: its runtime decides."""
+    int8_images: int = 64
+    """How many images int8's ranges are taken from, evenly spread over the data."""
+    data: EvaluationData = dataclasses.field(default_factory=EvaluationData)
     batch: int = 1
     """Number of images that the program takes at a time."""
     dynamic_batch: bool = False
@@ -50,12 +62,12 @@ class Options:
     """Which head classifies and which gives the boxes (Ext models)."""
     fusion: Fusion | None = None
     """How `fused` joins the two classifiers (Ext models)."""
-    ext_gate: float | None = None
-    """Leave out RoIs whose best fc-score is not above this (Ext models, read-out `fused`); approximate."""
-    precision: Precision = "fp32"
-    """What a package computes in: `bf16`, or for CUDA `fp16` (other formats leave that to their runtime)."""
+    ext_gate: ExtGate | None = None
+    """Leave out RoIs whose best fc-score is not above this (Ext models, read-out `fused`); approximate.  `calibrated`:
+    the gate that `doublehead calibrate` stored beside the weights."""
     check: bool = True
-    """Load the written program and compare it with the model on a random input before OUT appears."""
+    """Load the written program and compare it with the model on a random input before OUT appears; for int8, measure
+    what it costs in AP on the images of --data."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,55 +85,79 @@ def run(options: Options) -> None:
     """
     out, kind = Path(options.out), _format(options)
     check_output(options.out, "OUT")
-    if out.exists():
-        raise UserError(f"{out} exists: give another name, or remove it first")
-    if options.batch < 1:
-        raise UserError(f"--batch is {options.batch}, at least 1 is accepted")
-    if options.dynamic_batch and (kind == "onnx" or options.batch == 1):
-        raise UserError(
-            "--dynamic-batch is for packages (.pt2), with a --batch of at least 2, the most images at a time"
-        )
-
-    check_precision(options.precision, kind)
+    for file in written_files(out, kind):
+        if os.path.lexists(file):
+            raise UserError(f"{file} exists: give another name, or remove it first")
+    _check_numbers(options, kind)
 
     import torch  # only now: these take seconds to import
 
     from doublehead.engine.checkpoint import load_model
-    from doublehead.engine.files import replacing
     from doublehead.engine.logs import say
-    from doublehead.exporting import onnx_file, package
+    from doublehead.exporting import onnx_file, openvino_file, package
     from doublehead.exporting.description import describe
     from doublehead.exporting.program import DetectorProgram, example_input
 
-    (package.check_compiler if kind == "aoti" else onnx_file.check_installed)()
+    if kind == "openvino":
+        openvino_file.check_installed(int8=options.precision == "int8")
+    else:
+        (package.check_compiler if kind == "aoti" else onnx_file.check_installed)()
     device = _device(options.device, kind, torch.cuda.is_available())
     if options.precision == "fp16" and device == "cpu":
         raise UserError("--precision fp16: packages for CPUs compute in fp32 or bf16")
     model, recipe, classes, category_ids = load_model(options.checkpoint)
     with config_errors():
-        set_readout(model, options, recipe.model.detection)
+        set_readout(options.checkpoint, model, options, recipe.model.detection)
     detection = model.detector.readout.detection
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, detection=detection))
     height, width = input_size(recipe.model.image, options.height, options.width)
+    change = None
+    if options.precision != "fp32" and kind == "openvino":
+        from doublehead.cli.export_precision import PrecisionChange
+
+        given = (options.precision, recipe.data, options.data, classes, options.int8_images, options.check)
+        change = PrecisionChange(*given)
 
     say(f"{options.checkpoint}: {recipe.name}, {len(classes)} classes; {options.batch} x 3 x {height} x {width} pixels")
     began = time.monotonic()
-    program = DetectorProgram(model.detector, device, plain=kind == "onnx")
+    program = DetectorProgram(model.detector, device, plain=kind != "aoti")
     example = example_input(options.batch, height, width, device)
     note = describe(kind, recipe, classes, category_ids, example[0].shape, device, options.dynamic_batch)
     if kind == "aoti":
         say(f"compiling for {device} ({note['machine']}): this takes some minutes")
     else:
         say("translating to ONNX: this takes about a minute")
+    write = {
+        "aoti": package.write_package, "onnx": onnx_file.write_onnx, "openvino": openvino_file.write_openvino,
+    }[kind]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="doublehead-export-", ignore_cleanup_errors=True) as folder:
         draft = Path(folder) / f"detector{SUFFIXES[kind]}"
-        (package.write_package if kind == "aoti" else onnx_file.write_onnx)(program, example, note, draft)
+        write(program, example, note, draft)
         say(f"done in {time.monotonic() - began:.0f} s")
         if options.check:
             say(f"checked against the model on a random input: {check(draft, model.detector)}")
-        with replacing(out) as temporary:
-            shutil.copyfile(draft, temporary)
-    say(f"{out}: {out.stat().st_size / 2**20:.1f} MiB; doublehead.exporting.load opens it")
+        if change:
+            change(draft)
+        publish(draft, out, kind)
+    size = sum(file.stat().st_size for file in written_files(out, kind))
+    say(f"{out}: {size / 2**20:.1f} MiB{' with its .bin' * (kind == 'openvino')}; doublehead.exporting.load opens it")
+
+
+def written_files(out: Path, kind: Kind) -> list[Path]:
+    """What an export writes: OUT, and an OpenVINO file's weights."""
+    return [out, out.with_suffix(".bin")] if kind == "openvino" else [out]
+
+
+def publish(draft: Path, out: Path, kind: Kind) -> None:
+    """Give the written files their names, all or none; OUT comes last."""
+    from doublehead.engine.files import replacing
+
+    with contextlib.ExitStack() as undo:
+        for source, file in reversed(list(zip(written_files(draft, kind), written_files(out, kind), strict=True))):
+            with replacing(file) as temporary:
+                shutil.copyfile(source, temporary)
+            undo.callback(file.unlink, missing_ok=True)
+        undo.pop_all()
 
 
 def input_size(image: ImageConfig, height: int | None, width: int | None) -> tuple[int, int]:
@@ -174,36 +210,40 @@ class WrongProgram(UserError):
     exit_code = 1
 
 
-def check_precision(precision: Precision, kind: str) -> None:
-    """
-    Raises:
-        UserError: files of this kind are not written in this precision.
-    """
-    if precision == "int8":
+def _check_numbers(options: Options, kind: Kind) -> None:
+    if options.batch < 1:
+        raise UserError(f"--batch is {options.batch}, at least 1 is accepted")
+    if options.dynamic_batch and (kind != "aoti" or options.batch == 1):
         raise UserError(
-            "--precision int8: exported files have none; detect, evaluate and doublehead.load run the model in it"
+            "--dynamic-batch is for packages (.pt2), with a --batch of at least 2, the most images at a time"
         )
-    if precision != "fp32" and kind != "aoti":
+    if options.precision not in PRECISIONS[kind]:
+        instead = "the runtime chooses" if kind == "onnx" else "detect and evaluate run the model in any"
         raise UserError(
-            f"--precision {precision}: .{kind} files are written in fp32, and the runtime chooses what to compute in; "
-            "leave --precision out"
+            f"--precision {options.precision}: {SUFFIXES[kind]} files have {', '.join(PRECISIONS[kind])}; {instead}"
         )
+    if options.precision != "int8" and options.data != EvaluationData():
+        raise UserError("--data.* are the images that --precision int8 is calibrated on: give both, or neither")
+    if options.int8_images < 1:
+        raise UserError(f"--int8-images is {options.int8_images}, at least 1 is accepted")
 
 
-def _format(options: Options) -> Literal["aoti", "onnx"]:
+def _format(options: Options) -> Kind:
     suffix = Path(options.out).suffix
     by_suffix = {ending: kind for kind, ending in SUFFIXES.items()}
     kind = options.format or by_suffix.get(suffix)
     if kind is None or suffix != SUFFIXES[kind]:
-        accepted = SUFFIXES[kind] if kind else " or ".join(by_suffix)
+        accepted = SUFFIXES[kind] if kind else ", ".join(by_suffix).replace(", .xml", " or .xml")
         raise UserError(f"OUT is {options.out}: its name must end in {accepted}")
     return kind
 
 
 def _device(asked: str, kind: str, has_cuda: bool) -> str:
-    if kind == "onnx":
-        if asked == "cuda":
-            raise UserError("--device cuda: an ONNX file is for any device; leave --device out")
+    if kind == "onnx" and asked == "cuda":
+        raise UserError("--device cuda: an ONNX file is for any device; leave --device out")
+    if kind == "openvino" and asked == "cuda":
+        raise UserError("--device cuda: OpenVINO runs on the CPU; leave --device out, or export a package (.pt2)")
+    if kind != "aoti":
         return "cpu"
     if asked == "cuda" and not has_cuda:
         raise UserError("--device cuda: torch sees no CUDA device; a package is made on the kind of machine it is for")

@@ -124,15 +124,15 @@ def measured(model, scales, images, validation, world, mode, most_loss: float, w
 
 def content(options: Options, model, scales, fp32, choice, validation, training, names, mode) -> dict[str, Any]:
     """What is written, but for the format and the checksum."""
-    from doublehead.engine.int8_file import weights_digest
     from doublehead.engine.quantizing import ground_truth_digest, readout_of
     from doublehead.models import quantized
     from doublehead.ops.processor import processor
     from doublehead.version import __version__
+    from doublehead.weights.digest import of_weights
 
     return {
         "doublehead": __version__,
-        "weights": weights_digest(model),
+        "weights": of_weights(model.state_dict()),
         "scales": dict(scales),
         "left_out": [entry._asdict() for entry in choice.left_out],
         "most_loss": options.most_loss,

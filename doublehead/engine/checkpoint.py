@@ -102,7 +102,7 @@ def load_model(path: str | Path, finite: bool = True) -> LoadedModel:
         CheckpointError: no such file, not a file of this library, damaged, or weights that are not finite or do not fit
             the recipe inside it.
     """
-    path = _find_model(Path(path))
+    path = find_model(Path(path))
     metadata, tensors = _read_safetensors(path)
     try:
         recipe, classes, category_ids = _description(metadata)
@@ -163,7 +163,12 @@ def load_state(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def _find_model(path: Path) -> Path:
+def find_model(path: Path) -> Path:
+    """The file of weights that a checkpoint's path stands for: itself, or that in a run's folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if path.is_dir():
         if not (path / MODEL_FILE).is_file():
             raise CheckpointError(f"{path}: this folder has no {MODEL_FILE} (training writes it at each checkpoint)")

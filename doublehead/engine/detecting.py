@@ -53,6 +53,7 @@ def detect_in_pictures(
     threads: int = 0,
     max_pixels: int = MAX_PIXELS,
     clock: Clock | None = None,
+    too_large: Callable[[int, int], str | None] | None = None,
 ) -> None:
     """Detect in each picture, and save it annotated.
 
@@ -69,6 +70,8 @@ def detect_in_pictures(
         threads: threads that read, and as many that draw; 0: `default_threads()`.
         max_pixels: larger pictures are not read.
         clock: sums up the time of each stage.
+        too_large: why the model cannot take a picture of this (height, width), which counts as unreadable then; None:
+            it takes any size.
 
     If it is stopped or fails, no picture stays that was not reported.
 
@@ -85,7 +88,10 @@ def detect_in_pictures(
         stack.callback(lambda: [path.unlink(missing_ok=True) for path in unreported])  # when the threads have ended
         stack.enter_context(inference(model))
         read = in_order(
-            lambda item: _read(*item, uploader, clock, max_pixels), named, threads, ahead=threads + 2 * batch_size
+            lambda item: _read(*item, uploader, clock, max_pixels, too_large),
+            named,
+            threads,
+            ahead=threads + 2 * batch_size,
         )
         stack.enter_context(contextlib.closing(read))
         detected = (
@@ -105,12 +111,21 @@ def detect_in_pictures(
             unreported.discard(folder / entry.get("picture", ""))
 
 
-def _read(file: Path, name: str, uploader: Uploader, clock: Clock, max_pixels: int) -> Picture:
+def _read(
+    file: Path,
+    name: str,
+    uploader: Uploader,
+    clock: Clock,
+    max_pixels: int,
+    too_large: Callable[[int, int], str | None] | None,
+) -> Picture:
     with clock.measure("reading"):
         try:
             image = data.read_image(file, upright=True, max_pixels=max_pixels)
         except DataError as error:  # the picture is reported, the others are done
             return Picture(file, name, error=str(error).removeprefix(one_line(f"{file}: ")))
+        if too_large and (problem := too_large(*image.shape[-2:])):
+            return Picture(file, name, error=f"a picture {problem}")
         return Picture(file, name, *uploader.send(image))
 
 

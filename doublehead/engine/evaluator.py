@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COCO_NUMBERS", "CocoResults", "Evaluation", "coco_results", "compute_metrics", "evaluate", "evaluate_each",
-    "evaluate_in_detail", "inference", "predict", "predict_images", "rois_of_the_box_head", "watch_rois",
+    "evaluate_in_detail", "inference", "predict", "predict_images", "predict_share", "rois_of_the_box_head",
+    "watch_rois",
 ]  # fmt: skip
 Output = dict[str, torch.Tensor]
 """An image's detections: boxes, labels, scores; from a `DoubleHeadRCNN` also rois and box_rois."""
@@ -118,7 +119,7 @@ def evaluate_each(
     """
     world = world or World(device=next(model.parameters()).device)
     with inference(model):
-        mine = _predict_share(
+        mine = predict_share(
             lambda images: list(zip(*model.detect_each(images, list(readouts.values())), strict=True)),
             dataset, world, workers, progress,
         )  # fmt: skip
@@ -150,18 +151,23 @@ def predict(
             outputs = model(images)
             return [(output | {name: v[row] for name, v in rois.items()},) for row, output in enumerate(outputs)]
 
-        share = _predict_share(detect, dataset, world, workers, progress)
+        share = predict_share(detect, dataset, world, workers, progress)
     return {image_id: output for image_id, (output,) in share.items()}
 
 
-def _predict_share(
+def predict_share(
     detect: Callable[[list[torch.Tensor]], Sequence[tuple[Output, ...]]],
     dataset: Any,
     world: World,
     workers: int,
     progress: bool,
 ) -> dict[int, tuple[Output, ...]]:
-    """Image id -> the outputs of `detect` for the image, on the host; for this process's share of the images."""
+    """Image id -> the outputs of `detect` for the image, on the host; for this process's share of the images.
+
+    Args:
+        detect: one image in a list -> in a list, the image's outputs, any number of them.
+        dataset, world, workers, progress: as for `evaluate`.
+    """
     from doublehead.data import build_loader
 
     loader = build_loader(

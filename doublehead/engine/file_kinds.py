@@ -15,7 +15,7 @@ def other_kind(path: Path) -> str | None:
         head = file.read(64)
     if not head:
         return "an empty file"
-    if path.suffix.lower() in (".pt2", ".onnx"):
+    if path.suffix.lower() in (".pt2", ".onnx", ".xml"):
         return "an exported program, which doublehead.exporting.load runs; here its model.safetensors is needed"
     pickled = head[:1] == b"\x80" and path.suffix.lower() != ".safetensors"
     if pickled or head.startswith(b"PK") or LEGACY_TORCH in head:

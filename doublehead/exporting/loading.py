@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import ImageConfig
 from ..errors import UserError
 from .calls import Call, PackageCall, RequestCall, SessionCall
 from .description import FORMAT, NAME, flaw_of, image_config, machine
@@ -92,7 +93,29 @@ class ExportedDetector:
         Raises:
             ValueError: too many images, malformed ones, or one that after resizing is larger than (H, W).
         """
-        from ..models import Detections  # imported here because they need torchvision
+        from ..models import Detections  # imported here because it needs torchvision
+
+        pixels, sizes, after = self._prepare(images)
+        found = self(pixels, sizes)
+        before = [(image.shape[-2], image.shape[-1]) for image in images]
+        return self._transform.detections(Detections(*(v[: len(images)] for v in found)), before, after)
+
+    def prepare(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The program's inputs for images, which `detect` runs it on; this needs torchvision.
+
+        Args:
+            images: as for `detect`.
+
+        Returns:
+            (pixels, sizes), as `__call__` takes them.
+
+        Raises:
+            ValueError: see `detect`.
+        """
+        return self._prepare(images)[:2]
+
+    def _prepare(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+        """The program's inputs, and each image's (height, width) in them."""
         from ..models.images import ImageTransform
 
         batch, *canvas = self.shape
@@ -106,20 +129,14 @@ class ExportedDetector:
         pixels = images_in_batch.pixels.new_zeros(batch, 3, *canvas)
         sizes = images_in_batch.sizes.new_zeros(batch, 2)
         pixels[: len(images)], sizes[: len(images)] = images_in_batch
-        found = self(pixels, sizes)
-        before = [(image.shape[-2], image.shape[-1]) for image in images]
-        return self._transform.detections(Detections(*(v[: len(images)] for v in found)), before, after)
+        return pixels, sizes, after
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of an image of this size after the model's own resizing; this needs torchvision.
 
         The program takes it if neither is above those of `shape`.
         """
-        from ..models.images import RESIZE_RULES
-
-        config = image_config(self.description)
-        size = RESIZE_RULES[config.resize].size((height, width), config.min_size[-1], config.max_size)
-        return max(1, size[0]), max(1, size[1])
+        return resized(image_config(self.description), height, width)
 
     def __repr__(self) -> str:
         batch, height, width = self.shape
@@ -127,6 +144,14 @@ class ExportedDetector:
             f"ExportedDetector({self.description['recipe']}, {len(self.classes)} classes, {batch} x 3 x {height} x "
             f"{width}, {self.description['kind']} on {self.device})"
         )
+
+
+def resized(config: ImageConfig, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of an image of this size after the resizing that `config` says; this needs torchvision."""
+    from ..models.images import RESIZE_RULES
+
+    size = RESIZE_RULES[config.resize].size((height, width), config.min_size[-1], config.max_size)
+    return max(1, size[0]), max(1, size[1])
 
 
 def load(path: str | Path, device_index: int = 0, precision: str | None = None) -> ExportedDetector:
@@ -209,7 +234,16 @@ def _load_openvino(path: Path, precision: str | None) -> ExportedDetector:
     own = description.get("precision", "fp32")
     if precision not in (None, own) and not {precision, own} <= {"fp32", "bf16"}:
         raise UserError(f"{path}: computes in {own}, not in {precision}: export it with --precision {precision}")
-    call, precision = openvino_call(graph, precision or own)
+    return in_openvino(graph, description, precision or own)
+
+
+def in_openvino(graph: Any, description: dict[str, Any], precision: str) -> ExportedDetector:
+    """An `openvino.Model` of a detector, ready to run.
+
+    Raises:
+        UserError: OpenVINO does not compile it.
+    """
+    call, precision = openvino_call(graph, precision)
     return ExportedDetector(call, description, torch.device("cpu"), precision)
 
 

@@ -23,7 +23,7 @@ from ..ops import NonLocalBlock
 from ..ops.batch_norm.op import track_statistics
 from ..ops.conv_head import Block, conv_head
 from . import conv_training as training
-from .folding import FoldedWeights, fold_norm, layer_dtype, needs_grad
+from .folding import FoldedWeights, fold_norm, has_inner_hooks, layer_dtype, needs_grad
 from .layered import Layered, run_conv
 from .products import Layer
 
@@ -190,8 +190,8 @@ class ConvTower(nn.Sequential):
         return layers
 
     def can_skip(self, x: Tensor) -> bool:
-        """Whether `x` goes through the folded operator, which leaves out RoIs: inference, without gradients."""
-        if not self.fused or self.training or not self._plain_norms():
+        """Whether `x` goes through the folded operator, which leaves out RoIs: inference, no gradients, no hooks."""
+        if not self.fused or self.training or not self._plain_norms() or has_inner_hooks(self):
             return False
         return not needs_grad(self, x)
 
@@ -212,6 +212,7 @@ class ConvTower(nn.Sequential):
             and self._plain_norms()
             and all(norm.training and norm.momentum is not None for norm in norms)
             and not torch.compiler.is_compiling()
+            and not has_inner_hooks(self)
         )
 
     def _norms(self) -> list[nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .detections import detect
 from .graph import DetectorGraphs, make_bucket
 from .heads import Heads
 from .images import ImageTransform
-from .inference import HeadsResult, run_heads, run_heads_for_each
+from .inference import HeadsResult, judge_gates, run_heads, run_heads_for_each
 from .losses import head_losses, sample_rois
 from .readout import ReadOut, Sources, resolve_readout, resolve_sources
 from .roi_pooling import RoIPooling
@@ -87,6 +87,18 @@ class Detector(nn.Module):
             self._read_out(heads, proposals, images.sizes, readout)
             for heads, readout in zip(results, readouts, strict=True)
         ]
+
+    def detect_gates(self, images: ImageBatch, readout: ReadOut, gates: Sequence[float]) -> list[Detections]:
+        """Detections of a fused read-out with each of these values of `ext_gate`; the heads run once, on all RoIs.
+
+        Up to rounding of the conv-head those of a run with that gate (see `judge_gates`).
+        """
+        features = self.backbone(images.pixels)
+        proposals, _ = self.rpn(images, features)
+        ran = run_heads(self.heads, self.roi_pooling, features, proposals, readout.replace(ext_gate=0.0))
+        gated = [readout.replace(ext_gate=gate) for gate in gates]
+        results = judge_gates(ran, proposals, gated)
+        return [self._read_out(heads, proposals, images.sizes, one) for heads, one in zip(results, gated, strict=True)]
 
     def _read_out(self, heads: HeadsResult, proposals: Proposals, sizes: Tensor, readout: ReadOut) -> Detections:
         detections = detect(heads.outputs, readout, heads.proposals, sizes, self.config.roi.box_weights, self.min_side)
@@ -213,9 +225,27 @@ class DoubleHeadRCNN(nn.Module):
             For each read-out what `forward` gives for the images after its `set_readout`, with "rois" and "box_rois",
             `Tensor[]` int64, of each image (see `Detections`).
         """
+        return self._each(images, lambda batch: self.detector.detect_each(batch, readouts))
+
+    def detect_gates(
+        self, images: Sequence[Tensor], readout: ReadOut, gates: Sequence[float]
+    ) -> list[list[dict[str, Tensor]]]:
+        """`detect_each` for several gates of one fused read-out: see `Detector.detect_gates`.
+
+        Args:
+            images: as in `forward`.
+            readout: result of `Detector.resolve_readout`.
+            gates: values of `ext_gate`; 0: none.
+        """
+        return self._each(images, lambda batch: self.detector.detect_gates(batch, readout, gates))
+
+    def _each(
+        self, images: Sequence[Tensor], detect: Callable[[ImageBatch], list[Detections]]
+    ) -> list[list[dict[str, Tensor]]]:
+        """What `forward` gives for each of the results of `detect`, with "rois" and "box_rois"."""
         before = [(image.shape[-2], image.shape[-1]) for image in images]
         batch, after = self.transform(images)
-        each = self.detector.detect_each(batch, readouts)
+        each = detect(batch)
         return [
             [
                 output | {"rois": rois, "box_rois": box_rois}

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._dtypes import layer_dtype
-from ..ops._folded import FoldedWeights
+from ..ops._folded import FoldedWeights, has_inner_hooks
 
-__all__ = ["FoldedWeights", "fold_norm", "layer_dtype", "needs_grad"]
+__all__ = ["FoldedWeights", "fold_norm", "has_inner_hooks", "layer_dtype", "needs_grad"]
 
 
 def needs_grad(module: nn.Module, x: Tensor) -> bool:

@@ -87,6 +87,27 @@ def run_heads_for_each(
     return results
 
 
+def judge_gates(ran: HeadsResult, proposals: Proposals, readouts: Sequence[ReadOut]) -> list[HeadsResult]:
+    """What several gates of Ext's fused read-out leave, judged from one run of the heads on all RoIs.
+
+    Each gate keeps the RoIs that it keeps in `run_heads`.  Only the conv-head's numbers differ, in their last digits:
+    there it runs on the kept RoIs alone, and on another number of RoIs matrix products round differently.
+
+    Args:
+        ran: of `run_heads` without a gate, for the same heads.
+        proposals: `[B, R]`.
+        readouts: with the gates.
+    """
+    results = []
+    for readout in readouts:
+        kept = proposals.valid
+        if readout.gated:
+            logits = ran.outputs[readout.sources.classes[0]].logits
+            kept = kept & may_be_detected(logits, readout.least_score).view_as(kept)
+        results.append(HeadsResult(ran.outputs, Proposals(proposals.boxes, kept), kept.sum(1)))
+    return results
+
+
 def _selects(heads: Heads, features: Sequence[Tensor], readout: ReadOut) -> bool:
     """Whether the head that gives the boxes runs on a selection of the RoIs."""
     return readout.skips and heads[readout.sources.boxes].tower.can_skip(features[0])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .folding import FoldedWeights, layer_dtype, needs_grad
+from ..ops import onednn
+from .folding import FoldedWeights, has_inner_hooks, layer_dtype, needs_grad
 from .layered import Layered, run_fc
 from .products import Layer
 
@@ -53,7 +54,8 @@ class FCTower(nn.Sequential):
     """Two fully connected layers: `Tensor[N, C, S, S]` -> `Tensor[N, dim]`.
 
     At inference without gradients a channels-last map is used as it lies: not the map is reordered but, once, the
-    columns of the first weight.
+    columns of the first weight.  In float32 on a CPU the products are oneDNN's (`ops.onednn.linear`).  Hooks on the
+    layers make it run them one by one.
     """
 
     layered: Layered | None = None
@@ -74,20 +76,27 @@ class FCTower(nn.Sequential):
 
     def forward(self, x: Tensor, count: Tensor | None = None) -> Tensor:
         """As `Tower`; all RoIs are computed, whatever `count`."""
-        grads = needs_grad(self, x)
-        if self.layered is not None and not self.training and not grads and self.layered.runs(x):
+        separate = needs_grad(self, x) or has_inner_hooks(self)
+        if self.layered is not None and not self.training and not separate and self.layered.runs(x):
             if layers := self.layers(x.shape[1:]):
                 return run_fc(x, self.layered.products(self, layers, layer_dtype(x)))
-        if grads or not x.is_contiguous(memory_format=torch.channels_last):
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        parameters = list(self.parameters())
+        packs = onednn.serves(x, parameters) and layer_dtype(x) == x.dtype
+        if separate or not (last or packs):
             return super().forward(x)
         dtype = layer_dtype(x)
         if torch.compiler.is_compiling():  # part of the graph; torch 2.11 does not trace the lambda below
             folded = self._fold(dtype, x.shape[1:])
         else:
-            kind = (dtype, x.shape[1:])
-            folded = self._folded.get(self.parameters(), kind, lambda: self._fold(dtype, x.shape[1:]))
+            # The layout of packed weights follows from the number of threads.
+            kind = (dtype, x.shape[1:], last, torch.get_num_threads() if packs else None)
+            folded = self._folded.get(parameters, kind, lambda: self._fold(dtype, x.shape[1:], last, packs))
+        cells = (x.to(dtype).permute(0, 2, 3, 1) if last else x).flatten(1)
+        if packs:
+            first, second = folded
+            return onednn.linear(onednn.linear(cells, first, relu=True), second, relu=True)
         weight1, bias1, weight2, bias2 = folded
-        cells = x.to(dtype).permute(0, 2, 3, 1).flatten(1)
         return linear(linear(cells, weight1, bias1).relu_(), weight2, bias2).relu_()
 
     def can_skip(self, x: Tensor) -> bool:
@@ -122,10 +131,11 @@ class FCTower(nn.Sequential):
             Layer("3", False, lambda: as_convolution(self[3].weight, self[3].bias)),
         ]
 
-    def _fold(self, dtype: torch.dtype, shape: torch.Size) -> list[Tensor]:
-        second = self[3]
-        tensors = *self._by_cells(shape), second.weight, second.bias
-        return [tensor.to(dtype) for tensor in tensors]
+    def _fold(self, dtype: torch.dtype, shape: torch.Size, last: bool = True, packs: bool = False) -> list:
+        """Weights and biases; with `last` for maps that lie channels-last, with `packs` for `onednn.linear`."""
+        weight, bias = self._by_cells(shape) if last else (self[1].weight, self[1].bias)
+        tensors = [tensor.to(dtype) for tensor in (weight, bias, self[3].weight, self[3].bias)]
+        return [onednn.pack_linear(*tensors[:2]), onednn.pack_linear(*tensors[2:])] if packs else tensors
 
     def _by_cells(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Weight and bias of the first layer, for channels-last maps of the shape `[C, S, S]`."""

@@ -6,13 +6,23 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ._library import is_functorch_tensor
 
 STREAMING_DEVICES = ("cuda",)
 """Types of device that queue work on streams: a call returns before its work is done."""
+
+
+def has_inner_hooks(module: nn.Module) -> bool:
+    """Whether forward hooks wait on modules inside `module`, which only run if these are called.
+
+    Not while torch.compile or export traces.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return any(inner._forward_hooks or inner._forward_pre_hooks for inner in module.modules() if inner is not module)
 
 
 class FoldedWeights:

@@ -247,6 +247,11 @@ def in_functorch_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def in_dispatch_mode() -> bool:
+    """Whether something watches each operator that runs: a `TorchDispatchMode`, such as a counter of FLOPs."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def is_functorch_tensor(tensor: torch.Tensor) -> bool:
     """Whether the tensor is a transform's wrapper, which has no memory of its own."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)

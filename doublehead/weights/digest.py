@@ -47,9 +47,12 @@ def matches(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) ->
     return metadata.get(KEY) == _digest(described, tensors)
 
 
-def of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """The digest of tensors on the CPU: their names, dtypes, shapes and values."""
-    return _digest({}, tensors)
+def of_weights(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A digest of a model's `state_dict`, by which other files name the weights that they belong to.
+
+    It does not depend on the file that holds them, nor on its description.
+    """
+    return _digest({}, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
 
 
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:

@@ -27,6 +27,7 @@ def test_tables_are_up_to_date():
 def test_every_headline_has_been_recorded(plot):
     recorded = {case["case"] for case in plot.load(plot.RESULTS / "cpu")}
     assert set(plot.HEADLINES) | set(plot.SUMMARY_CPU) <= recorded
+    assert plot.recorded(plot.load(plot.RESULTS / "cpu")) is not None
 
 
 def test_every_row_of_the_summary_has_been_measured_on_a_gpu(plot):

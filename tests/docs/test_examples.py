@@ -45,6 +45,9 @@ NOT_RUN = {
     "torchrun --nproc-per-node 8 -m doublehead train double-head-ext-r50-fpn --data.root data/coco --train.amp bf16":
         "eight GPUs",
     "doublehead tables --smoke": "minutes: two steps of every recipe of the paper",
+    "doublehead calibrate runs/shapes-ext-1 --most-loss 0.1":
+        "the stand-in finds nothing right, so there is no accuracy to keep; tests/cli/test_calibrate.py does it",
+    "doublehead evaluate runs/shapes-ext-1 --ext-gate calibrated": "needs its gate.json; the same",
     "doublehead export runs/own-data-1 detector.onnx": "tracing takes half a minute; tests/exporting does it",
     "doublehead export runs/shapes-ext-1 detector.onnx": "the same",
     "doublehead export runs/shapes-ext-1 detector.pt2": "compiling takes a minute; tests/exporting does it",
@@ -203,7 +206,9 @@ def test_a_command_runs(command, here, capsys, monkeypatch):
             assert (here / words[words.index(option) + 1]).exists()
 
 
-WORK = {"train": "start", "analyze": "run", "export": "run", "tables": "run_smoke"}
+WORK = {
+    "train": "start", "analyze": "run", "export": "run", "tables": "run_smoke", "calibrate": "run", "evaluate": "run",
+}  # fmt: skip
 """What a command's module calls once it has parsed its options."""
 
 

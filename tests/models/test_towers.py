@@ -7,11 +7,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from doublehead.config import HeadConfig
 from doublehead.models.conv_tower import ConvTower
 from doublehead.models.towers import Conv5Tower, FCTower, Tower
-from doublehead.ops import NonLocalBlock
+from doublehead.ops import NonLocalBlock, onednn
+from tests.support.precision import assert_as_exact
 
 CHANNELS, SIZE = 8, 7
 TOWERS = {
@@ -94,6 +96,81 @@ def test_held_tensors_are_what_the_last_call_has_read(tower, maps):
     tower.train().eval()
     assert tower.held_tensors() == []
     assert tower(maps).equal(expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", [False, True])
+def test_hooks_on_layers_run(tower, maps, before):
+    expected, called = tower(maps), []
+    layer = next(layer for layer in tower.modules() if isinstance(layer, (nn.Conv2d, nn.Linear)))
+    register = layer.register_forward_pre_hook if before else layer.register_forward_hook
+    hook = register(lambda *arguments: called.append(arguments[0]))
+    torch.testing.assert_close(tower(maps), expected, rtol=1e-9, atol=1e-9)
+    assert called == [layer]
+    if isinstance(tower, ConvTower):
+        assert not tower.train().trains_fused()
+    hook.remove()
+    tower.eval()
+    assert tower(maps).equal(expected) and called == [layer]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("number", [0, 1, 8, 19])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_an_fc_tower_in_float32(monkeypatch, number, memory_format):
+    monkeypatch.setattr(onednn, "LINEAR_ROWS", 8)
+    monkeypatch.setattr(onednn, "LINEAR_COLUMNS", 96)
+    tower = TOWERS["fc"]().eval()
+    x = torch.randn(number, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+    x = x.contiguous(memory_format=memory_format)
+    exact, plain = nn.Sequential.forward(copy.deepcopy(tower).double(), x.double()), nn.Sequential.forward(tower, x)
+    found = tower(x)
+    assert_as_exact(found, plain, exact)
+    assert found.equal(tower(x)) and x.equal(x.clone())
+    tower[1].weight.mul_(2)  # packed again
+    torch.testing.assert_close(tower(x), nn.Sequential.forward(tower, x))
+    x[:1] = torch.nan
+    assert tower(x)[:1].isnan().all() and tower(x)[1:].isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not onednn.is_available(), reason="this PyTorch has no oneDNN")
+def test_an_fc_tower_packs_its_weights_once_for_a_number_of_threads(monkeypatch):
+    packed, pack = [], onednn.pack_linear
+    monkeypatch.setattr(onednn, "pack_linear", lambda *weights: packed.append(1) or pack(*weights))
+    tower, x = TOWERS["fc"]().eval(), torch.randn(3, CHANNELS, SIZE, SIZE)
+    threads = torch.get_num_threads()
+    try:
+        for wanted, number in ((1, 2), (1, 2), (2, 4), (2, 4)):
+            torch.set_num_threads(wanted)
+            tower(x)
+            assert len(packed) == number
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # tracing is deprecated
+def test_an_fc_tower_steps_aside_where_more_is_wanted_than_its_result(monkeypatch):
+    monkeypatch.setattr(onednn, "linear", None)
+    tower, x = TOWERS["fc"]().eval(), torch.randn(3, CHANNELS, SIZE, SIZE)
+
+    def by_layers(x):
+        return nn.Sequential.forward(tower, x)
+
+    expected = by_layers(x)
+    torch.testing.assert_close(torch.func.jvp(tower, (x,), (x,)), torch.func.jvp(by_layers, (x,), (x,)))
+    torch.testing.assert_close(torch.jit.trace(tower, x, check_trace=False)(x), expected)
+    with FlopCounterMode(display=False) as counter:
+        tower(x)
+    assert counter.get_total_flops() > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tower(x).dtype == torch.bfloat16
+    monkeypatch.setattr(onednn, "is_available", lambda dtype: False)
+    torch.testing.assert_close(tower(x), expected)
+    with torch.inference_mode():
+        made = TOWERS["fc"]().eval()
+        made(x.contiguous(memory_format=torch.channels_last))
 
 
 @torch.no_grad()

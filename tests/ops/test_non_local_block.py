@@ -298,3 +298,18 @@ def test_errors_of_mmcv_weights(change, options, message):
     state = {name: tensor for name, tensor in state.items() if tensor is not None}
     with pytest.raises(ValueError, match=message):
         NonLocalBlock.from_mmcv(state, **options)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_on_its_layers_run(training):
+    torch.manual_seed(0)
+    block, called = NonLocalBlock(16, 8).double().train(training), []
+    torch.nn.init.normal_(block.out.weight)
+    x = torch.randn(2, 16, 3, 5, dtype=torch.float64)
+    expected = block(x)
+    hook = block.theta.register_forward_hook(lambda module, *_: called.append(module))
+    torch.testing.assert_close(block(x), expected)
+    assert called == [block.theta]
+    hook.remove()
+    torch.testing.assert_close(block(x), expected)
+    assert called == [block.theta]

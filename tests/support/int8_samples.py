@@ -6,9 +6,10 @@ from pathlib import Path
 
 from doublehead.data import build_dataset
 from doublehead.engine.checkpoint import load_model
-from doublehead.engine.int8_file import int8_path, weights_digest, write_int8
+from doublehead.engine.int8_file import int8_path, write_int8
 from doublehead.engine.quantizing import ground_truth_digest, readout_of
 from doublehead.models.quantized import int8_layers
+from doublehead.weights.digest import of_weights
 from tests.support.analysis_detector import save_detector
 
 
@@ -25,7 +26,7 @@ def write_plan(folder: Path, fp32: float = 0.5, **changes) -> Path:
     names = int8_layers(model)
     validation = build_dataset(recipe.data, "val", classes=classes)
     content = {
-        "doublehead": "0", "weights": weights_digest(model), "scales": dict.fromkeys(names[1:], 0.05),
+        "doublehead": "0", "weights": of_weights(model.state_dict()), "scales": dict.fromkeys(names[1:], 0.05),
         "left_out": [{"layer": names[1], "AP_before": 0.1, "AP_after": 0.2, "output_error": 0.3}], "most_loss": 0.3,
         "measured": {
             "fp32": fp32, "int8": 0.499, "int8_all_layers": 0.1, "images": len(validation), "data": validation.name,

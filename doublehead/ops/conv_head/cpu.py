@@ -1,21 +1,21 @@
-"""The folded conv-head on the CPU: PyTorch's matrix products on a few RoIs at a time.
+"""The folded conv-head on the CPU: a few RoIs at a time, in oneDNN's convolutions or in PyTorch's matrix products.
 
 Beside the products, memory costs time on a CPU: new pages for every intermediate map.  So a few RoIs go through all
-blocks before the next few, and their intermediate maps, in buffers that are reused, stay in the cache.
+blocks before the next few, and their maps stay in the cache.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
 
-from ..non_local.reference import non_local_attention
+from .. import onednn
 from .arguments import ConvHeadArguments
-from .blocks import Block, each_block
+from .fused_cpu import FusedBlocks
+from .plain_cpu import PlainBlocks
 
-CHUNK = 32
-"""RoIs at a time: their widest maps are 32 x 49 x 1536 numbers, 9 MiB in float32."""
+CELLS = 32 * 49
+"""Cells at a time, whole maps: of 7 x 7, their widest maps are 32 x 49 x 1536 numbers, 9 MiB in float32."""
 
 
 def conv_head(head: ConvHeadArguments) -> Tensor:
@@ -23,61 +23,18 @@ def conv_head(head: ConvHeadArguments) -> Tensor:
     x, count = head.x, head.count
     number = len(x) if count is None else min(max(int(count), 0), len(x))
     vectors = x.new_zeros((len(x), head.tensors[-1].shape[0]))
-    buffers = _Buffers(x)
+    chunk = max(CELLS // (x.shape[2] * x.shape[3]), 1)
     with torch.no_grad():
-        for begin in range(0, number, CHUNK):
-            end = min(begin + CHUNK, number)
-            vectors[begin:end] = _chunk(x[begin:end], head, buffers)
+        plain = PlainBlocks(head)
+        fuses = number > 0 and onednn.is_available(x.dtype) and _finite(*head.tensors)
+        fused = FusedBlocks(head, chunk, number // chunk) if fuses else None
+        for begin in range(0, number, chunk):
+            part = slice(begin, min(begin + chunk, number))
+            blocks = fused if fused is not None and _finite(x[part]) else plain
+            vectors[part] = blocks(x[part])
     return vectors
 
 
-class _Buffers:
-    """Named memory, allocated once."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
-        self._buffers: dict[str, Tensor] = {}
-
-    def rows(self, name: str, rows: int, channels: int) -> Tensor:
-        if name not in self._buffers or self._buffers[name].numel() < rows * channels:
-            self._buffers[name] = self._like.new_empty(rows * channels)
-        return self._buffers[name][: rows * channels].view(rows, channels)
-
-
-def _chunk(x: Tensor, head: ConvHeadArguments, buffers: _Buffers) -> Tensor:
-    """All blocks and the average for the maps `x`, a part of `head.x`."""
-    number, channels, height, width = x.shape
-    cells = height * width
-    rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
-
-    def conv3(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        maps = rows.view(number, height, width, -1).permute(0, 3, 1, 2)
-        return conv2d(maps, weight, bias, padding=1).relu_().permute(0, 2, 3, 1).reshape(-1, weight.shape[0])
-
-    def product(name: str, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        out = buffers.rows(name, len(rows), len(weight))
-        return torch.addmm(bias, rows, weight.t(), out=out)
-
-    def add_product(rows: Tensor, to: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return to.addmm_(rows, weight.t()).add_(bias)
-
-    def non_local(rows: Tensor, qkv_weight, qkv_bias, out_weight, out_bias) -> Tensor:
-        qkv = product("qkv", rows, qkv_weight, qkv_bias).view(number, cells, -1)
-        mixed = non_local_attention(qkv, head.attention)
-        y = add_product(mixed.view(len(rows), -1), rows, out_weight, out_bias)
-        return y.relu_() if head.relu else y
-
-    for block, own in each_block(head.blocks, head.tensors):
-        if block == Block.WIDENING:
-            both = buffers.rows("both", len(rows), 2 * rows.shape[1])
-            torch.cat((conv3(rows, own[0], own[1]), rows), dim=1, out=both)
-            rows = product("maps", both, own[2], own[3]).relu_()
-        elif block == Block.WIDENING_SHORTCUT_RELU:
-            inner = conv3(rows, own[0], own[1])
-            rows = add_product(inner, product("maps", rows, own[4], own[5]).relu_(), own[2], own[3]).relu_()
-        elif block == Block.BOTTLENECK:
-            inner = conv3(product("inner", rows, own[0], own[1]).relu_(), own[2], own[3])
-            rows = add_product(inner, rows, own[4], own[5]).relu_()
-        else:
-            rows = non_local(rows, *own)
-    return rows.view(number, cells, -1).mean(1)
+def _finite(*tensors: Tensor) -> bool:
+    """Whether no element is NaN or infinite: oneDNN's ReLU makes 0 of NaN, and what went wrong would not be seen."""
+    return all(bool(tensor.sum().isfinite()) for tensor in tensors)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._checks import check_choice
 from .._dtypes import accumulation_dtype, layer_dtype
-from .._folded import FoldedWeights
+from .._folded import FoldedWeights, has_inner_hooks
 from .attention import Attention, attention_of
 from .op import PAIRWISE, BatchNorm, fold_out, mix, non_local, project
 
@@ -19,8 +19,8 @@ class NonLocalBlock(nn.Module):
     """y = x + BN(out(attention(theta(x), phi(x)) g(x))) over the cells of each map; see `non_local`.
 
     `theta`, `phi`, `g` and `out` hold the weights of 1x1 convolutions, and `norm` is a `BatchNorm2d` or None.  They are
-    computed together, so forward hooks on them do not run (with `block.fused = False` the modules run one after the
-    other, and so do their hooks).  A `norm` of another type, such as the one that
+    computed together; with `block.fused = False`, or where forward hooks wait on them, one after the other (but
+    torch.compile and export leave such hooks out).  A `norm` of another type, such as the one that
     `SyncBatchNorm.convert_sync_batchnorm` puts there, is called as a module.  `theta`, `phi` and `g` are initialised
     like any convolution of PyTorch, the weight and bias of `out` to zero, as in the authors' release: a fresh block
     adds nothing to x.
@@ -73,7 +73,7 @@ class NonLocalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`Tensor[N, channels, H, W]` -> the same shape, channels-last."""
-        if not self.fused:
+        if not self.fused or has_inner_hooks(self):
             return self._by_modules(x)
         attention = {"pairwise": self.pairwise, "groups": self.groups, "scale": self.scale}
         if self._folds(x):
