@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torchvision
 
 import doublehead
 from doublehead.cli import detect, evaluate, export, quantize
@@ -21,6 +22,7 @@ from tests.support.analysis_detector import save_detector
 from tests.support.detect_samples import many, save_tiny_detector
 from tests.support.engine_standin import checksums, one_thread  # noqa: F401 (a fixture)
 from tests.support.int8_samples import save_int8_detector
+from tests.support.page_samples import narrow_resnet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*TorchCodec:DeprecationWarning"),
@@ -29,8 +31,16 @@ pytestmark = [
 FEW = ("--images", "3", "--data.val-images", "2")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def narrow():
+    """A narrow backbone: the heads are what these tests are about."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(torchvision.models, "resnet18", narrow_resnet)
+        yield
+
+
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
+def prepared(narrow, tmp_path_factory):
     return save_int8_detector(tmp_path_factory.mktemp("int8") / "run")
 
 
@@ -96,7 +106,8 @@ def test_the_whole_way(bare, capsys):
     assert code(evaluate, bare, "--precision", "int8", "--device", "cpu", "--data.val-images", "2") == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(
-        r"int8 AP \d+\.\d\d, fp32 AP \d+\.\d\d: [+-]\d+\.\d\d \(fp32 as doublehead quantize measured it on these images\)",
+        r"int8 AP \d+\.\d\d, fp32 AP \d+\.\d\d: [+-]\d+\.\d\d "
+        r"\(fp32 as doublehead quantize measured it on these images\)",
         last,
     )
     assert checksums(bare) == before
@@ -214,35 +225,38 @@ def test_evaluate_compares_every_readout(run, capsys):
     assert [line.split(" AP ")[0] for line in lines] == ["fc: int8", "conv: int8"]
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp16"])
-def test_16_bits_in_evaluate_and_detect_on_a_cpu(run, tmp_path, capsys, monkeypatch, name):
-    lacking = precision.processor()._replace(x86=True, bf16=False, fp16=False)
+def test_16_bits_in_evaluate_detect_and_python_on_a_cpu(run, tmp_path, capsys, monkeypatch):
+    lacking = precision.processor()._replace(x86=True, bf16=False)
     monkeypatch.setattr(precision, "processor", lambda: lacking)
-    seen = []
-    forward = torch.nn.functional.linear
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: (out := forward(*a), seen.append(out.dtype))[0])
+    said = "bf16 is emulated, slower than fp32: this processor lacks"
     metrics = tmp_path / "metrics.json"
-    arguments = "--precision", name, "--device", "cpu", "--data.val-images", "2", "--metrics", metrics
+    arguments = "--precision", "bf16", "--device", "cpu", "--data.val-images", "1", "--metrics", metrics
     assert code(evaluate, run, *arguments) == 0
-    assert f"note: {name} is emulated, slower than fp32: this processor lacks" in capsys.readouterr().out
-    assert json.loads(metrics.read_text())["precision"] == name
-    assert seen and set(seen) == {precision.DTYPES[name]}
+    assert f"note: {said}" in capsys.readouterr().out
+    assert json.loads(metrics.read_text())["precision"] == "bf16"
     pictures = many(tmp_path / "in", 1)
     found = {}
-    for option in ("--precision", "--amp"):
-        out = tmp_path / option
+    for option, name in (("--precision", "bf16"), ("--amp", "bf16"), ("--amp", "off")):
+        out = tmp_path / (option + name)
         assert code(detect, run, pictures, "--out", out, option, name, "--device", "cpu", "--score-threshold", 0) == 0
-        captured = capsys.readouterr().err.splitlines()
-        assert sum(line.startswith(f"note: {name} is emulated") for line in captured) == 1
-        found[option] = json.loads((out / "detections.json").read_text())["pictures"]
-    assert found["--precision"] == found["--amp"]
-    with pytest.warns(UserWarning, match=f"{name} is emulated"):
-        predictor = doublehead.load(run, "cpu", precision=name)
+        notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"note: {said}")]
+        assert len(notes) == (name == "bf16")
+        (entry,) = json.loads((out / "detections.json").read_text())["pictures"]
+        found[option + name] = [detection["score"] for detection in entry["detections"]]
+    assert found["--precisionbf16"] == found["--ampbf16"] != found["--ampoff"]
+    with pytest.warns(UserWarning, match=said):
+        predictor = doublehead.load(run, "cpu", precision="bf16")
     detections = predictor.predict(pictures / "0.jpg", 0)
-    assert predictor.precision == name and detections.scores.dtype == torch.float32
-    assert detections.scores.tolist() == [entry["score"] for entry in found["--amp"][0]["detections"]]
+    assert predictor.precision == "bf16" and detections.scores.dtype == torch.float32
+    assert detections.scores.tolist() == found["--ampbf16"]
+    with pytest.raises(doublehead.errors.UserError, match="precision int8 is for CPUs"):
+        predictor._mode = precision.Mode("int8", "int8", None)
+        monkeypatch.setattr("doublehead.api.predictor.find_device", torch.device)
+        predictor.to("cuda")
+    assert predictor.device.type == "cpu"
 
 
+@pytest.mark.filterwarnings("ignore:int8 inputs have 7 bits")
 def test_int8_from_python_is_that_of_detect(run, tmp_path):
     pictures = many(tmp_path / "in", 1)
     arguments = "--precision", "int8", "--device", "cpu", "--score-threshold", 0

@@ -30,7 +30,7 @@ def refusal(run, model=None) -> str:
     with pytest.raises(UserError) as error:
         read_int8(run, model or load_model(run).model)
     said = str(error.value)
-    assert "\n" not in said and len(said) < 300
+    assert "\n" not in said and len(said) < 400
     return said
 
 
