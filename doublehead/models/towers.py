@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..ops import onednn
-from .folding import FoldedWeights, has_inner_hooks, layer_dtype, needs_grad
+from .folding import FoldedWeights, has_inner_hooks, have_kinds, layer_dtype, needs_grad
 from .layered import Layered, run_fc
 from .products import Layer
 
@@ -55,7 +55,7 @@ class FCTower(nn.Sequential):
 
     At inference without gradients a channels-last map is used as it lies: not the map is reordered but, once, the
     columns of the first weight.  In float32 on a CPU the products are oneDNN's (`ops.onednn.linear`).  Hooks on the
-    layers make it run them one by one.
+    layers, or others in their place, make it run them one by one.
     """
 
     layered: Layered | None = None
@@ -76,10 +76,10 @@ class FCTower(nn.Sequential):
 
     def forward(self, x: Tensor, count: Tensor | None = None) -> Tensor:
         """As `Tower`; all RoIs are computed, whatever `count`."""
-        separate = needs_grad(self, x) or has_inner_hooks(self)
+        separate = needs_grad(self, x) or has_inner_hooks(self) or not have_kinds(list(self), "flrlr")
         if self.layered is not None and not self.training and not separate and self.layered.runs(x):
-            if layers := self.layers(x.shape[1:]):
-                return run_fc(x, self.layered.products(self, layers, layer_dtype(x)))
+            if products := self.layered.products(self, self.layers(x.shape[1:]), layer_dtype(x)):
+                return run_fc(x, products)
         last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         parameters = list(self.parameters())
         packs = onednn.serves(x, parameters) and layer_dtype(x) == x.dtype

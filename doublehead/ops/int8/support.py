@@ -48,7 +48,7 @@ def int8_support() -> Support:
 
 
 def _has_operators() -> bool:
-    names = "qconv_prepack", "qconv2d_pointwise"
+    names = "qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise"
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.onednn, name) for name in names)
 
 
@@ -71,8 +71,9 @@ def _largest_sums(kernel: int, grid: Grid) -> bool:
     expected = reference.product(q, grid, *quantize_weight(weight), bias).float()
     to = torch.zeros_like(expected).contiguous(memory_format=torch.channels_last)
     try:
-        packed = pack(weight, bias, grid)
-        results = product(q, packed), add_product(to, q, packed)
+        results = [product(q, pack(weight, bias, grid))]
+        if kernel == 1:
+            results.append(add_product(to, q, pack(weight, bias, grid, added=True)))
     except (RuntimeError, NotImplementedError):
         return False
     return all(torch.allclose(result, expected) for result in results)
