@@ -17,7 +17,7 @@ import tyro
 
 from doublehead.cli.outputs import check_output
 from doublehead.cli.readouts import ExtGate, set_readout
-from doublehead.config import Fusion, ImageConfig, ReadOutName
+from doublehead.config import Fusion, ImageConfig, Precision, ReadOutName
 from doublehead.engine.data_options import EvaluationData
 from doublehead.errors import UserError, config_errors, shown_to_user
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "doublehead export"
 Kind = Literal["aoti", "onnx", "openvino"]
+PRECISIONS = {"aoti": ("fp32", "bf16", "fp16"), "onnx": ("fp32",), "openvino": ("fp32", "bf16", "int8")}
 SUFFIXES: dict[Kind, str] = {"aoti": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
 
 
@@ -41,9 +42,9 @@ class Options:
     format: Kind | None = None
     """`aoti`: a package compiled by AOTInductor for this kind of machine; `onnx`: for onnxruntime, TensorRT and others;
     `openvino`: for OpenVINO on CPUs.  By default OUT's ending decides."""
-    precision: Literal["fp32", "bf16", "int8"] = "fp32"
-    """What OpenVINO computes in (.xml): `bf16` where the processor has it; `int8`: layers with weights, quantised by
-    NNCF for the images of --data."""
+    precision: Precision = "fp32"
+    """What the program computes in.  Packages: also `bf16`, and for CUDA `fp16`.  OpenVINO: `bf16` where the processor
+    has it; `int8`: layers with weights, quantised by NNCF for the images of --data.  ONNX: its runtime decides."""
     int8_images: int = 64
     """How many images int8's ranges are taken from, evenly spread over the data."""
     data: EvaluationData = dataclasses.field(default_factory=EvaluationData)
@@ -102,6 +103,8 @@ def run(options: Options) -> None:
     else:
         (package.check_compiler if kind == "aoti" else onnx_file.check_installed)()
     device = _device(options.device, kind, torch.cuda.is_available())
+    if options.precision == "fp16" and device == "cpu":
+        raise UserError("--precision fp16: packages for CPUs compute in fp32 or bf16")
     model, recipe, classes, category_ids = load_model(options.checkpoint)
     with config_errors():
         set_readout(options.checkpoint, model, options, recipe.model.detection)
@@ -109,7 +112,7 @@ def run(options: Options) -> None:
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, detection=detection))
     height, width = input_size(recipe.model.image, options.height, options.width)
     change = None
-    if options.precision != "fp32":
+    if options.precision != "fp32" and kind == "openvino":
         from doublehead.cli.export_precision import PrecisionChange
 
         given = (options.precision, recipe.data, options.data, classes, options.int8_images, options.check)
@@ -214,8 +217,11 @@ def _check_numbers(options: Options, kind: Kind) -> None:
         raise UserError(
             "--dynamic-batch is for packages (.pt2), with a --batch of at least 2, the most images at a time"
         )
-    if options.precision != "fp32" and kind != "openvino":
-        raise UserError(f"--precision {options.precision} is for OpenVINO files (.xml)")
+    if options.precision not in PRECISIONS[kind]:
+        instead = "the runtime chooses" if kind == "onnx" else "detect and evaluate run the model in any"
+        raise UserError(
+            f"--precision {options.precision}: {SUFFIXES[kind]} files have {', '.join(PRECISIONS[kind])}; {instead}"
+        )
     if options.precision != "int8" and options.data != EvaluationData():
         raise UserError("--data.* are the images that --precision int8 is calibrated on: give both, or neither")
     if options.int8_images < 1:
