@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 PROGRAM = "doublehead export"
 Kind = Literal["aoti", "onnx", "openvino"]
-PRECISIONS = {"aoti": ("fp32", "bf16", "fp16"), "onnx": ("fp32",), "openvino": ("fp32", "bf16", "int8")}
 SUFFIXES: dict[Kind, str] = {"aoti": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
 
 
@@ -43,8 +42,8 @@ class Options:
     """`aoti`: a package compiled by AOTInductor for this kind of machine; `onnx`: for onnxruntime, TensorRT and others;
     `openvino`: for OpenVINO on CPUs.  By default OUT's ending decides."""
     precision: Precision = "fp32"
-    """What the program computes in.  Packages: also `bf16`, and for CUDA `fp16`.  OpenVINO: `bf16` where the processor
-    has it; `int8`: layers with weights, quantised by NNCF for the images of --data.  ONNX: its runtime decides."""
+    """What OpenVINO computes in (.xml): `bf16` where the processor has it; `int8`: layers with weights, quantised by
+    NNCF for the images of --data.  Other files are `fp32`; an ONNX file's runtime may choose another one."""
     int8_images: int = 64
     """How many images int8's ranges are taken from, evenly spread over the data."""
     data: EvaluationData = dataclasses.field(default_factory=EvaluationData)
@@ -103,8 +102,6 @@ def run(options: Options) -> None:
     else:
         (package.check_compiler if kind == "aoti" else onnx_file.check_installed)()
     device = _device(options.device, kind, torch.cuda.is_available())
-    if options.precision == "fp16" and device == "cpu":
-        raise UserError("--precision fp16: packages for CPUs compute in fp32 or bf16")
     model, recipe, classes, category_ids = load_model(options.checkpoint)
     with config_errors():
         set_readout(options.checkpoint, model, options, recipe.model.detection)
@@ -217,11 +214,11 @@ def _check_numbers(options: Options, kind: Kind) -> None:
         raise UserError(
             "--dynamic-batch is for packages (.pt2), with a --batch of at least 2, the most images at a time"
         )
-    if options.precision not in PRECISIONS[kind]:
-        instead = "the runtime chooses" if kind == "onnx" else "detect and evaluate run the model in any"
-        raise UserError(
-            f"--precision {options.precision}: {SUFFIXES[kind]} files have {', '.join(PRECISIONS[kind])}; {instead}"
-        )
+    if options.precision != "fp32" and kind != "openvino":
+        runs = "an ONNX file's runtime may choose another than fp32" if kind == "onnx" else "packages compute in fp32"
+        raise UserError(f"--precision {options.precision} is for OpenVINO files (.xml); {runs}")
+    if options.precision == "fp16":
+        raise UserError("--precision fp16: OpenVINO files (.xml) have fp32, bf16 or int8")
     if options.precision != "int8" and options.data != EvaluationData():
         raise UserError("--data.* are the images that --precision int8 is calibrated on: give both, or neither")
     if options.int8_images < 1:

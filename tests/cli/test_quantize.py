@@ -10,15 +10,18 @@ import torch
 import torchvision
 
 import doublehead
+from doublehead.analysis.tables import collect
 from doublehead.cli import detect, evaluate, export, quantize
+from doublehead.config import to_dict
 from doublehead.data.shapes import CLASSES
 from doublehead.engine import evaluator, precision, quantizing
 from doublehead.engine.checkpoint import load_model
+from doublehead.engine.files import write_json
 from doublehead.engine.int8_file import read_int8
 from doublehead.errors import DataError
 from doublehead.models import quantized
 from doublehead.models.quantized import Support, int8_layers, int8_support, layers_in_int8
-from tests.support.analysis_detector import save_detector
+from tests.support.analysis_detector import recipe, save_detector
 from tests.support.detect_samples import many, save_tiny_detector
 from tests.support.engine_standin import checksums, one_thread  # noqa: F401 (a fixture)
 from tests.support.int8_samples import save_int8_detector
@@ -218,6 +221,16 @@ def test_evaluate_measures_fp32_on_other_images(run, tmp_path, capsys):
     assert "fp32 AP 50.00" in capsys.readouterr().out.splitlines()[-1]  # as stored, for these four images
 
 
+def test_the_tables_leave_other_precisions_out(tmp_path):
+    write_json(tmp_path / "recipe.json", to_dict(recipe("double_head_ext")))
+    for name in ("metrics", "metrics-other"):
+        write_json(tmp_path / f"{name}.json", {"AP": 0.5})
+    write_json(tmp_path / "metrics-int8.json", {"precision": "int8", "AP": 0.4})
+    found = collect(tmp_path)
+    assert [evaluation.metrics["AP"] for evaluation in found.evaluations] == [0.5, 0.5]
+    assert found.notes[0] == f"{tmp_path / 'metrics-int8.json'}: measured in int8, left out: the tables are of fp32"
+
+
 def test_evaluate_compares_every_readout(run, capsys):
     arguments = "--precision", "int8", "--device", "cpu", "--data.val-images", "2", "--readouts", "fc", "conv"
     assert code(evaluate, run, *arguments) == 0
@@ -299,14 +312,12 @@ def test_contradictions_and_what_has_no_int8(run, tmp_path, capsys):
     said = refused(capsys, detect, run, tmp_path / "in", "--out", out, "--precision", "bf16", "--amp", "off")
     assert said == "error: --precision bf16 and --amp off contradict each other: leave one out"
     for file, name, why in (
-        ("a.pt2", "int8", ".pt2 files have fp32, bf16, fp16; detect and evaluate run the model in any"),
-        ("a.onnx", "bf16", ".onnx files have fp32; the runtime chooses"),
-        ("a.onnx", "int8", ".onnx files have fp32; the runtime chooses"),
+        ("a.pt2", "int8", " is for OpenVINO files (.xml); packages compute in fp32"),
+        ("a.onnx", "bf16", " is for OpenVINO files (.xml); an ONNX file's runtime may choose another than fp32"),
+        ("a.xml", "fp16", ": OpenVINO files (.xml) have fp32, bf16 or int8"),
     ):
         said = refused(capsys, export, run, tmp_path / file, "--precision", name, "--device", "cpu")
-        assert said == f"error: --precision {name}: {why}"
-    said = refused(capsys, export, run, tmp_path / "a.pt2", "--precision", "fp16", "--device", "cpu")
-    assert "packages for CPUs compute in fp32 or bf16" in said
+        assert said == f"error: --precision {name}{why}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "run"]
     with pytest.raises(
         doublehead.errors.UserError, match="precision is 'int4': expected one of fp32, bf16, fp16, int8"
