@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("benchmark_only", False) or config.getoption("full"):
         return
     here = [item for item in items if "compare" in getattr(item, "fixturenames", ())]
-    left_out = {item for item in here if not headline_only(item.originalname, parameters_of(item), DEVICE)}
+    left_out = {item for item in here if not headline_only(item.originalname, parameters_of(item))}
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
@@ -121,6 +121,7 @@ def compare(benchmark, request) -> Callable[..., dict[str, Any] | None]:
 
     run.measures = benchmark.enabled  # False: results are checked, nothing is timed
     run.full = full
+    run.note = request.config.stash[ROWS].append  # a line of one's own in the table at the end
     run.records = bool(request.config.getoption("record")) and benchmark.enabled
     return run
 
@@ -136,7 +137,7 @@ def measured(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Each provider's numbers, and how and in which state of the device they were taken."""
     if DEVICE != "cuda":
-        times = harness.time_side_by_side(calls, budget=budget, min_rounds=min_rounds)
+        times = harness.time_side_by_side(calls, budget=budget, min_rounds=min_rounds, warm=True)
         for name, call in calls.items():
             times[name]["peak_mib"] = harness.peak_memory_mib(call, DEVICE)
         return times, {}

@@ -44,19 +44,29 @@ def rows_table(case: dict[str, Any]) -> str:
     return "\n".join([*table, "", *grouped(missing), *([""] if missing else []), f"{describe([case])}."])
 
 
-def targets_table(cases: list[dict[str, Any]]) -> str:
-    """Target by target: what was measured, met or missed, or why there is no number."""
-    case = recorded(cases)
-    if case is None:
-        return NOTHING
+def verdicts(case: dict[str, Any]) -> list[list[str]]:
+    """Target by target: what, against what, what was aimed at, what was measured, met or missed or why not measured."""
     known = {row.name: words(row.described()) for row in ROWS}
     lines = []
     for target in TARGETS:
         measured, verdict = target.verdict(case["providers"])
-        aim = f"{target.ratio:g}x"
-        lines.append([known[target.ours], known[target.peer], aim, times(measured), verdict])
-    header = ["", "against", "target", "measured", ""]
-    return "\n".join([*markdown(header, lines), "", f"{describe([case])}."])
+        lines.append([known[target.ours], known[target.peer], f"{target.ratio:g}x", times(measured), verdict])
+    return lines
+
+
+def targets_table(cases: list[dict[str, Any]]) -> str:
+    """The targets as a table."""
+    case = recorded(cases)
+    if case is None:
+        return NOTHING
+    lines = markdown(["", "against", "target", "measured", ""], verdicts(case))
+    return "\n".join([*lines, "", f"{describe([case])}."])
+
+
+def targets_lines(case: dict[str, Any]) -> list[str]:
+    """The targets as lines for a terminal."""
+    return [f"{ours} / {peer}: {aim} wanted, {measured.strip('*') or '-'}, {verdict}"
+            for ours, peer, aim, measured, verdict in verdicts(case)]  # fmt: skip
 
 
 def summary_rows(case: dict[str, Any], shown: list[tuple[str, str]]) -> tuple[list[list[Any]], list[str]]:

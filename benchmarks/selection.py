@@ -1,4 +1,4 @@
-"""Which cases `pytest benchmarks --benchmark-only` times without --full, so that it ends within 8 minutes.
+"""Which cases `pytest benchmarks --benchmark-only` times without --full: 8 minutes, and 8 for whole detectors on a CPU.
 
 Seconds a case counted on two CPU cores: preparation, checks and warm-up, two more calls of each provider, then 3 s of
 sampling or five rounds, whichever is more, then memory. On a GPU a case takes 3 to 10 s, most of it Triton's and the
@@ -23,14 +23,13 @@ HEADLINE: dict[str, list[dict[str, Any]]] = {
     "test_training_step": [{"recompute": False}],
     "test_double_head_with_the_exact_skip": [{}],
     "test_detector": [{"batch": 1}],
+    "test_cpu_detectors": [{}],
     "test_image_batch": [{"case": "480 x 640", "layout": "decoded"}],
 }
 """Test -> parameters of the cases that are headlines; None: the parameter is absent."""
 
 
-def headline_only(test: str, parameters: dict[str, Any], device: str) -> bool:
+def headline_only(test: str, parameters: dict[str, Any]) -> bool:
     """Whether a case is timed without --full."""
-    if test == "test_detector" and device == "cpu":
-        return False  # a minute and a half for each of five detectors
     wanted = HEADLINE.get(test, [])
     return any(all(parameters.get(name) == value for name, value in case.items()) for case in wanted)

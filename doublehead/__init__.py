@@ -72,14 +72,18 @@ def load(path: str | os.PathLike, device: Any = "auto", *, ext_gate: Any = None)
     return load(path, device, ext_gate=ext_gate)
 
 
-def accelerate(model: Model) -> Model:
+def accelerate(model: Model, fold: bool = True) -> Model:
     """Make one torchvision Faster, Mask or Keypoint R-CNN faster, in place, with the same results.
 
     This library's operators replace RoI pooling (boxes, masks, keypoints), the RPN's selection of proposals and the
     post-processing of detections, at inference and in training.  If all layers of the backbone and of the RPN's head
     are PyTorch's and torchvision's own, frozen batch norms take one pass instead of two, and images on a CPU become
-    channels-last.  Only the classes of these modules change, to subclasses; weights, hooks and all other attributes
-    stay.  So `state_dict`, training, `copy.deepcopy` and pickling work as before.
+    channels-last.  At inference without gradients on a CPU, a ResNet's batch norms are folded into its convolutions,
+    together with ReLU and sums; what is folded is remembered, as much memory again as the backbone's weights take, and
+    computed anew when a weight changes (writing through `.data` is not seen: `restore` and accelerate again).  With
+    hooks on an inner layer, or layers of other classes, the backbone runs as it is.  Only the classes of these modules
+    change, to subclasses; weights, hooks and all other attributes stay.  So `state_dict`, training, `copy.deepcopy` and
+    pickling work as before.
 
     Differences: because of rounding, NMS may decide differently about two boxes whose overlap nearly equals the
     threshold; 16-bit boxes and scores are computed and returned in float32; detections whose boxes are not finite are
@@ -92,6 +96,7 @@ def accelerate(model: Model) -> Model:
     Args:
         model: a model of these families, from any builder in `torchvision.models.detection` or built by hand.
             Accelerating it again changes only parts that were exchanged since.
+        fold: False: leaves the backbone's and the RPN's layers as they are, and takes folding back.
 
     Returns:
         `model` itself.
@@ -104,7 +109,7 @@ def accelerate(model: Model) -> Model:
     """
     from .interop.torchvision.accelerate import accelerate
 
-    return accelerate(model)
+    return accelerate(model, fold)
 
 
 def restore(model: Model) -> Model:

@@ -22,6 +22,8 @@ class Layer(NamedTuple):
     """Whether its input can be negative: it does not follow a ReLU."""
     fold: Callable[[], tuple[Tensor, Tensor]]
     """Makes the weight `Tensor[O, I, k, k]`, k odd, and the bias `Tensor[O]`, with the batch norm in them."""
+    added: bool = False
+    """Whether it is run by `Product.add`; then k is 1."""
 
 
 class Product:
@@ -94,9 +96,9 @@ class RecordedProduct(FloatProduct):
 class Int8Product(Product):
     """In 8 bits."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, grid: Grid) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, grid: Grid, added: bool) -> None:
         self.grid = grid
-        self._packed = int8.pack(weight, bias, grid)
+        self._packed = int8.pack(weight, bias, grid, added)
 
     def __call__(self, x: Tensor, relu: bool = False, to: Product | None = None) -> Tensor:
         return int8.product(self.prepare(x), self._packed, relu, _grid_of_result(relu, to))
@@ -129,4 +131,4 @@ class EmulatedProduct(Product):
 
 def _grid_of_result(relu: bool, to: Product | None) -> Grid | None:
     """The grid in which a result goes to its only user; None: in float."""
-    return to.grid if relu and to is not None and to.grid is not None and to.grid.zero == 0 else None
+    return to.grid if relu and to is not None else None

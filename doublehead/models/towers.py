@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..ops import onednn
+from .folding import FoldedWeights, has_inner_hooks, have_kinds, layer_dtype, needs_grad
+from . import folded
 from .folding import FoldedWeights, has_inner_hooks, layer_dtype, needs_grad
 from .layered import Layered, run_fc
 from .products import Layer
@@ -55,7 +57,7 @@ class FCTower(nn.Sequential):
 
     At inference without gradients a channels-last map is used as it lies: not the map is reordered but, once, the
     columns of the first weight.  In float32 on a CPU the products are oneDNN's (`ops.onednn.linear`).  Hooks on the
-    layers make it run them one by one.
+    layers, or others in their place, make it run them one by one.
     """
 
     layered: Layered | None = None
@@ -76,10 +78,10 @@ class FCTower(nn.Sequential):
 
     def forward(self, x: Tensor, count: Tensor | None = None) -> Tensor:
         """As `Tower`; all RoIs are computed, whatever `count`."""
-        separate = needs_grad(self, x) or has_inner_hooks(self)
+        separate = needs_grad(self, x) or has_inner_hooks(self) or not have_kinds(list(self), "flrlr")
         if self.layered is not None and not self.training and not separate and self.layered.runs(x):
-            if layers := self.layers(x.shape[1:]):
-                return run_fc(x, self.layered.products(self, layers, layer_dtype(x)))
+            if products := self.layered.products(self, self.layers(x.shape[1:]), layer_dtype(x)):
+                return run_fc(x, products)
         last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         parameters = list(self.parameters())
         packs = onednn.serves(x, parameters) and layer_dtype(x) == x.dtype
@@ -156,7 +158,12 @@ class Conv5Tower(nn.Sequential):
 
     def forward(self, x: Tensor, count: Tensor | None = None) -> Tensor:
         """As `Tower`; all RoIs are computed, whatever `count`."""
-        return super().forward(x)
+        maps = folded.sequence(self, [self[0]], x)
+        return super().forward(x) if maps is None else self[2](self[1](maps))
+
+    def train(self, mode: bool = True) -> Conv5Tower:
+        folded.forget(self)
+        return super().train(mode)
 
     def can_skip(self, x: Tensor) -> bool:
         return False

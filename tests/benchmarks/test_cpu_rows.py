@@ -16,6 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import cpu_detectors  # noqa: E402
 import cpu_rows  # noqa: E402
 import cpu_tables  # noqa: E402
+import detector_checks  # noqa: E402
 import harness  # noqa: E402
 import smoke_detector  # noqa: E402
 
@@ -91,6 +92,18 @@ def test_a_quarter_of_the_rois_passes():
         cpu_detectors.let_pass(model, images, share)
         passing = (cpu_detectors.scores(model, images) > model.detector.readout.least_score).float().mean()
         assert abs(passing - share) < 0.1
+
+
+def test_a_wrong_layer_is_seen_before_anything_is_chosen():
+    model = smoke_detector.tiny_ext().eval()
+    with torch.inference_mode():
+        right = detector_checks.inside(detector_checks.plain(model))
+        assert detector_checks.off_by_most(detector_checks.inside(model), right) < 1e-3
+    with torch.no_grad():
+        weight = model.detector.heads["conv"].tower[0].shortcut[0].weight
+        weight.copy_(weight.roll(1, 0))
+    with torch.inference_mode():
+        assert detector_checks.off_by_most(detector_checks.inside(model), right) > 0.3
 
 
 def test_what_takes_too_long_is_given_up():

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torchvision
 
 from doublehead.cli import export
 from doublehead.config import ImageConfig
@@ -15,7 +16,7 @@ from doublehead.engine.errors import UserError
 from doublehead.exporting import ExportedDetections, ExportedDetector, load, loading, onnx_file, package
 from doublehead.exporting.program import DetectorProgram, differences, example_input
 from doublehead.models import ImageBatch
-from tests.support.export_samples import CLASSES, save_tiny_ext
+from tests.support.export_samples import CLASSES, half_resnet18, save_tiny_ext
 
 # Quick to compile, slow to run; without a trial build that tells whether the compiler knows vector instructions.
 QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.simdlen": 1, "cpp.vec_isa_ok": False}
@@ -23,8 +24,10 @@ QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.simdlen": 1, "cpp.
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run with a detector that finds something."""
-    return save_tiny_ext(tmp_path_factory.mktemp("run"))
+    """The folder of a run with a detector that finds something; all through this file ResNet-18 has half its depth."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.models, "resnet18", half_resnet18)
+        yield save_tiny_ext(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
