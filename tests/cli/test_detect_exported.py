@@ -67,7 +67,7 @@ def test_a_picture_that_does_not_fit_is_reported(program, tmp_path, capsys):
     [
         (("a.xml", "--batch-size", "2"), "--batch-size is 2, and a.xml takes 1 at a time"),
         (("a.onnx", "--runtime", "openvino"), "--runtime openvino: a.onnx is exported for another runtime"),
-        (("none", "--runtime", "openvino", "--device", "cuda"), "--device cuda"),
+        (("none", "--runtime", "openvino", "--device", "cuda"), "cuda"),
         (("none", "--runtime", "openvino", "--amp", "fp16"), "--runtime openvino computes in fp32 or bf16"),
     ],
 )
