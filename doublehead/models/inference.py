@@ -11,7 +11,7 @@ from .heads import HeadOutput, Heads
 from .readout import ReadOut
 from .roi_pooling import RoIPooling
 from .rounds import Decoding, run_in_rounds, stops_early
-from .selection import Selection, bring_to_front, may_be_detected, restore, select_boxes
+from .selection import Selection, bring_to_front, may_be_detected, restore, select_boxes, with_images
 from .structures import Proposals
 
 
@@ -71,7 +71,7 @@ def run_heads_for_each(
         on_all += sources.classes[:1] if selects else (*sources.classes, sources.boxes)
     scales = sorted({heads.box_scales[name] for name in on_all})
     outputs = heads(pooling(features, proposals.boxes, scales), set(on_all))
-    done: dict[tuple, tuple[HeadOutput, Tensor]] = {}
+    done: dict[tuple, tuple[dict[str, HeadOutput], Tensor]] = {}
     results = []
     for readout, selects in zip(readouts, selecting, strict=True):
         sources, least = readout.sources, readout.least_score
@@ -82,14 +82,15 @@ def run_heads_for_each(
             early = decoding is not None and stops_early(readout, passes)
             key = (sources.classes[0], sources.boxes, least, readout.detection if early else None)
             if key not in done:
-                run = _selected_runner(heads, pooling, features, proposals, sources.boxes)
                 if early:
+                    run = _runner_on_numbers(heads, pooling, features, proposals, sources.boxes)
                     classes = outputs[sources.classes[0]]
-                    done[key] = run_in_rounds(run, classes, proposals, passes, readout, decoding)
+                    boxes, ran = run_in_rounds(run, classes, proposals, passes, readout, decoding)
+                    done[key] = {sources.boxes: boxes}, ran
                 else:
-                    done[key] = run(passes), passes
+                    done[key] = _run_selected(heads, pooling, features, proposals, sources.boxes, passes), passes
             selected, ran = done[key]
-            own = outputs | {sources.boxes: selected}
+            own = outputs | selected
             if early:
                 kept = Proposals(proposals.boxes, ran)
         if readout.gated:
@@ -125,16 +126,24 @@ def _selects(heads: Heads, features: Sequence[Tensor], readout: ReadOut) -> bool
     return readout.skips and heads[readout.sources.boxes].tower.can_skip(features[0])
 
 
-def _selected_runner(
+def _run_selected(
+    heads: Heads, pooling: RoIPooling, features: Sequence[Tensor], proposals: Proposals, name: str, passes: Tensor
+) -> dict[str, HeadOutput]:
+    """The branch `name` on the RoIs that `passes` (bool `Tensor[B, R]`) marks; rows in the RoIs' places."""
+    selection = bring_to_front(passes.flatten())
+    rois = select_boxes(proposals.boxes, selection)
+    selected = heads(pooling(features, rois, [heads.box_scales[name]]), {name}, selection.count)
+    return {name: _restore(output, selection) for name, output in selected.items()}
+
+
+def _runner_on_numbers(
     heads: Heads, pooling: RoIPooling, features: Sequence[Tensor], proposals: Proposals, name: str
 ) -> Callable[[Tensor], HeadOutput]:
-    """Runs the branch `name` on the RoIs that a bool `Tensor[B, R]` marks; rows in the RoIs' places."""
+    """Runs the branch `name` on the RoIs of these numbers among B * R, and no more rows than these."""
+    rois = with_images(proposals.boxes)
 
-    def run(passes: Tensor) -> HeadOutput:
-        selection = bring_to_front(passes.flatten())
-        rois = select_boxes(proposals.boxes, selection)
-        selected = heads(pooling(features, rois, [heads.box_scales[name]]), {name}, selection.count)
-        return _restore(selected[name], selection)
+    def run(numbers: Tensor) -> HeadOutput:
+        return heads(pooling(features, rois[numbers], [heads.box_scales[name]]), {name})[name]
 
     return run
 

@@ -59,19 +59,19 @@ def run_in_rounds(
     """Run the head that gives the boxes until the best detections are known.
 
     Args:
-        run: that head, on the RoIs that a bool `Tensor[B, R]` marks; of the others its rows mean nothing.
+        run: that head, on the RoIs of these numbers, `Tensor[n]` int64 among B * R; a row each.
         classes: what the other head says of all B * R RoIs.
         proposals: `[B, R]`.
         passes: bool `Tensor[B, R]`: the RoIs that may be detected.
 
     Returns:
-        `run`'s output, and on which RoIs it ran, bool `Tensor[B, R]`.
+        What `run` says, in the RoIs' places, zero for the others; and on which RoIs it ran, bool `Tensor[B, R]`.
     """
     number = readout.detection.max_detections
     best = torch.softmax(classes.logits, dim=-1)[:, 1:].amax(-1).view_as(passes).masked_fill(~passes, 0.0)
     rank = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     end, ran = FIRST, passes & (rank < FIRST)
-    output = run(ran)
+    output = _put(None, run(_numbers(ran)), _numbers(ran), ran.numel())
     while True:
         rest = passes & ~ran
         outputs = {readout.sources.classes[0]: classes, readout.sources.boxes: output}
@@ -82,16 +82,21 @@ def run_in_rounds(
         more = rest & ~known[:, None] & (rank < end + NEXT)
         if not more.any():
             return output, ran
-        output = _put(output, run(more), more.flatten())
+        output = _put(output, run(_numbers(more)), _numbers(more), more.numel())
         end, ran = end + NEXT, ran | more
 
 
-def _put(output: HeadOutput, more: HeadOutput, rows: Tensor) -> HeadOutput:
-    """`output` with these rows of `more`."""
-    index = rows.nonzero().squeeze(1)
-    return HeadOutput(
-        *(
-            None if old is None else old.contiguous().index_copy(0, index, new[index])
-            for old, new in zip(output, more, strict=True)
-        )
-    )
+def _numbers(marked: Tensor) -> Tensor:
+    return marked.flatten().nonzero().squeeze(1)
+
+
+def _put(output: HeadOutput | None, rows: HeadOutput, numbers: Tensor, total: int) -> HeadOutput:
+    """Write `rows` into their places of `output`; None: zeros, for `total` RoIs."""
+    places = [None] * len(rows) if output is None else output
+    filled = []
+    for place, new in zip(places, rows, strict=True):
+        if new is not None:
+            place = new.new_zeros((total, *new.shape[1:])) if place is None else place
+            place.index_copy_(0, numbers, new)
+        filled.append(place)
+    return HeadOutput(*filled)
