@@ -89,7 +89,7 @@ def in_onnxruntime(path: Path, note: dict[str, Any]) -> ExportedDetector:
 
 def read(path: Path) -> Any:
     """The file as an `openvino.Model`."""
-    from doublehead.exporting.openvino_import import import_openvino
+    from doublehead.exporting.openvino_runtime import import_openvino
 
     core = import_openvino().Core()
     core.set_property({"ENABLE_MMAP": False})  # the weights outlive the file

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from torchvision.models.resnet import BasicBlock, ResNet
 
 import doublehead
 from doublehead.exporting import onnx_file
 from tests.support.engine_standin import one_thread  # noqa: F401 (a fixture)
+from tests.support.export_samples import half_resnet18
 from tests.support.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -21,14 +21,12 @@ EXAMPLES = ROOT / "examples"
 
 @pytest.fixture(scope="module", autouse=True)
 def desk(tmp_path_factory):
-    """An empty current folder, no GPU, and a ResNet-18 of half its depth, which is exported in half the time."""
+    """An empty current folder, no GPU, and a ResNet-18 of half its depth."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("desk"))
         patch.syspath_prepend(EXAMPLES)
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(torchvision.models, "resnet18", lambda **more: ResNet(BasicBlock, [1, 1, 1, 1], **{
-            name: value for name, value in more.items() if name != "weights"
-        }))  # fmt: skip
+        patch.setattr(torchvision.models, "resnet18", half_resnet18)
         patch.setattr(onnx_file, "OPTIMIZE", False)  # takes long; tests/exporting has it
         yield
 

@@ -17,7 +17,7 @@ from doublehead.engine.distributed import World
 from doublehead.engine.evaluator import evaluate
 from doublehead.engine.logs import say
 from doublehead.errors import UserError, config_errors
-from doublehead.exporting import ExportedDetector, load, openvino_file
+from doublehead.exporting import ExportedDetector, load, openvino_file, openvino_runtime
 from doublehead.exporting.as_model import ExportedModel
 
 NOTABLE = 0.003
@@ -61,14 +61,14 @@ class PrecisionChange:
         """
         before = load(path)
         note = before.description | {"precision": self.precision}
-        graph, _ = openvino_file.read(path)
+        graph, _ = openvino_runtime.read(path)
         if self.precision == "int8":
             graph, note["int8"] = self._quantised(graph, before)
-        elif not openvino_file.computes_in("bf16"):
+        elif not openvino_runtime.computes_in("bf16"):
             say("bf16: OpenVINO finds none in this processor; here the file is computed in fp32")
         changed = path.with_name("changed.xml")
         openvino_file.save(graph, note, changed)
-        for file in (openvino_file.weights_of(changed), changed):
+        for file in (openvino_runtime.weights_of(changed), changed):
             file.replace(path.with_suffix(file.suffix))
         if self.precision == "int8" and self.measure:
             say(self._loss(before, load(path)))

@@ -27,12 +27,7 @@ class PackageCall:
         self._compiled, self._lock, self._process = compiled, threading.Lock(), os.getpid()
 
     def __call__(self, pixels: Tensor, sizes: Tensor) -> Sequence[Tensor]:
-        if os.getpid() != self._process:
-            raise RuntimeError(
-                f"this package was opened in process {self._process}, of which process {os.getpid()} is a fork, where "
-                'compiled code would wait for threads that are gone: start processes by "spawn" or "forkserver", and '
-                "open it there"
-            )
+        _check_process(self._process, "compiled code")
         with self._lock:
             return self._compiled(pixels, sizes)
 
@@ -56,27 +51,32 @@ class SessionCall:
 
 
 class RequestCall:
-    """A model that OpenVINO compiled: a request for each thread; a forked process compiles its own model.
+    """A model that OpenVINO compiled: a request for each thread, in the process that compiled it.
+
+    In a forked process OpenVINO's threads no longer exist.  Most calls there do without them, and some wait for ever;
+    so does compiling again.
 
     Args:
-        compile_model: compiles another `openvino.CompiledModel`.
-        compiled: the compiled one.
+        compiled: an `openvino.CompiledModel`.
     """
 
-    def __init__(self, compile_model: Callable[[], Any], compiled: Any) -> None:
-        self._compile, self._compiled, self._process = compile_model, compiled, os.getpid()
-        self._own = threading.local()
+    def __init__(self, compiled: Any) -> None:
+        self._compiled, self._own, self._process = compiled, threading.local(), os.getpid()
 
     def __call__(self, pixels: Tensor, sizes: Tensor) -> list[Tensor]:
-        request = self._request()
-        results = request.infer({"pixels": pixels.detach().numpy(), "sizes": sizes.detach().numpy()}, share_inputs=True)
-        return [torch.from_numpy(results[name]) for name in OUTPUTS]
-
-    def _request(self) -> Any:
-        process = os.getpid()
-        if process != self._process:  # the threads of the old one do not exist here; its memory is never freed
-            self._kept, self._compiled, self._process = (self._compiled, self._own), self._compile(), process
-            self._own = threading.local()
+        _check_process(self._process, "OpenVINO")
         if not hasattr(self._own, "request"):
             self._own.request = self._compiled.create_infer_request()
-        return self._own.request
+        inputs = {"pixels": pixels.detach().numpy(), "sizes": sizes.detach().numpy()}
+        results = self._own.request.infer(inputs, share_inputs=True)
+        return [torch.from_numpy(results[name]) for name in OUTPUTS]
+
+
+def _check_process(opened_in: int, waiting: str) -> None:
+    """Refuse to run in another process than the program was opened in."""
+    if os.getpid() != opened_in:
+        raise RuntimeError(
+            f"this program was opened in process {opened_in}, of which process {os.getpid()} is a fork, where "
+            f'{waiting} would wait for threads that are gone: start processes by "spawn" or "forkserver", and open it '
+            "there"
+        )

@@ -35,8 +35,8 @@ class ExportedDetections(NamedTuple):
 class ExportedDetector:
     """An opened detector.
 
-    Several threads may call it; a package runs one call at a time.  In a process forked after opening, an ONNX or
-    OpenVINO file works, and a package raises an error.
+    Several threads may call it; a package runs one call at a time.  In a process forked after opening, an ONNX file
+    works; a package and an OpenVINO file raise an error.
 
     Attributes:
         description: the exporter's description: "classes", "preprocessing", "inputs", "outputs", "device", ...
@@ -226,11 +226,11 @@ def _load_onnx(path: Path) -> ExportedDetector:
 
 
 def _load_openvino(path: Path, precision: str | None) -> ExportedDetector:
-    from . import openvino_file
+    from . import openvino_runtime
 
-    graph, note = openvino_file.read(path)
+    graph, note = openvino_runtime.read(path)
     description = _checked(path, _parsed(note))
-    openvino_file.check_weights(path, description)
+    openvino_runtime.check_weights(path, description)
     own = description.get("precision", "fp32")
     if precision not in (None, own) and not {precision, own} <= {"fp32", "bf16"}:
         raise UserError(f"{path}: computes in {own}, not in {precision}: export it with --precision {precision}")
@@ -253,20 +253,16 @@ def openvino_call(graph: Any, precision: str) -> tuple[RequestCall, str]:
     Raises:
         UserError: OpenVINO does not compile it.
     """
-    from . import openvino_file
+    from . import openvino_runtime
 
-    if precision == "bf16" and not openvino_file.computes_in("bf16"):
+    if precision == "bf16" and not openvino_runtime.computes_in("bf16"):
         warnings.warn("bf16: OpenVINO finds none in this processor, and computes in fp32", stacklevel=4)
         precision = "fp32"
 
-    def compile_model() -> Any:
-        return openvino_file.compiled(graph, "bf16" if precision == "bf16" else "fp32", threads)
-
-    threads = torch.get_num_threads()
     try:
-        return RequestCall(compile_model, compile_model()), precision
+        return RequestCall(openvino_runtime.compiled(graph, "bf16" if precision == "bf16" else "fp32")), precision
     except RuntimeError as error:
-        raise UserError(f"OpenVINO cannot compile this program: {openvino_file.reason(error)}") from error
+        raise UserError(f"OpenVINO cannot compile this program: {openvino_runtime.reason(error)}") from error
 
 
 def _checked(path: Path, description: dict[str, Any] | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .description import INPUTS
-from .openvino_import import import_nncf, without_reports
+from .openvino_runtime import import_nncf, without_reports
 
 
 def quantised(graph: Any, calibration: Sequence[tuple[Tensor, Tensor]]) -> Any:

@@ -23,7 +23,7 @@ from ..ops import NonLocalBlock
 from ..ops.batch_norm.op import track_statistics
 from ..ops.conv_head import Block, conv_head
 from . import conv_training as training
-from .folding import FoldedWeights, fold_norm, has_inner_hooks, layer_dtype, needs_grad
+from .folding import FoldedWeights, fold_norm, has_inner_hooks, have_kinds, is_like, layer_dtype, needs_grad
 from .layered import Layered, run_conv
 from .products import Layer
 
@@ -33,6 +33,10 @@ class ResidualBlock(nn.Module):
 
     def layers(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
         """Convolutions with their norms, in the order of `conv_training`."""
+        raise NotImplementedError
+
+    def is_original(self) -> bool:
+        """Whether its layers are those it was made of, which is what fused paths compute."""
         raise NotImplementedError
 
     def train_rows(self, x: Tensor, size: Sequence[int], recompute: bool) -> Tensor:
@@ -76,6 +80,9 @@ class WideningBlock(ResidualBlock):
         conv3, norm3, _, conv1, norm1 = self.residual
         return [(conv3, norm3), (conv1, norm1), (self.shortcut[0], self.shortcut[1])]
 
+    def is_original(self) -> bool:
+        return is_like(self.residual, "cnrcn") and is_like(self.shortcut, "cnr" if self.shortcut_relu else "cn")
+
     def fold(self) -> tuple[Block, list[Tensor]]:
         """Kind and folded weights for `conv_head`."""
         (weight3, bias3), (weight1, bias1), (short, short_bias) = (fold_norm(*layer) for layer in self.layers())
@@ -105,6 +112,9 @@ class Bottleneck(ResidualBlock):
 
     def layers(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
         return [(self.residual[index], self.residual[index + 1]) for index in (0, 3, 6)]
+
+    def is_original(self) -> bool:
+        return is_like(self.residual, "cnrcnrcn")
 
     def fold(self) -> tuple[Block, list[Tensor]]:
         """Kind and folded weights for `conv_head`."""
@@ -191,7 +201,7 @@ class ConvTower(nn.Sequential):
 
     def can_skip(self, x: Tensor) -> bool:
         """Whether `x` goes through the folded operator, which leaves out RoIs: inference, no gradients, no hooks."""
-        if not self.fused or self.training or not self._plain_norms() or has_inner_hooks(self):
+        if not self.fused or self.training or not self._is_original() or has_inner_hooks(self):
             return False
         return not needs_grad(self, x)
 
@@ -209,11 +219,17 @@ class ConvTower(nn.Sequential):
         norms = self._norms()
         return (
             self.fused
-            and self._plain_norms()
+            and self._is_original()
             and all(norm.training and norm.momentum is not None for norm in norms)
             and not torch.compiler.is_compiling()
             and not has_inner_hooks(self)
         )
+
+    def _is_original(self) -> bool:
+        """Whether nobody has replaced a layer by one that the fused paths would not compute."""
+        blocks, known = self.blocks, (WideningBlock, Bottleneck, NonLocalBlock)
+        whole = have_kinds(list(self)[-2:], "af") and isinstance(blocks[0], WideningBlock)
+        return whole and self._plain_norms() and all(type(b) in known and b.is_original() for b in blocks)
 
     def _norms(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -224,8 +240,9 @@ class ConvTower(nn.Sequential):
 
     def _infer(self, x: Tensor, count: Tensor | None) -> Tensor:
         dtype = layer_dtype(x)
-        if self.layered is not None and self.layered.runs(x) and (layers := self.layers()):
-            return run_conv(self.blocks, x, self.layered.products(self, layers, dtype), count)
+        if self.layered is not None and self.layered.runs(x):
+            if products := self.layered.products(self, self.layers(), dtype):
+                return run_conv(self.blocks, x, products, count)
         tensors = [*self.parameters(), *self.buffers()]
         if torch.compiler.is_compiling():  # part of the graph; torch 2.11 does not trace the lambda below
             kinds, folded = self._fold(dtype)
@@ -298,10 +315,16 @@ def fold_non_local(block: NonLocalBlock) -> tuple[Block, list[Tensor]]:
 def layers_of(index: int, block: nn.Module, signed: bool) -> list[Layer]:
     """The layers of a block, the `index`-th of its tower; `signed`: whether the block's input can be negative."""
     if not isinstance(block, NonLocalBlock):
-        names = ("residual.0", "residual.3", "shortcut.0" if isinstance(block, WideningBlock) else "residual.6")
-        of_input = {"residual.0", "shortcut.0"}
+        widening = isinstance(block, WideningBlock)
+        names = ("residual.0", "residual.3", "shortcut.0" if widening else "residual.6")
+        added = "residual.3" if widening else "residual.6"
         return [
-            Layer(f"{index}.{name}", signed and name in of_input, partial(fold_norm, *layer))
+            Layer(
+                f"{index}.{name}",
+                signed and name in ("residual.0", "shortcut.0"),
+                partial(fold_norm, *layer),
+                name == added,
+            )
             for name, layer in zip(names, block.layers(), strict=True)
         ]
 
@@ -309,7 +332,8 @@ def layers_of(index: int, block: nn.Module, signed: bool) -> list[Layer]:
         parts = block.theta, block.phi, block.g
         return torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
 
-    return [Layer(f"{index}.qkv", signed, qkv), Layer(f"{index}.out", True, partial(fold_norm, block.out, block.norm))]
+    out = Layer(f"{index}.out", True, partial(fold_norm, block.out, block.norm), added=True, by_map=True)
+    return [Layer(f"{index}.qkv", signed, qkv), out]
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int) -> tuple[nn.Module, nn.Module]:

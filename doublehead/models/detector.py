@@ -19,6 +19,7 @@ from .inference import HeadsResult, judge_gates, run_heads, run_heads_for_each
 from .losses import head_losses, sample_rois
 from .readout import ReadOut, Sources, resolve_readout, resolve_sources
 from .roi_pooling import RoIPooling
+from .rounds import Decoding
 from .rpn import RPN
 from .structures import Detections, ImageBatch, Proposals, Targets
 from .targets import check_targets
@@ -75,14 +76,16 @@ class Detector(nn.Module):
         return losses | head_losses(outputs, rois, self.config)
 
     def _detect(self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
-        heads = run_heads(self.heads, self.roi_pooling, features, proposals, self.readout)
+        decoding = Decoding(sizes, self.config.roi.box_weights, self.min_side)
+        heads = run_heads(self.heads, self.roi_pooling, features, proposals, self.readout, decoding)
         return self._read_out(heads, proposals, sizes, self.readout)
 
     def detect_each(self, images: ImageBatch, readouts: Sequence[ReadOut]) -> list[Detections]:
         """Detections of several read-outs (see `resolve_readout`); backbone and proposals are computed once for all."""
         features = self.backbone(images.pixels)
         proposals, _ = self.rpn(images, features)
-        results = run_heads_for_each(self.heads, self.roi_pooling, features, proposals, readouts)
+        decoding = Decoding(images.sizes, self.config.roi.box_weights, self.min_side)
+        results = run_heads_for_each(self.heads, self.roi_pooling, features, proposals, readouts, decoding)
         return [
             self._read_out(heads, proposals, images.sizes, readout)
             for heads, readout in zip(results, readouts, strict=True)

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ..ops._dtypes import layer_dtype
-from ..ops._folded import FoldedWeights, has_inner_hooks
+from ..ops._folded import FoldedWeights, has_inner_hooks, is_plain_conv
 
-__all__ = ["FoldedWeights", "fold_norm", "has_inner_hooks", "layer_dtype", "needs_grad"]
+__all__ = ["FoldedWeights", "fold_norm", "has_inner_hooks", "have_kinds", "is_like", "layer_dtype", "needs_grad"]
 
 
 def needs_grad(module: nn.Module, x: Tensor) -> bool:
     """Whether a backward may follow the call of `module` on `x`: folded weights have no gradients."""
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
+
+
+def is_like(layers: nn.Module, kinds: str) -> bool:
+    """Whether `layers`, an `nn.Sequential`, are still those that a fused path computes: others may have replaced them.
+
+    Args:
+        kinds: a letter for each layer: c, a plain convolution; n, a norm with statistics; r, ReLU; l, a linear layer
+            with bias; f, flatten; a, the average over cells.
+    """
+    return type(layers) is nn.Sequential and have_kinds(list(layers), kinds)
+
+
+def have_kinds(layers: Sequence[nn.Module], kinds: str) -> bool:
+    """As `is_like`, for a list of layers."""
+    return len(layers) == len(kinds) and all(_KINDS[kind](layer) for layer, kind in zip(layers, kinds, strict=True))
+
+
+_KINDS = {
+    "c": is_plain_conv,
+    "n": lambda layer: hasattr(layer, "running_var"),
+    "r": lambda layer: type(layer) is nn.ReLU,
+    "l": lambda layer: type(layer) is nn.Linear and layer.bias is not None,
+    "f": lambda layer: type(layer) is nn.Flatten,
+    "a": lambda layer: type(layer) is nn.AdaptiveAvgPool2d,
+}
 
 
 def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch import Tensor
 from .heads import HeadOutput, Heads
 from .readout import ReadOut
 from .roi_pooling import RoIPooling
-from .selection import Selection, bring_to_front, may_be_detected, restore, select_boxes
+from .rounds import Decoding, run_in_rounds, stops_early
+from .selection import Selection, bring_to_front, may_be_detected, restore, select_boxes, with_images
 from .structures import Proposals
 
 
@@ -20,7 +21,7 @@ class HeadsResult(NamedTuple):
     outputs: dict[str, HeadOutput]
     """Branch name -> output for the B * R RoIs; of a branch that was not run on a RoI, its row means nothing."""
     proposals: Proposals
-    """`[B, R]`; an approximate gate marks what it drops as not valid."""
+    """`[B, R]`; RoIs that cannot be detected, or that an approximate gate drops, may be marked as not valid."""
     box_rois: Tensor
     """`Tensor[B]` int64: how many RoIs of each image the head that gives the boxes ran on."""
 
@@ -31,20 +32,22 @@ def run_heads(
     features: Sequence[Tensor],
     proposals: Proposals,
     readout: ReadOut,
+    decoding: Decoding | None = None,
 ) -> HeadsResult:
     """Run the branches a read-out needs; the last of them, where it may be, on a selection of the RoIs.
 
-    Where one head gives the classes and another the boxes, only RoIs with a class above the score threshold need boxes:
-    exact.  With Ext's fused read-out the conv-head classifies too, and only `config.ext_gate` gives it fewer RoIs:
-    approximate, off by default.
+    Where one head gives the classes and another the boxes, only RoIs with a class above the score threshold need boxes,
+    and of these, on a CPU, only those that can enter the best `max_detections` (see `rounds`): exact.  With Ext's fused
+    read-out the conv-head classifies too, and only `config.ext_gate` gives it fewer RoIs: approximate, off by default.
 
     Args:
         heads, pooling: the detector's.
         features: pyramid levels, `Tensor[B, C, H, W]` each.
         proposals: `[B, R]`.
         readout: the branches needed, and its thresholds.
+        decoding: what detections need; None: every RoI above the threshold gets a box.
     """
-    (result,) = run_heads_for_each(heads, pooling, features, proposals, [readout])
+    (result,) = run_heads_for_each(heads, pooling, features, proposals, [readout], decoding)
     return result
 
 
@@ -54,6 +57,7 @@ def run_heads_for_each(
     features: Sequence[Tensor],
     proposals: Proposals,
     readouts: Sequence[ReadOut],
+    decoding: Decoding | None = None,
 ) -> list[HeadsResult]:
     """`run_heads` for several read-outs of the same heads, each equal to the bit to one that runs by itself.
 
@@ -74,12 +78,21 @@ def run_heads_for_each(
         own, ran, kept = outputs, proposals.valid, proposals
         logits = outputs[sources.classes[0]].logits
         if selects:
-            key = (sources.classes[0], sources.boxes, least)
+            passes = proposals.valid & may_be_detected(logits, least).view_as(proposals.valid)
+            early = decoding is not None and stops_early(readout, passes)
+            key = (sources.classes[0], sources.boxes, least, readout.detection if early else None)
             if key not in done:
-                passes = proposals.valid & may_be_detected(logits, least).view_as(proposals.valid)
-                done[key] = _run_selected(heads, pooling, features, proposals, sources.boxes, passes), passes
+                if early:
+                    run = _runner_on_numbers(heads, pooling, features, proposals, sources.boxes)
+                    classes = outputs[sources.classes[0]]
+                    boxes, ran = run_in_rounds(run, classes, proposals, passes, readout, decoding)
+                    done[key] = {sources.boxes: boxes}, ran
+                else:
+                    done[key] = _run_selected(heads, pooling, features, proposals, sources.boxes, passes), passes
             selected, ran = done[key]
             own = outputs | selected
+            if early:
+                kept = Proposals(proposals.boxes, ran)
         if readout.gated:
             passes = proposals.valid & may_be_detected(logits, least).view_as(proposals.valid)
             kept = Proposals(proposals.boxes, passes)
@@ -121,6 +134,18 @@ def _run_selected(
     rois = select_boxes(proposals.boxes, selection)
     selected = heads(pooling(features, rois, [heads.box_scales[name]]), {name}, selection.count)
     return {name: _restore(output, selection) for name, output in selected.items()}
+
+
+def _runner_on_numbers(
+    heads: Heads, pooling: RoIPooling, features: Sequence[Tensor], proposals: Proposals, name: str
+) -> Callable[[Tensor], HeadOutput]:
+    """Runs the branch `name` on the RoIs of these numbers among B * R, and no more rows than these."""
+    rois = with_images(proposals.boxes)
+
+    def run(numbers: Tensor) -> HeadOutput:
+        return heads(pooling(features, rois[numbers], [heads.box_scales[name]]), {name})[name]
+
+    return run
 
 
 def _restore(output: HeadOutput, selection: Selection) -> HeadOutput:

@@ -9,13 +9,11 @@ from torch import Tensor, nn
 
 from ..ops import NonLocalBlock
 from ..ops._library import is_functorch_tensor
-from ..ops.int8 import grid_of
+from ..ops.conv_head.cpu import CELLS
+from ..ops.int8 import Grid, grid_of
 from ..ops.non_local.reference import non_local_attention
 from .folding import FoldedWeights, layer_dtype
-from .products import EmulatedProduct, FloatProduct, Int8Product, Layer, Product, RecordedProduct
-
-CHUNK = 32
-"""RoIs that go through all blocks before the next ones: their maps stay in the cache."""
+from .products import EmulatedProduct, FloatProduct, Int8Product, Layer, Product, RecordedProduct, ScaledMaps
 
 Products = Mapping[str, Product]
 
@@ -45,12 +43,21 @@ class Layered:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         plain = type(x) in (Tensor, nn.Parameter) and not is_functorch_tensor(x)
-        return plain and x.device.type == "cpu" and layer_dtype(x) in (torch.float32, torch.bfloat16)
+        return plain and x.numel() > 0 and x.device.type == "cpu" and layer_dtype(x) in (torch.float32, torch.bfloat16)
 
     def products(self, tower: nn.Module, layers: Sequence[Layer], dtype: torch.dtype) -> Products:
-        """Each layer of `tower` ready to run; `dtype`: of those that run in float."""
+        """Each layer of `tower` ready to run; none where a weight is not finite, which integers would hide.
+
+        `dtype`: of the layers that run in float.
+        """
         tensors = [*tower.parameters(), *tower.buffers()]
-        return self._folded.get(tensors, dtype, lambda: {layer.name: self._product(layer, dtype) for layer in layers})
+
+        def prepare() -> Products:
+            if not all(_is_finite(tensor) for tensor in tensors):
+                return {}
+            return {layer.name: self._product(layer, dtype) for layer in layers}
+
+        return self._folded.get(tensors, dtype, prepare)
 
     def forget(self) -> None:
         """Free the prepared weights; the next call prepares them again."""
@@ -62,8 +69,14 @@ class Layered:
             return RecordedProduct(weight, bias, lambda x, record=self.record: record(layer.name, x))
         if layer.name not in self.scales:
             return FloatProduct(weight, bias, dtype)
-        made = EmulatedProduct if self.emulated else Int8Product
-        return made(weight, bias, grid_of(self.scales[layer.name], layer.signed, self.bits))
+        if layer.by_map:
+            inner = self._int8_product(weight, torch.zeros_like(bias), grid_of(2.0 ** (self.bits - 8), True, self.bits))
+            return ScaledMaps(inner, bias)
+        grid = grid_of(self.scales[layer.name], layer.signed, self.bits)
+        return self._int8_product(weight, bias, grid, layer.added)
+
+    def _int8_product(self, weight: Tensor, bias: Tensor, grid: Grid, added: bool = False) -> Product:
+        return EmulatedProduct(weight, bias, grid) if self.emulated else Int8Product(weight, bias, grid, added)
 
 
 def run_conv(blocks: Sequence[nn.Module], x: Tensor, products: Products, count: Tensor | None) -> Tensor:
@@ -80,13 +93,15 @@ def run_conv(blocks: Sequence[nn.Module], x: Tensor, products: Products, count: 
     """
     number = len(x) if count is None else min(max(int(count), 0), len(x))
     vectors = x.new_zeros((len(x), blocks[0].shortcut[0].out_channels), dtype=layer_dtype(x))
+    together = max(CELLS // (x.shape[2] * x.shape[3]), 1)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for begin in range(0, number, CHUNK):
-            chunk = x[begin : min(begin + CHUNK, number)]
+        for begin in range(0, number, together):
+            chunk = x[begin : min(begin + together, number)]
             maps = chunk.to(torch.float32, memory_format=torch.channels_last)
             for index, block in enumerate(blocks):
                 maps = _block(index, block, maps, products)
-            vectors[begin : begin + len(chunk)] = maps.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
+            means = maps.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
+            vectors[begin : begin + len(chunk)] = _show_what_is_not_finite(means, chunk)
     return vectors
 
 
@@ -117,9 +132,22 @@ def run_fc(x: Tensor, products: Products) -> Tensor:
         cells = x.to(torch.float32).permute(0, 2, 3, 1).flatten(1)
         first, second = products["1"], products["3"]
         y = second(first(_as_maps(cells), relu=True, to=second), relu=True)
-    return y[0, :, :, 0].t().to(layer_dtype(x)).contiguous()
+        vectors = _show_what_is_not_finite(y[0, :, :, 0].t(), x)
+    return vectors.to(layer_dtype(x)).contiguous()
 
 
 def _as_maps(rows: Tensor) -> Tensor:
     """Vectors as the cells of one channels-last map: `Tensor[M, C]` -> `Tensor[1, C, M, 1]`."""
     return rows[None, :, None].permute(0, 3, 1, 2)
+
+
+def _show_what_is_not_finite(vectors: Tensor, x: Tensor) -> Tensor:
+    """The vectors of the maps `x`, in place; NaN where a map is not finite: integers and oneDNN's ReLU hide it."""
+    if _is_finite(x):
+        return vectors
+    return vectors.masked_fill_(~x.flatten(1).isfinite().all(1, keepdim=True), torch.nan)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite, by one pass; the sum of very large ones says no too."""
+    return bool(tensor.sum().isfinite())

@@ -11,7 +11,10 @@ CANDIDATES = 128
 
 
 class Histogram:
-    """Counts of the magnitudes of all values seen, in `BINS` bins of 0 .. top; top doubles when a value lies above."""
+    """Counts of the magnitudes of all values seen but 0, which every grid has, in `BINS` bins of 0 .. top.
+
+    `top` doubles when a value lies above it, so that memory does not grow.
+    """
 
     def __init__(self) -> None:
         self.counts = torch.zeros(BINS, dtype=torch.float64)
@@ -27,13 +30,13 @@ class Histogram:
         if not largest < float("inf"):
             self.finite = False
             return
-        if largest == 0 and self.top == 0:
-            self.counts[0] += x.numel()  # bins of any width
+        if largest == 0:
             return
         self.top = self.top or largest
         while largest > self.top:
             self._double()
         self.counts += torch.histc(magnitudes, BINS, 0.0, self.top).double()
+        self.counts[0] -= int((magnitudes == 0).sum())
 
     def scale(self, signed: bool) -> float:
         """The step of 8 bits with the least mean square error of rounding and clipping; 0 if all values were 0."""
@@ -44,8 +47,6 @@ class Histogram:
         steps = ranges / (127.5 if signed else 255.0)
         inside = centres <= ranges
         errors = torch.where(inside, steps**2 / 12, (centres - ranges) ** 2)
-        # What is 0 is exact.
-        errors[:, 0] = 0.0
         best = int((errors * self.counts).sum(1).argmin())
         return float(steps[best])
 

@@ -22,6 +22,10 @@ class Layer(NamedTuple):
     """Whether its input can be negative: it does not follow a ReLU."""
     fold: Callable[[], tuple[Tensor, Tensor]]
     """Makes the weight `Tensor[O, I, k, k]`, k odd, and the bias `Tensor[O]`, with the batch norm in them."""
+    added: bool = False
+    """Whether it is run by `Product.add`; then k is 1."""
+    by_map: bool = False
+    """Whether in 8 bits each map of its input gets a scale of its own, when it runs (see `ScaledMaps`)."""
 
 
 class Product:
@@ -94,9 +98,9 @@ class RecordedProduct(FloatProduct):
 class Int8Product(Product):
     """In 8 bits."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, grid: Grid) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, grid: Grid, added: bool) -> None:
         self.grid = grid
-        self._packed = int8.pack(weight, bias, grid)
+        self._packed = int8.pack(weight, bias, grid, added)
 
     def __call__(self, x: Tensor, relu: bool = False, to: Product | None = None) -> Tensor:
         return int8.product(self.prepare(x), self._packed, relu, _grid_of_result(relu, to))
@@ -127,6 +131,28 @@ class EmulatedProduct(Product):
         return y.contiguous(memory_format=torch.channels_last)
 
 
+class ScaledMaps(Product):
+    """Another product on maps that are first brought to the range of its grid, each by a factor of its own.
+
+    The products of attention grow with the third power of their maps: with one scale for all, those of most RoIs would
+    be a few steps high.  (A trained model's relative error of the median RoI, in 7 bits: 0.52, and 0.04 so.)
+
+    Args:
+        inner: without bias, on a signed grid with step 1.
+        bias: of the layer.
+    """
+
+    def __init__(self, inner: Product, bias: Tensor) -> None:
+        self._inner, self._bias = inner, bias.view(-1, 1, 1)
+
+    def add(self, to: Tensor, x: Tensor, relu: bool = False) -> Tensor:
+        steps = self._inner.grid.top - self._inner.grid.zero
+        scale = x.abs().amax((1, 2, 3), keepdim=True) / steps
+        scale = torch.where(scale == 0, 1.0, scale)
+        y = to.add_(self._bias).addcmul_(self._inner(x / scale), scale)
+        return y.relu_() if relu else y
+
+
 def _grid_of_result(relu: bool, to: Product | None) -> Grid | None:
     """The grid in which a result goes to its only user; None: in float."""
-    return to.grid if relu and to is not None and to.grid is not None and to.grid.zero == 0 else None
+    return to.grid if relu and to is not None else None

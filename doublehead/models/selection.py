@@ -49,12 +49,17 @@ def select_boxes(boxes: Tensor, selection: Selection) -> Tensor:
     Returns:
         `Tensor[B * R, 5]` (image, x1, y1, x2, y2).
     """
-    batch, slots, _ = boxes.shape
-    image = torch.arange(batch, device=boxes.device, dtype=boxes.dtype).repeat_interleave(slots)
-    rois = torch.cat((image[:, None], boxes.flatten(0, 1)), dim=1)[selection.order]
+    rois = with_images(boxes)[selection.order]
     beyond = torch.arange(rois.shape[0], device=boxes.device) >= selection.count
     coordinates = torch.where(beyond[:, None], torch.nan, rois[:, 1:])
     return torch.cat((rois[:, :1], coordinates), dim=1)
+
+
+def with_images(boxes: Tensor) -> Tensor:
+    """`Tensor[B, R, 4]` -> `Tensor[B * R, 5]`: each box with the number of its image in front."""
+    batch, slots, _ = boxes.shape
+    image = torch.arange(batch, device=boxes.device, dtype=boxes.dtype).repeat_interleave(slots)
+    return torch.cat((image[:, None], boxes.flatten(0, 1)), dim=1)
 
 
 def restore(values: Tensor, selection: Selection) -> Tensor:

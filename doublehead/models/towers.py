@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..ops import onednn
-from .folding import FoldedWeights, has_inner_hooks, layer_dtype, needs_grad
+from . import folded
+from .folding import FoldedWeights, has_inner_hooks, have_kinds, layer_dtype, needs_grad
 from .layered import Layered, run_fc
 from .products import Layer
 
@@ -55,7 +56,7 @@ class FCTower(nn.Sequential):
 
     At inference without gradients a channels-last map is used as it lies: not the map is reordered but, once, the
     columns of the first weight.  In float32 on a CPU the products are oneDNN's (`ops.onednn.linear`).  Hooks on the
-    layers make it run them one by one.
+    layers, or others in their place, make it run them one by one.
     """
 
     layered: Layered | None = None
@@ -76,10 +77,10 @@ class FCTower(nn.Sequential):
 
     def forward(self, x: Tensor, count: Tensor | None = None) -> Tensor:
         """As `Tower`; all RoIs are computed, whatever `count`."""
-        separate = needs_grad(self, x) or has_inner_hooks(self)
+        separate = needs_grad(self, x) or has_inner_hooks(self) or not have_kinds(list(self), "flrlr")
         if self.layered is not None and not self.training and not separate and self.layered.runs(x):
-            if layers := self.layers(x.shape[1:]):
-                return run_fc(x, self.layered.products(self, layers, layer_dtype(x)))
+            if products := self.layered.products(self, self.layers(x.shape[1:]), layer_dtype(x)):
+                return run_fc(x, products)
         last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         parameters = list(self.parameters())
         packs = onednn.serves(x, parameters) and layer_dtype(x) == x.dtype
@@ -87,16 +88,16 @@ class FCTower(nn.Sequential):
             return super().forward(x)
         dtype = layer_dtype(x)
         if torch.compiler.is_compiling():  # part of the graph; torch 2.11 does not trace the lambda below
-            folded = self._fold(dtype, x.shape[1:])
+            weights = self._fold(dtype, x.shape[1:])
         else:
             # The layout of packed weights follows from the number of threads.
             kind = (dtype, x.shape[1:], last, torch.get_num_threads() if packs else None)
-            folded = self._folded.get(parameters, kind, lambda: self._fold(dtype, x.shape[1:], last, packs))
+            weights = self._folded.get(parameters, kind, lambda: self._fold(dtype, x.shape[1:], last, packs))
         cells = (x.to(dtype).permute(0, 2, 3, 1) if last else x).flatten(1)
         if packs:
-            first, second = folded
+            first, second = weights
             return onednn.linear(onednn.linear(cells, first, relu=True), second, relu=True)
-        weight1, bias1, weight2, bias2 = folded
+        weight1, bias1, weight2, bias2 = weights
         return linear(linear(cells, weight1, bias1).relu_(), weight2, bias2).relu_()
 
     def can_skip(self, x: Tensor) -> bool:
@@ -156,7 +157,12 @@ class Conv5Tower(nn.Sequential):
 
     def forward(self, x: Tensor, count: Tensor | None = None) -> Tensor:
         """As `Tower`; all RoIs are computed, whatever `count`."""
-        return super().forward(x)
+        maps = folded.sequence(self, [self[0]], x)
+        return super().forward(x) if maps is None else self[2](self[1](maps))
+
+    def train(self, mode: bool = True) -> Conv5Tower:
+        folded.forget(self)
+        return super().train(mode)
 
     def can_skip(self, x: Tensor) -> bool:
         return False

@@ -16,13 +16,26 @@ STREAMING_DEVICES = ("cuda",)
 
 
 def has_inner_hooks(module: nn.Module) -> bool:
-    """Whether forward hooks wait on modules inside `module`, which only run if these are called.
+    """Whether forward hooks wait on modules inside `module`, or a `forward` set on one of them, as other libraries do.
 
-    Not while torch.compile or export traces.
+    These only run if the modules are called.  Not while torch.compile or export traces.
     """
     if torch.compiler.is_compiling():
         return False
-    return any(inner._forward_hooks or inner._forward_pre_hooks for inner in module.modules() if inner is not module)
+    return any(
+        inner._forward_hooks or inner._forward_pre_hooks or "forward" in inner.__dict__
+        for inner in module.modules()
+        if inner is not module
+    )
+
+
+def is_plain_conv(layer: nn.Module, bias: bool = False) -> bool:
+    """Whether this is PyTorch's own convolution, with or without a bias, of stride 1 and to maps of the same size."""
+    if type(layer) is not nn.Conv2d or (layer.bias is not None) is not bias:
+        return False
+    padding = tuple(side // 2 for side in layer.kernel_size)
+    settings = layer.stride, layer.dilation, layer.groups, layer.padding, layer.padding_mode
+    return settings == ((1, 1), (1, 1), 1, padding, "zeros")
 
 
 class FoldedWeights:

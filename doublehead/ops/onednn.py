@@ -151,4 +151,4 @@ def linear(x: Tensor, packed: PackedLinear, relu: bool = False) -> Tensor:
 
 def as_map(rows: Tensor) -> Tensor:
     """Rows `Tensor[M, C]` as one map of M x 1 cells, channels-last: `Tensor[1, C, M, 1]`.  A view."""
-    return rows.t()[None, :, :, None]
+    return rows[None, :, None, :].permute(0, 3, 1, 2)  # with the strides by which PyTorch knows channels-last maps

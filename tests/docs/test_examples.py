@@ -50,6 +50,11 @@ NOT_RUN = {
     "doublehead evaluate runs/shapes-ext-1 --ext-gate calibrated": "needs its gate.json; the same",
     "doublehead export runs/own-data-1 detector.onnx": "tracing takes half a minute; tests/exporting does it",
     "doublehead export runs/shapes-ext-1 detector.onnx": "the same",
+    "doublehead export runs/shapes-ext-1 detector.xml": "the same",
+    "doublehead export runs/shapes-ext-1 detector-bf16.xml --precision bf16": "the same",
+    "doublehead export runs/shapes-ext-1 detector-int8.xml --precision int8 --int8-images 64": "minutes",
+    "doublehead detect detector.xml photos/ --out found": "needs a file that these tests do not export",
+    "doublehead detect runs/shapes-ext-1 photos/ --out found-2 --runtime openvino": "tracing takes half a minute",
     "doublehead export runs/shapes-ext-1 detector.pt2": "compiling takes a minute; tests/exporting does it",
 }  # fmt: skip
 """Commands that do not run here, each with the reason.  Their options are still parsed where they are doublehead's."""
@@ -208,6 +213,7 @@ def test_a_command_runs(command, here, capsys, monkeypatch):
 
 WORK = {
     "train": "start", "analyze": "run", "export": "run", "tables": "run_smoke", "calibrate": "run", "evaluate": "run",
+    "detect": "run",
 }  # fmt: skip
 """What a command's module calls once it has parsed its options."""
 

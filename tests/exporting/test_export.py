@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torchvision
 
 from doublehead.cli import export
 from doublehead.config import ImageConfig
@@ -15,7 +16,7 @@ from doublehead.engine.errors import UserError
 from doublehead.exporting import ExportedDetections, ExportedDetector, load, loading, onnx_file, package
 from doublehead.exporting.program import DetectorProgram, differences, example_input
 from doublehead.models import ImageBatch
-from tests.support.export_samples import CLASSES, save_tiny_ext
+from tests.support.export_samples import CLASSES, half_resnet18, save_tiny_ext
 
 # Quick to compile, slow to run; without a trial build that tells whether the compiler knows vector instructions.
 QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.simdlen": 1, "cpp.vec_isa_ok": False}
@@ -23,8 +24,10 @@ QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.simdlen": 1, "cpp.
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run with a detector that finds something."""
-    return save_tiny_ext(tmp_path_factory.mktemp("run"))
+    """The folder of a run with a detector that finds something; all through this file ResNet-18 has half its depth."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.models, "resnet18", half_resnet18)
+        yield save_tiny_ext(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +253,7 @@ def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
     [
         (("RUN", "OUT/old.pt2"), "old.pt2 exists: give another name"),
         (("RUN", "OUT/none/a.pt2"), "cannot be written"),
-        (("RUN", "OUT/a.bin"), "its name must end in .pt2 or .onnx"),
+        (("RUN", "OUT/a.bin"), "its name must end in .pt2, .onnx or .xml"),
         (("RUN", "OUT/a.pt2", "--format", "onnx"), "its name must end in .onnx"),
         (("RUN", "OUT/a.pt2", "--height", "100"), "--height is 100, a multiple of 32 (image.size_divisible)"),
         (("RUN", "OUT/a.pt2", "--width", "0"), "--width is 0, a multiple of 32"),
@@ -259,18 +262,23 @@ def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
         (("RUN", "OUT/a.pt2", "--batch", "0"), "--batch is 0, at least 1 is accepted"),
         (("RUN", "OUT/a.pt2", "--ext-gate", "2"), "detection.ext_gate: expected"),
         (("RUN", "OUT/a.onnx", "--device", "cuda"), "an ONNX file is for any device"),
+        (("RUN", "OUT/a.xml", "--device", "cuda"), "OpenVINO runs on the CPU"),
+        (("RUN", "OUT/old.xml"), "old.bin exists: give another name"),
+        (("RUN", "OUT/a.onnx", "--precision", "int8"), "--precision int8 is for OpenVINO files (.xml)"),
+        (("RUN", "OUT/a.xml", "--data.root", "OUT"), "--data.* are the images that --precision int8 is calibrated on"),
+        (("RUN", "OUT/a.xml", "--precision", "int8", "--int8-images", "0"), "--int8-images is 0, at least 1"),
         (("OUT/none", "OUT/a.pt2"), "none: no such file"),
         (("OUT", "OUT/a.pt2"), "this folder has no model.safetensors"),
         (("RUN", "OUT/a.pt2", "--format", "tensorrt"), "tensorrt"),
     ],
 )
 def test_user_errors(run, tmp_path, capsys, arguments, message):
-    (tmp_path / "old.pt2").write_text("kept")
+    for name in ("old.pt2", "old.bin"):
+        (tmp_path / name).write_text("kept")
     arguments = [argument.replace("RUN", str(run)).replace("OUT", str(tmp_path)) for argument in arguments]
     assert fails(*arguments) == 2
     assert message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["old.pt2"]
-    assert (tmp_path / "old.pt2").read_text() == "kept"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"old.pt2": "kept", "old.bin": "kept"}
 
 
 def test_missing_packages_are_named(run, tmp_path, monkeypatch, capsys):

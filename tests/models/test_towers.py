@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from doublehead.config import HeadConfig
@@ -114,6 +115,72 @@ def test_hooks_on_layers_run(tower, maps, before):
     assert tower(maps).equal(expected) and called == [layer]
 
 
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class DoubledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def made_again(layer, kind):
+    """A layer of another kind with the settings and weights of `layer`."""
+    other = copy.deepcopy(layer)
+    other.__class__ = kind
+    return other
+
+
+def wider(conv):
+    """A convolution with the weights of `conv` that looks further."""
+    other = copy.deepcopy(conv)
+    other.dilation, other.padding = (2, 2), (2, 2)
+    return other
+
+
+OTHER_LAYERS = {
+    "fc: a kind of linear layer": ("fc", "1", lambda layer: made_again(layer, DoubledLinear)),
+    "fc: a linear layer in a module": ("fc", "3", lambda layer: nn.Sequential(layer)),
+    "fc: without bias": ("fc", "1", lambda layer: nn.Linear(layer.in_features, layer.out_features, bias=False)),
+    "fc: an activation": ("fc", "2", lambda layer: nn.GELU()),
+    "conv: a kind of convolution": ("conv", "0.residual.3", lambda layer: made_again(layer, Doubled)),
+    "conv: another convolution": ("conv", "2.residual.3", wider),
+    "conv: no norm": ("conv", "2.residual.1", lambda layer: nn.Identity()),
+    "conv: an activation": ("conv", "2.residual.2", lambda layer: nn.GELU()),
+    "conv: a shortcut": ("conv", "0.shortcut", lambda layer: nn.Sequential(*layer, nn.Tanh())),
+    "conv: a block": ("conv", "2", lambda layer: nn.Sequential(layer, nn.Tanh())),
+    "conv: of a non-local block": ("conv", "1.theta", lambda layer: made_again(layer, Doubled)),
+    "conv: the average": ("conv", "3", lambda layer: nn.AdaptiveMaxPool2d(1)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", OTHER_LAYERS)
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_layers_of_others_are_called(case, memory_format):
+    kind, name, replace = OTHER_LAYERS[case]
+    torch.manual_seed(0)
+    tower = TOWERS[kind]().eval()
+    if kind == "conv":
+        nn.init.normal_(tower[1].out.weight)
+    parent, _, own = name.rpartition(".")
+    setattr(tower.get_submodule(parent), own, replace(tower.get_submodule(name)))
+    maps = torch.randn(3, CHANNELS, SIZE, SIZE).contiguous(memory_format=memory_format)
+    by_modules = nn.Sequential.forward(copy.deepcopy(tower).plain(), maps)
+    torch.testing.assert_close(tower(maps), by_modules, rtol=1e-4, atol=1e-5)
+    assert not tower.can_skip(maps)
+
+
+@torch.no_grad()
+def test_a_forward_of_others_is_called(tower, maps):
+    layer = next(layer for layer in tower.modules() if isinstance(layer, (nn.Conv2d, nn.Linear)))
+    expected, forward, called = tower(maps), layer.forward, []
+    layer.forward = lambda x: called.append(0) or forward(x)
+    torch.testing.assert_close(tower(maps), expected, rtol=1e-9, atol=1e-9)
+    assert called
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("number", [0, 1, 8, 19])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
@@ -160,6 +227,10 @@ def test_an_fc_tower_steps_aside_where_more_is_wanted_than_its_result(monkeypatc
 
     expected = by_layers(x)
     torch.testing.assert_close(torch.func.jvp(tower, (x,), (x,)), torch.func.jvp(by_layers, (x,), (x,)))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        tangents = [forward_ad.unpack_dual(run(dual)).tangent for run in (tower, by_layers)]
+    torch.testing.assert_close(*tangents)
     torch.testing.assert_close(torch.jit.trace(tower, x, check_trace=False)(x), expected)
     with FlopCounterMode(display=False) as counter:
         tower(x)

@@ -53,6 +53,7 @@ def path(request, monkeypatch):
     if request.param == "oneDNN" and not onednn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
     monkeypatch.setattr(cpu, "CELLS", 4 * 49 + 1)
+    monkeypatch.setattr(cpu, "FEW", 0)
     monkeypatch.setattr(onednn, "is_available", lambda dtype: request.param == "oneDNN")
     return request.param
 
@@ -137,6 +138,7 @@ def test_results_do_not_depend_on_the_chunk(monkeypatch):
     x, tensors = head("all", 11)
     exact = defined(x, tensors, "all", torch.float64, attention())
     plain = defined(x, tensors, "all", torch.float32, attention())
+    monkeypatch.setattr(cpu, "FEW", 0)
     for cells in (1, 2 * 49, 5 * 49, 11 * 49, 1000 * 49):
         monkeypatch.setattr(cpu, "CELLS", cells)
         assert_as_exact(conv_head(x, tensors, HEADS["all"], **attention()), plain, exact, f"{cells}", roundings=8)
@@ -161,10 +163,14 @@ def test_which_path_serves_what(monkeypatch):
             path, "__call__", lambda *arguments, name=name, call=call: called.append(name) or call(*arguments)
         )
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float16):
-        x, tensors = head("widening", 2)
+        x, tensors = head("widening", 6)
         conv_head(x.to(dtype), [tensor.to(dtype) for tensor in tensors], HEADS["widening"])
     served = [onednn.is_available(dtype) for dtype in (torch.float32, torch.bfloat16)] + [False, False]
     assert called == ["FusedBlocks" if fused else "PlainBlocks" for fused in served]
+    x, tensors = head("widening", 32 + 5)
+    called.clear()
+    conv_head(x, tensors, HEADS["widening"])
+    assert called == ["FusedBlocks" if onednn.is_available() else "PlainBlocks", "PlainBlocks"]  # 5 are few
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -186,6 +192,7 @@ def test_data_flow_in_bfloat16(monkeypatch, name, softmax):
     monkeypatch.setattr(onednn, "convolution", convolution)
     monkeypatch.setattr(onednn, "add_convolution", add_convolution)
     monkeypatch.setattr(cpu, "CELLS", 2 * 15)
+    monkeypatch.setattr(cpu, "FEW", 0)
     x, tensors = head(name, 5, (5, 3))
     x, tensors = x.bfloat16(), [tensor.bfloat16() for tensor in tensors]
     expected = [defined(x, tensors, name, dtype, attention(softmax)) for dtype in (torch.bfloat16, torch.float64)]

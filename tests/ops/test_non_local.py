@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from doublehead.ops import BatchNorm, non_local
-from doublehead.ops.non_local import reference
+from doublehead.ops import BatchNorm, non_local, onednn
+from doublehead.ops.non_local import cpu, reference
 from tests.support.non_local_cases import OPERATORS, check_twice, exact, qkv_and_grad, rounded
+from tests.support.precision import assert_as_exact
 
 FORMS = [
     dict(pairwise="dot_product"),
@@ -237,3 +238,30 @@ def test_compiled_under_autocast():
     compiled = torch.compile(non_local, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         torch.testing.assert_close(compiled(*inputs[:-2]), non_local(*inputs[:-2]))
+
+
+@pytest.mark.skipif(not onednn.is_available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("number", [1, 3, 4, 7, 8])  # 3 maps at a time
+@pytest.mark.parametrize("size", [(7, 7), (5, 3), (1, 1)])
+@pytest.mark.parametrize("relu", [False, True])
+def test_inference_in_float32_on_a_cpu(monkeypatch, poisoned, number, size, relu):
+    monkeypatch.setattr(cpu, "CELLS", 3 * size[0] * size[1] + 1)
+    ran, run = [], cpu.non_local
+    monkeypatch.setattr(cpu, "non_local", lambda *arguments: ran.append(1) or run(*arguments))
+    generator = torch.Generator().manual_seed(0)
+    x, *weights = (torch.randn(s, generator=generator) for s in ((number, 20, *size), (36, 20), (36,), (20, 12), (20,)))
+    if number == 3:
+        weights[1::2] = None, None
+    if number != 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    options = {"groups": 2, "pairwise": "embedded_gaussian", "scale": True, "relu": relu}
+    before, expected = x.clone(), []
+    for dtype in (torch.float32, torch.float64):
+        cast = (None if tensor is None else tensor.to(dtype) for tensor in (x, *weights))
+        expected.append(reference.non_local(*cast, **options))
+    found = non_local(x, *weights, **options)
+    assert_as_exact(found, *expected, roundings=4)
+    assert ran and x.equal(before) and found.is_contiguous(memory_format=torch.channels_last)
+    x[0, 0, 0, 0] = torch.nan
+    found = non_local(x, *weights, **options)
+    assert found[0].isnan().all() and found[1:].isfinite().all()

@@ -71,3 +71,13 @@ def test_linear_takes_rows_that_are_not_contiguous(monkeypatch):
     packed = onednn.pack_linear(weight, bias)
     for x in (randn(19, 60)[:, ::2], randn(30, 19).t(), randn(1, 30).expand(19, 30)):
         torch.testing.assert_close(onednn.linear(x, packed), linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("columns", [slice(None), slice(3, 10)])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_rows_as_a_map_are_known_to_be_channels_last(rows, columns):
+    x = randn(rows, 12)[:, columns]
+    found = onednn.as_map(x)
+    assert found.shape == (1, x.shape[1], rows, 1) and found.data_ptr() == x.data_ptr()
+    # PyTorch tells the format by strides, those of a single column too, and reorders maps whose format it cannot tell.
+    assert found.stride()[1:] == (1, 12, x.shape[1])

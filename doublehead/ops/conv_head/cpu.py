@@ -16,6 +16,8 @@ from .plain_cpu import PlainBlocks
 
 CELLS = 32 * 49
 """Cells at a time, whole maps: of 7 x 7, their widest maps are 32 x 49 x 1536 numbers, 9 MiB in float32."""
+FEW = 5 * 49
+"""Cells for which the products take less time than it takes to bring the weights into oneDNN's layout."""
 
 
 def conv_head(head: ConvHeadArguments) -> Tensor:
@@ -26,11 +28,12 @@ def conv_head(head: ConvHeadArguments) -> Tensor:
     chunk = max(CELLS // (x.shape[2] * x.shape[3]), 1)
     with torch.no_grad():
         plain = PlainBlocks(head)
-        fuses = number > 0 and onednn.is_available(x.dtype) and _finite(*head.tensors)
+        fuses = number * x.shape[2] * x.shape[3] > FEW and onednn.is_available(x.dtype) and _finite(*head.tensors)
         fused = FusedBlocks(head, chunk, number // chunk) if fuses else None
         for begin in range(0, number, chunk):
             part = slice(begin, min(begin + chunk, number))
-            blocks = fused if fused is not None and _finite(x[part]) else plain
+            few = x[part, 0].numel() <= FEW
+            blocks = plain if fused is None or few or not _finite(x[part]) else fused
             vectors[part] = blocks(x[part])
     return vectors
 

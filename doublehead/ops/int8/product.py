@@ -26,19 +26,23 @@ class PackedWeight(NamedTuple):
     padding: int
 
 
-def pack(weight: Tensor, bias: Tensor, grid: Grid) -> PackedWeight:
+def pack(weight: Tensor, bias: Tensor, grid: Grid, added: bool = False) -> PackedWeight:
     """Quantise and pack a convolution that keeps the size.
 
     Args:
         weight: `Tensor[O, I, k, k]`, k odd, on the CPU.
         bias: `Tensor[O]`.
         grid: of the inputs to come.
+        added: for `add_product` instead of `product`; then k is 1.
     """
     padding = weight.shape[-1] // 2
     q, scales = quantize_weight(weight)
-    packed = torch.ops.onednn.qconv_prepack(
-        q, scales, grid.step, grid.zero, [1, 1], [padding, padding], [1, 1], 1, None
-    )
+    if added:
+        packed = torch.ops.onednn.qlinear_prepack(q.flatten(1), None)
+    else:
+        packed = torch.ops.onednn.qconv_prepack(
+            q, scales, grid.step, grid.zero, [1, 1], [padding, padding], [1, 1], 1, None
+        )
     zeros = torch.zeros(len(weight), dtype=torch.int64)
     return PackedWeight(packed, scales, zeros, bias.to(torch.float32).contiguous(), grid, padding)
 
@@ -56,30 +60,25 @@ def product(q: Tensor, packed: PackedWeight, relu: bool = False, out: Grid | Non
     after: tuple[str, list[float]] = ("relu" if relu else "none", [])
     if out is not None and out.top < 255:  # oneDNN cuts off at 255 alone
         after = "hardtanh", [0.0, out.top * out.step]
+    grid, padding = packed.grid, [packed.padding] * 2
     return torch.ops.onednn.qconv2d_pointwise(
-        q, *_common(packed), out.step if out else 1.0, 0, torch.uint8 if out else torch.float32, *after, ""
-    )
+        q, grid.step, grid.zero, packed.weight, packed.scales, packed.zeros, packed.bias, [1, 1], padding, [1, 1], 1,
+        out.step if out else 1.0, 0, torch.uint8 if out else torch.float32, *after, "",
+    )  # fmt: skip
 
 
 def add_product(to: Tensor, q: Tensor, packed: PackedWeight, relu: bool = False) -> Tensor:
-    """Convolution and bias added to `to`, then ReLU.
+    """1x1 convolution and bias added to `to`, in place, then ReLU; returns `to`.
 
     Args:
-        to: `Tensor[N, O, H, W]` float32, channels-last; its memory holds the result or nothing of use afterwards.
+        to: `Tensor[N, O, H, W]` float32, channels-last.
         q: as in `product`.
-
-    Returns:
-        `Tensor[N, O, H, W]`, float32, channels-last.
+        packed: with `added`.  It is a linear layer: oneDNN's convolution would copy the result in some versions of
+            PyTorch.
     """
-    after = ("sum", 1.0, "relu" if relu else None, [], "")
-    # The first two: of the result, and of `to`.
-    grids = (1.0, 0, torch.float32, 1.0, 0)
-    return torch.ops.onednn.qconv2d_pointwise.binary(q, *_common(packed, to), *grids, *after)
-
-
-def _common(packed: PackedWeight, to: Tensor | None = None) -> tuple:
-    """The arguments of the operators from the input's scale to the number of groups."""
-    grid, padding = packed.grid, [packed.padding] * 2
-    weight = packed.weight, packed.scales, packed.zeros
-    added = () if to is None else (to,)
-    return grid.step, grid.zero, *weight, *added, packed.bias, [1, 1], padding, [1, 1], 1
+    grid, rows = packed.grid, to.permute(0, 2, 3, 1).view(-1, to.shape[1])
+    result = torch.ops.onednn.qlinear_pointwise.binary(
+        q.permute(0, 2, 3, 1).reshape(len(rows), -1), grid.step, grid.zero, packed.weight, packed.scales, packed.zeros,
+        rows, packed.bias, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "relu" if relu else "none", [], "",
+    )  # fmt: skip
+    return result.view(to.shape[0], *to.shape[2:], to.shape[1]).permute(0, 3, 1, 2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._checks import check_choice
 from .._dtypes import accumulation_dtype, layer_dtype
-from .._folded import FoldedWeights, has_inner_hooks
+from .._folded import FoldedWeights, has_inner_hooks, is_plain_conv
 from .attention import Attention, attention_of
 from .op import PAIRWISE, BatchNorm, fold_out, mix, non_local, project
 
@@ -19,11 +19,11 @@ class NonLocalBlock(nn.Module):
     """y = x + BN(out(attention(theta(x), phi(x)) g(x))) over the cells of each map; see `non_local`.
 
     `theta`, `phi`, `g` and `out` hold the weights of 1x1 convolutions, and `norm` is a `BatchNorm2d` or None.  They are
-    computed together; with `block.fused = False`, or where forward hooks wait on them, one after the other (but
-    torch.compile and export leave such hooks out).  A `norm` of another type, such as the one that
-    `SyncBatchNorm.convert_sync_batchnorm` puts there, is called as a module.  `theta`, `phi` and `g` are initialised
-    like any convolution of PyTorch, the weight and bias of `out` to zero, as in the authors' release: a fresh block
-    adds nothing to x.
+    computed together; one after the other with `block.fused = False`, with other modules in their places, or where
+    forward hooks wait on them (but torch.compile and export leave such hooks out).  A `norm` of another type, such as
+    the one that `SyncBatchNorm.convert_sync_batchnorm` puts there, is called as a module.  `theta`, `phi` and `g` are
+    initialised like any convolution of PyTorch, the weight and bias of `out` to zero, as in the authors' release: a
+    fresh block adds nothing to x.
 
     Args:
         channels: width of input and output.
@@ -73,7 +73,7 @@ class NonLocalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`Tensor[N, channels, H, W]` -> the same shape, channels-last."""
-        if not self.fused or has_inner_hooks(self):
+        if not self.fused or not self.is_original() or has_inner_hooks(self):
             return self._by_modules(x)
         attention = {"pairwise": self.pairwise, "groups": self.groups, "scale": self.scale}
         if self._folds(x):
@@ -92,6 +92,11 @@ class NonLocalBlock(nn.Module):
             norm=_batch_norm(self.norm) if self.norm is not None else None,
             training=self.norm is not None and self.norm.training,
         )
+
+    def is_original(self) -> bool:
+        """Whether `theta`, `phi`, `g` and `out` are plain 1x1 convolutions; any other module is called as such."""
+        layers = self.theta, self.phi, self.g, self.out
+        return all(is_plain_conv(layer, bias=True) and layer.kernel_size == (1, 1) for layer in layers)
 
     def attention(self, cells: int) -> Attention:
         """The options of the block's attention on maps of so many cells."""

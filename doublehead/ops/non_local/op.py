@@ -13,7 +13,7 @@ from .._dtypes import accumulation_dtype, layer_dtype
 from .._library import define, define_autocast, define_autograd, define_triton_kernel
 from ..batch_norm.op import batch_norm_act, track_statistics
 from ..fused_conv.op import fused_conv
-from . import reference
+from . import cpu, reference
 from .attention import Attention, attention_of
 
 PAIRWISE = ("dot_product", "embedded_gaussian")
@@ -86,11 +86,14 @@ def non_local(
     """
     _check(x, qkv_weight, qkv_bias, out_weight, out_bias, pairwise, groups)
     number, channels, height, width = x.shape
-    rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
     attention = attention_of(pairwise, groups, scale, cells=height * width, inner=out_weight.shape[1])
+    folds = norm is None or (not training and norm.running_mean is not None)
+    weight, bias = fold_out(norm, out_weight, out_bias) if norm is not None and folds else (out_weight, out_bias)
+    if folds and cpu.serves(x, qkv_weight, qkv_bias, weight, bias):
+        return cpu.non_local(x, qkv_weight, qkv_bias, weight, bias, attention, relu)
+    rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
     mixed = mix(rows.view(number, height * width, channels), qkv_weight, qkv_bias, attention)
-    if norm is None or (not training and norm.running_mean is not None):
-        weight, bias = (out_weight, out_bias) if norm is None else fold_out(norm, out_weight, out_bias)
+    if folds:
         y = _project_and_add(rows, mixed, weight, bias, relu)
         return y.view(number, height, width, channels).permute(0, 3, 1, 2)
     y = _normalize_and_add(rows, project(mixed, out_weight, out_bias).flatten(0, 1), norm, relu)
