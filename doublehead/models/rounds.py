@@ -43,7 +43,7 @@ def stops_early(readout: ReadOut, passes: Tensor) -> bool:
     Args:
         passes: bool `Tensor[B, R]`: the RoIs that may be detected.
     """
-    if readout.gated or readout.detection.max_detections < 1 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or readout.gated or readout.detection.max_detections < 1:
         return False
     return passes.device.type == "cpu" and passes.shape[1] > FIRST and int(passes.sum(1).amax()) > FIRST
 
