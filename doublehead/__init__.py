@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from doublehead.config import Precision
+
     from .api.detections import Detection, Detections
     from .api.predictor import Predictor
     from .api.training import TrainResult, train
@@ -41,7 +43,9 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def load(path: str | os.PathLike, device: Any = "auto", *, ext_gate: Any = None) -> Predictor:
+def load(
+    path: str | os.PathLike, device: Any = "auto", *, precision: Precision = "fp32", ext_gate: Any = None
+) -> Predictor:
     """Open a detector: a run, a checkpoint, a converted or an exported one.
 
     Args:
@@ -50,6 +54,9 @@ def load(path: str | os.PathLike, device: Any = "auto", *, ext_gate: Any = None)
             that you trust.
         device: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "cuda:1", or a `torch.device`.  An
             exported program runs on the kind of device it was made for.
+        precision: "fp32"; "bf16" or "fp16", which are faster where the processor has them; or "int8" on a CPU, with
+            what `doublehead quantize` wrote beside the checkpoint.  A warning of one line says what the processor
+            lacks.  An exported program computes as it was exported; OpenVINO's take bf16 too.
         ext_gate: for a Double-Head-Ext read out as `fused`: RoIs whose best fc-score is not above this do not reach the
             conv-head, which is faster and approximate; "calibrated": the gate that `doublehead calibrate` stored beside
             the weights.  None: as configured, as a rule no gate.
@@ -58,9 +65,9 @@ def load(path: str | os.PathLike, device: Any = "auto", *, ext_gate: Any = None)
         A `Predictor`: `.predict(image)`, `.draw(image, detections)`, `.classes`, `.model`.
 
     Raises:
-        UserError: there is no such file, it holds no detector, is damaged, or is made for another device; a gate does
-            nothing for it, or there is no calibrated one for its weights.  For another project's checkpoint, the
-            message is the `doublehead convert` line that makes one of ours.
+        UserError: there is no such file, it holds no detector, is damaged, is made for another device, or cannot
+            compute in this precision; a gate does nothing for it, or there is no calibrated one for its weights.  For
+            another project's checkpoint, the message is the `doublehead convert` line that makes one of ours.
 
     Example:
         >>> predictor = doublehead.load("runs/cells-1")
@@ -69,17 +76,21 @@ def load(path: str | os.PathLike, device: Any = "auto", *, ext_gate: Any = None)
     """
     from .api.loading import load
 
-    return load(path, device, ext_gate=ext_gate)
+    return load(path, device, precision=precision, ext_gate=ext_gate)
 
 
-def accelerate(model: Model) -> Model:
+def accelerate(model: Model, fold: bool = True) -> Model:
     """Make one torchvision Faster, Mask or Keypoint R-CNN faster, in place, with the same results.
 
     This library's operators replace RoI pooling (boxes, masks, keypoints), the RPN's selection of proposals and the
     post-processing of detections, at inference and in training.  If all layers of the backbone and of the RPN's head
     are PyTorch's and torchvision's own, frozen batch norms take one pass instead of two, and images on a CPU become
-    channels-last.  Only the classes of these modules change, to subclasses; weights, hooks and all other attributes
-    stay.  So `state_dict`, training, `copy.deepcopy` and pickling work as before.
+    channels-last.  At inference without gradients on a CPU, a ResNet's batch norms are folded into its convolutions,
+    together with ReLU and sums; what is folded is remembered, as much memory again as the backbone's weights take, and
+    computed anew when a weight changes (writing through `.data` is not seen: `restore` and accelerate again).  With
+    hooks on an inner layer, or layers of other classes, the backbone runs as it is.  Only the classes of these modules
+    change, to subclasses; weights, hooks and all other attributes stay.  So `state_dict`, training, `copy.deepcopy` and
+    pickling work as before.
 
     Differences: because of rounding, NMS may decide differently about two boxes whose overlap nearly equals the
     threshold; 16-bit boxes and scores are computed and returned in float32; detections whose boxes are not finite are
@@ -92,6 +103,7 @@ def accelerate(model: Model) -> Model:
     Args:
         model: a model of these families, from any builder in `torchvision.models.detection` or built by hand.
             Accelerating it again changes only parts that were exchanged since.
+        fold: False: leaves the backbone's and the RPN's layers as they are, and takes folding back.
 
     Returns:
         `model` itself.
@@ -104,7 +116,7 @@ def accelerate(model: Model) -> Model:
     """
     from .interop.torchvision.accelerate import accelerate
 
-    return accelerate(model)
+    return accelerate(model, fold)
 
 
 def restore(model: Model) -> Model:

@@ -23,7 +23,7 @@ if TRITON_DEVICE == "cpu":
 logging.getLogger("torch.__trace").propagate = True
 
 MISSING = standins.install()
-COMMAND_LINES = {"test_detect", "test_export"}
+COMMAND_LINES = {"test_detect", "test_detect_exported", "test_export"}
 """Files whose tests run command lines, which need tyro."""
 
 

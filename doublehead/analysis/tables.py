@@ -86,6 +86,9 @@ def _collect_run(folder: Path, found: Found) -> None:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             for metrics in measurements(content):
+                if precision := metrics.get("precision"):
+                    found.notes.append(f"{path}: measured in {precision}, left out: the tables are of fp32")
+                    continue
                 found.evaluations.append(Evaluation(_as_measured(recipe, metrics), metrics, folder))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             found.notes.append(f"{path}: not the metrics of an evaluation ({error}), left out")

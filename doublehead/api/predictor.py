@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from doublehead.cli import export
-from doublehead.config import MAX_PIXELS, Recipe
+from doublehead.config import MAX_PIXELS, Precision, Recipe
 from doublehead.data import build_dataset
 from doublehead.engine import pictures
 from doublehead.engine.data_options import EvaluationData, data_config
 from doublehead.engine.distributed import World, find_device
 from doublehead.engine.evaluator import evaluate, inference
+from doublehead.engine.precision import FP32, Mode, resolve_precision
 from doublehead.engine.streaming import batches
 from doublehead.errors import UserError, config_errors
 
@@ -43,6 +44,7 @@ class Predictor:
         model: the `DoubleHeadRCNN`, a `torch.nn.Module` in evaluation mode; None for an exported program.
         recipe: the configuration it was trained with; None for an exported program.
         exported: the exported program; None for a model.
+        precision: "fp32", "bf16", "fp16" or "int8": in which the model computes; None for an exported program.
     """
 
     def __init__(
@@ -54,10 +56,15 @@ class Predictor:
         model: DoubleHeadRCNN | None = None,
         recipe: Recipe | None = None,
         exported: ExportedDetector | None = None,
+        mode: Mode = FP32,
     ) -> None:
         self.path, self.classes, self.device = path, list(classes), device
         self.model, self.recipe, self.exported = model, recipe, exported
-        self._lock = threading.Lock()
+        self._mode, self._lock = mode, threading.Lock()
+
+    @property
+    def precision(self) -> Precision | None:
+        return self._mode.used if self.model is not None else None
 
     def predict(
         self, images: Any, score_threshold: float = 0.5, *, max_pixels: int = MAX_PIXELS
@@ -167,7 +174,7 @@ class Predictor:
         with config_errors():
             config = data_config(self.recipe.data, given)
             dataset = build_dataset(config, "val", classes=self.classes)
-        with self._lock:
+        with self._lock, self._mode.autocast(self.device):
             return evaluate(
                 self.model, dataset, World(device=self.device), voc=dataset.is_voc, workers=config.workers,
                 progress=progress,
@@ -181,7 +188,7 @@ class Predictor:
                 kind of machine.
             options: those of the command, such as `batch=4`, `height=640, width=640` (of the resized and padded images:
                 multiples of 32), `device="cuda"`, `check=False`.  A gate that the predictor was loaded with is
-                exported too, unless they hold another `ext_gate`.
+                exported too, unless they hold another `ext_gate`; so is its precision.
 
         Returns:
             The file's path, for `doublehead.load`, or `doublehead.exporting.load` where there is no torchvision.
@@ -198,6 +205,7 @@ class Predictor:
         gate = self.model.detector.readout.detection.ext_gate
         if gate != self.recipe.model.detection.ext_gate:
             options = {"ext_gate": gate, **options}
+        options = {"precision": self._mode.asked, **options}
         export.run(export.Options(str(self.path), str(out), **options))
         return Path(out)
 
@@ -211,11 +219,15 @@ class Predictor:
             The predictor itself.
 
         Raises:
-            UserError: there is no such device, or this is an exported program, which runs on the device it is made for.
+            UserError: there is no such device, it has no such precision, or this is an exported program, which runs on
+                the device it is made for.
         """
         self._check_is_model("to", "export it again for another device")
         with self._lock:
-            self.device = find_device(str(device))
+            wanted = find_device(str(device))
+            if wanted.type != self.device.type:
+                self._mode = resolve_precision(self._mode.asked, wanted)
+            self.device = wanted
             self.model.to(self.device)
         return self
 
@@ -231,7 +243,7 @@ class Predictor:
         return found
 
     def _run_model(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        with inference(self.model):
+        with inference(self.model), self._mode.autocast(self.device):
             return self.model([image.to(self.device) for image in images])
 
     def _run_exported(self, images: list[Tensor]) -> list[dict[str, Tensor]]:

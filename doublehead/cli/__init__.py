@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "measure a trained detector on a data set",
     "calibrate": "find the gate that makes a Double-Head-Ext faster at next to no loss",
     "detect": "draw what a detector finds in pictures",
+    "quantize": "prepare a detector for int8 on CPUs, and measure what it costs",
     "export": "write a detector as a program that needs no model code (AOTInductor, ONNX)",
     "convert": "turn another project's checkpoint into a model of this library",
     "analyze": "draw the paper's Figures 2-4 and 6-10 for any detectors and data",

@@ -17,7 +17,7 @@ import tyro
 
 from doublehead.cli.readouts import ExtGate
 from doublehead.cli.runtimes import Program, Runtime, is_exported, open_exported, open_in_openvino, open_model
-from doublehead.config import MAX_PIXELS, MOST_PIXELS
+from doublehead.config import MAX_PIXELS, MOST_PIXELS, Precision
 from doublehead.engine.logs import counted_warnings
 from doublehead.engine.picture_files import JSON_FILE, Entry, check_free, find_pictures, write_results
 from doublehead.errors import UserError, one_line, shown_to_user
@@ -50,8 +50,11 @@ class Options:
     batch_size: int = 1
     """Pictures that go through the model at once.  They are padded to a common size, which changes detections slightly
     where sizes differ: with 1 a picture's detections do not depend on its neighbours."""
-    amp: Literal["off", "bf16", "fp16"] = "off"
-    """Compute in 16 bits: faster on GPUs, slightly other scores."""
+    precision: Precision | None = None
+    """`fp32` (by default), `bf16` or `fp16`: faster on GPUs and on CPUs that have it, slightly other scores; `int8`:
+    the layers of the heads that `doublehead quantize` found fit for it, on a CPU."""
+    amp: Literal["off", "bf16", "fp16"] | None = None
+    """The former name of --precision."""
     ext_gate: ExtGate | None = None
     """Leave out RoIs whose best fc-score is not above this, which is faster and approximate (Ext models, read-out
     `fused`); `calibrated`: the gate that `doublehead calibrate` stored beside the weights."""
@@ -175,9 +178,21 @@ def _detect(options: Options, files: Sequence[Path], entries: list[Entry], unrea
     print(f"{seconds:.1f} s, {len(entries) / seconds:.2f} pictures/s; at the same time: {stages}")
 
 
+def asked_precision(options: Options) -> Precision | None:
+    """What --precision or its former name asks for; None: nothing.
+
+    Raises:
+        UserError: they contradict each other.
+    """
+    former: Precision | None = "fp32" if options.amp == "off" else options.amp
+    if options.precision and former and options.precision != former:
+        raise UserError(f"--precision {options.precision} and --amp {options.amp} contradict each other: leave one out")
+    return options.precision or former
+
+
 def _program(options: Options, device: torch.device) -> Program:
     """What runs on the pictures: an exported program, the checkpoint in OpenVINO, or the model itself."""
-    precision = None if options.amp == "off" else options.amp
+    precision = asked_precision(options)
     if is_exported(options.checkpoint):
         if options.ext_gate is not None:
             raise UserError(f"--ext-gate: {options.checkpoint} has the gate it was exported with: give it to export")
@@ -188,6 +203,7 @@ def _program(options: Options, device: torch.device) -> Program:
 
 
 def _check(options: Options) -> None:
+    asked_precision(options)
     if options.runtime == "openvino" and is_exported(options.checkpoint) and not options.checkpoint.endswith(".xml"):
         raise UserError(
             f"--runtime openvino: {options.checkpoint} is exported for another runtime: leave --runtime out"

@@ -11,11 +11,12 @@ import tyro
 
 from doublehead.cli.outputs import check_folder, check_output, same_file
 from doublehead.cli.readouts import ExtGate, set_readout
-from doublehead.config import DetectionConfig, Fusion, ModelConfig, ReadOutName, to_dict
+from doublehead.config import DetectionConfig, Fusion, ModelConfig, Precision, ReadOutName, to_dict
 from doublehead.engine.data_options import EvaluationData, data_config
 from doublehead.errors import UserError, config_errors, shown_to_user
 
 if TYPE_CHECKING:
+    from doublehead.engine.precision import Mode
     from doublehead.models.readout import ReadOut
 
 PROGRAM = "doublehead evaluate"
@@ -41,6 +42,9 @@ class Options:
     ext_gate: ExtGate | None = None
     """Leave out RoIs whose best fc-score is not above this (Ext models, read-out `fused`); approximate.  `calibrated`:
     the gate that `doublehead calibrate` stored beside the weights."""
+    precision: Precision = "fp32"
+    """`bf16` and `fp16`: 16 bits; `int8`: the layers of the heads that `doublehead quantize` found fit for it, on a
+    CPU, with the difference to the AP of fp32."""
     out: str | None = None
     """Write the detections to this file, in COCO's submission format; for a single read-out."""
     metrics: str | None = None
@@ -71,6 +75,7 @@ def run(options: Options) -> None:
     from doublehead.engine.distributed import join_world
     from doublehead.engine.gate_file import describe_gate
     from doublehead.engine.logs import counted_warnings, say
+    from doublehead.engine.precision import set_precision
     from doublehead.engine.results import RESULT_FILES
 
     check_options(options)
@@ -85,34 +90,43 @@ def run(options: Options) -> None:
                 set_readout(options.checkpoint, model, options, recipe.model.detection)
             data = data_config(recipe.data, options.data)
             dataset = build_dataset(data, "val", classes=classes)
+        mode = set_precision(model, options.precision, world.device, options.checkpoint)
         if world.is_main:
             say(f"{options.checkpoint}: {recipe.name}, on {len(dataset)} images of {dataset.name}")
+            if mode.note:
+                say(f"note: {mode.note}")
             if options.ext_gate == "calibrated":
                 say(describe_gate(options.checkpoint, model))
             if "all" in options.readouts and (left := untrained(readouts)):
                 say(f"left out, as the loss weights do not train them: {', '.join(left)}")
         settings = {"voc": dataset.is_voc, "workers": data.workers, "progress": world.is_main}
-        if readouts:
-            measure_each(model.to(world.device), dataset, readouts, world, options, to_dict(data), settings)
-        else:
-            measure(model.to(world.device), dataset, world, options, to_dict(data), settings)
+        with mode.autocast(world.device):
+            if readouts:
+                measure_each(model.to(world.device), dataset, readouts, world, options, mode, to_dict(data), settings)
+            else:
+                measure(model.to(world.device), dataset, world, options, mode, to_dict(data), settings)
 
 
-def measure(model, dataset, world, options: Options, data: dict, settings: dict[str, Any]) -> None:
+def measure(model, dataset, world, options: Options, mode: Mode, data: dict, settings: dict[str, Any]) -> None:
     """Evaluate the model with its present read-out; write the requested files and print the metrics."""
+    from doublehead.cli.float_reference import float_ap
     from doublehead.engine.evaluator import evaluate_in_detail
     from doublehead.engine.files import write_json
     from doublehead.engine.logs import say
     from doublehead.engine.metrics_text import format_metrics
 
     metrics, results, details = evaluate_in_detail(model, dataset, world, **settings)
+    reference = float_ap(model, dataset, world, mode, settings) if mode.used == "int8" else None
     if options.out:
         world.on_main(lambda: write_json(options.out, results, indent=None))
     if options.metrics:
-        used = {"detection": readout_used(model.detector.readout.detection), "data": data}
+        used = {"detection": readout_used(model.detector.readout.detection), "data": data} | precision_used(mode)
+        used |= {"fp32": reference._asdict()} if reference else {}
         world.on_main(lambda: write_json(options.metrics, used | metrics))
     if world.is_main:
         say(format_metrics(metrics))
+        if reference:
+            say(f"\n{reference.difference('int8', metrics)}")
         if options.out:
             say(f"\n{len(results)} detections written to {options.out}")
     if options.pictures:
@@ -132,22 +146,30 @@ def draw(folder: Path, title: str, model, dataset, device, details) -> None:
 
 
 def measure_each(
-    model, dataset, readouts: dict[str, ReadOut], world, options: Options, data: dict, settings: dict[str, Any]
-) -> None:
+    model, dataset, readouts: dict[str, ReadOut], world, options: Options, mode: Mode, data: dict,
+    settings: dict[str, Any],
+) -> None:  # fmt: skip
     """Evaluate several read-outs in one pass; write the requested file and print the metrics."""
+    from doublehead.cli.float_reference import float_ap_of_each
     from doublehead.engine.evaluator import evaluate_each
     from doublehead.engine.files import write_json
     from doublehead.engine.logs import say
     from doublehead.engine.metrics_text import format_each
 
     metrics = evaluate_each(model, dataset, readouts, world, **settings)
+    references = float_ap_of_each(model, dataset, readouts, world, mode, settings) if mode.used == "int8" else {}
     if options.metrics:
         each = {
-            name: {"detection": readout_used(readouts[name].detection)} | values for name, values in metrics.items()
+            name: {"detection": readout_used(readouts[name].detection)} | precision_used(mode) | values
+            for name, values in metrics.items()
         }
+        for name, reference in references.items():
+            each[name]["fp32"] = reference._asdict()
         world.on_main(lambda: write_json(options.metrics, {"data": data, "readouts": each}))
     if world.is_main:
         say(format_each(metrics))
+        for name, reference in references.items():
+            say(reference.difference(f"{name}: int8", metrics[name]))
 
 
 def check_options(options: Options) -> None:
@@ -209,6 +231,11 @@ def find_readouts(model, options: Options, trained: ModelConfig) -> dict[str, Re
 def untrained(readouts: dict[str, ReadOut]) -> list[ReadOutName]:
     """The read-outs that `all` leaves out."""
     return [name for name in ALL_READOUTS if name not in {used.detection.readout for used in readouts.values()}]
+
+
+def precision_used(mode: Mode) -> dict[str, str]:
+    """The part of a metrics file that says the precision; nothing for fp32, as files had before there were others."""
+    return {} if mode.used == "fp32" else {"precision": mode.used}
 
 
 def readout_used(used: DetectionConfig) -> dict[str, str | float]:

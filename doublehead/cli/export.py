@@ -17,7 +17,7 @@ import tyro
 
 from doublehead.cli.outputs import check_output
 from doublehead.cli.readouts import ExtGate, set_readout
-from doublehead.config import Fusion, ImageConfig, ReadOutName
+from doublehead.config import Fusion, ImageConfig, Precision, ReadOutName
 from doublehead.engine.data_options import EvaluationData
 from doublehead.errors import UserError, config_errors, shown_to_user
 
@@ -41,9 +41,9 @@ class Options:
     format: Kind | None = None
     """`aoti`: a package compiled by AOTInductor for this kind of machine; `onnx`: for onnxruntime, TensorRT and others;
     `openvino`: for OpenVINO on CPUs.  By default OUT's ending decides."""
-    precision: Literal["fp32", "bf16", "int8"] = "fp32"
+    precision: Precision = "fp32"
     """What OpenVINO computes in (.xml): `bf16` where the processor has it; `int8`: layers with weights, quantised by
-    NNCF for the images of --data."""
+    NNCF for the images of --data.  Other files are `fp32`; an ONNX file's runtime may choose another one."""
     int8_images: int = 64
     """How many images int8's ranges are taken from, evenly spread over the data."""
     data: EvaluationData = dataclasses.field(default_factory=EvaluationData)
@@ -109,7 +109,7 @@ def run(options: Options) -> None:
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, detection=detection))
     height, width = input_size(recipe.model.image, options.height, options.width)
     change = None
-    if options.precision != "fp32":
+    if options.precision != "fp32" and kind == "openvino":
         from doublehead.cli.export_precision import PrecisionChange
 
         given = (options.precision, recipe.data, options.data, classes, options.int8_images, options.check)
@@ -215,7 +215,10 @@ def _check_numbers(options: Options, kind: Kind) -> None:
             "--dynamic-batch is for packages (.pt2), with a --batch of at least 2, the most images at a time"
         )
     if options.precision != "fp32" and kind != "openvino":
-        raise UserError(f"--precision {options.precision} is for OpenVINO files (.xml)")
+        runs = "an ONNX file's runtime may choose another than fp32" if kind == "onnx" else "packages compute in fp32"
+        raise UserError(f"--precision {options.precision} is for OpenVINO files (.xml); {runs}")
+    if options.precision == "fp16":
+        raise UserError("--precision fp16: OpenVINO files (.xml) have fp32, bf16 or int8")
     if options.precision != "int8" and options.data != EvaluationData():
         raise UserError("--data.* are the images that --precision int8 is calibrated on: give both, or neither")
     if options.int8_images < 1:

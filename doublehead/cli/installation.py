@@ -12,7 +12,9 @@ from doublehead.version import __version__
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # a missing compiled part is what this report is about
+    from doublehead.engine.precision import on_this_cpu
     from doublehead.ops import _fallback, _library  # `doublehead.ops` defines the operators
+    from doublehead.ops.processor import processor
 
 DEVICES = ("cpu", "cuda")
 PACKAGES = ("torchvision", "triton", "numpy", "pycocotools")
@@ -20,7 +22,7 @@ PACKAGES = ("torchvision", "triton", "numpy", "pycocotools")
 
 def report() -> str:
     """The whole report, as text."""
-    return "\n".join([*_versions(), *_precision(), "", *_parts(), "", *_operators(), *_refused_gpus()])
+    return "\n".join([*_versions(), *_precision(), *_processor(), "", *_parts(), "", *_operators(), *_refused_gpus()])
 
 
 def served_by(name: str, device: str) -> tuple[str, str]:
@@ -80,6 +82,13 @@ def _precision() -> list[str]:
     }
     lines = [f"{name} = {_switch(owner)}" for name, owner in switches.items()]
     return [f"float32      {lines[0]}", *(f"             {line}" for line in lines[1:])]
+
+
+def _processor() -> list[str]:
+    """What the CPU has, and what that means for each precision of the commands."""
+    found = processor()
+    lines = [f"CPU          {found.name or platform.machine()}: {found.listed()}"]
+    return lines + [f"  {name:10} {means}" for name, means in on_this_cpu().items()]
 
 
 def _switch(owner: object) -> str:

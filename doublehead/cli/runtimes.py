@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from doublehead.cli.readouts import ExtGate
+    from doublehead.config import Precision
     from doublehead.exporting import ExportedDetector
 
 Runtime = Literal["torch", "openvino"]
@@ -43,21 +45,22 @@ def is_exported(path: str | Path) -> bool:
     return read_description(path) is not None
 
 
-def open_model(checkpoint: str, device: torch.device, precision: str | None, gate: ExtGate | None) -> Program:
+def open_model(checkpoint: str, device: torch.device, precision: Precision | None, gate: ExtGate | None) -> Program:
     """Open a checkpoint to run as a model of PyTorch.
 
     Raises:
         UserError: it cannot be read, or an option does not fit it.
     """
-    import torch
-
     from doublehead.engine.checkpoint import load_model
     from doublehead.engine.gate_file import set_gate
+    from doublehead.engine.precision import set_precision
 
     model, _, classes, _ = load_model(checkpoint)
     set_gate(checkpoint, model, gate)
-    dtype = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return Program(model.to(device), classes, dtype=dtype)
+    mode = set_precision(model, precision or "fp32", device, checkpoint)
+    if mode.note:
+        print(f"note: {mode.note}", file=sys.stderr)
+    return Program(model.to(device), classes, dtype=mode.dtype)
 
 
 def open_exported(path: str, device: str, precision: str | None, batch_size: int) -> Program:

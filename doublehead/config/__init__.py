@@ -25,6 +25,7 @@ from .schema import (
     ModelConfig,
     NonLocalConfig,
     Norm,
+    Precision,
     ReadOut,
     ReadOutName,
     Recipe,
@@ -36,7 +37,7 @@ from .schema import (
 __all__ = [
     "MAX_PIXELS", "MOST_IMAGES", "MOST_PIXELS",
     "AugmentConfig", "BackboneConfig", "DataConfig", "DataFormat", "DetectionConfig", "Fusion", "HeadConfig",
-    "HeadKind", "ImageConfig", "LossConfig", "ModelConfig", "NonLocalConfig", "Norm", "RPNConfig", "ReadOut",
-    "ReadOutName", "Recipe", "RoIConfig", "TrainConfig",
+    "HeadKind", "ImageConfig", "LossConfig", "ModelConfig", "NonLocalConfig", "Norm", "Precision", "RPNConfig",
+    "ReadOut", "ReadOutName", "Recipe", "RoIConfig", "TrainConfig",
     "check", "field_names", "from_dict", "override", "parse", "to_dict",
 ]  # fmt: skip

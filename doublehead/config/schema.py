@@ -36,6 +36,8 @@ DataFormat = Literal["shapes", "auto", "coco", "voc", "yolo", "labelme"]
 Fusion = Literal["complementary", "max", "average", "none"]
 ReadOutName = Literal["fused", "split", "fc", "conv"]
 ReadOut = ReadOutName  # its former name
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+"""In which a trained detector computes; no field of a recipe."""
 
 
 @dataclass(frozen=True)

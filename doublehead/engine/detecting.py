@@ -146,7 +146,7 @@ def _detect(
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the GPU's memory does not suffice for {len(images)} pictures at once, up to {readable[-1].file}: "
-                "give a smaller --batch-size, --amp bf16 or --device cpu"
+                "give a smaller --batch-size, --precision bf16 or --device cpu"
             ) from error
         detected = {}
         for picture, output in zip(readable, outputs, strict=True):

@@ -22,6 +22,7 @@ from ..weights import WeightsError, read_file, resnet_state
 from ..weights.entries import some
 from ..weights.files import first_line, is_own_model, is_safetensors
 from ..weights.wrappers import without_wrappers
+from . import folded
 
 NORMS = {"frozen_batch_norm": FrozenBatchNorm2d, "batch_norm": nn.BatchNorm2d, "group_norm": partial(nn.GroupNorm, 32)}
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
@@ -65,7 +66,12 @@ class ResNetFPN(BackboneWithFPN):
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """`Tensor[B, 3, H, W]` -> five `Tensor[B, fpn_channels, H / stride, W / stride]`, strides 4 .. 64."""
-        return list(super().forward(pixels).values())
+        maps = folded.backbone(self, self.body, self.fpn, pixels)
+        return list((super().forward(pixels) if maps is None else maps).values())
+
+    def train(self, mode: bool = True) -> ResNetFPN:
+        folded.forget(self)
+        return super().train(mode)
 
 
 class ResNetC4(nn.Module):
@@ -79,7 +85,12 @@ class ResNetC4(nn.Module):
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """`Tensor[B, 3, H, W]` -> one `Tensor[B, C, H / 16, W / 16]`."""
-        return [self.body(pixels)["0"]]
+        maps = folded.backbone(self, self.body, None, pixels)
+        return [(self.body(pixels) if maps is None else maps)["0"]]
+
+    def train(self, mode: bool = True) -> ResNetC4:
+        folded.forget(self)
+        return super().train(mode)
 
 
 MSRA_SOURCE = "https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/MSRA/{}"

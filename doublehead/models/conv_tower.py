@@ -332,7 +332,7 @@ def layers_of(index: int, block: nn.Module, signed: bool) -> list[Layer]:
         parts = block.theta, block.phi, block.g
         return torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
 
-    out = Layer(f"{index}.out", True, partial(fold_norm, block.out, block.norm), added=True)
+    out = Layer(f"{index}.out", True, partial(fold_norm, block.out, block.norm), added=True, by_map=True)
     return [Layer(f"{index}.qkv", signed, qkv), out]
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from ..ops import NonLocalBlock
 from ..ops._library import is_functorch_tensor
 from ..ops.conv_head.cpu import CELLS
-from ..ops.int8 import grid_of
+from ..ops.int8 import Grid, grid_of
 from ..ops.non_local.reference import non_local_attention
 from .folding import FoldedWeights, layer_dtype
-from .products import EmulatedProduct, FloatProduct, Int8Product, Layer, Product, RecordedProduct
+from .products import EmulatedProduct, FloatProduct, Int8Product, Layer, Product, RecordedProduct, ScaledMaps
 
 Products = Mapping[str, Product]
 
@@ -69,10 +69,14 @@ class Layered:
             return RecordedProduct(weight, bias, lambda x, record=self.record: record(layer.name, x))
         if layer.name not in self.scales:
             return FloatProduct(weight, bias, dtype)
+        if layer.by_map:
+            inner = self._int8_product(weight, torch.zeros_like(bias), grid_of(2.0 ** (self.bits - 8), True, self.bits))
+            return ScaledMaps(inner, bias)
         grid = grid_of(self.scales[layer.name], layer.signed, self.bits)
-        if self.emulated:
-            return EmulatedProduct(weight, bias, grid)
-        return Int8Product(weight, bias, grid, layer.added)
+        return self._int8_product(weight, bias, grid, layer.added)
+
+    def _int8_product(self, weight: Tensor, bias: Tensor, grid: Grid, added: bool = False) -> Product:
+        return EmulatedProduct(weight, bias, grid) if self.emulated else Int8Product(weight, bias, grid, added)
 
 
 def run_conv(blocks: Sequence[nn.Module], x: Tensor, products: Products, count: Tensor | None) -> Tensor:

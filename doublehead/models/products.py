@@ -24,6 +24,8 @@ class Layer(NamedTuple):
     """Makes the weight `Tensor[O, I, k, k]`, k odd, and the bias `Tensor[O]`, with the batch norm in them."""
     added: bool = False
     """Whether it is run by `Product.add`; then k is 1."""
+    by_map: bool = False
+    """Whether in 8 bits each map of its input gets a scale of its own, when it runs (see `ScaledMaps`)."""
 
 
 class Product:
@@ -127,6 +129,28 @@ class EmulatedProduct(Product):
         q = self.prepare(x)
         y = reference.product(q, self.grid, *self._weight, self._bias, residual, relu, out, dtype=torch.float32)
         return y.contiguous(memory_format=torch.channels_last)
+
+
+class ScaledMaps(Product):
+    """Another product on maps that are first brought to the range of its grid, each by a factor of its own.
+
+    The products of attention grow with the third power of their maps: with one scale for all, those of most RoIs would
+    be a few steps high.  (A trained model's relative error of the median RoI, in 7 bits: 0.52, and 0.04 so.)
+
+    Args:
+        inner: without bias, on a signed grid with step 1.
+        bias: of the layer.
+    """
+
+    def __init__(self, inner: Product, bias: Tensor) -> None:
+        self._inner, self._bias = inner, bias.view(-1, 1, 1)
+
+    def add(self, to: Tensor, x: Tensor, relu: bool = False) -> Tensor:
+        steps = self._inner.grid.top - self._inner.grid.zero
+        scale = x.abs().amax((1, 2, 3), keepdim=True) / steps
+        scale = torch.where(scale == 0, 1.0, scale)
+        y = to.add_(self._bias).addcmul_(self._inner(x / scale), scale)
+        return y.relu_() if relu else y
 
 
 def _grid_of_result(relu: bool, to: Product | None) -> Grid | None:

@@ -2,9 +2,10 @@
 
 Weights have one scale for each output channel and are symmetric; they are quantised from the model's own, whenever
 these change.  A layer's input has one scale, measured on images (`observe`): a step of 8 bits.  An input that follows a
-ReLU has the values 0 .. 255 steps, any other -128 .. 127 steps; what lies outside is clipped.  Sums are exact, in
-32 bits.  What lies between the products (attention, residual sums, the average over cells, classifiers and regressors)
-stays in float.
+ReLU has the values 0 .. 255 steps, any other -128 .. 127 steps; what lies outside is clipped.  Only the last product of
+a non-local block has a scale for each RoI, taken when it runs: what it reads differs too much between RoIs.  Sums are
+exact, in 32 bits.  What lies between the products (attention, residual sums, the average over cells, classifiers and
+regressors) stays in float.
 
 A model in 8 bits is the same module with the same `state_dict`: it can be copied, pickled, trained and exported.  Only
 inference without gradients on a CPU, in float32 or under autocast to bfloat16, runs in 8 bits; in training, with

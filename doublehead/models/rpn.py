@@ -12,10 +12,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits, relu, smooth_l
 from ..config import RPNConfig
 from ..ops import nms_padded
 from ..ops.boxes import clip_boxes, decode_boxes, encode_boxes
+from . import folded
 from .anchors import Anchors, inside_images
 from .matching import IGNORE, match, sample
 from .structures import ImageBatch, Proposals, Targets, at_least_float32, gather_rows
 
+RELU = nn.ReLU().eval()
 BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
 
@@ -67,7 +69,7 @@ class RPN(nn.Module):
             Proposals `[B, R, 4]` with R = min(post_nms, all candidates), best first, without gradient,
             and the losses ("loss_rpn_objectness", "loss_rpn_box"), empty without targets.
         """
-        logits, deltas = zip(*(self.predict(feature) for feature in features), strict=True)
+        logits, deltas = zip(*self._predict_all(features), strict=True)
         anchors = self.anchors(features, images.pixels.shape[-2:])
         proposals = self._propose(images, anchors, [x.detach() for x in logits], [x.detach() for x in deltas])
         if targets is None:
@@ -76,11 +78,29 @@ class RPN(nn.Module):
             torch.cat(anchors), images.sizes, torch.cat(logits, 1), torch.cat(deltas, 1), targets
         )
 
+    def train(self, mode: bool = True) -> RPN:
+        folded.forget(self)
+        return super().train(mode)
+
+    def _predict_all(self, features: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """`predict` of every map."""
+        maps = None
+        if getattr(self.predict, "__func__", None) is RPN.predict:  # nobody put another in its place
+            maps = folded.rpn_head(self, [self.conv, RELU], self.objectness, self.deltas, features)
+        if maps is None:
+            return [self.predict(feature) for feature in features]
+        return [self._by_anchor(*of_level) for of_level in zip(*maps, strict=True)]
+
     def predict(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """`Tensor[B, C, H, W]` -> logits `[B, H*W*A]` and deltas `[B, H*W*A, 4]`, at least fp32."""
         hidden = relu(self.conv(feature))
-        logits = self.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
-        deltas = self.deltas(hidden).permute(0, 2, 3, 1).reshape(logits.shape[0], -1, 4)
+        return self._by_anchor(self.objectness(hidden), self.deltas(hidden))
+
+    @staticmethod
+    def _by_anchor(logits: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps `[B, A, H, W]` and `[B, 4 A, H, W]` -> `[B, H*W*A]` and `[B, H*W*A, 4]`, at least fp32."""
+        logits = logits.permute(0, 2, 3, 1).flatten(1)
+        deltas = deltas.permute(0, 2, 3, 1).reshape(logits.shape[0], -1, 4)
         return at_least_float32(logits), at_least_float32(deltas)
 
     def _propose(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..ops import onednn
+from . import folded
 from .folding import FoldedWeights, has_inner_hooks, have_kinds, layer_dtype, needs_grad
 from .layered import Layered, run_fc
 from .products import Layer
@@ -87,16 +88,16 @@ class FCTower(nn.Sequential):
             return super().forward(x)
         dtype = layer_dtype(x)
         if torch.compiler.is_compiling():  # part of the graph; torch 2.11 does not trace the lambda below
-            folded = self._fold(dtype, x.shape[1:])
+            weights = self._fold(dtype, x.shape[1:])
         else:
             # The layout of packed weights follows from the number of threads.
             kind = (dtype, x.shape[1:], last, torch.get_num_threads() if packs else None)
-            folded = self._folded.get(parameters, kind, lambda: self._fold(dtype, x.shape[1:], last, packs))
+            weights = self._folded.get(parameters, kind, lambda: self._fold(dtype, x.shape[1:], last, packs))
         cells = (x.to(dtype).permute(0, 2, 3, 1) if last else x).flatten(1)
         if packs:
-            first, second = folded
+            first, second = weights
             return onednn.linear(onednn.linear(cells, first, relu=True), second, relu=True)
-        weight1, bias1, weight2, bias2 = folded
+        weight1, bias1, weight2, bias2 = weights
         return linear(linear(cells, weight1, bias1).relu_(), weight2, bias2).relu_()
 
     def can_skip(self, x: Tensor) -> bool:
@@ -156,7 +157,12 @@ class Conv5Tower(nn.Sequential):
 
     def forward(self, x: Tensor, count: Tensor | None = None) -> Tensor:
         """As `Tower`; all RoIs are computed, whatever `count`."""
-        return super().forward(x)
+        maps = folded.sequence(self, [self[0]], x)
+        return super().forward(x) if maps is None else self[2](self[1](maps))
+
+    def train(self, mode: bool = True) -> Conv5Tower:
+        folded.forget(self)
+        return super().train(mode)
 
     def can_skip(self, x: Tensor) -> bool:
         return False

@@ -8,7 +8,9 @@ import torch
 
 import doublehead
 from doublehead.cli import installation
+from doublehead.models import quantized
 from doublehead.ops import _fallback, _library
+from doublehead.ops.processor import processor
 
 
 def test_command_prints_the_report():
@@ -100,3 +102,19 @@ def test_build_info_of_the_cuda_part():
     archs = build["archs"].split(",")
     assert all(int(arch) >= 75 for arch in archs)
     assert f"sm_{archs[0]}" in installation.report()
+
+
+def test_what_the_cpu_means_for_each_precision(monkeypatch):
+    lines = installation.report().splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("CPU  "))
+    assert lines[first].endswith(processor().listed())
+    assert [line.split()[0] for line in lines[first + 1 : first + 5]] == ["fp32", "bf16", "fp16", "int8"]
+    new = processor()._replace(x86=True, bf16=True, fp16=False)
+    monkeypatch.setattr("doublehead.engine.precision.processor", lambda: new)
+    monkeypatch.setattr(quantized, "int8_support", lambda: quantized.Support("vnni", ""))
+    report = installation.report()
+    assert "  bf16       native\n" in report
+    assert "  fp16       emulated, slower than fp32: this processor lacks AVX512-FP16 and AMX\n" in report
+    assert "  int8       native; the other layers compute in bf16\n" in report
+    monkeypatch.setattr(quantized, "int8_support", lambda: quantized.Support("none", "it is an abacus"))
+    assert "  int8       cannot run: it is an abacus\n" in installation.report()

@@ -213,6 +213,7 @@ def test_a_command_runs(command, here, capsys, monkeypatch):
 
 WORK = {
     "train": "start", "analyze": "run", "export": "run", "tables": "run_smoke", "calibrate": "run", "evaluate": "run",
+    "detect": "run",
 }  # fmt: skip
 """What a command's module calls once it has parsed its options."""
 

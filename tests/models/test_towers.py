@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from doublehead.config import HeadConfig
@@ -226,6 +227,10 @@ def test_an_fc_tower_steps_aside_where_more_is_wanted_than_its_result(monkeypatc
 
     expected = by_layers(x)
     torch.testing.assert_close(torch.func.jvp(tower, (x,), (x,)), torch.func.jvp(by_layers, (x,), (x,)))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        tangents = [forward_ad.unpack_dual(run(dual)).tangent for run in (tower, by_layers)]
+    torch.testing.assert_close(*tangents)
     torch.testing.assert_close(torch.jit.trace(tower, x, check_trace=False)(x), expected)
     with FlopCounterMode(display=False) as counter:
         tower(x)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from doublehead.ops import int8
 from doublehead.ops.int8 import Grid, grid_of, reference, support
+from tests.support.paths import ROOT
 
 needs_products = pytest.mark.skipif(int8.int8_support().level == "none", reason=int8.int8_support().reason)
 
@@ -140,3 +143,18 @@ def test_support(monkeypatch, asked_anew, change, level, reason):
     found = int8.int8_support()
     assert found.level == level and found.reason.startswith(reason)
     assert found.bits == {"vnni": 8, "seven_bits": 7, "none": 0}[level]
+
+
+QUIET = """
+import warnings, torch
+from doublehead.ops import int8
+warnings.simplefilter("error")
+assert int8.int8_support().level in ("vnni", "seven_bits", "none")
+int8.quantize(torch.ones(3), int8.Grid(1.0, 0, 255))
+"""
+
+
+def test_a_user_is_not_warned_of_what_pytorch_will_give_up(monkeypatch):
+    subprocess.run([sys.executable, "-c", QUIET], cwd=ROOT, check=True, timeout=120)
+    monkeypatch.delattr(torch, "quantize_per_tensor")
+    assert not support._has_operators()

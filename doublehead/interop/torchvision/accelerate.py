@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -14,7 +15,9 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
+from ...models.folded import forget
 from ...ops import MultiScaleRoIAlign as OurMultiScaleRoIAlign
+from .folded import FOLDED
 from .modules import (
     AcceleratedFrozenBatchNorm2d,
     AcceleratedMultiScaleRoIAlign,
@@ -31,7 +34,9 @@ ACCELERATED = {
     GeneralizedRCNNTransform: AcceleratedTransform,
     FrozenBatchNorm2d: AcceleratedFrozenBatchNorm2d,
 }
-ORIGINAL = {ours: theirs for theirs, ours in ACCELERATED.items()} | {ChannelsLastMultiScaleRoIAlign: MultiScaleRoIAlign}
+ORIGINAL = {ours: theirs for theirs, ours in (ACCELERATED | FOLDED).items()} | {
+    ChannelsLastMultiScaleRoIAlign: MultiScaleRoIAlign
+}
 
 POOLS = ("box_roi_pool", "mask_roi_pool", "keypoint_roi_pool")
 BOX_CLIP = math.log(1000 / 16)
@@ -45,24 +50,24 @@ WRAPPERS = {
 }
 
 
-def accelerate(model: nn.Module) -> nn.Module:
+def accelerate(model: nn.Module, fold: bool = True) -> nn.Module:
     """Replace slow parts of a torchvision detector with this library's operators, in place: `doublehead.accelerate`."""
-    swaps = _swaps(model)  # everything is checked before anything is changed
+    swaps = _swaps(model, fold)  # everything is checked before anything is changed
     for module, ours in swaps:
         module.__class__ = ours
+    if not fold:
+        _put_back(model, FOLDED)
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo `accelerate`: this is `doublehead.restore`."""
     _check_model(model)
-    for module in model.modules():
-        if type(module) in ORIGINAL:
-            module.__class__ = ORIGINAL[type(module)]
+    _put_back(model, ORIGINAL.values())
     return model
 
 
-def _swaps(model: nn.Module) -> list[tuple[nn.Module, type]]:
+def _swaps(model: nn.Module, fold: bool) -> list[tuple[nn.Module, type]]:
     """The modules to change and their new classes; modules that are changed already are checked and left out.
 
     Raises:
@@ -81,15 +86,30 @@ def _swaps(model: nn.Module) -> list[tuple[nn.Module, type]]:
     for name in POOLS:
         _check_levels(f"roi_heads.{name}", getattr(model.roi_heads, name))
 
+    swaps: dict[nn.Module, type] = {}
     heads = model.roi_heads
     own = [model.rpn, heads, *(getattr(heads, name) for name in POOLS)]
     if _known_layers(model.backbone, model.rpn.head):  # other layers may not support channels-last memory
         own += [model.transform, *model.backbone.modules()]
-    swaps = {module: ACCELERATED[type(module)] for module in own if type(module) in ACCELERATED}
+        swaps |= _folding(model) if fold else {}
+    swaps |= {module: ACCELERATED[type(module)] for module in own if type(module) in ACCELERATED}
     if heads.box_roi_pool in swaps and _known_layers(heads.box_head, heads.box_predictor):
         shared = heads.box_roi_pool in (heads.mask_roi_pool, heads.keypoint_roi_pool)
         swaps[heads.box_roi_pool] = AcceleratedMultiScaleRoIAlign if shared else ChannelsLastMultiScaleRoIAlign
     return list(swaps.items())
+
+
+def _folding(model: nn.Module) -> dict[nn.Module, type]:
+    return {module: FOLDED[type(module)] for module in (model.backbone, model.rpn.head) if type(module) in FOLDED}
+
+
+def _put_back(model: nn.Module, theirs: Iterable[type]) -> None:
+    """Give the modules of our classes that stand for these their own class again."""
+    theirs = set(theirs)
+    for module in model.modules():
+        if ORIGINAL.get(type(module)) in theirs:
+            module.__class__ = ORIGINAL[type(module)]
+            forget(module)
 
 
 def _attribute(model: nn.Module, path: str) -> object:

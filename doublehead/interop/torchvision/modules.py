@@ -158,6 +158,8 @@ class AcceleratedTransform(GeneralizedRCNNTransform):
 class AcceleratedFrozenBatchNorm2d(FrozenBatchNorm2d):
     """Normalises in one pass instead of two."""
 
+    folds_as = FrozenBatchNorm2d
+
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != self.weight.dtype:  # under autocast torchvision's promotes the map, which affects later layers
             return super().forward(x)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import platform
+import warnings
 from typing import Literal, NamedTuple
 
 import torch
 
 from . import reference
-from .grid import Grid, grid_of, quantize_weight
+from .grid import Grid, grid_of, quantize, quantize_weight
 from .product import add_product, pack, product
 
 
@@ -48,8 +49,23 @@ def int8_support() -> Support:
 
 
 def _has_operators() -> bool:
+    if not _quantizes():
+        return False
     names = "qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise"
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.onednn, name) for name in names)
+
+
+def _quantizes() -> bool:
+    """Whether PyTorch still makes 8-bit tensors.
+
+    Versions that will give it up (from 2.14 on) warn at the first one, which here is this one: users cannot act on it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return quantize(torch.ones(1), Grid(1.0, 0, 255)).item() == 1
+        except (AttributeError, RuntimeError):
+            return False
 
 
 def _has_vnni() -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -15,11 +13,13 @@ CELLS = 32 * 49
 """Cells at a time, whole maps: their queries, keys and values stay in the cache."""
 
 
-def serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
+def serves(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether `non_local` takes these; not where a backward may follow."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)):
+    tensors = [x, *(weight for weight in weights if weight is not None)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
-    return onednn.serves(x, weights) and not torch.is_autocast_enabled("cpu")
+    known = all(onednn.serves(tensor, ()) for tensor in tensors)
+    return known and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
 
 
 def non_local(

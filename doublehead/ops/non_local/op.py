@@ -87,13 +87,13 @@ def non_local(
     _check(x, qkv_weight, qkv_bias, out_weight, out_bias, pairwise, groups)
     number, channels, height, width = x.shape
     attention = attention_of(pairwise, groups, scale, cells=height * width, inner=out_weight.shape[1])
-    weights = [tensor for tensor in (qkv_weight, qkv_bias, out_weight, out_bias) if tensor is not None]
-    if norm is None and x.numel() and cpu.serves(x, weights):
-        return cpu.non_local(x, qkv_weight, qkv_bias, out_weight, out_bias, attention, relu)
+    folds = norm is None or (not training and norm.running_mean is not None)
+    weight, bias = fold_out(norm, out_weight, out_bias) if norm is not None and folds else (out_weight, out_bias)
+    if folds and cpu.serves(x, qkv_weight, qkv_bias, weight, bias):
+        return cpu.non_local(x, qkv_weight, qkv_bias, weight, bias, attention, relu)
     rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
     mixed = mix(rows.view(number, height * width, channels), qkv_weight, qkv_bias, attention)
-    if norm is None or (not training and norm.running_mean is not None):
-        weight, bias = (out_weight, out_bias) if norm is None else fold_out(norm, out_weight, out_bias)
+    if folds:
         y = _project_and_add(rows, mixed, weight, bias, relu)
         return y.view(number, height, width, channels).permute(0, 3, 1, 2)
     y = _normalize_and_add(rows, project(mixed, out_weight, out_bias).flatten(0, 1), norm, relu)

@@ -1,0 +1,90 @@
+"""`doublehead.accelerate` folds torchvision's backbone and RPN head; `fold=False` and `restore` take it back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.rpn import RPNHead
+
+import doublehead
+from doublehead.interop.torchvision.folded import FoldedBackboneWithFPN, FoldedRPNHead
+from doublehead.interop.torchvision.modules import AcceleratedRPN
+from doublehead.models.folded import networks
+from tests.support.torchvision_models import build, pictures
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return build("fasterrcnn_resnet50_fpn").requires_grad_(False)
+
+
+@pytest.fixture
+def folds(monkeypatch) -> list[str]:
+    """The networks that were run folded."""
+    found = []
+    for name in ("run_body", "run_proposal_head"):
+        original = getattr(networks, name)
+        monkeypatch.setattr(networks, name, lambda *a, name=name, original=original: found.append(name) or original(*a))
+    return found
+
+
+def kinds(model: nn.Module) -> list[type]:
+    return [type(model.backbone), type(model.rpn.head)]
+
+
+OURS, THEIRS = [FoldedBackboneWithFPN, FoldedRPNHead], [BackboneWithFPN, RPNHead]
+
+
+def test_they_are_folded_and_come_back(model, folds):
+    model = copy.deepcopy(model)
+    before = [type(module) for module in model.modules()]
+    doublehead.accelerate(model)
+    assert kinds(model) == OURS
+    with torch.no_grad():
+        model(pictures())
+    assert folds == ["run_body", "run_proposal_head"]
+    assert model.backbone in networks._FOLDED and model.rpn.head in networks._FOLDED
+    doublehead.restore(model)
+    assert [type(module) for module in model.modules()] == before
+    assert model.backbone not in networks._FOLDED and model.rpn.head not in networks._FOLDED
+
+
+def test_without_folding(model, folds):
+    model = copy.deepcopy(model)
+    doublehead.accelerate(model, fold=False)
+    assert kinds(model) == THEIRS
+    with torch.no_grad():
+        model(pictures())
+    assert folds == []
+    doublehead.accelerate(model)
+    assert kinds(model) == OURS
+    doublehead.accelerate(model, fold=False)  # takes it back
+    assert kinds(model) == THEIRS and type(model.rpn) is AcceleratedRPN
+    doublehead.restore(model)
+
+
+def test_hooks_inside_are_called(model, folds):
+    model, seen = doublehead.accelerate(copy.deepcopy(model)), []
+    model.backbone.body.layer3.register_forward_hook(lambda *_: seen.append("layer3"))
+    model.rpn.head.cls_logits.register_forward_hook(lambda *_: seen.append("logits"))
+    with torch.no_grad():
+        model(pictures())
+    assert seen == ["layer3", *["logits"] * 5] and folds == []
+
+
+def test_names_of_the_maps_stay(model):
+    model, pixels = copy.deepcopy(model), pictures()[0][None]
+    with torch.no_grad():
+        expected = model.backbone(pixels)
+        found = doublehead.accelerate(model).backbone(pixels)
+    assert list(found) == list(expected) == ["0", "1", "2", "3", "pool"]
+    for name, level in expected.items():
+        assert found[name].is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(found[name], level, rtol=0, atol=1e-4 * level.abs().max().item())
+
+
+def test_eval_with_gradients_runs_the_modules(model, folds):
+    model = doublehead.accelerate(copy.deepcopy(model)).requires_grad_(True)
+    assert model.backbone(pictures()[0][None])["0"].requires_grad and folds == []
