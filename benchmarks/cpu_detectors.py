@@ -135,25 +135,25 @@ def sharing(model: nn.Module) -> nn.Module:
 # How many RoIs pass
 
 
-def classified(model: DoubleHeadRCNN, images: list[Tensor]) -> Tensor:
-    """The first classifier's logits of the first image's proposals: `Tensor[R, classes]`."""
+def classified(model: DoubleHeadRCNN, images: list[Tensor]) -> tuple[Tensor, float]:
+    """The first classifier's logits of the first image's proposals, `Tensor[R, classes]`; the share that got boxes."""
     head = model.detector.heads[model.detector.sources.classes[0]]
     seen = []
     hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output.logits))
     with torch.inference_mode():
         (found,) = model.detect_each(images[:1], [model.detector.readout])[0]
     hook.remove()
-    return seen[0][: found["rois"]].clone()
+    return seen[0][: found["rois"]].clone(), (found["box_rois"] / found["rois"]).item()
 
 
 def scores(model: DoubleHeadRCNN, images: list[Tensor]) -> Tensor:
     """The best foreground score of each proposal: `Tensor[R]`."""
-    return classified(model, images).softmax(1)[:, 1:].amax(1)
+    return classified(model, images)[0].softmax(1)[:, 1:].amax(1)
 
 
 def let_pass(model: DoubleHeadRCNN, images: list[Tensor], share: float) -> None:
     """Move the background's bias so that this share of the RoIs has a class above the score threshold."""
-    logits = classified(model, images).double()
+    logits = classified(model, images)[0].double()
     background, foreground = logits[:, 0], logits[:, 1:]
     # best / (sum of all + background) = threshold, solved for what the background's logit may rise by
     most = foreground.amax(1, keepdim=True)
@@ -165,11 +165,15 @@ def let_pass(model: DoubleHeadRCNN, images: list[Tensor], share: float) -> None:
         classifier.bias[0] += shift.to(classifier.bias.dtype)
 
 
-def share_passing(model: DoubleHeadRCNN, images: list[Tensor]) -> float:
-    """The share of the first image's RoIs that the head with the boxes runs on, in the precision of the call."""
-    with torch.inference_mode():
-        (found,) = model.detect_each(images[:1], [model.detector.readout])[0]
-    return round((found["box_rois"] / found["rois"]).item(), 4)
+def shares_of_rois(model: DoubleHeadRCNN, images: list[Tensor]) -> dict[str, float]:
+    """Of the first image's RoIs, in the precision of the call: which share may be detected, and which got boxes.
+
+    Fewer get boxes than may be detected where the best detections are sure before.
+    """
+    logits, ran = classified(model, images)
+    best = logits.softmax(1)[:, 1:].amax(1)
+    passing = (best > model.detector.readout.least_score).float().mean().item()
+    return {"passing": round(passing, 4), "share": round(ran, 4)}
 
 
 # ---------------------------------------------------------------------------------------------

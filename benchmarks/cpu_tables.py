@@ -28,7 +28,7 @@ def rows_table(case: dict[str, Any]) -> str:
             missing[words(row)] = result["missing"]
             continue
         spent = case["details"]["stages_ms"].get(name, {})
-        share = f" ({row['share']:.0%})" if "share" in row else ""
+        share = f" ({row['share']:.0%} got some)" if "share" in row else ""
         lines.append(
             [
                 DETECTORS[row["detector"]], row["runtime"], row["precision"], row["rois"] + share,

@@ -16,17 +16,21 @@ from doublehead.models import detector
 
 
 def stages(model: nn.Module) -> list[tuple[object, str, str]]:
-    """(object, its function, stage); of nested ones the time counts for the innermost."""
+    """(class or module of code, its function, stage); of nested ones the time counts for the innermost.
+
+    Never an instance's: fast paths step aside where a module's own `forward` was replaced.
+    """
     if hasattr(model, "roi_heads"):
+        transform, heads = type(model.transform), type(model.roi_heads)
         return [
-            (model.transform, "forward", "transform"), (model.transform, "postprocess", "transform"),
-            (model.backbone, "forward", "backbone"), (model.rpn, "forward", "rpn"),
-            (model.roi_heads, "forward", "roi, heads"),
-            (model.roi_heads, "postprocess_detections", "post-processing"),
+            (transform, "forward", "transform"), (transform, "postprocess", "transform"),
+            (type(model.backbone), "forward", "backbone"), (type(model.rpn), "forward", "rpn"),
+            (heads, "forward", "roi, heads"), (heads, "postprocess_detections", "post-processing"),
         ]  # fmt: skip
+    transform = type(model.transform)
     return [
-        (model.transform, "forward", "transform"), (model.transform, "detections", "transform"),
-        (model.detector.backbone, "forward", "backbone"), (model.detector.rpn, "forward", "rpn"),
+        (transform, "forward", "transform"), (transform, "detections", "transform"),
+        (type(model.detector.backbone), "forward", "backbone"), (type(model.detector.rpn), "forward", "rpn"),
         (detector, "run_heads", "roi, heads"), (detector, "detect", "post-processing"),
     ]  # fmt: skip
 

@@ -221,6 +221,8 @@ def _check_numbers(options: Options, kind: Kind) -> None:
         raise UserError("--precision fp16: OpenVINO files (.xml) have fp32, bf16 or int8")
     if options.precision != "int8" and options.data != EvaluationData():
         raise UserError("--data.* are the images that --precision int8 is calibrated on: give both, or neither")
+    if options.precision != "int8" and options.int8_images != Options.int8_images:
+        raise UserError("--int8-images is for --precision int8: give both, or neither")
     if options.int8_images < 1:
         raise UserError(f"--int8-images is {options.int8_images}, at least 1 is accepted")
 

@@ -233,7 +233,9 @@ def _load_openvino(path: Path, precision: str | None) -> ExportedDetector:
     openvino_runtime.check_weights(path, description)
     own = description.get("precision", "fp32")
     if precision not in (None, own) and not {precision, own} <= {"fp32", "bf16"}:
-        raise UserError(f"{path}: computes in {own}, not in {precision}: export it with --precision {precision}")
+        known = precision in ("fp32", "bf16", "int8")
+        hint = f"export it with --precision {precision}" if known else "OpenVINO files are in fp32, bf16 or int8"
+        raise UserError(f"{path}: computes in {own}, not in {precision}: {hint}")
     return in_openvino(graph, description, precision or own)
 
 

@@ -19,6 +19,7 @@ import cpu_tables  # noqa: E402
 import detector_checks  # noqa: E402
 import harness  # noqa: E402
 import smoke_detector  # noqa: E402
+import stages  # noqa: E402
 
 REASON = "this processor has neither AVX512-BF16 nor AMX: bf16 would be emulated"
 
@@ -104,6 +105,18 @@ def test_a_wrong_layer_is_seen_before_anything_is_chosen():
         weight.copy_(weight.roll(1, 0))
     with torch.inference_mode():
         assert detector_checks.off_by_most(detector_checks.inside(model), right) > 0.3
+
+
+def test_the_stages_time_the_whole_and_replace_no_module_s_forward():
+    model, replaced = smoke_detector.tiny_ext().eval(), []
+    for module in (model.transform, model.detector.backbone, model.detector.rpn):
+        module.register_forward_hook(lambda module, *_: replaced.append("forward" in vars(module)))
+    with torch.inference_mode():
+        spent = stages.shares(model, lambda: model([torch.rand(3, 64, 64)]), 1)
+    assert set(spent) == {"transform", "backbone", "rpn", "roi, heads", "post-processing"}
+    assert all(value > 0 for value in spent.values())
+    assert replaced == [False] * 3
+    assert "watch" not in type(model.detector.backbone).forward.__qualname__
 
 
 def test_what_takes_too_long_is_given_up():

@@ -267,6 +267,7 @@ def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
         (("RUN", "OUT/a.onnx", "--precision", "int8"), "--precision int8 is for OpenVINO files (.xml)"),
         (("RUN", "OUT/a.xml", "--data.root", "OUT"), "--data.* are the images that --precision int8 is calibrated on"),
         (("RUN", "OUT/a.xml", "--precision", "int8", "--int8-images", "0"), "--int8-images is 0, at least 1"),
+        (("RUN", "OUT/a.xml", "--int8-images", "3"), "--int8-images is for --precision int8: give both, or neither"),
         (("OUT/none", "OUT/a.pt2"), "none: no such file"),
         (("OUT", "OUT/a.pt2"), "this folder has no model.safetensors"),
         (("RUN", "OUT/a.pt2", "--format", "tensorrt"), "tensorrt"),

@@ -113,6 +113,8 @@ def test_bf16_where_the_processor_has_none(written, monkeypatch):
     assert load(written, precision="bf16").precision == "bf16" and asked == ["fp32", "bf16"]
     with pytest.raises(UserError, match=r"a.xml: computes in fp32, not in int8: export it with --precision int8"):
         load(written, precision="int8")
+    with pytest.raises(UserError, match=r"a.xml: computes in fp32, not in fp16: OpenVINO files are in fp32, bf16 or"):
+        load(written, precision="fp16")
 
 
 def test_threads_and_precision_are_those_asked_for(written):

@@ -242,8 +242,17 @@ def test_triton_training(triton_kernels, poisoned, name):
     check_training_in_float32(name, triton_kernels)
 
 
+@pytest.fixture
+def two_threads():
+    """Sums are split by the number of threads, and with one the fused ones of two cases round worse than 2x."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_cpu_training_in_float32(name):
+def test_cpu_training_in_float32(two_threads, name):
     check_training_in_float32(name, "cpu")
 
 
