@@ -62,8 +62,8 @@ class Weights:
         return packed
 
 
-def fold(layer: Layer, conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype, sizes: int) -> Weights:
-    """Fold the norm in float64 and round once."""
+def fold(layer: Layer, conv: nn.Module, norm: nn.Module | None, dtype: torch.dtype, sizes: int) -> Weights:
+    """Fold the norm in float64 and round once; `conv` is anything with a weight and a bias."""
     weight, bias = conv.weight.double(), None if conv.bias is None else conv.bias.double()
     if norm is not None:
         scale = torch.rsqrt(norm.running_var.double() + norm.eps)
