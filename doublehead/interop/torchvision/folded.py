@@ -9,6 +9,7 @@ from collections import OrderedDict
 
 from torch import Tensor
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.rpn import RPNHead
 
 from ...models import folded
@@ -30,4 +31,34 @@ class FoldedRPNHead(RPNHead):
         return super().forward(x) if outputs is None else outputs
 
 
-FOLDED = {BackboneWithFPN: FoldedBackboneWithFPN, RPNHead: FoldedRPNHead}
+class FoldedTwoMLPHead(TwoMLPHead):
+    """The box head's two fully connected layers; the pooled maps are read as they lie."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        vectors = folded.one_after_other(self, [self.fc6, self.fc7], x) if _as_defined(TwoMLPHead) else None
+        return super().forward(x) if vectors is None else vectors
+
+
+class FoldedFastRCNNPredictor(FastRCNNPredictor):
+    """Scores and deltas, in one product."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        layers = [self.cls_score, self.bbox_pred]
+        outputs = folded.side_by_side(self, layers, x) if _as_defined(FastRCNNPredictor) else None
+        return super().forward(x) if outputs is None else tuple(outputs)
+
+
+_FORWARDS = {kind: kind.forward for kind in (TwoMLPHead, FastRCNNPredictor)}
+
+
+def _as_defined(kind: type) -> bool:
+    """Whether nobody has put another `forward` into the class for all its modules."""
+    return kind.forward is _FORWARDS[kind]
+
+
+FOLDED = {
+    BackboneWithFPN: FoldedBackboneWithFPN,
+    RPNHead: FoldedRPNHead,
+    TwoMLPHead: FoldedTwoMLPHead,
+    FastRCNNPredictor: FoldedFastRCNNPredictor,
+}
