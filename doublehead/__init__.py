@@ -87,7 +87,7 @@ def accelerate(model: Model, fold: bool = True) -> Model:
     are PyTorch's and torchvision's own, frozen batch norms take one pass instead of two, and images on a CPU become
     channels-last.  At inference without gradients on a CPU, a ResNet's batch norms are folded into its convolutions,
     together with ReLU and sums; what is folded is remembered, as much memory again as the backbone's weights take, and
-    computed anew when a weight changes (writing through `.data` is not seen: `restore` and accelerate again).  With
+    computed anew when a weight changes (writing through `.data` is not seen: call `model.eval()` after it).  With
     hooks on an inner layer, or layers of other classes, the backbone runs as it is.  Only the classes of these modules
     change, to subclasses; weights, hooks and all other attributes stay.  So `state_dict`, training, `copy.deepcopy` and
     pickling work as before.

@@ -21,6 +21,10 @@ class FoldedBackboneWithFPN(BackboneWithFPN):
         maps = folded.backbone(self, self.body, self.fpn, x)
         return super().forward(x) if maps is None else OrderedDict(maps)
 
+    def train(self, mode: bool = True) -> FoldedBackboneWithFPN:
+        folded.forget(self)
+        return super().train(mode)
+
 
 class FoldedRPNHead(RPNHead):
     """Hidden convolutions and both outputs of every level."""
@@ -28,6 +32,10 @@ class FoldedRPNHead(RPNHead):
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         outputs = folded.rpn_head(self, [self.conv], self.cls_logits, self.bbox_pred, x)
         return super().forward(x) if outputs is None else outputs
+
+    def train(self, mode: bool = True) -> FoldedRPNHead:
+        folded.forget(self)
+        return super().train(mode)
 
 
 FOLDED = {BackboneWithFPN: FoldedBackboneWithFPN, RPNHead: FoldedRPNHead}

@@ -100,7 +100,7 @@ def _folded(
     dtype = layer_dtype(maps[0])
     cache = _FOLDED.setdefault(owner, FoldedWeights())
     kind = (dtype, onednn.is_available(dtype), plan)
-    weights = cache.get(reader.tensors, kind, lambda: _fold(reader, dtype, len(maps)))
+    weights = cache.get([*reader.tensors, *reader.counters], kind, lambda: _fold(reader, dtype, len(maps)))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         return run(plan, weights, [x.to(dtype).contiguous(memory_format=torch.channels_last) for x in maps])
 
