@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.rpn import RPNHead
@@ -15,7 +15,15 @@ from torchvision.models.detection.rpn import RPNHead
 from ...models import folded
 
 
-class FoldedBackboneWithFPN(BackboneWithFPN):
+class _Folded(nn.Module):
+    """What is folded is forgotten by `train()` and `eval()`."""
+
+    def train(self, mode: bool = True) -> _Folded:
+        folded.forget(self)
+        return super().train(mode)
+
+
+class FoldedBackboneWithFPN(_Folded, BackboneWithFPN):
     """A ResNet with a feature pyramid; the maps are channels-last."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -23,7 +31,7 @@ class FoldedBackboneWithFPN(BackboneWithFPN):
         return super().forward(x) if maps is None else OrderedDict(maps)
 
 
-class FoldedRPNHead(RPNHead):
+class FoldedRPNHead(_Folded, RPNHead):
     """Hidden convolutions and both outputs of every level."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -31,7 +39,7 @@ class FoldedRPNHead(RPNHead):
         return super().forward(x) if outputs is None else outputs
 
 
-class FoldedTwoMLPHead(TwoMLPHead):
+class FoldedTwoMLPHead(_Folded, TwoMLPHead):
     """The box head's two fully connected layers; the pooled maps are read as they lie."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,7 +47,7 @@ class FoldedTwoMLPHead(TwoMLPHead):
         return super().forward(x) if vectors is None else vectors
 
 
-class FoldedFastRCNNPredictor(FastRCNNPredictor):
+class FoldedFastRCNNPredictor(_Folded, FastRCNNPredictor):
     """Scores and deltas, in one product."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,8 +56,9 @@ class Weights:
         if packed is None:
             with torch.inference_mode(False):
                 packed = onednn.pack(self.weight, layer.stride, layer.padding, x.shape)
-            while len(self._packed) >= self._sizes:
-                self._packed.pop(next(iter(self._packed)), None)  # the oldest; another thread may have done it
+            oldest = list(self._packed)[: max(len(self._packed) + 1 - self._sizes, 0)]  # threads share the weights
+            for other in oldest:
+                self._packed.pop(other, None)
             self._packed[key] = packed
         return packed
 
