@@ -119,6 +119,31 @@ def test_rpn_heads(runs, depth):
     assert len(runs) == 2
 
 
+@pytest.mark.parametrize("changed", [None, "kernel", "bias", "stride"])
+@torch.no_grad()
+def test_both_outputs_of_rpn_heads_are_one_convolution(monkeypatch, runs, changed):
+    """Where they differ in no more than their channels; what is given out lies as before, in memory of its own."""
+    outputs, original = [], networks.fold
+    monkeypatch.setattr(
+        networks, "fold", lambda layer, *source: outputs.append(layer.outputs) or original(layer, *source)
+    )
+    torch.manual_seed(0)
+    head, maps = RPNHead(24, 3).eval().requires_grad_(False), [torch.randn(2, 24, 20, 28), torch.randn(2, 24, 10, 14)]
+    if changed is not None:
+        options = {"kernel": {"kernel_size": 3, "padding": 1}, "bias": {"bias": False}, "stride": {"stride": (1, 2)}}
+        head.bbox_pred = nn.Conv2d(24, 12, **{"kernel_size": 1, **options[changed]}).eval().requires_grad_(False)
+    found = _of_head(head, maps)
+    plain, exact = head(maps), copy.deepcopy(head).double()([x.double() for x in maps])
+    assert outputs == ([24, 15] if changed is None else [24, 3, 12]) and len(runs) == 1
+    for parts in zip(found, plain, exact, strict=True):
+        assert_exact(*parts)
+    storages = {y.untyped_storage().data_ptr() for part in found for y in part}
+    assert len(storages) == 4 and all(y.untyped_storage().nbytes() == 4 * y.numel() for part in found for y in part)
+    before = found[0][0]
+    head.cls_logits.bias.add_(1)
+    torch.testing.assert_close(_of_head(head, maps)[0][0], before + 1)
+
+
 def _of_head(head: RPNHead, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     found = folded.rpn_head(head, [head.conv], head.cls_logits, head.bbox_pred, maps)
     return head(maps) if found is None else found
@@ -257,6 +282,10 @@ CHANGES = {
     "another epsilon": lambda body: setattr(body.body.layer1[0].bn1, "eps", 0.5),
     "another stride": lambda body: setattr(body.body.layer1[0].conv1, "padding", (0, 0)) or
                                    setattr(body.body.layer1[0].conv2, "padding", (2, 2)),
+    "statistics of a norm in training": lambda body: body.body.bn1.train()(torch.randn(2, 64, 4, 4)) is
+                                                     body.body.bn1.eval(),
+    "the same memory in another order": lambda body: setattr(body.body.conv1.weight, "data",
+                                                            body.body.conv1.weight.data.transpose(2, 3)),
     "another layer": lambda body: setattr(body.body, "maxpool", nn.MaxPool2d(2, 2).eval()),
     "loaded": lambda body: body.load_state_dict(build(norm_eps=0.1).state_dict()),
 }  # fmt: skip
@@ -265,7 +294,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
 def test_changes_are_seen(runs, change):
-    body = build()
+    body = build(norm="batch_norm" if "training" in change else "frozen_batch_norm")
     before = body(PIXELS)[0]
     if change == "loaded":
         torch.manual_seed(1)
@@ -321,7 +350,7 @@ def test_weights_are_packed_for_the_size_of_the_maps(monkeypatch):
     sizes.clear()
     for _ in range(2):
         _of_head(head, maps)
-    assert len(sizes) == 3 * len(maps)  # every level's once
+    assert len(sizes) == 2 * len(maps)  # every level's once: the hidden convolution's, and both outputs' as one
 
 
 @pytest.mark.parametrize("broken", ["weight", "pixels"])

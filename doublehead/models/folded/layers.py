@@ -62,8 +62,9 @@ class Weights:
         if packed is None:
             with torch.inference_mode(False):
                 packed = onednn.pack(self.weight, layer.stride, layer.padding, x.shape)
-            while len(self._packed) >= self._sizes:
-                self._packed.pop(next(iter(self._packed)), None)  # the oldest; another thread may have done it
+            oldest = list(self._packed)[: max(len(self._packed) + 1 - self._sizes, 0)]  # threads share the weights
+            for other in oldest:
+                self._packed.pop(other, None)
             self._packed[key] = packed
         return packed
 
@@ -75,8 +76,8 @@ class Weights:
         return self._transformed
 
 
-def fold(layer: Layer, conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype, sizes: int) -> Weights:
-    """Fold the norm in float64 and round once."""
+def fold(layer: Layer, conv: nn.Module, norm: nn.Module | None, dtype: torch.dtype, sizes: int) -> Weights:
+    """Fold the norm in float64 and round once; `conv` is anything with a weight and a bias."""
     weight, bias = conv.weight.double(), None if conv.bias is None else conv.bias.double()
     if norm is not None:
         scale = torch.rsqrt(norm.running_var.double() + norm.eps)
