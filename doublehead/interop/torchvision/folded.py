@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.rpn import RPNHead
 
 from ...models import folded
@@ -39,6 +40,26 @@ class FoldedTwoMLPHead(TwoMLPHead):
         return super().forward(x) if vectors is None else vectors
 
 
+class FoldedFastRCNNConvFCHead(FastRCNNConvFCHead):
+    """Convolutions with their norms, then fully connected layers; where a part does not fold, its modules run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        modules = list(self)
+        middle = [index for index, module in enumerate(modules) if type(module) is nn.Flatten]
+        if torch.compiler.is_compiling() or not _as_defined(FastRCNNConvFCHead) or len(middle) != 1:
+            return super().forward(x)
+        convs, rest = modules[: middle[0]], modules[middle[0] :]
+        maps = folded.sequence(self, convs, x) if convs else None
+        for module in convs if maps is None else []:
+            x = module(x)
+        x = x if maps is None else maps
+        layers = folded.with_relu(rest)
+        vectors = folded.one_after_other(layers[0], layers, x) if layers else None
+        for module in rest if vectors is None else []:
+            x = module(x)
+        return x if vectors is None else vectors
+
+
 class FoldedFastRCNNPredictor(FastRCNNPredictor):
     """Scores and deltas, in one product."""
 
@@ -48,7 +69,7 @@ class FoldedFastRCNNPredictor(FastRCNNPredictor):
         return super().forward(x) if outputs is None else tuple(outputs)
 
 
-_FORWARDS = {kind: kind.forward for kind in (TwoMLPHead, FastRCNNPredictor)}
+_FORWARDS = {kind: kind.forward for kind in (TwoMLPHead, FastRCNNConvFCHead, FastRCNNPredictor)}
 
 
 def _as_defined(kind: type) -> bool:
@@ -60,5 +81,6 @@ FOLDED = {
     BackboneWithFPN: FoldedBackboneWithFPN,
     RPNHead: FoldedRPNHead,
     TwoMLPHead: FoldedTwoMLPHead,
+    FastRCNNConvFCHead: FoldedFastRCNNConvFCHead,
     FastRCNNPredictor: FoldedFastRCNNPredictor,
 }
