@@ -86,9 +86,10 @@ def accelerate(model: Model, fold: bool = True) -> Model:
     post-processing of detections, at inference and in training.  If all layers of the backbone and of the RPN's head
     are PyTorch's and torchvision's own, frozen batch norms take one pass instead of two, and images on a CPU become
     channels-last.  At inference without gradients on a CPU, a ResNet's batch norms are folded into its convolutions,
-    together with ReLU and sums; what is folded is remembered, as much memory again as the backbone's weights take, and
-    computed anew when a weight changes (writing through `.data` is not seen: call `model.eval()` after it).  With
-    hooks on an inner layer, or layers of other classes, the backbone runs as it is.  Only the classes of these modules
+    together with ReLU and sums, and in float32 the box head's fully connected layers run as blocks of products.  The
+    result is remembered, as much memory again as the backbone's weights and twice the box head's take, and computed
+    anew when a weight changes (writing through `.data` is not seen: call `model.eval()` after it).  Where inner layers
+    have hooks or are of other classes, the backbone or the head runs as it is.  Only the classes of these modules
     change, to subclasses; weights, hooks and all other attributes stay.  So `state_dict`, training, `copy.deepcopy` and
     pickling work as before.
 
@@ -103,7 +104,7 @@ def accelerate(model: Model, fold: bool = True) -> Model:
     Args:
         model: a model of these families, from any builder in `torchvision.models.detection` or built by hand.
             Accelerating it again changes only parts that were exchanged since.
-        fold: False: leaves the backbone's and the RPN's layers as they are, and takes folding back.
+        fold: False: leaves the layers of backbone, RPN and box head as they are, and takes folding back.
 
     Returns:
         `model` itself.

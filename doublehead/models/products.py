@@ -12,6 +12,9 @@ from torch.nn.functional import conv2d
 from ..ops import int8, onednn
 from ..ops.int8 import Grid, reference
 
+SIZES = 2
+"""For how many sizes of its input a layer keeps packed weights: those of a batch's full chunks and of its last one."""
+
 
 class Layer(NamedTuple):
     """A product of a tower: a convolution that keeps the size, with the batch norm after it, or a linear layer."""
@@ -61,22 +64,34 @@ class FloatProduct(Product):
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
         self._dtype, self._padding = dtype, [weight.shape[-1] // 2] * 2
         self._by_onednn = onednn.is_available(dtype)
-        weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
-        self._weight = onednn.pack(weight, padding=self._padding) if self._by_onednn else weight
+        self._weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
         self._bias = bias.to(dtype)
+        self._packed: dict[tuple[torch.Size, int], Tensor] = {}
 
     def __call__(self, x: Tensor, relu: bool = False, to: Product | None = None) -> Tensor:
         x = x.to(self._dtype)
         if self._by_onednn:
-            return onednn.convolution(x, self._weight, self._bias, padding=self._padding, relu=relu).float()
+            return onednn.convolution(x, self._pack(x), self._bias, padding=self._padding, relu=relu).float()
         y = conv2d(x, self._weight, self._bias, padding=self._padding).float()
         return y.relu_() if relu else y
 
     def add(self, to: Tensor, x: Tensor, relu: bool = False) -> Tensor:
         if self._by_onednn and self._dtype == torch.float32:
-            return onednn.add_convolution(to, x, self._weight, self._bias, padding=self._padding, relu=relu)
+            return onednn.add_convolution(to, x, self._pack(x), self._bias, padding=self._padding, relu=relu)
         y = to.add_(FloatProduct.__call__(self, x))
         return y.relu_() if relu else y
+
+    def _pack(self, x: Tensor) -> Tensor:
+        """The weight as oneDNN prefers it for maps of the size of `x`, on this many threads."""
+        key = (x.shape, torch.get_num_threads())
+        packed = self._packed.pop(key, None)
+        if packed is None:
+            with torch.inference_mode(False):
+                packed = onednn.pack(self._weight, padding=self._padding, size=x.shape)
+            while len(self._packed) >= SIZES:
+                self._packed.pop(next(iter(self._packed)), None)  # used longest ago; another thread may have done it
+        self._packed[key] = packed  # the last to go
+        return packed
 
 
 class RecordedProduct(FloatProduct):

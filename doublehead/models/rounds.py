@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops._library import in_dispatch_mode
 from .detections import detect
 from .heads import HeadOutput
 from .readout import ReadOut
@@ -43,7 +44,9 @@ def stops_early(readout: ReadOut, passes: Tensor) -> bool:
     Args:
         passes: bool `Tensor[B, R]`: the RoIs that may be detected.
     """
-    if readout.gated or readout.detection.max_detections < 1 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_dispatch_mode():  # there may be no values to read
+        return False
+    if readout.gated or readout.detection.max_detections < 1:
         return False
     return passes.device.type == "cpu" and passes.shape[1] > FIRST and int(passes.sum(1).amax()) > FIRST
 

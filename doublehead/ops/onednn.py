@@ -105,6 +105,8 @@ def add_convolution(
 
 LINEAR_ROWS = 500
 """Rows of a product at a time: packed weights serve one number of rows."""
+LINEAR_OVERLAP = 0.2
+"""Share of a block's rows that may be computed twice, so that the last rows make a full block."""
 LINEAR_COLUMNS = 896
 """Input channels at a time, so that a block of weights stays in the cache."""
 
@@ -134,11 +136,16 @@ def linear(x: Tensor, packed: PackedLinear, relu: bool = False) -> Tensor:
     """A fully connected layer and, with `relu`, ReLU: `Tensor[M, I]` -> `Tensor[M, O]`, in float32, without a gradient.
 
     Blocks of rows and columns, each product a 1x1 convolution that adds to the result in place.  The last `M %
-    LINEAR_ROWS` rows go through PyTorch's `linear`.
+    LINEAR_ROWS` rows make a full block with a few of those before; where it would be many, they go through PyTorch's
+    `linear`.
     """
     y = x.new_empty((len(x), len(packed.weight)))
     split = len(x) // LINEAR_ROWS * LINEAR_ROWS
-    for begin in range(0, split, LINEAR_ROWS):
+    begins = list(range(0, split, LINEAR_ROWS))
+    if split and 0 < split + LINEAR_ROWS - len(x) <= LINEAR_OVERLAP * LINEAR_ROWS:
+        begins.append(len(x) - LINEAR_ROWS)
+        split = len(x)
+    for begin in begins:
         rows, to = x[begin : begin + LINEAR_ROWS], y[begin : begin + LINEAR_ROWS]
         to.copy_(packed.bias)
         columns = rows.split(LINEAR_COLUMNS, dim=1)

@@ -1,4 +1,4 @@
-"""`doublehead.accelerate` folds torchvision's backbone and RPN head; `fold=False` and `restore` take it back."""
+"""`doublehead.accelerate` folds torchvision's backbone, RPN and box head; `fold=False` and `restore` take it back."""
 
 import copy
 
@@ -6,12 +6,19 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.rpn import RPNHead
 
 import doublehead
-from doublehead.interop.torchvision.folded import FoldedBackboneWithFPN, FoldedRPNHead
+from doublehead.interop.torchvision.folded import (
+    FoldedBackboneWithFPN,
+    FoldedFastRCNNPredictor,
+    FoldedRPNHead,
+    FoldedTwoMLPHead,
+)
 from doublehead.interop.torchvision.modules import AcceleratedRPN
 from doublehead.models.folded import networks
+from doublehead.ops import onednn
 from tests.support.torchvision_models import build, pictures
 
 
@@ -27,14 +34,22 @@ def folds(monkeypatch) -> list[str]:
     for name in ("run_body", "run_proposal_head"):
         original = getattr(networks, name)
         monkeypatch.setattr(networks, name, lambda *a, name=name, original=original: found.append(name) or original(*a))
+    linear = onednn.linear
+    monkeypatch.setattr(onednn, "linear", lambda *a, **b: found.append("linear") or linear(*a, **b))
+    monkeypatch.setattr(onednn, "LINEAR_ROWS", 8)
     return found
 
 
 def kinds(model: nn.Module) -> list[type]:
-    return [type(model.backbone), type(model.rpn.head)]
+    return [type(module) for module in folded_of(model)]
 
 
-OURS, THEIRS = [FoldedBackboneWithFPN, FoldedRPNHead], [BackboneWithFPN, RPNHead]
+def folded_of(model: nn.Module) -> list[nn.Module]:
+    return [model.backbone, model.rpn.head, model.roi_heads.box_head, model.roi_heads.box_predictor]
+
+
+OURS = [FoldedBackboneWithFPN, FoldedRPNHead, FoldedTwoMLPHead, FoldedFastRCNNPredictor]
+THEIRS = [BackboneWithFPN, RPNHead, TwoMLPHead, FastRCNNPredictor]
 
 
 def test_they_are_folded_and_come_back(model, folds):
@@ -44,11 +59,11 @@ def test_they_are_folded_and_come_back(model, folds):
     assert kinds(model) == OURS
     with torch.no_grad():
         model(pictures())
-    assert folds == ["run_body", "run_proposal_head"]
-    assert model.backbone in networks._FOLDED and model.rpn.head in networks._FOLDED
+    assert folds == ["run_body", "run_proposal_head", "linear", "linear", "linear"]
+    assert all(module in networks._FOLDED for module in folded_of(model))
     doublehead.restore(model)
     assert [type(module) for module in model.modules()] == before
-    assert model.backbone not in networks._FOLDED and model.rpn.head not in networks._FOLDED
+    assert not any(module in networks._FOLDED for module in folded_of(model))
 
 
 def test_without_folding(model, folds):
@@ -71,7 +86,7 @@ def test_hooks_inside_are_called(model, folds):
     model.rpn.head.cls_logits.register_forward_hook(lambda *_: seen.append("logits"))
     with torch.no_grad():
         model(pictures())
-    assert seen == ["layer3", *["logits"] * 5] and folds == []
+    assert seen == ["layer3", *["logits"] * 5] and folds == ["linear"] * 3
 
 
 def test_eval_makes_writes_through_data_seen(model):

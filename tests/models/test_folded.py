@@ -118,6 +118,31 @@ def test_rpn_heads(runs, depth):
     assert len(runs) == 2
 
 
+@pytest.mark.parametrize("changed", [None, "kernel", "bias", "stride"])
+@torch.no_grad()
+def test_both_outputs_of_rpn_heads_are_one_convolution(monkeypatch, runs, changed):
+    """Where they differ in no more than their channels; what is given out lies as before, in memory of its own."""
+    outputs, original = [], networks.fold
+    monkeypatch.setattr(
+        networks, "fold", lambda layer, *source: outputs.append(layer.outputs) or original(layer, *source)
+    )
+    torch.manual_seed(0)
+    head, maps = RPNHead(24, 3).eval().requires_grad_(False), [torch.randn(2, 24, 20, 28), torch.randn(2, 24, 10, 14)]
+    if changed is not None:
+        options = {"kernel": {"kernel_size": 3, "padding": 1}, "bias": {"bias": False}, "stride": {"stride": (1, 2)}}
+        head.bbox_pred = nn.Conv2d(24, 12, **{"kernel_size": 1, **options[changed]}).eval().requires_grad_(False)
+    found = _of_head(head, maps)
+    plain, exact = head(maps), copy.deepcopy(head).double()([x.double() for x in maps])
+    assert outputs == ([24, 15] if changed is None else [24, 3, 12]) and len(runs) == 1
+    for parts in zip(found, plain, exact, strict=True):
+        assert_exact(*parts)
+    storages = {y.untyped_storage().data_ptr() for part in found for y in part}
+    assert len(storages) == 4 and all(y.untyped_storage().nbytes() == 4 * y.numel() for part in found for y in part)
+    before = found[0][0]
+    head.cls_logits.bias.add_(1)
+    torch.testing.assert_close(_of_head(head, maps)[0][0], before + 1)
+
+
 def _of_head(head: RPNHead, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     found = folded.rpn_head(head, [head.conv], head.cls_logits, head.bbox_pred, maps)
     return head(maps) if found is None else found
@@ -273,7 +298,7 @@ def test_weights_are_packed_for_the_size_of_the_maps(monkeypatch):
     sizes.clear()
     for _ in range(2):
         _of_head(head, maps)
-    assert len(sizes) == 3 * len(maps)  # every level's once
+    assert len(sizes) == 2 * len(maps)  # every level's once: the hidden convolution's, and both outputs' as one
 
 
 @pytest.mark.parametrize("broken", ["weight", "pixels"])

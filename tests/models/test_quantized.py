@@ -14,9 +14,10 @@ from doublehead.models.conv_tower import ConvTower
 from doublehead.models.detector import Detector, build_detector
 from doublehead.models.layered import Layered
 from doublehead.models.observing import Histogram
-from doublehead.models.products import Int8Product, ScaledMaps
+from doublehead.models.products import FloatProduct, Int8Product, ScaledMaps
 from doublehead.models.quantized import int8_layers, int8_support, layers_in_int8, observe, use_float, use_int8
 from doublehead.models.towers import FCTower
+from doublehead.ops import onednn
 from doublehead.ops.int8 import grid_of
 from tests.support.tiny_detectors import batch, lively, tiny
 
@@ -355,3 +356,32 @@ def test_scales_clip_rare_outliers():
     whole.counts *= 100
     whole.add(torch.full((3,), 100.0))
     assert whole.scale(True) * 127.5 < 30
+
+
+@torch.inference_mode()
+def test_layers_in_float_are_packed_for_the_size_of_their_input(monkeypatch):
+    """Packed for another size or number of threads, oneDNN may lay the weights out anew at every call."""
+    if not onednn.is_available(torch.float32):
+        pytest.skip("this build of PyTorch lacks oneDNN's convolutions")
+    given, threads = [], [1]
+    original = onednn.pack
+
+    def pack(weight, stride=(1, 1), padding=(0, 0), size=None):
+        given.append((list(padding), tuple(size), threads[0]))
+        return original(weight, stride, padding, size)
+
+    monkeypatch.setattr(onednn, "pack", pack)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    product = FloatProduct(torch.randn(6, 8, 3, 3), torch.randn(6), torch.float32)
+    assert given == []
+    x = inputs()
+    for number in (16, 16, 8, 16, 5, 16):  # 5: in place of 8, which was used longest ago
+        product(x[:number])
+    assert given == [([1, 1], (number, 8, 7, 7), 1) for number in (16, 8, 5)]
+    threads[0] = 2
+    product(x[:16])
+    assert given[3:] == [([1, 1], (16, 8, 7, 7), 2)]
+    weight, to = torch.randn(6, 8, 1, 1), torch.randn(16, 6, 7, 7).contiguous(memory_format=torch.channels_last)
+    expected = torch.nn.functional.conv2d(x[:16], weight) + to
+    torch.testing.assert_close(FloatProduct(weight, torch.zeros(6), torch.float32).add(to, x[:16]), expected)
+    assert given[4:] == [([0, 0], (16, 8, 7, 7), 2)]

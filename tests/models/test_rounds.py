@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from doublehead.models import build_detector, rounds
 from doublehead.models.detections import detect
@@ -91,6 +92,8 @@ def test_rounds_are_for_crowded_images_on_a_cpu():
     assert stops_early(readout, many) and not stops_early(readout, few)
     assert not stops_early(readout, many.to("meta"))
     assert not stops_early(readout.replace(max_detections=0), many)
+    with FakeTensorMode() as fake:
+        assert not stops_early(readout, fake.from_tensor(many))
     ext = resolve_readout(tiny("double_head_ext"), ext_gate=0.3)
     assert ext.skips and not stops_early(ext, many)  # the conv-head may raise a score
 

@@ -37,7 +37,7 @@ def test_convolutions_on_packed_weights(kernel, size):
 
 
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 16, 19])
+@pytest.mark.parametrize("rows", [0, 1, 6, 7, 8, 9, 15, 16, 19, 22])
 @pytest.mark.parametrize("columns", [1, 24, 25, 60])
 def test_linear(monkeypatch, rows, columns, relu):
     monkeypatch.setattr(onednn, "LINEAR_ROWS", 8)
@@ -63,6 +63,19 @@ def test_linear_at_its_own_block_sizes_and_nan_stays_in_its_row():
     assert not found[1].isfinite().any() and not found[-1].isfinite().any()
     exact = linear(x[rows].double(), weight.double(), bias.double())
     assert_as_exact(found[rows], linear(x[rows], weight, bias), exact)
+
+
+@pytest.mark.parametrize(("rows", "begins", "rest"), [(10, [0], 0), (15, [0], 5), (18, [0, 8], 0), (7, [], 7)])
+def test_the_last_rows_make_a_full_block_where_few_are_missing(monkeypatch, rows, begins, rest):
+    monkeypatch.setattr(onednn, "LINEAR_ROWS", 10)
+    x, weight, bias = randn(rows, 8), randn(4, 8, seed=1), randn(4, seed=2)
+    packed, found, plain = onednn.pack_linear(weight, bias), [], []
+    add, addmm = onednn.add_convolution, torch.addmm
+    monkeypatch.setattr(onednn, "add_convolution", lambda to, x, *a: found.append((x.storage_offset() // 8, x.shape[2]))
+                        or add(to, x, *a))  # fmt: skip
+    monkeypatch.setattr(torch, "addmm", lambda bias, x, *a, **b: plain.append(len(x)) or addmm(bias, x, *a, **b))
+    torch.testing.assert_close(onednn.linear(x, packed), linear(x, weight, bias))
+    assert found == [(begin, 10) for begin in begins] and plain == [rest] * (rest > 0)
 
 
 def test_linear_takes_rows_that_are_not_contiguous(monkeypatch):

@@ -91,7 +91,8 @@ def _swaps(model: nn.Module, fold: bool) -> list[tuple[nn.Module, type]]:
     own = [model.rpn, heads, *(getattr(heads, name) for name in POOLS)]
     if _known_layers(model.backbone, model.rpn.head):  # other layers may not support channels-last memory
         own += [model.transform, *model.backbone.modules()]
-        swaps |= _folding(model) if fold else {}
+        swaps |= _folding(model.backbone, model.rpn.head) if fold else {}
+    swaps |= _folding(heads.box_head, heads.box_predictor) if fold else {}
     swaps |= {module: ACCELERATED[type(module)] for module in own if type(module) in ACCELERATED}
     if heads.box_roi_pool in swaps and _known_layers(heads.box_head, heads.box_predictor):
         shared = heads.box_roi_pool in (heads.mask_roi_pool, heads.keypoint_roi_pool)
@@ -99,8 +100,8 @@ def _swaps(model: nn.Module, fold: bool) -> list[tuple[nn.Module, type]]:
     return list(swaps.items())
 
 
-def _folding(model: nn.Module) -> dict[nn.Module, type]:
-    return {module: FOLDED[type(module)] for module in (model.backbone, model.rpn.head) if type(module) in FOLDED}
+def _folding(*modules: nn.Module) -> dict[nn.Module, type]:
+    return {module: FOLDED[type(module)] for module in modules if type(module) in FOLDED}
 
 
 def _put_back(model: nn.Module, theirs: Iterable[type]) -> None:

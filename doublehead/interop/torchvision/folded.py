@@ -7,35 +7,66 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.rpn import RPNHead
 
 from ...models import folded
 
 
-class FoldedBackboneWithFPN(BackboneWithFPN):
+class _Folded(nn.Module):
+    """What is folded is forgotten by `train()` and `eval()`."""
+
+    def train(self, mode: bool = True) -> _Folded:
+        folded.forget(self)
+        return super().train(mode)
+
+
+class FoldedBackboneWithFPN(_Folded, BackboneWithFPN):
     """A ResNet with a feature pyramid; the maps are channels-last."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         maps = folded.backbone(self, self.body, self.fpn, x)
         return super().forward(x) if maps is None else OrderedDict(maps)
 
-    def train(self, mode: bool = True) -> FoldedBackboneWithFPN:
-        folded.forget(self)
-        return super().train(mode)
 
-
-class FoldedRPNHead(RPNHead):
+class FoldedRPNHead(_Folded, RPNHead):
     """Hidden convolutions and both outputs of every level."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         outputs = folded.rpn_head(self, [self.conv], self.cls_logits, self.bbox_pred, x)
         return super().forward(x) if outputs is None else outputs
 
-    def train(self, mode: bool = True) -> FoldedRPNHead:
-        folded.forget(self)
-        return super().train(mode)
+
+class FoldedTwoMLPHead(_Folded, TwoMLPHead):
+    """The box head's two fully connected layers; the pooled maps are read as they lie."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        vectors = folded.one_after_other(self, [self.fc6, self.fc7], x) if _as_defined(TwoMLPHead) else None
+        return super().forward(x) if vectors is None else vectors
 
 
-FOLDED = {BackboneWithFPN: FoldedBackboneWithFPN, RPNHead: FoldedRPNHead}
+class FoldedFastRCNNPredictor(_Folded, FastRCNNPredictor):
+    """Scores and deltas, in one product."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        layers = [self.cls_score, self.bbox_pred]
+        outputs = folded.side_by_side(self, layers, x) if _as_defined(FastRCNNPredictor) else None
+        return super().forward(x) if outputs is None else tuple(outputs)
+
+
+_FORWARDS = {kind: kind.forward for kind in (TwoMLPHead, FastRCNNPredictor)}
+
+
+def _as_defined(kind: type) -> bool:
+    """Whether nobody has put another `forward` into the class for all its modules."""
+    return kind.forward is _FORWARDS[kind]
+
+
+FOLDED = {
+    BackboneWithFPN: FoldedBackboneWithFPN,
+    RPNHead: FoldedRPNHead,
+    TwoMLPHead: FoldedTwoMLPHead,
+    FastRCNNPredictor: FoldedFastRCNNPredictor,
+}

@@ -17,14 +17,19 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def may_fold(maps: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
     """Whether nothing but the result of a network with these weights, called on these maps, is wanted."""
+    return all(x.dim() == 4 for x in maps) and may_stand_in(maps, tensors)
+
+
+def may_stand_in(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
+    """As `may_fold`, for inputs of any shape."""
     if in_dispatch_mode() or forward_ad._current_level >= 0 or has_global_hooks():
         return False
-    if not all(_is_plain(tensor) for tensor in (*maps, *tensors)) or not all(x.dim() == 4 and x.numel() for x in maps):
+    if not all(_is_plain(tensor) for tensor in (*inputs, *tensors)) or not all(x.numel() for x in inputs):
         return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*maps, *tensors)):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *tensors)):
         return False
     # Weights of inference mode have no version counter: a change could not be seen.
-    return not any(tensor.is_inference() for tensor in tensors) and _dtypes_fit(maps, tensors)
+    return not any(tensor.is_inference() for tensor in tensors) and _dtypes_fit(inputs, tensors)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -37,9 +42,9 @@ def _is_plain(tensor: Tensor) -> bool:
     )
 
 
-def _dtypes_fit(maps: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
+def _dtypes_fit(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
     """Whether the modules would run in one dtype that is known; autocast leaves float64 alone."""
-    (dtype, *others), own = {x.dtype for x in maps}, {tensor.dtype for tensor in tensors}
+    (dtype, *others), own = {x.dtype for x in inputs}, {tensor.dtype for tensor in tensors}
     if torch.is_autocast_enabled("cpu"):
         allowed = {torch.float32, torch.bfloat16, torch.float16}
         return torch.get_autocast_dtype("cpu") in DTYPES and own <= allowed and {dtype, *others} <= allowed

@@ -71,6 +71,11 @@ def rpn_head(
     return _folded(owner, lambda reader: reader.proposal_head(hidden, logits, deltas), run_proposal_head, maps)
 
 
+def remembered(owner: nn.Module) -> FoldedWeights:
+    """Where the weights folded for this network are kept."""
+    return _FOLDED.setdefault(owner, FoldedWeights())
+
+
 def forget(owner: nn.Module) -> None:
     """Free what was folded for this network; the next call folds again."""
     _FOLDED.pop(owner, None)
@@ -98,9 +103,9 @@ def _folded(
     if not all(bool(x.sum().isfinite()) for x in maps):  # fused ReLU would make 0 of NaN
         return None
     dtype = layer_dtype(maps[0])
-    cache = _FOLDED.setdefault(owner, FoldedWeights())
     kind = (dtype, onednn.is_available(dtype), plan)
-    weights = cache.get([*reader.tensors, *reader.counters], kind, lambda: _fold(reader, dtype, len(maps)))
+    sources = [*reader.tensors, *reader.counters]
+    weights = remembered(owner).get(sources, kind, lambda: _fold(reader, dtype, len(maps)))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         return run(plan, weights, [x.to(dtype).contiguous(memory_format=torch.channels_last) for x in maps])
 

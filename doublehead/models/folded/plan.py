@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -75,15 +76,31 @@ class ProposalHead(NamedTuple):
     """Convolutions on each level, and the two that predict from their result."""
 
     hidden: Steps
-    logits: Layer
-    deltas: Layer
+    outputs: tuple[Layer, ...]
+    """One that does the work of both, which reads their input once, or the two."""
+    channels: tuple[int, int]
+    """Of the logits and of the deltas."""
+
+
+class SideBySide(NamedTuple):
+    """Convolutions of the same input that run as one: their output channels one after the other."""
+
+    convs: tuple[nn.Conv2d, ...]
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.cat([conv.weight for conv in self.convs])
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.convs[0].bias is None else torch.cat([conv.bias for conv in self.convs])
 
 
 class Reader:
     """Reads modules, and collects the convolutions in the order of their layers' indices."""
 
     def __init__(self) -> None:
-        self.sources: list[tuple[Layer, nn.Conv2d, nn.Module | None]] = []
+        self.sources: list[tuple[Layer, nn.Conv2d | SideBySide, nn.Module | None]] = []
         self.tensors: list[Tensor] = []
         self.counters: list[Tensor] = []
         """Of batches: they tell that a norm in training changed its statistics, which have no new version then."""
@@ -110,7 +127,22 @@ class Reader:
 
     def proposal_head(self, hidden: Iterable[nn.Module], logits: nn.Module, deltas: nn.Module) -> ProposalHead:
         """`hidden`: modules, one after the other."""
-        return ProposalHead(self.steps(hidden), self._linear(logits), self._linear(deltas))
+        steps, first = self.steps(hidden), len(self.sources)
+        outputs = self._linear(logits), self._linear(deltas)
+        channels = outputs[0].outputs, outputs[1].outputs
+        return ProposalHead(steps, self._side_by_side(first) or outputs, channels)
+
+    def _side_by_side(self, first: int) -> tuple[Layer] | None:
+        """Make one layer of those from the index `first` on; None: they differ in more than their output channels."""
+        layers, convs, norms = zip(*self.sources[first:], strict=True)
+        alike = {
+            (layer._replace(index=0, outputs=0), conv.bias is None) for layer, conv in zip(layers, convs, strict=True)
+        }
+        if len(alike) > 1 or layers[0].groups > 1 or any(norms):
+            return None
+        layer = layers[0]._replace(outputs=sum(layer.outputs for layer in layers))
+        self.sources[first:] = [(layer, SideBySide(convs), None)]
+        return (layer,)
 
     def steps(self, modules: Iterable[nn.Module]) -> Steps:
         """Modules that run one after the other."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
@@ -61,10 +62,13 @@ def run_pyramid(pyramid: Pyramid, weights: Sequence[Weights], maps: Sequence[Ten
 def run_proposal_head(
     head: ProposalHead, weights: Sequence[Weights], maps: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Logits and deltas of each map."""
-    logits, deltas = [], []
+    """Logits and deltas of each map, channels-last."""
+    pairs = []
     for x in maps:
         hidden = run_steps(head.hidden, weights, x, owned=False)
-        logits.append(convolve(head.logits, weights[head.logits.index], hidden))
-        deltas.append(convolve(head.deltas, weights[head.deltas.index], hidden))
+        found = [convolve(layer, weights[layer.index], hidden) for layer in head.outputs]
+        if len(found) == 1:  # readers take the maps as rows, which without a copy of each would be one in every reader
+            found = [part.contiguous(memory_format=torch.channels_last) for part in found[0].split(head.channels, 1)]
+        pairs.append(found)
+    logits, deltas = (list(parts) for parts in zip(*pairs, strict=True))
     return logits, deltas
