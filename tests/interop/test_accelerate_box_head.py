@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 
-from doublehead.interop.torchvision.folded import FoldedFastRCNNPredictor, FoldedTwoMLPHead
+from doublehead.interop.torchvision.accelerate import _put_back
+from doublehead.interop.torchvision.folded import FOLDED, FoldedFastRCNNConvFCHead
 from doublehead.models.folded import networks
 from doublehead.ops import onednn
 from tests.support.precision import assert_as_exact
@@ -36,13 +37,23 @@ def head() -> nn.Module:
     return TwoMLPHead(20 * 49, 24).eval().requires_grad_(False)
 
 
+def conv_head() -> nn.Module:
+    torch.manual_seed(0)
+    module = FastRCNNConvFCHead((20, 7, 7), [16, 16], [24, 24], norm_layer=nn.BatchNorm2d)
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.uniform_(-0.2, 0.2)
+            norm.running_var.uniform_(0.5, 1.5)
+    return module.eval().requires_grad_(False)
+
+
 def predictor() -> nn.Module:
     torch.manual_seed(0)
     return FastRCNNPredictor(24, 5).eval().requires_grad_(False)
 
 
 def folded(module: nn.Module) -> nn.Module:
-    module.__class__ = {TwoMLPHead: FoldedTwoMLPHead, FastRCNNPredictor: FoldedFastRCNNPredictor}[type(module)]
+    module.__class__ = FOLDED[type(module)]
     return module
 
 
@@ -65,6 +76,37 @@ def test_two_layers(products, last):
 
 
 @torch.no_grad()
+def test_convolutions_before_the_layers(products, monkeypatch):
+    convs, run = [], networks.run_steps
+    monkeypatch.setattr(networks, "run_steps", lambda *a, **b: convs.append(1) or run(*a, **b))
+    x = maps()
+    plain, exact, found = conv_head()(x), conv_head().double()(x.double()), folded(conv_head())(x)
+    assert_as_exact(found, plain, exact)
+    assert len(products) == 2 and len(convs) == 1
+    module = folded(conv_head())
+    module(x)
+    assert module in networks._FOLDED and module[3] in networks._FOLDED
+    _put_back(module, [FastRCNNConvFCHead])
+    assert type(module) is FastRCNNConvFCHead and not any(part in networks._FOLDED for part in module.modules())
+
+    def parts(change) -> tuple[int, int]:
+        convs.clear(), products.clear()
+        module = folded(conv_head())
+        change(module)
+        torch.testing.assert_close(module(x), as_layers(module, x))
+        return len(convs), len(products)
+
+    assert parts(lambda module: module[0][0].register_forward_hook(lambda *_: None)) == (0, 2)
+    assert parts(lambda module: module[2].register_forward_hook(lambda *_: None)) == (1, 0)
+    assert parts(lambda module: module[4].register_forward_hook(lambda *_: None)) == (1, 0)
+    assert parts(lambda module: setattr(module, "6", nn.ReLU6().eval())) == (1, 0)
+    assert parts(lambda module: module.insert(2, nn.Flatten(2).eval())) == (0, 0)
+    module = folded(FastRCNNConvFCHead((20, 7, 7), [], [24]).eval().requires_grad_(False))
+    torch.testing.assert_close(module(x), as_layers(module, x))
+    assert type(module) is FoldedFastRCNNConvFCHead and len(products) == 1
+
+
+@torch.no_grad()
 def test_both_outputs(products):
     x = vectors()
     for found, plain, exact in zip(
@@ -77,7 +119,7 @@ def test_both_outputs(products):
     torch.testing.assert_close((narrow, wide), plain)
 
 
-CASES = [(head, "fc6", maps), (predictor, "cls_score", vectors)]
+CASES = [(head, "fc6", maps), (conv_head, "3", maps), (predictor, "cls_score", vectors)]
 
 
 @pytest.mark.parametrize(("make", "name", "inputs"), CASES)
@@ -106,13 +148,19 @@ def test_remembered_beside_the_module(monkeypatch, make, name, inputs):
     before = len(packs)
     module(x)
     assert len(packs) == before + once  # the layout follows from the number of threads
+    module.eval()
+    assert module not in networks._FOLDED  # the way to make a write through `.data` known
     module.train()(x)
     assert module not in networks._FOLDED
 
 
+def original_class(module: nn.Module) -> type:
+    return TwoMLPHead if isinstance(module, TwoMLPHead) else FastRCNNPredictor
+
+
 def as_layers(module: nn.Module, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
     """The result of torchvision's own class."""
-    return type(module).__mro__[1].forward(module, x)
+    return original_class(module).forward(module, x)
 
 
 @torch.no_grad()
@@ -181,10 +229,10 @@ def test_what_is_replaced_is_called(products, monkeypatch, make, name, inputs):
     module = folded(make())
     setattr(module, name, nn.Sequential(getattr(module, name)).eval())
     module(inputs())
-    as_defined = type(module).__mro__[1].forward
-    monkeypatch.setattr(type(module).__mro__[1], "forward", lambda self, x: "the class's")
+    as_defined = original_class(module).forward
+    monkeypatch.setattr(original_class(module), "forward", lambda self, x: "the class's")
     assert folded(make())(inputs()) == "the class's"
-    monkeypatch.setattr(type(module).__mro__[1], "forward", as_defined)
+    monkeypatch.setattr(original_class(module), "forward", as_defined)
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: x @ self.weight.t())
     torch.testing.assert_close(folded(make())(inputs()), as_layers(folded(make()), inputs()))
     assert products == []

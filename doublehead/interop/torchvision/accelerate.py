@@ -110,7 +110,8 @@ def _put_back(model: nn.Module, theirs: Iterable[type]) -> None:
     for module in model.modules():
         if ORIGINAL.get(type(module)) in theirs:
             module.__class__ = ORIGINAL[type(module)]
-            forget(module)
+            for part in module.modules():
+                forget(part)
 
 
 def _attribute(model: nn.Module, path: str) -> object:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.rpn import RPNHead
 
 from ...models import folded
@@ -19,7 +20,8 @@ class _Folded(nn.Module):
     """What is folded is forgotten by `train()` and `eval()`."""
 
     def train(self, mode: bool = True) -> _Folded:
-        folded.forget(self)
+        for module in self.modules():
+            folded.forget(module)
         return super().train(mode)
 
 
@@ -47,6 +49,26 @@ class FoldedTwoMLPHead(_Folded, TwoMLPHead):
         return super().forward(x) if vectors is None else vectors
 
 
+class FoldedFastRCNNConvFCHead(_Folded, FastRCNNConvFCHead):
+    """Convolutions with their norms, then fully connected layers; where a part does not fold, its modules run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        modules = list(self)
+        middle = [index for index, module in enumerate(modules) if type(module) is nn.Flatten]
+        if torch.compiler.is_compiling() or not _as_defined(FastRCNNConvFCHead) or len(middle) != 1:
+            return super().forward(x)
+        convs, rest = modules[: middle[0]], modules[middle[0] :]
+        maps = folded.sequence(self, convs, x) if convs else None
+        for module in convs if maps is None else []:
+            x = module(x)
+        x = x if maps is None else maps
+        layers = folded.with_relu(rest)
+        vectors = folded.one_after_other(layers[0], layers, x) if layers else None
+        for module in rest if vectors is None else []:
+            x = module(x)
+        return x if vectors is None else vectors
+
+
 class FoldedFastRCNNPredictor(_Folded, FastRCNNPredictor):
     """Scores and deltas, in one product."""
 
@@ -56,7 +78,7 @@ class FoldedFastRCNNPredictor(_Folded, FastRCNNPredictor):
         return super().forward(x) if outputs is None else tuple(outputs)
 
 
-_FORWARDS = {kind: kind.forward for kind in (TwoMLPHead, FastRCNNPredictor)}
+_FORWARDS = {kind: kind.forward for kind in (TwoMLPHead, FastRCNNConvFCHead, FastRCNNPredictor)}
 
 
 def _as_defined(kind: type) -> bool:
@@ -68,5 +90,6 @@ FOLDED = {
     BackboneWithFPN: FoldedBackboneWithFPN,
     RPNHead: FoldedRPNHead,
     TwoMLPHead: FoldedTwoMLPHead,
+    FastRCNNConvFCHead: FoldedFastRCNNConvFCHead,
     FastRCNNPredictor: FoldedFastRCNNPredictor,
 }

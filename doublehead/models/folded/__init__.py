@@ -12,7 +12,7 @@ changes.
 - `guards`: whether nothing but the result can be noticed.
 """
 
-from .linear import one_after_other, side_by_side
+from .linear import one_after_other, side_by_side, with_relu
 from .networks import backbone, forget, rpn_head, sequence
 
-__all__ = ["backbone", "forget", "one_after_other", "rpn_head", "sequence", "side_by_side"]
+__all__ = ["backbone", "forget", "one_after_other", "rpn_head", "sequence", "side_by_side", "with_relu"]

@@ -12,7 +12,7 @@ from ..folding import layer_dtype
 from .guards import is_bare, may_stand_in
 from .networks import forget, remembered
 
-_FORWARD = nn.Linear.forward
+_FORWARDS = {kind: kind.forward for kind in (nn.Flatten, nn.Linear, nn.ReLU)}
 
 
 def one_after_other(owner: nn.Module, layers: Sequence[nn.Module], x: Tensor) -> Tensor | None:
@@ -60,6 +60,16 @@ def side_by_side(owner: nn.Module, layers: Sequence[nn.Module], x: Tensor) -> li
     return [part.contiguous() for part in outputs.split([len(layer.weight) for layer in layers], dim=1)]
 
 
+def with_relu(modules: Sequence[nn.Module]) -> list[nn.Linear]:
+    """The layers among `Flatten` and then pairs of a linear layer and ReLU, for `one_after_other`; none if others."""
+    flatten, *pairs = modules
+    kinds = [nn.Flatten, *[nn.Linear, nn.ReLU] * (len(pairs) // 2)]
+    if [type(module) for module in modules] != kinds or (flatten.start_dim, flatten.end_dim) != (1, -1):
+        return []
+    own = all(is_bare(module) and type(module).forward is _FORWARDS[type(module)] for module in modules)
+    return list(pairs[::2]) if own else []
+
+
 def _tensors(owner: nn.Module, layers: Sequence[nn.Module], x: Tensor) -> list[Tensor] | None:
     """The weights and biases; None: the layers must run themselves."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # nothing below is for a tracer
@@ -67,7 +77,9 @@ def _tensors(owner: nn.Module, layers: Sequence[nn.Module], x: Tensor) -> list[T
     if owner.training:
         forget(owner)
         return None
-    if nn.Linear.forward is not _FORWARD or not all(type(layer) is nn.Linear and is_bare(layer) for layer in layers):
+    if nn.Linear.forward is not _FORWARDS[nn.Linear] or not all(
+        type(layer) is nn.Linear and is_bare(layer) for layer in layers
+    ):
         return None
     tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
     if not all(isinstance(tensor, Tensor) for tensor in tensors) or len(x) < onednn.LINEAR_ROWS:
