@@ -91,6 +91,9 @@ def read(path: Path) -> tuple[Any, str | None]:
         raise UserError(f"{path}: an OpenVINO file; to open it: pip install openvino") from error
     if not weights_of(path).is_file():
         raise UserError(f"{path}: its weights are missing: {weights_of(path).name} belongs beside it")
+    with open(path, "rb") as file:
+        if b"<net" not in file.read(1 << 12):  # OpenVINO would try its other formats, whose parsers print errors
+            raise UserError(f"{path}: not an OpenVINO file, or damaged (it describes no <net>)")
     try:
         graph = openvino.Core().read_model(path)
     except Exception as error:  # its errors are RuntimeErrors of many lines
