@@ -88,10 +88,10 @@ def accelerate(model: Model, fold: bool = True) -> Model:
     channels-last.  At inference without gradients on a CPU, a ResNet's batch norms are folded into its convolutions,
     together with ReLU and sums, and in float32 the box head's fully connected layers run as blocks of products.  The
     result is remembered, as much memory again as the backbone's weights and twice the box head's take, and computed
-    anew when a weight changes (writing through `.data` is not seen: `restore` and accelerate again).  Where inner
-    layers have hooks or are of other classes, the backbone or the head runs as it is.  Only the classes of these
-    modules change, to subclasses; weights, hooks and all other attributes stay.  So `state_dict`, training,
-    `copy.deepcopy` and pickling work as before.
+    anew when a weight changes (writing through `.data` is not seen: call `model.eval()` after it).  Where inner layers
+    have hooks or are of other classes, the backbone or the head runs as it is.  Only the classes of these modules
+    change, to subclasses; weights, hooks and all other attributes stay.  So `state_dict`, training, `copy.deepcopy` and
+    pickling work as before.
 
     Differences: because of rounding, NMS may decide differently about two boxes whose overlap nearly equals the
     threshold; 16-bit boxes and scores are computed and returned in float32; detections whose boxes are not finite are

@@ -158,7 +158,11 @@ class Conv5Tower(nn.Sequential):
     def forward(self, x: Tensor, count: Tensor | None = None) -> Tensor:
         """As `Tower`; all RoIs are computed, whatever `count`."""
         maps = folded.sequence(self, [self[0]], x)
-        return super().forward(x) if maps is None else self[2](self[1](maps))
+        if maps is None:
+            return super().forward(x)
+        for layer in list(self)[1:]:
+            maps = layer(maps)
+        return maps
 
     def train(self, mode: bool = True) -> Conv5Tower:
         folded.forget(self)

@@ -6,6 +6,7 @@ follow the heads; `image_batch` prepares the network's input.
 """
 
 from . import _library
+from . import winograd as _winograd  # noqa: F401  (its operator is for the models, and no function of this package)
 from .batch_norm import batch_norm_act
 from .boxes import box_area, box_iou, clip_boxes, decode_boxes, encode_boxes
 from .conv_head import conv_head

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as torch_module
 
 from ._library import is_functorch_tensor
 
@@ -15,14 +16,24 @@ STREAMING_DEVICES = ("cuda",)
 """Types of device that queue work on streams: a call returns before its work is done."""
 
 
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
+)  # fmt: skip
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks wait on the calls of all modules of this process."""
+    return any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
+
+
 def has_inner_hooks(module: nn.Module) -> bool:
     """Whether forward hooks wait on modules inside `module`, or a `forward` set on one of them, as other libraries do.
 
-    These only run if the modules are called.  Not while torch.compile or export traces.
+    These only run if the modules are called.  So do hooks for all modules.  Not while torch.compile or export traces.
     """
     if torch.compiler.is_compiling():
         return False
-    return any(
+    return has_global_hooks() or any(
         inner._forward_hooks or inner._forward_pre_hooks or "forward" in inner.__dict__
         for inner in module.modules()
         if inner is not module
@@ -113,7 +124,10 @@ class _Fold(NamedTuple):
             kind == self.kind
             and len(tensors) == len(self.sources)
             and all(
-                tensor.data_ptr() == source.data_ptr() and tensor._version == version
+                tensor.data_ptr() == source.data_ptr()
+                and tensor._version == version
+                and tensor.stride() == source.stride()  # `weight.data = weight.data.mT` is the same memory
+                and tensor.shape == source.shape
                 for tensor, (source, version) in zip(tensors, self.sources, strict=True)
             )
         )

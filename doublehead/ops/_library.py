@@ -38,6 +38,9 @@ TRITON_KERNELS: dict[str, Callable] = {}
 #: operator -> what makes its schema's arguments into those of its Python functions; see `define`.
 PACKERS: dict[str, Callable[..., tuple]] = {}
 
+#: operators that are for the CPU alone; on other devices the reference serves them, and nothing warns of it.
+CPU_ONLY: set[str] = set()
+
 #: operators with a path of their own for the CPU in plain PyTorch.
 CPU_KERNELS: set[str] = set()
 
@@ -46,7 +49,12 @@ UNLOADED: dict[str, str] = {}
 
 
 def define(
-    schema: str, *, reference: Callable, fake: Callable, pack: Callable[..., tuple] | None = None
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    pack: Callable[..., tuple] | None = None,
+    cpu_only: bool = False,
 ) -> torch._ops.OpOverload:
     """Defines an operator and returns it, bound: `torch.ops.doublehead.<name>.default`.
 
@@ -58,8 +66,11 @@ def define(
             kernels.  A schema is flat; here what belongs together becomes one tuple with names.  PyTorch leaves out
             arguments at the end that have the schema's default, so `pack` has the same defaults.  None: all functions
             take the schema's arguments by position.
+        cpu_only: no other device needs a kernel.
     """
     name = schema.partition("(")[0]
+    if cpu_only:
+        CPU_ONLY.add(name)
     if pack is not None:
         PACKERS[name] = pack
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -183,14 +194,15 @@ def define_missing_kernels() -> None:
     if "_C_cuda" not in UNLOADED or torch.version.cuda is None:
         return
     for name, reference in REFERENCES.items():
-        if name not in TRITON_KERNELS:
+        if name not in TRITON_KERNELS and name not in CPU_ONLY:
             LIBRARY.impl(name, _with_warning(name, reference), "CUDA")
 
 
 def check_compiled_parts() -> None:
     """Warns of a compiled part from older sources, which lacks kernels.  To be called when all is defined."""
     for part, key in (("_C", "CPU"), ("_C_cuda", "CUDA")):
-        lacking = [name for name in REFERENCES if name not in TRITON_KERNELS and not _registered(name, key)]
+        elsewhere = {*TRITON_KERNELS, *(CPU_ONLY if key == "CUDA" else ())}
+        lacking = [name for name in REFERENCES if name not in elsewhere and not _registered(name, key)]
         if lacking and part not in UNLOADED:
             warnings.warn(
                 f"doublehead's compiled part {NAMESPACE}.{part} was built from older sources: it lacks "
@@ -270,6 +282,8 @@ def native(name: str, device: str) -> bool:
 
 def why_reference(name: str, index: int | None = None) -> str | None:
     """Why the reference serves operator `name` on CUDA, on GPU `index` or on all; None: a kernel serves it."""
+    if name in CPU_ONLY:
+        return "for the CPU alone"
     if name in TRITON_KERNELS:
         return _fallback.refusal(index)
     if "_C_cuda" in UNLOADED:

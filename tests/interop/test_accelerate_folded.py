@@ -89,6 +89,18 @@ def test_hooks_inside_are_called(model, folds):
     assert seen == ["layer3", *["logits"] * 5] and folds == ["linear"] * 3
 
 
+def test_eval_makes_writes_through_data_seen(model):
+    model, pixels = doublehead.accelerate(copy.deepcopy(model)), pictures()[0][None]
+    with torch.no_grad():
+        maps = model.backbone(pixels)
+        before = model.rpn.head(list(maps.values()))[0][0]
+        model.backbone.body.conv1.weight.data.mul_(2)
+        model.rpn.head.cls_logits.weight.data.mul_(2)
+        model.eval()
+        assert not torch.allclose(model.backbone(pixels)["0"], maps["0"])
+        assert not torch.allclose(model.rpn.head(list(maps.values()))[0][0], before)
+
+
 def test_names_of_the_maps_stay(model):
     model, pixels = copy.deepcopy(model), pictures()[0][None]
     with torch.no_grad():

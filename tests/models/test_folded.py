@@ -230,6 +230,10 @@ CHANGES = {
     "another epsilon": lambda body: setattr(body.body.layer1[0].bn1, "eps", 0.5),
     "another stride": lambda body: setattr(body.body.layer1[0].conv1, "padding", (0, 0)) or
                                    setattr(body.body.layer1[0].conv2, "padding", (2, 2)),
+    "statistics of a norm in training": lambda body: body.body.bn1.train()(torch.randn(2, 64, 4, 4)) is
+                                                     body.body.bn1.eval(),
+    "the same memory in another order": lambda body: setattr(body.body.conv1.weight, "data",
+                                                            body.body.conv1.weight.data.transpose(2, 3)),
     "another layer": lambda body: setattr(body.body, "maxpool", nn.MaxPool2d(2, 2).eval()),
     "loaded": lambda body: body.load_state_dict(build(norm_eps=0.1).state_dict()),
 }  # fmt: skip
@@ -238,7 +242,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
 def test_changes_are_seen(runs, change):
-    body = build()
+    body = build(norm="batch_norm" if "training" in change else "frozen_batch_norm")
     before = body(PIXELS)[0]
     if change == "loaded":
         torch.manual_seed(1)

@@ -115,6 +115,23 @@ def test_hooks_on_layers_run(tower, maps, before):
     assert tower(maps).equal(expected) and called == [layer]
 
 
+@torch.no_grad()
+def test_hooks_on_all_modules_run(tower, maps):
+    expected, called = tower(maps), []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
+    found = tower(maps)
+    hook.remove()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert next(layer for layer in tower.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))) in called
+
+
+@torch.no_grad()
+def test_a_layer_that_is_appended_runs(tower, maps):
+    expected = tower(maps)
+    tower.append(nn.Threshold(-1.0, -1.0).eval()).append(nn.Softmax(1).eval())
+    torch.testing.assert_close(tower(maps), expected.softmax(1), rtol=1e-9, atol=1e-9)
+
+
 class Doubled(nn.Conv2d):
     def forward(self, x):
         return 2 * super().forward(x)

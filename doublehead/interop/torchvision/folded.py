@@ -16,7 +16,16 @@ from torchvision.models.detection.rpn import RPNHead
 from ...models import folded
 
 
-class FoldedBackboneWithFPN(BackboneWithFPN):
+class _Folded(nn.Module):
+    """What is folded is forgotten by `train()` and `eval()`."""
+
+    def train(self, mode: bool = True) -> _Folded:
+        for part in self.modules():
+            folded.forget(part)
+        return super().train(mode)
+
+
+class FoldedBackboneWithFPN(_Folded, BackboneWithFPN):
     """A ResNet with a feature pyramid; the maps are channels-last."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -24,7 +33,7 @@ class FoldedBackboneWithFPN(BackboneWithFPN):
         return super().forward(x) if maps is None else OrderedDict(maps)
 
 
-class FoldedRPNHead(RPNHead):
+class FoldedRPNHead(_Folded, RPNHead):
     """Hidden convolutions and both outputs of every level."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -32,7 +41,7 @@ class FoldedRPNHead(RPNHead):
         return super().forward(x) if outputs is None else outputs
 
 
-class FoldedTwoMLPHead(TwoMLPHead):
+class FoldedTwoMLPHead(_Folded, TwoMLPHead):
     """The box head's two fully connected layers; the pooled maps are read as they lie."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,7 +49,7 @@ class FoldedTwoMLPHead(TwoMLPHead):
         return super().forward(x) if vectors is None else vectors
 
 
-class FoldedFastRCNNConvFCHead(FastRCNNConvFCHead):
+class FoldedFastRCNNConvFCHead(_Folded, FastRCNNConvFCHead):
     """Convolutions with their norms, then fully connected layers; where a part does not fold, its modules run."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +69,7 @@ class FoldedFastRCNNConvFCHead(FastRCNNConvFCHead):
         return x if vectors is None else vectors
 
 
-class FoldedFastRCNNPredictor(FastRCNNPredictor):
+class FoldedFastRCNNPredictor(_Folded, FastRCNNPredictor):
     """Scores and deltas, in one product."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,15 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules import module as torch_module
 
+from ...ops._folded import has_global_hooks
 from ...ops._library import in_dispatch_mode, is_functorch_tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
-)  # fmt: skip
 
 
 def may_fold(maps: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
@@ -25,9 +22,7 @@ def may_fold(maps: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
 
 def may_stand_in(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
     """As `may_fold`, for inputs of any shape."""
-    if in_dispatch_mode() or forward_ad._current_level >= 0:
-        return False
-    if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
+    if in_dispatch_mode() or forward_ad._current_level >= 0 or has_global_hooks():
         return False
     if not all(_is_plain(tensor) for tensor in (*inputs, *tensors)) or not all(x.numel() for x in inputs):
         return False

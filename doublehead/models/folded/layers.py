@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from ...ops import onednn
+from ...ops import onednn, winograd
 
 
 class Layer(NamedTuple):
@@ -30,6 +30,11 @@ class Layer(NamedTuple):
         """Whether it runs in one kernel."""
         return self.dilation == (1, 1) and self.groups == 1 and onednn.is_available(dtype)
 
+    def may_transform(self, x: Tensor) -> bool:
+        """Whether it may run by Winograd's method, if it runs in one kernel."""
+        square = self.kernel == (3, 3) and self.stride == self.padding == (1, 1)
+        return square and winograd.pays(x.shape, self.outputs, x.dtype)
+
 
 class Weights:
     """A layer's tensors, folded, in the dtype that it runs in.
@@ -44,6 +49,7 @@ class Weights:
         self.weight, self.bias, self.fused = weight, bias, fused
         self._sizes = sizes
         self._packed: dict[tuple[torch.Size, int], Tensor] = {}
+        self._transformed: Tensor | None = None
 
     def is_finite(self) -> bool:
         tensors = [self.weight] if self.bias is None else [self.weight, self.bias]
@@ -56,10 +62,18 @@ class Weights:
         if packed is None:
             with torch.inference_mode(False):
                 packed = onednn.pack(self.weight, layer.stride, layer.padding, x.shape)
-            while len(self._packed) >= self._sizes:
-                self._packed.pop(next(iter(self._packed)), None)  # the oldest; another thread may have done it
+            oldest = list(self._packed)[: max(len(self._packed) + 1 - self._sizes, 0)]  # threads share the weights
+            for other in oldest:
+                self._packed.pop(other, None)
             self._packed[key] = packed
         return packed
+
+    def transformed(self) -> Tensor:
+        """The weight for Winograd's method, for maps of any size."""
+        if self._transformed is None:
+            with torch.inference_mode(False):
+                self._transformed = winograd.pack(self.weight)
+        return self._transformed
 
 
 def fold(layer: Layer, conv: nn.Module, norm: nn.Module | None, dtype: torch.dtype, sizes: int) -> Weights:
@@ -80,6 +94,8 @@ def fold(layer: Layer, conv: nn.Module, norm: nn.Module | None, dtype: torch.dty
 
 def convolve(layer: Layer, weights: Weights, x: Tensor) -> Tensor:
     """`Tensor[N, I, H, W]`, channels-last -> `Tensor[N, O, H', W']`, channels-last, new memory."""
+    if weights.fused and layer.may_transform(x):
+        return winograd.convolution(x, weights.transformed(), weights.bias, layer.outputs, relu=layer.relu)
     if weights.fused:
         return onednn.convolution(x, weights.packed(layer, x), weights.bias, layer.stride, layer.padding, layer.relu)
     y = _plain(layer, weights, x)
@@ -87,7 +103,9 @@ def convolve(layer: Layer, weights: Weights, x: Tensor) -> Tensor:
 
 
 def add_to(to: Tensor, layer: Layer, weights: Weights, x: Tensor) -> Tensor:
-    """Add the convolution of `x` to `to` in place, then ReLU; returns `to`."""
+    """Add the convolution of `x` to `to`, then ReLU; in place but where it runs by Winograd's method."""
+    if weights.fused and layer.may_transform(x):
+        return winograd.convolution(x, weights.transformed(), weights.bias, layer.outputs, to, layer.relu)
     if weights.fused:
         return onednn.add_convolution(
             to, x, weights.packed(layer, x), weights.bias, layer.stride, layer.padding, layer.relu

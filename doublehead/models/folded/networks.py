@@ -104,7 +104,8 @@ def _folded(
         return None
     dtype = layer_dtype(maps[0])
     kind = (dtype, onednn.is_available(dtype), plan)
-    weights = remembered(owner).get(reader.tensors, kind, lambda: _fold(reader, dtype, len(maps)))
+    sources = [*reader.tensors, *reader.counters]
+    weights = remembered(owner).get(sources, kind, lambda: _fold(reader, dtype, len(maps)))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         return run(plan, weights, [x.to(dtype).contiguous(memory_format=torch.channels_last) for x in maps])
 

@@ -102,6 +102,8 @@ class Reader:
     def __init__(self) -> None:
         self.sources: list[tuple[Layer, nn.Conv2d | SideBySide, nn.Module | None]] = []
         self.tensors: list[Tensor] = []
+        self.counters: list[Tensor] = []
+        """Of batches: they tell that a norm in training changed its statistics, which have no new version then."""
 
     def body(self, module: nn.Module) -> tuple[Stage, ...]:
         _require(module, IntermediateLayerGetter)
@@ -184,6 +186,8 @@ class Reader:
             if norm.running_mean is None or norm.running_var is None:  # of the batch itself
                 raise Unknown
             tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+            if getattr(norm, "num_batches_tracked", None) is not None:
+                self.counters.append(norm.num_batches_tracked)
         if relu is not None:
             _require(relu, nn.ReLU)
         layer = Layer(
