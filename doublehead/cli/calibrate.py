@@ -21,7 +21,8 @@ class Options:
     """What the command line takes."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A model.safetensors, or the folder of a run; gate.json is written beside the weights."""
+    """A model.safetensors, or the folder of a run; gate.json is written beside the weights (beside best.safetensors:
+    best.gate.json)."""
     data: EvaluationData = field(default_factory=EvaluationData)
     most_loss: float = 0.1
     """The most that the gate may lose, in AP points (0 .. 100)."""

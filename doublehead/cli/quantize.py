@@ -183,7 +183,7 @@ def check_free(path: Path, overwrite: bool) -> None:
     """
     if path.is_dir() or (path.parent.is_dir() and not os.access(path.parent, os.W_OK | os.X_OK)):
         raise UserError(f"{path}: cannot be written")
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise UserError(f"{path}: exists; --overwrite measures again and replaces it")
 
 

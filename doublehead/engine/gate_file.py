@@ -11,7 +11,7 @@ from doublehead.config import DetectionConfig, Fusion, ReadOutName
 from doublehead.engine.checkpoint import find_model
 from doublehead.engine.gates import GateCurve, GatePoint
 from doublehead.engine.schema import Mismatch, entries, number, text, whole
-from doublehead.engine.sealed import read_sealed, write_sealed
+from doublehead.engine.sealed import path_beside, read_sealed, write_sealed
 from doublehead.errors import CheckpointError, UserError, config_errors
 from doublehead.version import __version__
 from doublehead.weights.digest import of_weights
@@ -37,12 +37,12 @@ _CONTENT = entries(
 
 
 def gate_path(checkpoint: str | Path) -> Path:
-    """Where the gate of a checkpoint, or of a run's folder, lies.
+    """Where the gate of a checkpoint lies: RUN/gate.json; beside RUN/best.safetensors it is RUN/best.gate.json.
 
     Raises:
         CheckpointError: there is no such checkpoint.
     """
-    return find_model(Path(checkpoint)).parent / GATE_FILE
+    return path_beside(find_model(Path(checkpoint)), GATE_FILE)
 
 
 def write_gate(
@@ -174,7 +174,9 @@ def set_gate(checkpoint: str | Path, model: DoubleHeadRCNN, ext_gate: float | st
     if ext_gate is None:
         return
     if ext_gate != CALIBRATED and (isinstance(ext_gate, bool) or not isinstance(ext_gate, (int, float))):
-        raise UserError(f"ext_gate is {ext_gate!r}: a score from 0 (no gate) to 1, or {CALIBRATED!r}, is accepted")
+        raise UserError(
+            f"ext_gate is {ext_gate!r}: a score from 0 (no gate) to below 1, or {CALIBRATED!r}, is accepted"
+        )
     used = model.detector.readout.detection
     gate = find_gate(checkpoint, model, ext_gate, used.readout, used.fusion)
     if gate:

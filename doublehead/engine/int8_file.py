@@ -9,9 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from doublehead.engine.checkpoint import MODEL_FILE
 from doublehead.engine.schema import Mismatch, anything, each, entries, items, number, text, whole
-from doublehead.engine.sealed import read_sealed, write_sealed
+from doublehead.engine.sealed import path_beside, read_sealed, write_sealed
 from doublehead.errors import CheckpointError, UserError
 from doublehead.weights.digest import of_weights
 
@@ -45,10 +44,7 @@ class Int8Plan(NamedTuple):
 
 def int8_path(checkpoint: str | Path) -> Path:
     """Where the file of a checkpoint lies: RUN/int8.json; beside RUN/best.safetensors it is RUN/best.int8.json."""
-    path = Path(checkpoint)
-    if path.is_dir() or path.name == MODEL_FILE:
-        return (path if path.is_dir() else path.parent) / INT8_FILE
-    return path.with_name(f"{path.stem}.{INT8_FILE}")
+    return path_beside(checkpoint, INT8_FILE)
 
 
 def write_int8(path: Path, content: dict[str, Any]) -> None:

@@ -11,11 +11,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from doublehead.engine.checkpoint import MODEL_FILE
 from doublehead.engine.files import write_json
 from doublehead.errors import CheckpointError
 
 CHECKSUM = "checksum"
 _LARGEST = 1 << 24  # bytes
+
+
+def path_beside(checkpoint: str | Path, name: str) -> Path:
+    """Where such a file of a checkpoint, or of a run's folder, lies: RUN/name; beside RUN/best.safetensors
+    RUN/best.name, because it is of other weights than RUN/model.safetensors."""
+    path = Path(checkpoint)
+    if path.is_dir() or path.name == MODEL_FILE:
+        return (path if path.is_dir() else path.parent) / name
+    return path.with_name(f"{path.stem}.{name}")
 
 
 def write_sealed(path: str | Path, kind: str, content: Mapping[str, Any]) -> None:

@@ -138,6 +138,14 @@ def test_no_layer_is_left_and_nothing_is_written(bare, capsys, monkeypatch):
     assert checksums(bare) == before
 
 
+def test_a_link_to_nothing_is_kept(bare, capsys):
+    (bare / "int8.json").symlink_to("moved/int8.json")
+    assert refused(capsys, quantize, bare, *FEW).endswith(
+        "int8.json: exists; --overwrite measures again and replaces it"
+    )
+    assert (bare / "int8.json").is_symlink()
+
+
 def test_an_existing_file_is_kept(run, capsys, monkeypatch):
     before = checksums(run)
     assert refused(capsys, quantize, run, *FEW).endswith(

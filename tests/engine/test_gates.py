@@ -10,7 +10,7 @@ from doublehead.data.shapes import ShapesDataset
 from doublehead.engine import gates
 from doublehead.engine.checkpoint import load_model
 from doublehead.engine.evaluator import evaluate, inference
-from doublehead.engine.gate_file import find_gate, read_gate, set_gate, write_gate
+from doublehead.engine.gate_file import find_gate, gate_path, read_gate, set_gate, write_gate
 from doublehead.engine.gates import GateCurve, GatePoint, format_curve, measure_gates
 from doublehead.engine.sealed import read_sealed, write_sealed
 from doublehead.errors import CheckpointError, UserError
@@ -161,6 +161,12 @@ def test_the_file_gives_the_gate_back(kept, model):
     assert model.detector.readout.gated and model.detector.readout.detection.ext_gate == 0.2
 
 
+def test_checkpoints_of_one_run_have_gates_of_their_own(kept):
+    (kept / "best.safetensors").write_bytes((kept / "model.safetensors").read_bytes())
+    assert gate_path(kept) == gate_path(kept / "model.safetensors") == kept / "gate.json"
+    assert gate_path(kept / "best.safetensors") == kept / "best.gate.json"
+
+
 def test_a_file_that_does_not_belong_is_refused(kept, model, tmp_path):
     path = kept / "gate.json"
     text = path.read_text()
@@ -212,7 +218,7 @@ def test_gates_that_do_nothing_and_numbers_that_are_none_are_refused(tmp_path, m
             set_gate(tmp_path / "plain", plain, asked)
     set_gate(tmp_path / "plain", plain, 0)
     for asked in ("yes", True, [1]):
-        with pytest.raises(UserError, match="a score from 0 .no gate. to 1, or 'calibrated', is accepted"):
+        with pytest.raises(UserError, match="a score from 0 .no gate. to below 1, or 'calibrated', is accepted"):
             set_gate(run, model, asked)
     with pytest.raises(UserError, match="expected 0 .off. or a score below 1, got 2"):
         set_gate(run, model, 2)

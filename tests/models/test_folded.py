@@ -22,7 +22,8 @@ from doublehead.models.folded import networks
 from doublehead.models.folded.plan import Reader
 from doublehead.models.rpn import RPN
 from doublehead.models.towers import Conv5Tower
-from doublehead.ops import onednn
+from doublehead.ops import onednn, winograd
+from doublehead.ops.winograd import choice
 from tests.support.precision import assert_as_exact
 
 PIXELS = torch.linspace(-2, 2, 2 * 3 * 64 * 96).sin().reshape(2, 3, 64, 96)
@@ -158,6 +159,57 @@ def test_c4s_tower(runs):
         assert tower(x[:0]).shape == (0, 2048)
     assert_as_exact(found, plain, exact)
     assert len(runs) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# By Winograd's method
+
+
+@pytest.fixture
+def transformed(monkeypatch) -> list[bool]:
+    """Of each convolution that runs by Winograd's method, whether it adds to a residual."""
+    found = []
+    original = winograd.convolution
+
+    def convolution(x, packed, bias, outputs, residual=None, relu=False):
+        found.append(residual is not None)
+        return original(x, packed, bias, outputs, residual, relu)
+
+    monkeypatch.setattr(winograd, "convolution", convolution)
+    monkeypatch.setattr(choice, "_is_fast_here", lambda: True)
+    return found
+
+
+@pytest.mark.skipif(not onednn.is_available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("pixels", [PIXELS, PIXELS[:, :, :59, :89]], ids=["whole tiles", "parts of tiles"])
+def test_winograds_method(monkeypatch, transformed, pixels):
+    body = build()
+    with torch.no_grad():
+        found, plain = body(pixels), as_modules(lambda: body(pixels))
+        exact = as_modules(lambda: copy.deepcopy(body).double()(pixels.double()))
+        assert transformed == [False, True] * 2  # the first stage alone has enough cells
+        assert_exact(found, plain, exact)
+        body.body.layer1[0].conv1.weight.mul_(1.5)
+        assert not body(pixels)[0].equal(found[0]) and len(transformed) == 8  # transformed again
+        monkeypatch.setattr(choice, "_is_fast_here", lambda: False)
+        body(pixels)
+        monkeypatch.setattr(choice, "_is_fast_here", lambda: True)
+        body.body.layer1[0].conv1.weight[0, 0, 0, 0] = torch.nan
+        assert body(pixels)[0].isnan().any() and len(transformed) == 8
+
+
+def test_layers_that_are_not_transformed(transformed):
+    """Other kernels, strides, paddings, dilations and groups; few channels or cells."""
+    layers = [
+        nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 3, 2, 1), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3, 1, 2),
+        nn.Conv2d(64, 64, 3, 1, 2, 2), nn.Conv2d(64, 64, 3, 1, 1, groups=2), nn.Conv2d(64, 64, (3, 1), 1, (1, 0)),
+        nn.Conv2d(64, 32, 3, 1, 1), nn.Conv2d(32, 64, 3, 1, 1), nn.Conv2d(64, 64, 3, 1, 1),
+    ]  # fmt: skip
+    with torch.no_grad():
+        for module in nn.ModuleList(layers).eval().requires_grad_(False):
+            inputs = getattr(module, "in_channels", 64)
+            assert folded.sequence(module, [module], torch.rand(1, inputs, 20, 20)) is not None
+    assert len(transformed) == 0
 
 
 # ---------------------------------------------------------------------------------------------

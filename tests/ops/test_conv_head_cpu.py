@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn.functional import conv2d
 
-from doublehead.ops import conv_head, onednn
+from doublehead.ops import conv_head, onednn, winograd
 from doublehead.ops.conv_head import Block, cpu
 from doublehead.ops.conv_head import reference as definition
 from doublehead.ops.conv_head.arguments import pack
+from doublehead.ops.winograd import choice
 from tests.support.precision import assert_as_exact
 
 needs_onednn = pytest.mark.skipif(not onednn.is_available(), reason="this PyTorch has no oneDNN")
@@ -68,6 +69,20 @@ def test_any_number_of_maps(name, number):
     expected = [defined(x, tensors, name, dtype, options) for dtype in (torch.float32, torch.float64)]
     assert_as_exact(found, *expected, roundings=8)
     assert x.equal(before) and found.equal(conv_head(x, tensors, HEADS[name], **options))
+
+
+@needs_onednn
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("number", [8, 31])  # one chunk, and several with a part of one
+def test_winograds_method(monkeypatch, number):
+    monkeypatch.setattr(cpu, "CELLS", 8 * 49)
+    monkeypatch.setattr(choice, "_is_fast_here", lambda: True)
+    called, original = [], winograd.convolution
+    monkeypatch.setattr(winograd, "convolution", lambda *a, **k: called.append(len(a[0])) or original(*a, **k))
+    x, tensors = head("all", number, channels=64)
+    expected = [defined(x, tensors, "all", dtype, attention()) for dtype in (torch.float32, torch.float64)]
+    assert_as_exact(conv_head(x, tensors, HEADS["all"], **attention()), *expected, roundings=8)
+    assert called == ([] if number == 8 else [8, 8, 8, 7])  # the bottlenecks have few channels
 
 
 @pytest.mark.usefixtures("path", "poisoned")

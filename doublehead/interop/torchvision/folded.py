@@ -20,8 +20,8 @@ class _Folded(nn.Module):
     """What is folded is forgotten by `train()` and `eval()`."""
 
     def train(self, mode: bool = True) -> _Folded:
-        for part in self.modules():
-            folded.forget(part)
+        for module in self.modules():
+            folded.forget(module)
         return super().train(mode)
 
 

@@ -50,9 +50,10 @@ def _with_roots(roots) -> Tensor:
 def pack(weight: Tensor) -> Tensor:
     """Weights `Tensor[O, I, 3, 3]` -> `Tensor[36, ceil(O / 16), I, 16]`: transformed in float64, rounded once."""
     kernel = matrices()[1].to(weight.device)
-    planes = torch.einsum("ai,ocij,bj->aboc", kernel, weight.double(), kernel).flatten(0, 1)
-    planes = pad(planes, (0, 0, 0, -len(weight) % PANEL))
-    return planes.unflatten(1, (-1, PANEL)).transpose(2, 3).to(weight.dtype).contiguous()
+    kernels = weight.permute(2, 3, 0, 1).flatten(0, 1)  # [9, O, I]
+    kernels = pad(kernels, (0, 0, 0, -len(weight) % PANEL)).unflatten(1, (-1, PANEL)).transpose(2, 3)
+    planes = torch.kron(kernel, kernel) @ kernels.double().flatten(1)
+    return planes.to(weight.dtype).view(-1, *kernels.shape[1:])
 
 
 def winograd(
