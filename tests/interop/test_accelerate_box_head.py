@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 
-from doublehead.interop.torchvision.accelerate import _put_back
+from doublehead.interop.torchvision.accelerate import ORIGINAL, _put_back
 from doublehead.interop.torchvision.folded import FOLDED, FoldedFastRCNNConvFCHead
 from doublehead.models.folded import networks
 from doublehead.ops import onednn
@@ -84,10 +84,12 @@ def test_convolutions_before_the_layers(products, monkeypatch):
     assert_as_exact(found, plain, exact)
     assert len(products) == 2 and len(convs) == 1
     module = folded(conv_head())
-    module(x)
-    assert module in networks._FOLDED and module[3] in networks._FOLDED
-    _put_back(module, [FastRCNNConvFCHead])
-    assert type(module) is FastRCNNConvFCHead and not any(part in networks._FOLDED for part in module.modules())
+    for forget in (nn.Module.eval, lambda module: _put_back(module, [FastRCNNConvFCHead])):
+        module(x)
+        assert module in networks._FOLDED and module[3] in networks._FOLDED
+        forget(module)
+        assert not any(part in networks._FOLDED for part in module.modules())
+    assert type(module) is FastRCNNConvFCHead
 
     def parts(change) -> tuple[int, int]:
         convs.clear(), products.clear()
@@ -148,19 +150,13 @@ def test_remembered_beside_the_module(monkeypatch, make, name, inputs):
     before = len(packs)
     module(x)
     assert len(packs) == before + once  # the layout follows from the number of threads
-    module.eval()
-    assert module not in networks._FOLDED  # the way to make a write through `.data` known
     module.train()(x)
     assert module not in networks._FOLDED
 
 
-def original_class(module: nn.Module) -> type:
-    return TwoMLPHead if isinstance(module, TwoMLPHead) else FastRCNNPredictor
-
-
 def as_layers(module: nn.Module, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
     """The result of torchvision's own class."""
-    return original_class(module).forward(module, x)
+    return ORIGINAL[type(module)].forward(module, x)
 
 
 @torch.no_grad()
@@ -229,10 +225,10 @@ def test_what_is_replaced_is_called(products, monkeypatch, make, name, inputs):
     module = folded(make())
     setattr(module, name, nn.Sequential(getattr(module, name)).eval())
     module(inputs())
-    as_defined = original_class(module).forward
-    monkeypatch.setattr(original_class(module), "forward", lambda self, x: "the class's")
+    as_defined = ORIGINAL[type(module)].forward
+    monkeypatch.setattr(ORIGINAL[type(module)], "forward", lambda self, x: "the class's")
     assert folded(make())(inputs()) == "the class's"
-    monkeypatch.setattr(original_class(module), "forward", as_defined)
+    monkeypatch.setattr(ORIGINAL[type(module)], "forward", as_defined)
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: x @ self.weight.t())
     torch.testing.assert_close(folded(make())(inputs()), as_layers(folded(make()), inputs()))
     assert products == []
