@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from doublehead.engine import precision
 from doublehead.engine.evaluator import inference
-from doublehead.engine.precision import in_float32, resolve_precision, set_precision
+from doublehead.engine.precision import FP32, in_float32, resolve_precision, set_precision
 from doublehead.errors import UserError
 from doublehead.models import build_detector, quantized
 from doublehead.models.quantized import Support, int8_layers, int8_support, layers_in_int8
@@ -104,3 +105,8 @@ def test_int8_of_a_machine_without_operators_computes_in_float(tmp_path, native)
     model = load_model(folder).model
     assert set_precision(model, "int8", CPU, folder).used == "fp32"
     assert layers_in_int8(model) == []
+
+
+def test_the_reference_in_float32_leaves_autocast():
+    with torch.autocast("cpu", torch.bfloat16), in_float32(nn.Identity(), torch.device("cpu"), FP32):
+        assert not torch.is_autocast_enabled("cpu")
