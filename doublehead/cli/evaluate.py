@@ -109,14 +109,17 @@ def run(options: Options) -> None:
 
 def measure(model, dataset, world, options: Options, mode: Mode, data: dict, settings: dict[str, Any]) -> None:
     """Evaluate the model with its present read-out; write the requested files and print the metrics."""
-    from doublehead.cli.float_reference import float_ap
     from doublehead.engine.evaluator import evaluate_in_detail
     from doublehead.engine.files import write_json
     from doublehead.engine.logs import say
     from doublehead.engine.metrics_text import format_metrics
 
     metrics, results, details = evaluate_in_detail(model, dataset, world, **settings)
-    reference = float_ap(model, dataset, world, mode, settings) if mode.used == "int8" else None
+    reference = None
+    if mode.used == "int8":
+        from doublehead.cli.float_reference import float_ap
+
+        reference = float_ap(model, dataset, world, mode, settings)
     if options.out:
         world.on_main(lambda: write_json(options.out, results, indent=None))
     if options.metrics:
@@ -150,14 +153,17 @@ def measure_each(
     settings: dict[str, Any],
 ) -> None:  # fmt: skip
     """Evaluate several read-outs in one pass; write the requested file and print the metrics."""
-    from doublehead.cli.float_reference import float_ap_of_each
     from doublehead.engine.evaluator import evaluate_each
     from doublehead.engine.files import write_json
     from doublehead.engine.logs import say
     from doublehead.engine.metrics_text import format_each
 
     metrics = evaluate_each(model, dataset, readouts, world, **settings)
-    references = float_ap_of_each(model, dataset, readouts, world, mode, settings) if mode.used == "int8" else {}
+    references = {}
+    if mode.used == "int8":
+        from doublehead.cli.float_reference import float_ap_of_each
+
+        references = float_ap_of_each(model, dataset, readouts, world, mode, settings)
     if options.metrics:
         each = {
             name: {"detection": readout_used(readouts[name].detection)} | precision_used(mode) | values

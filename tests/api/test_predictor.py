@@ -202,7 +202,7 @@ def exported(run, tmp_path, monkeypatch):
             "onnx", Recipe("tiny", model=tiny("double_head_ext")), CLASSES, [3, 5, 8], (batch, 3, 64, 96), "cpu"
         )
         detector = ExportedDetector(program, note, torch.device("cpu"))
-        monkeypatch.setattr("doublehead.api.loading.load_exported", lambda path, device_index: detector)
+        monkeypatch.setattr("doublehead.api.loading.load_exported", lambda path, device_index, precision: detector)
         return doublehead.load(tmp_path / "tiny.onnx")
 
     return make

@@ -51,7 +51,9 @@ def test_an_unknown_row_is_refused():
 
 def test_the_headline_cases_are_timed_by_default():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "--benchmark-only"]
-    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    # Of pytest-xdist, the benchmarks' plugin would take the variables for its own.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = inherited | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     root = SCRIPT.parents[1]
     done = subprocess.run([*command, "benchmarks"], capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stdout + done.stderr

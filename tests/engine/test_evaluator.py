@@ -285,10 +285,10 @@ def test_readout_and_fusion_reach_the_model():
         (None, None, 0.01, ("split", "max", 0.01)),
     ):
         model = TinyDetector(3)
-        set_readout(model, Options("x", readout=readout, fusion=fusion, ext_gate=gate), trained)
+        set_readout("x", model, Options("x", readout=readout, fusion=fusion, ext_gate=gate), trained)
         assert model.readout == expected
     model = TinyDetector(3)
-    set_readout(model, Options("x"), trained)
+    set_readout("x", model, Options("x"), trained)
     assert not hasattr(model, "readout")
 
 
