@@ -46,7 +46,8 @@ def main(checkout: str) -> None:
             results, _library.REFERENCES[name](*arguments), rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
     native = sorted(name for name in called if _library.native(name, "cpu"))
-    expected = {"nms", "nms_padded", "pyramid_roi_align", "pyramid_roi_align_backward"} | _library.CPU_KERNELS
+    expected = {"nms", "nms_padded", "pyramid_roi_align", "pyramid_roi_align_backward", "winograd"}
+    expected |= _library.CPU_KERNELS
     assert set(native) == expected, f"without a kernel of their own: {sorted(expected - set(native))}"
     print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, {compiled.name}: {len(CALLS)} calls of "
           f"{len(called)} operators give the references' results, {len(native)} by kernels of their own")  # fmt: skip
@@ -54,6 +55,7 @@ def main(checkout: str) -> None:
 
 def call_all(ops) -> None:
     """Every public function with small inputs, and the gradients of those that have one."""
+    from doublehead.ops import winograd
     from doublehead.ops.batch_norm import batch_norm_act_apply
     from doublehead.ops.conv_head import Block
 
@@ -87,6 +89,12 @@ def call_all(ops) -> None:
     ops.fused_conv(maps, torch.randn(6, 4, 3, 3), torch.randn(6), size=(3, 3), mean=True)
     tensors = (torch.randn(4, 4, 3, 3), torch.randn(4), torch.randn(8, 8), torch.randn(8))
     ops.conv_head(torch.randn(3, 4, 3, 3), tensors, [Block.WIDENING])
+    kernels, image = torch.randn(20, 9, 3, 3), torch.randn(2, 9, 7, 6)
+    torch.testing.assert_close(
+        winograd.convolution(image, winograd.pack(kernels), None, 20),
+        torch.nn.functional.conv2d(image, kernels, padding=1),
+        rtol=1e-4, atol=1e-4,
+    )  # fmt: skip
 
     fc, conv = torch.randn(30, 4, requires_grad=True), torch.randn(30, 4, requires_grad=True)
     fused = torch.ops.doublehead.fuse_scores(fc, conv, "complementary")  # the public function leaves the CPU to PyTorch
