@@ -117,9 +117,9 @@ def emulated(precision: Precision) -> str:
 
 
 def _int8() -> Mode:
-    from doublehead.models import quantized
+    from doublehead.ops import int8
 
-    support, rest = quantized.int8_support(), rest_dtype()
+    support, rest = int8.int8_support(), rest_dtype()
     if support.level == "none":
         used = "fp32" if rest is None else "bf16"
         return Mode("int8", used, rest, f"int8 cannot run here, {used} runs in its place: {support.reason}")
@@ -129,9 +129,9 @@ def _int8() -> Mode:
 
 def on_this_cpu() -> dict[str, str]:
     """Precision -> what it means on this machine's CPU, in a line."""
-    from doublehead.models import quantized
+    from doublehead.ops import int8  # without the models: `info` works where there is no torchvision
 
-    support = quantized.int8_support()
+    support = int8.int8_support()
     means = {"vnni": "native", "seven_bits": f"inputs have 7 bits: {support.reason}"}
     lines = {"fp32": "native"}
     for name in ("bf16", "fp16"):

@@ -8,13 +8,14 @@ import torch
 
 import doublehead
 from doublehead.cli import installation
-from doublehead.models import quantized
-from doublehead.ops import _fallback, _library
+from doublehead.ops import _fallback, _library, int8
 from doublehead.ops.processor import processor
 
 
 def test_command_prints_the_report():
-    done = subprocess.run([sys.executable, "-m", "doublehead", "info"], capture_output=True, text=True, timeout=300)
+    # As `-m doublehead info`, where torchvision is missing: the operators and this command need torch alone.
+    code = "import sys; sys.modules['torchvision'] = None; from doublehead.cli import main; main(['info'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["doublehead", doublehead.__version__]
@@ -112,10 +113,10 @@ def test_what_the_cpu_means_for_each_precision(monkeypatch):
     assert [line.split()[0] for line in lines[first + 1 : first + 5]] == ["fp32", "bf16", "fp16", "int8"]
     new = processor()._replace(x86=True, bf16=True, fp16=False)
     monkeypatch.setattr("doublehead.engine.precision.processor", lambda: new)
-    monkeypatch.setattr(quantized, "int8_support", lambda: quantized.Support("vnni", ""))
+    monkeypatch.setattr(int8, "int8_support", lambda: int8.Support("vnni", ""))
     report = installation.report()
     assert "  bf16       native\n" in report
     assert "  fp16       emulated, slower than fp32: this processor lacks AVX512-FP16 and AMX\n" in report
     assert "  int8       native; the other layers compute in bf16\n" in report
-    monkeypatch.setattr(quantized, "int8_support", lambda: quantized.Support("none", "it is an abacus"))
+    monkeypatch.setattr(int8, "int8_support", lambda: int8.Support("none", "it is an abacus"))
     assert "  int8       cannot run: it is an abacus\n" in installation.report()

@@ -10,6 +10,7 @@ from doublehead.engine.precision import FP32, in_float32, resolve_precision, set
 from doublehead.errors import UserError
 from doublehead.models import build_detector, quantized
 from doublehead.models.quantized import Support, int8_layers, int8_support, layers_in_int8
+from doublehead.ops import int8
 from doublehead.ops.processor import processor
 from tests.support.engine_standin import one_thread  # noqa: F401 (a fixture)
 from tests.support.int8_samples import save_int8_detector
@@ -26,7 +27,8 @@ def native(monkeypatch):
     def has(bf16=False, fp16=False, level="seven_bits", reason="the processor has no VNNI"):
         fake = processor()._replace(x86=True, bf16=bf16, fp16=fp16)
         monkeypatch.setattr(precision, "processor", lambda: fake)
-        monkeypatch.setattr(quantized, "int8_support", lambda: Support(level, reason))
+        for module in (quantized, int8):
+            monkeypatch.setattr(module, "int8_support", lambda: Support(level, reason))
 
     return has
 
