@@ -45,26 +45,31 @@ constexpr size_t kTurn = 32;  // threads that run before another block does
 
 // The module's thread-local segment, which is its static shared memory.
 struct Segment {
-  void* data = nullptr;
-  size_t bytes = 0;
+  void* data;
+  size_t bytes;
 };
 
+// One of the segment's variables. A thread's segment is allocated when it first uses one, so until then there is none to
+// be found: static_shared() takes this one's address before it looks.
+static thread_local std::byte in_segment;
+
 inline Segment static_shared() {
-  Segment found;
-  dl_iterate_phdr([](dl_phdr_info* info, size_t, void* result) {
-    const auto address = reinterpret_cast<uintptr_t>(&run_fiber);
-    bool mine = false;
-    size_t bytes = 0;
-    for (int i = 0; i < info->dlpi_phnum; ++i) {
+  struct Search {
+    const std::byte* variable;
+    Segment found;
+  } search{&in_segment, {}};
+  dl_iterate_phdr([](dl_phdr_info* info, size_t, void* data) {
+    auto& [variable, found] = *static_cast<Search*>(data);
+    const auto* start = static_cast<const std::byte*>(info->dlpi_tls_data);
+    for (int i = 0; start && i < info->dlpi_phnum; ++i) {
       const auto& part = info->dlpi_phdr[i];
-      const uintptr_t start = info->dlpi_addr + part.p_vaddr;
-      mine |= part.p_type == PT_LOAD && address >= start && address < start + part.p_memsz;
-      if (part.p_type == PT_TLS) bytes = part.p_memsz;
+      const bool holds = part.p_type == PT_TLS && variable >= start && variable < start + part.p_memsz;
+      if (holds) found = {info->dlpi_tls_data, part.p_memsz};
     }
-    if (mine && bytes && info->dlpi_tls_data) *static_cast<Segment*>(result) = {info->dlpi_tls_data, bytes};
     return 0;
-  }, &found);
-  return found;
+  }, &search);
+  if (!search.found.data) fail("the static shared memory is not found");
+  return search.found;
 }
 
 inline std::vector<size_t> in_order(size_t count, Order by) {
@@ -107,7 +112,7 @@ inline void switch_to(Block& block, const Segment& segment) {
   if (machine.block && machine.block->running) machine.block->static_shared.assign(data, data + segment.bytes);
   machine.block = &block;
   blockIdx = block.index;
-  if (block.running && segment.bytes) std::memcpy(segment.data, block.static_shared.data(), segment.bytes);
+  if (block.running) std::memcpy(segment.data, block.static_shared.data(), segment.bytes);
 }
 
 inline void start(Block& block, uint3 index, const Segment& segment) {
@@ -116,7 +121,7 @@ inline void start(Block& block, uint3 index, const Segment& segment) {
   block.running = true;
   std::memset(block.shared.get(), kGuard, machine.shared_bytes + 2 * kGuardBytes);
   std::memset(dynamic_shared(), kGarbage, machine.shared_bytes);
-  if (segment.bytes) std::memset(segment.data, kGarbage, segment.bytes);
+  std::memset(segment.data, kGarbage, segment.bytes);
   for (size_t i = 0; i < block.fibers.size(); ++i) {
     const unsigned t = static_cast<unsigned>(i);
     block.fibers[i].thread = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};

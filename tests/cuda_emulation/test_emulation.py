@@ -9,10 +9,12 @@ catch; registers, occupancy and time.  On a device compute-sanitizer looks for s
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
-from tests.cuda_emulation.build import IN_ORDER, ORDERS, Order, every_order, open_emulated
+from tests.cuda_emulation.build import HERE, IN_ORDER, ORDERS, Order, every_order, open_emulated
 
 
 def run(name, *arguments, order=IN_ORDER):
@@ -123,6 +125,16 @@ def test_every_block_has_shared_memory_of_its_own(order):
     given, result = numbers(288)
     run("rotate_dynamic", result, order=order)
     assert torch.equal(result.view(3, 96), given.view(3, 96).roll(-1, 1))
+
+
+def test_the_first_kernel_of_a_library_finds_its_shared_memory(tmp_path):
+    # A library just loaded has no thread-local segment yet, and must not take that of another with the same kernels.
+    copy = tmp_path / "emulation_test_copy.cpp"
+    shutil.copy(HERE / "emulation_test.cpp", copy)
+    given, result = numbers(288)
+    for source in ("emulation_test.cpp", str(copy)):
+        open_emulated(source).call("run_rotate", given, result.fill_(-7), True, order=Order(resident=3))
+        assert torch.equal(result.view(3, 96), given.view(3, 96).roll(-1, 1))
 
 
 def test_an_error_in_one_block_ends_all_of_them():
