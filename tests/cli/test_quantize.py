@@ -21,6 +21,7 @@ from doublehead.engine.int8_file import read_int8
 from doublehead.errors import DataError
 from doublehead.models import quantized
 from doublehead.models.quantized import Support, int8_layers, int8_support, layers_in_int8
+from doublehead.ops import int8
 from tests.support.analysis_detector import recipe, save_detector
 from tests.support.detect_samples import many, save_tiny_detector
 from tests.support.engine_standin import checksums, one_thread  # noqa: F401 (a fixture)
@@ -203,7 +204,8 @@ def test_an_unreadable_image_is_named(bare, capsys, monkeypatch):
 
 
 def test_a_machine_without_the_operators(bare, capsys, monkeypatch):
-    monkeypatch.setattr(quantized, "int8_support", lambda: Support("none", "it is an abacus"))
+    for module in (quantized, int8):
+        monkeypatch.setattr(module, "int8_support", lambda: Support("none", "it is an abacus"))
     said = refused(capsys, quantize, bare, *FEW)
     assert said == "error: this machine cannot run int8, nor measure it: it is an abacus"
 
@@ -307,7 +309,8 @@ def test_int8_needs_its_file(bare, tmp_path, capsys):
 def test_int8_falls_back_with_one_line(run, capsys, monkeypatch):
     lacking = precision.processor()._replace(bf16=False)
     monkeypatch.setattr(precision, "processor", lambda: lacking)
-    monkeypatch.setattr(quantized, "int8_support", lambda: Support("none", "it is an abacus"))
+    for module in (quantized, int8):
+        monkeypatch.setattr(module, "int8_support", lambda: Support("none", "it is an abacus"))
     assert code(evaluate, run, "--precision", "int8", "--device", "cpu", "--data.val-images", "1") == 0
     out = capsys.readouterr().out
     assert out.count("note: int8 cannot run here, fp32 runs in its place: it is an abacus") == 1
