@@ -5,7 +5,7 @@ exact, in 32 bits; bias, residual, ReLU and the rounding to the next product's i
 """
 
 from .grid import Grid, grid_of, quantize, quantize_weight
-from .product import PackedWeight, add_product, pack, product
+from .op import PackedWeight, add_product, pack, product
 from .support import Support, int8_support
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 
 from . import reference
 from .grid import Grid, grid_of, quantize, quantize_weight
-from .product import add_product, pack, product
+from .op import add_product, pack, product
 
 
 class Support(NamedTuple):
