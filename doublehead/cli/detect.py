@@ -44,9 +44,10 @@ class Options:
     """Leave out detections that score below this, 0 .. 1."""
     device: str = "auto"
     """`auto`: CUDA where there is one, else CPU."""
-    runtime: Runtime = "torch"
-    """`openvino`: translate the checkpoint to OpenVINO first, which takes about a minute for each size of pictures, and
-    run it on the CPU; `doublehead export RUN model.xml` does so once."""
+    runtime: Runtime | None = None
+    """`torch`: by default for a checkpoint; an exported file has a runtime of its own.  `openvino`: translate the
+    checkpoint to OpenVINO first, which takes about a minute for each size of pictures, and run it on the CPU;
+    `doublehead export RUN model.xml` does so once."""
     batch_size: int = 1
     """Pictures that go through the model at once.  They are padded to a common size, which changes detections slightly
     where sizes differ: with 1 a picture's detections do not depend on its neighbours."""
@@ -204,9 +205,10 @@ def _program(options: Options, device: torch.device) -> Program:
 
 def _check(options: Options) -> None:
     asked_precision(options)
-    if options.runtime == "openvino" and is_exported(options.checkpoint) and not options.checkpoint.endswith(".xml"):
+    own = {".xml": "openvino", ".onnx": None}.get(Path(options.checkpoint).suffix.lower(), "torch")
+    if options.runtime not in (None, own) and is_exported(options.checkpoint):
         raise UserError(
-            f"--runtime openvino: {options.checkpoint} is exported for another runtime: leave --runtime out"
+            f"--runtime {options.runtime}: {options.checkpoint} is exported for another runtime: leave --runtime out"
         )
     if not options.images:
         raise UserError("no picture is named: give files, folders or quoted patterns after the checkpoint")

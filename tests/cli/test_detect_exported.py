@@ -67,12 +67,15 @@ def test_a_picture_that_does_not_fit_is_reported(program, tmp_path, capsys):
     [
         (("a.xml", "--batch-size", "2"), "--batch-size is 2, and a.xml takes 1 at a time"),
         (("a.onnx", "--runtime", "openvino"), "--runtime openvino: a.onnx is exported for another runtime"),
+        (("a.xml", "--runtime", "torch"), "--runtime torch: a.xml is exported for another runtime"),
+        (("B.XML", "--runtime", "torch"), "--runtime torch: B.XML is exported for another runtime"),
         (("none", "--runtime", "openvino", "--device", "cuda"), "cuda"),
         (("none", "--runtime", "openvino", "--amp", "fp16"), "--runtime openvino computes in fp32 or bf16"),
     ],
 )
 def test_mistakes_are_one_line(program, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "B.XML").touch()
     checkpoint, *options = arguments
     assert fails(checkpoint, "wide.png", "--out", "out", *options) == 2
     error = capsys.readouterr().err
