@@ -16,6 +16,7 @@ from doublehead.ops.conv_head.blocks import Block, each_block
 from doublehead.ops.fused_conv import reference as fused_conv_reference
 from doublehead.ops.fused_conv.arguments import FusedConvArguments
 from doublehead.ops.non_local.reference import non_local_attention
+from tests.support.precision import assert_as_exact, convolution_eps
 from tests.support.vendor_products import vendor_products  # noqa: F401  (a fixture)
 
 pytest.importorskip("triton")
@@ -281,3 +282,30 @@ def test_cublas_is_a_gpu_s():
     assert not cublas.is_available(torch.device("cpu"), HALF)
     assert cublas.is_available(torch.device("cuda"), HALF) and cublas.is_available(torch.device("cuda"), torch.float16)
     assert not cublas.is_available(torch.device("cuda"), torch.float64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_gpu_s_libraries(dtype, relu):
+    """All entries of the table run, alone and in a captured graph, and what is not finite is seen."""
+
+    def moved(arguments, *where):
+        return arguments._replace(x=arguments.x.to(*where), tensors=[tensor.to(*where) for tensor in arguments.tensors])
+
+    given = head(K5, relu=relu, dtype=dtype)
+    exact = definition.conv_head(moved(given, torch.float64))
+    given = moved(given, "cuda")
+    plain = definition.conv_head(given)
+    with torch.no_grad():
+        actual = launch.conv_head(given)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = launch.conv_head(given)
+        eps = convolution_eps("cuda", dtype)
+        assert_as_exact(actual, plain, exact, roundings=2 * len(given.tensors), eps=eps)
+        graph.replay()
+        assert captured.equal(actual)
+        given.x[7, 3, 2, 1] = torch.nan
+        graph.replay()
+        assert captured.isnan().any(1).nonzero().flatten().tolist() == [7]
