@@ -79,7 +79,7 @@ def side_by_side(
 
 def predictors(owner: nn.Module, layers: Sequence[nn.Module], x: Tensor) -> list[Tensor] | None:
     """`side_by_side` for the layers that end a head, in float32 at least; None on a CPU, where nothing is gained."""
-    if not layers or not PRODUCTS.get(x.device.type, OneDNNProducts).converts:
+    if torch.compiler.is_compiling() or not layers or not PRODUCTS.get(x.device.type, OneDNNProducts).converts:
         return None
     return side_by_side(owner, layers, x, torch.promote_types(layer_dtype(x), torch.float32))
 
