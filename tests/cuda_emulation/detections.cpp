@@ -85,10 +85,9 @@ __global__ void all_boxes(Boxes<D, P> boxes, int64_t rois, int64_t classes, Corn
 
 }  // namespace
 
-// keys: those of score_classes, if it is not null.
 extern "C" __attribute__((visibility("default"))) const char* detections(const Call* call, float* boxes, float* scores,
                                                                          int64_t* labels, int64_t* count,
-                                                                         uint32_t* keys, int64_t* launches) {
+                                                                         int64_t* launches) {
   return report_errors([&] {
     const Plan plan{call->images, call->rois, call->classes, call->most};
     const int64_t bytes = Workspace(plan, nullptr).bytes;
@@ -105,10 +104,18 @@ extern "C" __attribute__((visibility("default"))) const char* detections(const C
       });
     });
     *launches = emulator.launches;
-    if (keys) std::copy_n(space.keys, plan.lists() * plan.column(), keys);
     for (size_t i = 0; i < 3840; ++i) {
       if (base[bytes + i] != std::byte(0xA5)) throw std::runtime_error("a write behind the workspace");
     }
+  });
+}
+
+// The keys of score_classes alone.
+extern "C" __attribute__((visibility("default"))) const char* detection_scores(const Call* call, uint32_t* keys) {
+  return report_errors([&] {
+    Emulator emulator;
+    const Plan plan{call->images, call->rois, call->classes, call->most};
+    dispatch(call->logit_dtype, [&]<typename T>() { score(emulator, plan, classifiers_of<T>(*call), keys); });
   });
 }
 

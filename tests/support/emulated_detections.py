@@ -61,29 +61,33 @@ def together(tensor: Tensor) -> bool:
     return last == 1 and aligned and all(stride % 4 == 0 for stride in outer)
 
 
-def emulated(args: DetectionArguments, order: Order = IN_ORDER, keys: Tensor | None = None) -> tuple[Tensor, ...]:
-    """boxes, scores, labels, count, in memory that was poisoned before; `keys`: gets those of the scores' kernel."""
+def emulated(args: DetectionArguments, order: Order = IN_ORDER) -> tuple[Tensor, ...]:
+    """boxes, scores, labels, count, in memory that was poisoned before."""
     batch, most = len(args.valid), args.max_detections
     boxes, scores = torch.full((batch, most, 4), float("nan")), torch.full((batch, most), float("nan"))
     labels, count, launches = torch.full((batch, most), -7), torch.full((batch,), -7), torch.full((1,), -7)
     results = boxes, scores, labels, count
-    open_emulated("detections.cpp").call("detections", make_call(args), *results, keys, launches, order=order)
+    open_emulated("detections.cpp").call("detections", make_call(args), *results, launches, order=order)
     assert launches.item() == 3
     return results
 
 
-def emulated_scores_and_boxes(args: DetectionArguments) -> tuple[Tensor, Tensor, Tensor]:
-    """What the kernels compute on: scores `[B, R, C - 1]`, NaN where there is no candidate; boxes `[B, R, C, 4]`, and
-    whether each can be a detection.
-    """
+def emulated_scores(args: DetectionArguments) -> Tensor:
+    """The scores that the kernels compute on, `[B, R, C - 1]`; NaN where there is no candidate."""
     batch, rois, classes = args.logits[0].shape
     keys = torch.full((batch, classes - 1, -(-rois // 8) * 8), -7, dtype=torch.int32)
-    emulated(args, keys=keys)
+    open_emulated("detections.cpp").call("detection_scores", make_call(args), keys)
     assert (keys[..., rois:] == -1).all()  # what fills up the last RoIs is no candidate
     keys = keys[..., :rois].long() & 0xFFFFFFFF
     bits = torch.where(keys >> 31 == 1, keys, ~keys & 0x7FFFFFFF).to(torch.int64)
     scores = (bits - (bits >> 31 << 32)).int().view(torch.float32)  # of no score: a NaN
+    return scores.transpose(1, 2)
+
+
+def emulated_boxes(args: DetectionArguments) -> tuple[Tensor, Tensor]:
+    """The boxes that the kernels compute on, `[B, R, C, 4]`, and whether each can be a detection."""
+    batch, rois, classes = args.logits[0].shape
     boxes = torch.full((batch, rois, classes, 4), float("nan"))
     usable = torch.full((batch, rois, classes), 7, dtype=torch.uint8)
     open_emulated("detections.cpp").call("detection_boxes", make_call(args), boxes, usable)
-    return scores.transpose(1, 2), boxes, usable.bool()
+    return boxes, usable.bool()

@@ -48,21 +48,27 @@ struct Results {
 };
 
 // The device has launch(grid, threads, bytes of shared memory, kernel, arguments...).
-template <typename T, typename D, typename P, typename Device>
-void detect(Device& device, const Plan& plan, Classifiers<T> classifiers, const Boxes<D, P>& boxes, double iou_threshold,
-            const Workspace& space, const Results& results) {
-  const auto foreground = uint32_t(plan.classes - 1), column = uint32_t(plan.column()), each = uint32_t(plan.each());
-  classifiers.rois = uint32_t(plan.rois), classifiers.classes = uint32_t(plan.classes), classifiers.column = column;
-  const auto chunks = uint32_t(plan.images * column / kRows), lists = uint32_t(plan.lists());
-  const size_t turned = size_t(plan.classes) * (kRows + 1) * sizeof(uint32_t);
+template <typename T, typename Device>
+void score(Device& device, const Plan& plan, Classifiers<T> classifiers, uint32_t* keys) {
+  classifiers.rois = uint32_t(plan.rois), classifiers.classes = uint32_t(plan.classes);
+  classifiers.column = uint32_t(plan.column());
+  const auto blocks = uint32_t(plan.images * plan.column() / kRows);
+  const size_t shared = size_t(plan.classes) * (kRows + 1) * sizeof(uint32_t);
   if (plan.classes <= 4 * 32) {
-    device.launch(chunks, kScoreThreads, turned, score_classes<T, 4>, classifiers, space.keys);
+    device.launch(blocks, kScoreThreads, shared, score_classes<T, 4>, classifiers, keys);
   } else {
-    device.launch(chunks, kScoreThreads, turned, score_classes<T, kMostClasses / 32>, classifiers, space.keys);
+    device.launch(blocks, kScoreThreads, shared, score_classes<T, kMostClasses / 32>, classifiers, keys);
   }
-  const Suppression suppression{space.keys,  foreground,  column, each, nms::make_rule<float>(iou_threshold),
+}
+
+template <typename T, typename D, typename P, typename Device>
+void detect(Device& device, const Plan& plan, const Classifiers<T>& classifiers, const Boxes<D, P>& boxes,
+            double iou_threshold, const Workspace& space, const Results& results) {
+  const auto foreground = uint32_t(plan.classes - 1), column = uint32_t(plan.column()), each = uint32_t(plan.each());
+  score(device, plan, classifiers, space.keys);
+  const Suppression suppression{space.keys, foreground,  column, each, nms::make_rule<float>(iou_threshold),
                                 space.kept, space.counts};
-  device.launch(lists, kClassThreads, 0, suppress_class<D, P>, boxes, suppression);
+  device.launch(uint32_t(plan.lists()), kClassThreads, 0, suppress_class<D, P>, boxes, suppression);
   const Merging merging{space.kept,    space.counts,   foreground,     each,         uint32_t(plan.most),
                         results.boxes, results.scores, results.labels, results.count};
   device.launch(uint32_t(plan.images), kMergeThreads, 0, merge_classes<D, P>, boxes, merging);
