@@ -186,7 +186,7 @@ def test_many_pairs_at_the_threshold(threshold, dtype):
 
 
 @settings(emulated, max_examples=150)
-@given(images(), thresholds)
+@given(images(), st.one_of(thresholds, st.sampled_from([2.0, 1e300, INF, -INF])))
 def test_rule_of_all_pairs(example_images, threshold):
     # Whatever the values are: infinite, NaN, tiny, inverted, without area.
     boxes = example_images[0].flatten(0, 1)

@@ -1,4 +1,4 @@
-// nms.h's rule for CUDA: about 20 instructions a pair without a branch, and a division only next to the threshold. Shared
+// nms.h's rule for CUDA: 16 instructions a pair without a branch, and a division only at the threshold. Shared
 // by all kernels that suppress boxes; needs neither torch nor CUDA's runtime.
 //
 //   const Rule<float> rule = make_rule<float>(iou_threshold);       // on the host; an argument of the kernel
@@ -7,11 +7,12 @@
 //   suppressed_by(rule, box, [&](int j) { return boxes[j]; })       // bit j: the same for box and boxes[j], j < 32
 //
 // Exact. A box without area (nms.h's has_area) has an infinite one here: it suppresses nothing, unless the threshold is
-// negative, when every pair is divided. Let c be what two boxes have in common and u their union, as computed. c is at
-// most either area, as rounding keeps order, so u is positive, at least c, infinite or NaN. Then, for t in [1e-3, 1],
-//   c > 1.000004 t u + 1e-30  makes c / u, rounded, exceed t: u is above 1e-30, since c is at most u;
-//   c < 0.999996 t u - 1e-30  does not: u is above 1e-30 here too,
-// and for such u the bounds are precise to 3e-7. An infinite u does not suppress, and a NaN satisfies neither.
+// negative, when every pair is divided. Let c be what two boxes have in common and u their union, both as computed; c is at
+// most either area, as rounding keeps order, so u is positive, infinite or NaN. With t the threshold rounded down and t' the
+// next number of type T:
+//   c > t' u  makes c / u at least t' after rounding too, as t' is a number of type T: it suppresses;
+//   c < t u   makes it at most t likewise: it does not.
+// Signs of c - t u in one rounding are those of the real number. An infinite u does not suppress; a NaN satisfies neither.
 #pragma once
 
 #include "../nms.h"
@@ -25,7 +26,7 @@ DOUBLEHEAD_NMS_FUNCTION Box<T> measure(T x1, T y1, T x2, T y2) {
   return box;
 }
 
-// A pair's distances to the threshold: `above` is negative if it clearly suppresses, `below` if it clearly does not.
+// `above` is negative if a pair clearly suppresses each other, `below` if it clearly does not.
 template <typename T>
 struct Margins {
   T above, below;
@@ -34,15 +35,14 @@ struct Margins {
 template <typename T>
 struct Rule {
   T threshold;        // nms.h's round_down
-  T clearly, hardly;  // the threshold and a little more or less; 0 if all pairs are divided
-  T slack;            // 1e-30, or infinite then
+  T clearly, hardly;  // the next number above it, and itself; NaN if every pair is to be divided
 
   DOUBLEHEAD_NMS_FUNCTION Margins<T> margins(const Box<T>& a, const Box<T>& b) const {
     const T common = intersection(a, b), all = a.area + b.area - common;
-#if defined(__CUDA_ARCH__)  // products and sums in one rounding: the bounds need not be exact
-    return {fma(clearly, all, slack) - common, common - fma(hardly, all, -slack)};
+#if defined(__CUDA_ARCH__)
+    return {fma(clearly, all, -common), fma(-hardly, all, common)};
 #else
-    return {std::fma(clearly, all, slack) - common, common - std::fma(hardly, all, -slack)};
+    return {std::fma(clearly, all, -common), std::fma(-hardly, all, common)};
 #endif
   }
 
@@ -58,10 +58,9 @@ struct Rule {
 
 template <typename T>
 Rule<T> make_rule(double threshold) {
-  constexpr T infinity = std::numeric_limits<T>::infinity();
-  if (!(threshold >= 1e-3 && threshold <= 1)) return {round_down<T>(threshold), 0, 0, infinity};
-  const T clearly = static_cast<T>(threshold * (1 + 4e-6)), hardly = static_cast<T>(threshold * (1 - 4e-6));
-  return {round_down<T>(threshold), clearly, hardly, T(1e-30)};
+  const T rounded = round_down<T>(threshold), never = std::numeric_limits<T>::quiet_NaN();
+  if (!(threshold >= 0)) return {rounded, never, never};
+  return {rounded, std::nextafter(rounded, std::numeric_limits<T>::infinity()), rounded};
 }
 
 // Twice `bits`, and one more if x is negative, which a NaN is not.
