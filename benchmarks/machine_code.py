@@ -181,7 +181,8 @@ def mark_number(name: str) -> int:
 def marks_in(folder: Path = ROOT / "csrc") -> list[str]:
     """The names that the sources begin."""
     texts = [path.read_text() for pattern in ("*.cuh", "*.cu", "*.h") for path in sorted(folder.rglob(pattern))]
-    names = {name for text in texts for name in re.findall(r"^\s*DOUBLEHEAD_MARK_BEGIN\(\"([^\"]+)\"\);", text, re.M)}
+    lines = [line for text in texts for line in text.splitlines() if not line.lstrip().startswith("//")]
+    names = {name for line in lines for name in re.findall(r"DOUBLEHEAD_MARK_BEGIN\(\"([^\"]+)\"\)", line)}
     return sorted(names)
 
 

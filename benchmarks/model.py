@@ -1,0 +1,161 @@
+"""A cost model of the CUDA kernels that can be proved wrong: what a launch, a dependent instruction, an access and a byte
+cost, times what the benchmark's own inputs need of each.
+
+    python benchmarks/model.py               # every row: measured, what the model says of that code, and of today's
+    python benchmarks/model.py --parts nms_4000 roi_backward
+
+Four constants of the machine are fitted to the H200's measurements of 2026-11-26 (model_machine.py), and the speeds of
+products to two rows (model_networks.py); the rest is published, or counted: from the compiled code by sass.py, from the
+launch plans, from the boxes. `tests/benchmarks/test_model.py` holds it to
+what was measured. Where it is wrong, NOTES.md says so beside the measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import model_networks as networks
+import model_nms as nms
+import model_roi_align as roi_align
+from model_machine import H200, Machine, Step
+
+RECORD = Path(__file__).resolve().parent / "results" / "headline-nvidia-h200.json"
+ROIS = 1000
+
+Steps = Callable[[Machine], list[Step]]
+
+
+class Row(NamedTuple):
+    """A row of headline.py: what it launches, as it was measured and as it is now."""
+
+    title: str
+    before: Steps
+    after: Steps | None = None
+    """None: nothing was redesigned, or the redesign is not modelled."""
+    heavy: bool = False
+    """Its boxes take long to replay."""
+
+
+def detections_before(machine: Machine) -> list[Step]:
+    """1000 RoIs, 81 classes, two classifiers: 40,000 slots, few of them candidates; classes of at most 1000 boxes."""
+    m, slots = machine, 40 * ROIS
+    few = tuple(nms.class_tiles(0, 128, 0.5))
+    suppression = nms.before(m, slots, (), slots, nms.segment(m, few), True)
+    without_rounds = [step for step in suppression if step.name not in ("list", "mask", "resolve", "strike", "result")]
+    scores = Step("scores", 2 * m.dram_latency + 3 * m.chain(400))  # 8 programs a multiprocessor, some waves
+    ends = [Step("result", nms.in_order(m, 8192, 100)), Step("gather", 2 * m.dram_latency + m.chain(100))]
+    return [scores, *without_rounds, *ends]
+
+
+def detector(machine: Machine, network: networks.Network, images: int, heads: list[Step]) -> list[Step]:
+    """One graph: its launches are counted, so those of the heads' steps are not counted again."""
+    pooling = sum(step.work for step in roi_align.forward_before(machine, 512, 2)) * 2 * (2 if heads else 1)
+    each = sum(step.work for step in heads) * images / max(images, 1)
+    proposals = sum(step.work for step in nms.plain_before(machine, 4000, 0.5))
+    found = sum(step.work for step in detections_before(machine))
+    total = networks.detector(machine, network, images, each, pooling, proposals + found)
+    return [Step("whole", total - machine.launch)]
+
+
+ROWS = {
+    "roi_forward": Row("RoIAlign forward, channels-last fp32", lambda m: roi_align.forward_before(m, 512, 4)),
+    "roi_forward_bf16": Row("  the same, bf16", lambda m: roi_align.forward_before(m, 512, 2)),
+    "roi_forward_nchw": Row("  the same, NCHW fp32", lambda m: roi_align.planar_before(m, 512)),
+    "roi_backward": Row("RoIAlign backward, channels-last fp32", lambda m: roi_align.backward_before(m, 512, 4)),
+    "roi_backward_bf16": Row("  the same, bf16", lambda m: roi_align.backward_before(m, 512, 2)),
+    "roi_backward_1000": Row("  1000 boxes, fp32", lambda m: roi_align.backward_before(m, 1000, 4)),
+    "roi_backward_16": Row("  16 images, fp32", lambda m: roi_align.backward_before(m, 512, 4, 16), heavy=True),
+    "nms_4000": Row("nms 4,000", lambda m: nms.plain_before(m, 4000, 0.5)),
+    "nms_12000": Row("nms 12,000", lambda m: nms.plain_before(m, 12000, 0.5), heavy=True),
+    "nms_80x1000": Row("batched_nms 80 x 1,000", lambda m: nms.classes_before(m)),
+    "detections": Row("logits to 100 detections", detections_before),
+    "conv_head": Row("conv-head inference, bf16", lambda m: networks.conv_head(m, ROIS, networks.ALL_TRITON)),
+    "conv_head_fp32": Row("  fp32 (TF32)", lambda m: networks.conv_head(m, ROIS, networks.ALL_TRITON_FP32, 4)),
+    "non_local": Row("non-local block, bf16", lambda m: networks.non_local(m, ROIS, networks.TRITON)),
+    "ext_1": Row(
+        "Ext, batch 1, bf16",
+        lambda m: detector(m, networks.BEFORE, 1, networks.conv_head(m, ROIS, networks.ALL_TRITON)),
+    ),
+    "ext_16": Row(
+        "  batch 16",
+        lambda m: detector(m, networks.BEFORE, 16, networks.conv_head(m, ROIS, networks.ALL_TRITON)),
+    ),
+    "ext_1_fp32": Row(
+        "  batch 1, fp32",
+        lambda m: detector(m, networks.BEFORE_FP32, 1, networks.conv_head(m, ROIS, networks.ALL_TRITON_FP32, 4)),
+    ),
+    "fc_1": Row("kind fc, batch 1, bf16", lambda m: detector(m, networks.BEFORE_FC, 1, [])),
+}
+
+
+def total(steps: list[Step], machine: Machine = H200) -> float:
+    """Microseconds of launches one after the other."""
+    return sum(step.work + machine.launch for step in steps)
+
+
+@functools.cache
+def measured() -> dict[str, dict]:
+    """The rows of the record by name; `us` is the device's time, or ours as one graph."""
+    rows = {row["row"]: row for row in json.loads(RECORD.read_text())["rows"]}
+    return {name: row | {"us": row.get("device_us", row["ours_us"])} for name, row in rows.items()}
+
+
+def floor(row: dict) -> float | None:
+    """The least time that the memory allows."""
+    return row["bytes_moved"] / H200.dram if "bytes_moved" in row else None
+
+
+def parts(steps: list[Step]) -> str:
+    """Launches and work by name, the longest first."""
+    work: dict[str, tuple[int, float]] = {}
+    for step in steps:
+        number, time = work.get(step.name, (0, 0.0))
+        work[step.name] = (number + 1, time + step.work)
+    ordered = sorted(work.items(), key=lambda item: -item[1][1])
+    named = [f"{number} x {name} {time:.0f}" for name, (number, time) in ordered]
+    return f"{len(steps)} launches {len(steps) * H200.launch:.0f}, " + ", ".join(named)
+
+
+def table(names: list[str], with_parts: bool = False) -> str:
+    lines = [
+        "| case (H200, us) | measured | model of that code | model / measured | predicted now | share of the floor |"
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    for name in names:
+        row, was = ROWS[name], measured()[name]
+        before = row.before(H200)
+        now = total(row.after(H200)) if row.after else None
+        least = floor(was)
+        share = (
+            f"{least / total(before):.0%} -> {least / now:.0%}"
+            if least and now
+            else f"{least / total(before):.0%}"
+            if least
+            else ""
+        )
+        lines.append(
+            f"| {row.title} | {was['us']:.0f} | {total(before):.0f} | {total(before) / was['us']:.2f} "
+            f"| {'' if now is None else format(now, '.0f')} | {share} |"
+        )
+        if with_parts:
+            lines.append(f"| - {parts(before)} | | | | | |")
+            if row.after:
+                lines.append(f"| - now {parts(row.after(H200))} | | | | | |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", default=list(ROWS), metavar="row", help=", ".join(ROWS))
+    parser.add_argument("--parts", action="store_true", help="what the time goes to")
+    asked = parser.parse_args()
+    print(table(asked.rows, asked.parts))
+
+
+if __name__ == "__main__":
+    main()
