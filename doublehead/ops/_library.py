@@ -121,16 +121,23 @@ def define_autocast(name: str, kernel: Callable) -> None:
     `kernel` takes the operator's arguments and calls the operator itself with arguments cast as it sees fit; autocast
     is off while it runs. Without this call autocast leaves the operator's arguments as they are.
     """
-    off = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-        torch._C.DispatchKey.AutocastCUDA
-    )
 
-    def without_autocast(*arguments):
-        with torch._C._ExcludeDispatchKeyGuard(off):
+    def serve(*arguments):
+        with without_autocast():
             return kernel(*arguments)
 
     for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, without_autocast, f"Autocast{device}")
+        LIBRARY.impl(name, serve, f"Autocast{device}")
+
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def without_autocast() -> contextlib.AbstractContextManager:
+    """Operators called inside take their arguments as they are, and calls are shorter."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
 
 
 def define_cpu_kernel(name: str, kernel: Callable) -> None:
@@ -147,6 +154,9 @@ def define_cpu_kernel(name: str, kernel: Callable) -> None:
 
     CPU_KERNELS.add(name)
     LIBRARY.impl(name, serve, "CPU")
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def define_triton_kernel(name: str, module: str, function: str) -> None:
@@ -169,7 +179,7 @@ def define_triton_kernel(name: str, module: str, function: str) -> None:
             reason = unbuilt.get(_signature(arguments))
         if reason is None:
             try:
-                with torch.cuda.device(device) if cuda else contextlib.nullcontext():
+                with torch.cuda.device(device) if cuda else _NOTHING:
                     kernel = getattr(importlib.import_module(module), function)
                     return kernel(*arguments) if pack is None else kernel(*pack(*arguments))
             except Fallback as answer:
@@ -237,8 +247,12 @@ def _tensors(arguments: Iterable) -> Iterator[torch.Tensor]:
 
 def _device_of(arguments: Iterable) -> torch.device | None:
     """The first tensor's device.  Triton launches on the current GPU, wherever the tensors are."""
-    first = next(_tensors(arguments), None)
-    return None if first is None else first.device
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            return argument.device
+        if isinstance(argument, (list, tuple)) and (first := next(_tensors(argument), None)) is not None:
+            return first.device
+    return None
 
 
 def _signature(arguments: Iterable) -> tuple:
