@@ -1,5 +1,5 @@
-"""A cost model of the CUDA kernels that can be proved wrong: what a launch, a dependent instruction, an access and a byte
-cost, times what the benchmark's own inputs need of each.
+"""A cost model of the CUDA kernels that can be proved wrong: what a launch, a dependent instruction, an access and a
+byte cost, times what the inputs of the benchmarks need of each.
 
     python benchmarks/model.py               # every row: measured, what the model says of that code, and of today's
     python benchmarks/model.py --parts nms_4000 roi_backward

@@ -26,7 +26,7 @@ class Machine(NamedTuple):
     barrier: float
     """A barrier of a block, and what its last warp is behind."""
     launch: float
-    """What a launch costs beside its kernel's own chain: from the end of the one before it to its first instruction, and
+    """What a launch costs beside its kernel: from the end of the one before it to its first instruction, and
     from its last one until the next may begin. Clearing memory is a launch too."""
 
     def cycles(self, count: float) -> float:

@@ -95,7 +95,7 @@ ENGINES_FP32 = {**dict.fromkeys(KINDS, VENDOR_FP32), "3x3": VENDOR_SPATIAL_FP32,
 
 
 class Network(NamedTuple):
-    """A detector with a ResNet-50 and an FPN: what an image of 800 pixels costs beside launches and heads, microseconds."""
+    """A detector with a ResNet-50 and an FPN: what an image of 800 pixels costs beside launches and heads, in us."""
 
     launches: int
     """Of the device's kernels, for one batch: counted in a trace."""

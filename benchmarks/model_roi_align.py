@@ -81,7 +81,7 @@ PROLOGUE, NEW_COLUMN, NEW_COLUMN_16, OLD_COLUMN = 750, 100, 150, 22
 (sass.py: 745; 22 to 460, most of which are its variants for 1 to 4 pixels.)"""
 PLANAR_ROW, PLANAR_OUTPUT = 90, 120
 FILL, GATHER_COLUMN = 2000, 90
-"""Of the backward: a batch's weights on the slowest warp, counted by replaying its loops; a box's column of bins (71-99)."""
+"""Of the backward: a batch's weights on the slowest warp, by replaying its loops; a box's column of bins (71-99)."""
 TILE, BATCH = 8, 16
 
 
