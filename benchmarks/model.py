@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import model_detections as detections
 import model_networks as networks
 import model_nms as nms
 import model_roi_align as roi_align
@@ -41,23 +42,12 @@ class Row(NamedTuple):
     """Its boxes take long to replay."""
 
 
-def detections_before(machine: Machine) -> list[Step]:
-    """1000 RoIs, 81 classes, two classifiers: 40,000 slots, few of them candidates; classes of at most 1000 boxes."""
-    m, slots = machine, 40 * ROIS
-    few = tuple(nms.class_tiles(0, 128, 0.5))
-    suppression = nms.before(m, slots, (), slots, nms.segment(m, few), True)
-    without_rounds = [step for step in suppression if step.name not in ("list", "mask", "resolve", "strike", "result")]
-    scores = Step("scores", 2 * m.dram_latency + 3 * m.chain(400))  # 8 programs a multiprocessor, some waves
-    ends = [Step("result", nms.in_order(m, 8192, 100)), Step("gather", 2 * m.dram_latency + m.chain(100))]
-    return [scores, *without_rounds, *ends]
-
-
 def detector(machine: Machine, network: networks.Network, images: int, heads: list[Step]) -> list[Step]:
     """One graph: its launches are counted, so those of the heads' steps are not counted again."""
     pooling = sum(step.work for step in roi_align.forward_before(machine, 512, 2)) * 2 * (2 if heads else 1)
     each = sum(step.work for step in heads) * images / max(images, 1)
     proposals = sum(step.work for step in nms.plain_before(machine, 4000, 0.5))
-    found = sum(step.work for step in detections_before(machine))
+    found = sum(step.work for step in detections.before(machine))
     total = networks.detector(machine, network, images, each, pooling, proposals + found)
     return [Step("whole", total - machine.launch)]
 
@@ -73,7 +63,7 @@ ROWS = {
     "nms_4000": Row("nms 4,000", lambda m: nms.plain_before(m, 4000, 0.5)),
     "nms_12000": Row("nms 12,000", lambda m: nms.plain_before(m, 12000, 0.5), heavy=True),
     "nms_80x1000": Row("batched_nms 80 x 1,000", lambda m: nms.classes_before(m)),
-    "detections": Row("logits to 100 detections", detections_before),
+    "detections": Row("logits to 100 detections", detections.before, detections.after),
     "conv_head": Row("conv-head inference, bf16", lambda m: networks.conv_head(m, ROIS, networks.ALL_TRITON)),
     "conv_head_fp32": Row("  fp32 (TF32)", lambda m: networks.conv_head(m, ROIS, networks.ALL_TRITON_FP32, 4)),
     "non_local": Row("non-local block, bf16", lambda m: networks.non_local(m, ROIS, networks.TRITON)),
