@@ -42,15 +42,29 @@ class Row(NamedTuple):
     """Its boxes take long to replay."""
 
 
-def detector(machine: Machine, network: networks.Network, images: int, heads: list[Step]) -> list[Step]:
-    """One graph: its launches are counted, so those of the heads' steps are not counted again."""
-    pooling = sum(step.work for step in roi_align.forward_before(machine, 512, 2)) * 2 * (2 if heads else 1)
-    each = sum(step.work for step in heads) * images / max(images, 1)
-    proposals = sum(step.work for step in nms.plain_before(machine, 4000, 0.5))
-    found = sum(step.work for step in detections.before(machine))
-    total = networks.detector(machine, network, images, each, pooling, proposals + found)
-    return [Step("whole", total - machine.launch)]
+def work(steps: list[Step]) -> float:
+    return sum(step.work for step in steps)
 
+
+def detector(network: networks.Network, images: int, heads: Steps | None, now: bool = False, pooled: int = 2) -> Steps:
+    """One graph. Its launches are counted, and those of the steps not again. pooled: bytes of a number of the maps."""
+
+    def steps(machine: Machine) -> list[Step]:
+        found = detections.after if now else detections.before
+        each = work(heads(machine)) if heads else 0.0
+        pooling = work(roi_align.forward_before(machine, 512, pooled)) * ROIS / 512 * (2 if heads else 1)
+        boxes = work(nms.plain_before(machine, 4000, 0.5)) + work(found(machine))
+        return [Step("whole", networks.detector(machine, network, images, each, pooling, boxes) - machine.launch)]
+
+    return steps
+
+
+def conv_head(engines: dict[str, networks.Engine], size: int = networks.BF16) -> Steps:
+    return lambda machine: networks.conv_head(machine, ROIS, engines, size)
+
+
+TRITON, TRITON_FP32 = conv_head(networks.ALL_TRITON), conv_head(networks.ALL_TRITON_FP32, 4)
+ENGINES, ENGINES_FP32 = conv_head(networks.ENGINES), conv_head(networks.ENGINES_FP32, 4)
 
 ROWS = {
     "roi_forward": Row("RoIAlign forward, channels-last fp32", lambda m: roi_align.forward_before(m, 512, 4)),
@@ -64,22 +78,33 @@ ROWS = {
     "nms_12000": Row("nms 12,000", lambda m: nms.plain_before(m, 12000, 0.5), heavy=True),
     "nms_80x1000": Row("batched_nms 80 x 1,000", lambda m: nms.classes_before(m)),
     "detections": Row("logits to 100 detections", detections.before, detections.after),
-    "conv_head": Row("conv-head inference, bf16", lambda m: networks.conv_head(m, ROIS, networks.ALL_TRITON)),
-    "conv_head_fp32": Row("  fp32 (TF32)", lambda m: networks.conv_head(m, ROIS, networks.ALL_TRITON_FP32, 4)),
-    "non_local": Row("non-local block, bf16", lambda m: networks.non_local(m, ROIS, networks.TRITON)),
+    "conv_head": Row("conv-head inference, bf16", TRITON, ENGINES),
+    "conv_head_fp32": Row("  fp32 (TF32)", TRITON_FP32, ENGINES_FP32),
+    "non_local": Row(
+        "non-local block, bf16",
+        lambda m: networks.non_local(m, ROIS, networks.TRITON),
+        lambda m: networks.non_local(m, ROIS, networks.VENDOR),
+    ),
     "ext_1": Row(
         "Ext, batch 1, bf16",
-        lambda m: detector(m, networks.BEFORE, 1, networks.conv_head(m, ROIS, networks.ALL_TRITON)),
+        detector(networks.BEFORE, 1, TRITON),
+        detector(networks.AFTER, 1, ENGINES, now=True),
     ),
     "ext_16": Row(
         "  batch 16",
-        lambda m: detector(m, networks.BEFORE, 16, networks.conv_head(m, ROIS, networks.ALL_TRITON)),
+        detector(networks.BEFORE, 16, TRITON),
+        detector(networks.AFTER, 16, ENGINES, now=True),
     ),
     "ext_1_fp32": Row(
         "  batch 1, fp32",
-        lambda m: detector(m, networks.BEFORE_FP32, 1, networks.conv_head(m, ROIS, networks.ALL_TRITON_FP32, 4)),
+        detector(networks.BEFORE_FP32, 1, TRITON_FP32, pooled=4),
+        detector(networks.AFTER_FP32, 1, ENGINES_FP32, now=True, pooled=4),
     ),
-    "fc_1": Row("kind fc, batch 1, bf16", lambda m: detector(m, networks.BEFORE_FC, 1, [])),
+    "fc_1": Row(
+        "kind fc, batch 1, bf16",
+        detector(networks.BEFORE_FC, 1, None),
+        detector(networks.AFTER_FC, 1, None, now=True),
+    ),
 }
 
 
