@@ -4,7 +4,6 @@
 
 #include "nms/cuda/decide.cuh"
 #include "nms/cuda/rank.cuh"
-#include "nms/cuda/segments.cuh"
 #include "roi_align/cuda/backward.cuh"
 #include "roi_align/cuda/forward.cuh"
 
@@ -21,7 +20,6 @@ const void* const kernels[] = {
     (const void*)roi_align::device::gather_channels_last<BFloat16, float, 4>,
     (const void*)nms::rank_boxes<float, float>,
     (const void*)nms::decide<float>,
-    (const void*)nms::suppress_segments<float>,
 };
 
 }  // namespace doublehead
