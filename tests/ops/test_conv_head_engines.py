@@ -161,7 +161,7 @@ def test_launches_of_the_paper_s_head(monkeypatch):
 @pytest.mark.usefixtures("vendor_products", "triton_kernels")
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_results_with_our_kernels_between(poisoned, relu, dtype):
+def test_results_with_our_kernels_between(relu, dtype):
     """With few RoIs too, and where a residual without ReLU is the Triton kernel's."""
     arguments = head(K5, number=4, relu=relu, dtype=dtype)
     wide = arguments._replace(x=arguments.x.double(), tensors=[tensor.double() for tensor in arguments.tensors])
@@ -252,6 +252,11 @@ def test_the_table_elsewhere(monkeypatch):
     assert engines.choose(conv(Product.LINEAR, FLOAT32), (8, 0)) == Engine.TRITON
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # the fused convolutions do not read it
     assert engines.choose(conv(Product.ADDED), (9, 0)) == Engine.TRITON
+
+
+@pytest.mark.usefixtures("meta_as_cuda", "poisoned")
+def test_where_pytorch_is_deterministic_all_is_ours():
+    assert {engines.choose(conv(kind), (9, 0)) for kind in Product} == {Engine.TRITON}
 
 
 @pytest.mark.usefixtures("meta_as_cuda")

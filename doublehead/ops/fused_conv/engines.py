@@ -1,10 +1,12 @@
 """Which library runs a product of the conv-head at inference on a GPU: cuBLAS, cuDNN, or the Triton kernel.
 
-The table follows a count of bytes and operations, fitted to what was measured (benchmarks/NOTES.md, "Heads on a GPU"):
-for M rows, F operations and B bytes our Triton kernel takes 4 us + F / (488 TFLOP/s) + B / (4.2 TB/s) on an H200, since
-a block computes, and then reads its residual and stores; the vendor's kernels do both at the same time, and take
-4 us + F / (780 TFLOP/s) + half of B / (4.2 TB/s).  Nothing in it is chosen by timing when it runs: results would
-depend on it.
+The table follows a count of bytes and operations, fitted to what was measured on an H200 (benchmarks/NOTES.md, "Heads
+on a GPU").  F operations and B bytes take our Triton kernel 4 us + F / (488 TFLOP/s) + B / (4.2 TB/s), since a block
+first computes, and then reads its residual and stores: that gives both 2172 us for the conv-head, where all was
+Triton's, and 480 us for the non-local block alone, whose queries, keys and values were cuBLAS's.  cuBLAS does both at
+the same time: 4 us + F / (780 TFLOP/s) + half of B / (4.2 TB/s), which fits its published times for products of this
+depth.  cuDNN may or may not: 4 us + F / (650 TFLOP/s) + half or all of the bytes.  Times beside the entries are for 1000
+RoIs in 16 bits on an H200, predicted all of them.  Nothing is chosen by timing when it runs: results would depend on it.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ HALF = (torch.float16, torch.bfloat16)
 FLOAT32 = (torch.float32,)
 
 RULES: dict[Product, tuple[Rule, ...]] = {
-    # 256 to 256 channels, 1000 RoIs: 134 us by Triton, which computes addresses and masks of each tap; 84 to 115.
+    # 256 to 256 channels: 134 us by Triton, which computes addresses and masks of each tap; 84 to 105.
     Product.SPATIAL: (Rule(Engine.CUDNN, HALF + FLOAT32),),
     # 1024 to 256: 87 us; 52.  float32 is cuBLAS's only where PyTorch lets it use the tensor cores.
     Product.ACTIVATED: (Rule(Engine.CUBLAS, HALF + FLOAT32), Rule(Engine.CUDNN, FLOAT32)),
@@ -68,7 +70,7 @@ RULES: dict[Product, tuple[Rule, ...]] = {
         Rule(Engine.CUBLAS, HALF + FLOAT32, capability=(9, 0), rows=4500),
         Rule(Engine.CUDNN, FLOAT32, capability=(9, 0), rows=4500),
     ),
-    # 512 to 1024: 169 us; 100 to 127.  cuBLAS would need the residual copied into its result first: 48 us.
+    # 512 to 1024: 169 us; 100 to 143.  cuBLAS would need the residual copied into its result first: 48 us.
     Product.ADDED: (Rule(Engine.CUDNN, HALF + FLOAT32),),
     # No library averages cells or counts rows on the device; without ReLU a residual costs PyTorch a pass of its own.
     Product.OTHER: (),
