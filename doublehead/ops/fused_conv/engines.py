@@ -54,6 +54,8 @@ class Rule(NamedTuple):
     """From this number of rows on."""
 
 
+MOST_ELEMENTS = 2**31
+"""cuDNN's kernels count elements in 32 bits."""
 HALF = (torch.float16, torch.bfloat16)
 FLOAT32 = (torch.float32,)
 
@@ -92,19 +94,24 @@ def product_of(conv: FusedConvArguments) -> Product:
     return Product.ACTIVATED if conv.relu else Product.LINEAR
 
 
-def choose(conv: FusedConvArguments, capability: tuple[int, int]) -> Engine:
-    """The engine for this product on a GPU of this compute capability: the first of the table that can run it."""
+def available(device: torch.device, dtype: torch.dtype) -> frozenset[Engine]:
+    """The engines that run products of `dtype` on this device; to be asked for once for many products."""
+    found = {Engine.TRITON}
+    found |= {Engine.CUBLAS} if cublas.is_available(device, dtype) else set()
+    return frozenset(found | ({Engine.CUDNN} if cudnn.is_available(device, dtype) else set()))
+
+
+def choose(conv: FusedConvArguments, capability: tuple[int, int], engines: frozenset[Engine]) -> Engine:
+    """The engine for this product on a GPU of this compute capability: the first of the table among `engines`."""
+    rows = len(conv.x)
     for rule in RULES[product_of(conv)]:
-        fits = conv.x.dtype in rule.dtypes and capability >= rule.capability and len(conv.x) >= rule.rows
-        if fits and _runs(rule.engine, conv):
+        if rule.engine not in engines or conv.x.dtype not in rule.dtypes:
+            continue
+        if rule.engine == Engine.CUDNN and rows * max(conv.weight.shape[:2]) >= MOST_ELEMENTS:
+            continue
+        if capability >= rule.capability and rows >= rule.rows:
             return rule.engine
     return Engine.TRITON
-
-
-def _runs(engine: Engine, conv: FusedConvArguments) -> bool:
-    if engine == Engine.CUBLAS:
-        return cublas.is_available(conv.x.device, conv.x.dtype)
-    return cudnn.serves(as_maps(conv.x, conv.size), _kernel(conv.weight), conv.bias)
 
 
 def run(conv: FusedConvArguments, engine: Engine) -> Tensor:
