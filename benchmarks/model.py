@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import model_decide as decide
 import model_detections as detections
 import model_networks as networks
 import model_nms as nms
@@ -53,7 +54,8 @@ def detector(network: networks.Network, images: int, heads: Steps | None, now: b
         found = detections.after if now else detections.before
         each = work(heads(machine)) if heads else 0.0
         pooling = work(roi_align.forward_before(machine, 512, pooled)) * ROIS / 512 * (2 if heads else 1)
-        boxes = work(nms.plain_before(machine, 4000, 0.5)) + work(found(machine))
+        proposals = decide.plain if now else nms.plain_before
+        boxes = work(proposals(machine, 4000, 0.5)) + work(found(machine))
         return [Step("whole", networks.detector(machine, network, images, each, pooling, boxes) - machine.launch)]
 
     return steps
@@ -70,13 +72,28 @@ ROWS = {
     "roi_forward": Row("RoIAlign forward, channels-last fp32", lambda m: roi_align.forward_before(m, 512, 4)),
     "roi_forward_bf16": Row("  the same, bf16", lambda m: roi_align.forward_before(m, 512, 2)),
     "roi_forward_nchw": Row("  the same, NCHW fp32", lambda m: roi_align.planar_before(m, 512)),
-    "roi_backward": Row("RoIAlign backward, channels-last fp32", lambda m: roi_align.backward_before(m, 512, 4)),
-    "roi_backward_bf16": Row("  the same, bf16", lambda m: roi_align.backward_before(m, 512, 2)),
-    "roi_backward_1000": Row("  1000 boxes, fp32", lambda m: roi_align.backward_before(m, 1000, 4)),
-    "roi_backward_16": Row("  16 images, fp32", lambda m: roi_align.backward_before(m, 512, 4, 16), heavy=True),
-    "nms_4000": Row("nms 4,000", lambda m: nms.plain_before(m, 4000, 0.5)),
-    "nms_12000": Row("nms 12,000", lambda m: nms.plain_before(m, 12000, 0.5), heavy=True),
-    "nms_80x1000": Row("batched_nms 80 x 1,000", lambda m: nms.classes_before(m)),
+    "roi_backward": Row(
+        "RoIAlign backward, channels-last fp32",
+        lambda m: roi_align.backward_before(m, 512, 4),
+        lambda m: roi_align.backward(m, 512, 4),
+    ),
+    "roi_backward_bf16": Row(
+        "  the same, bf16", lambda m: roi_align.backward_before(m, 512, 2), lambda m: roi_align.backward(m, 512, 2)
+    ),
+    "roi_backward_1000": Row(
+        "  1000 boxes, fp32", lambda m: roi_align.backward_before(m, 1000, 4), lambda m: roi_align.backward(m, 1000, 4)
+    ),
+    "roi_backward_16": Row(
+        "  16 images, fp32",
+        lambda m: roi_align.backward_before(m, 512, 4, 16),
+        lambda m: roi_align.backward(m, 512, 4, 16),
+        heavy=True,
+    ),
+    "nms_4000": Row("nms 4,000", lambda m: nms.plain_before(m, 4000, 0.5), lambda m: decide.plain(m, 4000, 0.5)),
+    "nms_12000": Row(
+        "nms 12,000", lambda m: nms.plain_before(m, 12000, 0.5), lambda m: decide.plain(m, 12000, 0.5), heavy=True
+    ),
+    "nms_80x1000": Row("batched_nms 80 x 1,000", lambda m: nms.classes_before(m), lambda m: decide.classes(m)),
     "detections": Row("logits to 100 detections", detections.before, detections.after),
     "conv_head": Row("conv-head inference, bf16", TRITON, ENGINES),
     "conv_head_fp32": Row("  fp32 (TF32)", TRITON_FP32, ENGINES_FP32),
