@@ -2,6 +2,7 @@
 // csrc/marks.h. Only the variants that a detector launches.
 #include "cuda_common.h"  // the kernels, which name no torch, use its macro
 
+#include "detections/cuda/steps.h"
 #include "nms/cuda/order.cuh"
 #include "nms/cuda/rounds.cuh"
 #include "nms/cuda/segments.cuh"
@@ -23,6 +24,11 @@ const void* const kernels[] = {
     (const void*)nms::resolve<float>,
     (const void*)nms::strike<float>,
     (const void*)nms::suppress_segments<float>,
+    (const void*)detections::score_classes<float, 4>,
+    (const void*)detections::score_classes<BFloat16, 4>,
+    (const void*)detections::suppress_class<float, float>,
+    (const void*)detections::suppress_class<BFloat16, float>,
+    (const void*)detections::merge_classes<float, float>,
 };
 
 }  // namespace doublehead

@@ -100,6 +100,7 @@ struct Machine {
   std::function<void()> body;
   std::exception_ptr error;
   Order thread_order = 0, block_order = 0;
+  bool ahead = false;   // whether warps go on, as far as each gets
   size_t resident = 1;  // blocks that take turns
 };
 inline Machine machine;
