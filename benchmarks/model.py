@@ -61,6 +61,24 @@ def detector(network: networks.Network, images: int, heads: Steps | None, now: b
     return steps
 
 
+def backward(title: str, count: int, size: int, images: int = 1) -> Row:
+    return Row(
+        title,
+        lambda machine: roi_align.backward_before(machine, count, size, images),
+        lambda machine: roi_align.backward(machine, count, size, images),
+        heavy=images > 1,
+    )
+
+
+def plain_nms(title: str, count: int) -> Row:
+    return Row(
+        title,
+        lambda machine: nms.plain_before(machine, count, 0.5),
+        lambda machine: decide.plain(machine, count, 0.5),
+        heavy=count > 4000,
+    )
+
+
 def conv_head(engines: dict[str, networks.Engine], size: int = networks.BF16) -> Steps:
     return lambda machine: networks.conv_head(machine, ROIS, engines, size)
 
@@ -72,28 +90,13 @@ ROWS = {
     "roi_forward": Row("RoIAlign forward, channels-last fp32", lambda m: roi_align.forward_before(m, 512, 4)),
     "roi_forward_bf16": Row("  the same, bf16", lambda m: roi_align.forward_before(m, 512, 2)),
     "roi_forward_nchw": Row("  the same, NCHW fp32", lambda m: roi_align.planar_before(m, 512)),
-    "roi_backward": Row(
-        "RoIAlign backward, channels-last fp32",
-        lambda m: roi_align.backward_before(m, 512, 4),
-        lambda m: roi_align.backward(m, 512, 4),
-    ),
-    "roi_backward_bf16": Row(
-        "  the same, bf16", lambda m: roi_align.backward_before(m, 512, 2), lambda m: roi_align.backward(m, 512, 2)
-    ),
-    "roi_backward_1000": Row(
-        "  1000 boxes, fp32", lambda m: roi_align.backward_before(m, 1000, 4), lambda m: roi_align.backward(m, 1000, 4)
-    ),
-    "roi_backward_16": Row(
-        "  16 images, fp32",
-        lambda m: roi_align.backward_before(m, 512, 4, 16),
-        lambda m: roi_align.backward(m, 512, 4, 16),
-        heavy=True,
-    ),
-    "nms_4000": Row("nms 4,000", lambda m: nms.plain_before(m, 4000, 0.5), lambda m: decide.plain(m, 4000, 0.5)),
-    "nms_12000": Row(
-        "nms 12,000", lambda m: nms.plain_before(m, 12000, 0.5), lambda m: decide.plain(m, 12000, 0.5), heavy=True
-    ),
-    "nms_80x1000": Row("batched_nms 80 x 1,000", lambda m: nms.classes_before(m), lambda m: decide.classes(m)),
+    "roi_backward": backward("RoIAlign backward, channels-last fp32", 512, 4),
+    "roi_backward_bf16": backward("  the same, bf16", 512, 2),
+    "roi_backward_1000": backward("  1000 boxes, fp32", 1000, 4),
+    "roi_backward_16": backward("  16 images, fp32", 512, 4, images=16),
+    "nms_4000": plain_nms("nms 4,000", 4000),
+    "nms_12000": plain_nms("nms 12,000", 12000),
+    "nms_80x1000": Row("batched_nms 80 x 1,000", nms.classes_before, decide.classes),
     "detections": Row("logits to 100 detections", detections.before, detections.after),
     "conv_head": Row("conv-head inference, bf16", TRITON, ENGINES),
     "conv_head_fp32": Row("  fp32 (TF32)", TRITON_FP32, ENGINES_FP32),

@@ -13,10 +13,10 @@ SPAN, ROWS, THREADS = 2048, 32, 512
 COMPARE, COMPARE_GROUPS = 3, 9
 """Warp instructions for each box that a lane's box is compared with, without groups and with."""
 TESTS_OF_32, PAIR, TURN = 586, 80, 150
-"""Warp instructions: 32 tests of each lane's box (537 to 586); a pair of half tiles beside its tests; a turn of a tile."""
+"""Warp instructions: 32 tests of each lane's box (537 to 586); a pair of half tiles beside them; a turn of a tile."""
 MEET = 1.3
-"""All blocks wait for each other: an atomic in the L2, and a look at it until all have come. Cooperative groups' barrier is
-published at 1.2 to 1.5 us on such GPUs."""
+"""All blocks wait for each other: an atomic in the L2, and a look at it until all have come. Published of cooperative
+groups' barrier on such GPUs: 1.2 to 1.5 us."""
 WARPS = 32  # of a block that decides; one block a multiprocessor
 
 
@@ -61,7 +61,7 @@ def settle(machine: Machine, listed: int, turns: int) -> float:
 
 
 def passing(machine: Machine) -> float:
-    """A list of what passes a test, by all blocks: counted, and written in order."""
+    """All blocks count what passes a test, and write it in order."""
     return (
         2 * (machine.l2_latency + machine.chain(150) + 2 * machine.barrier)
         + MEET

@@ -109,8 +109,8 @@ class Network(NamedTuple):
 BEFORE = Network(926, 1600, 1500)
 BEFORE_FC = BEFORE._replace(launches=893)
 BEFORE_FP32 = BEFORE._replace(convolutions=3200)
-# models/folded on CUDA: tests/models/test_folded_cuda.py counts operators, of which ours have launches of their own (about
-# 35 in all); passes are the pyramid's sums and the check for what is not finite. Convolutions as fitted before, although
+# models/folded on CUDA: tests/models/test_folded_cuda.py counts operators, of which ours have about 35 launches of
+# their own; passes are the pyramid's sums and the check for what is not finite. Convolutions as fitted before, although
 # they read channels-last maps now, which the tensor cores want.
 AFTER = Network(175 + 35, 1600, 120)
 AFTER_FC = AFTER._replace(launches=165 + 12)

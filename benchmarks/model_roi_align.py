@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from model_boxes import BINS, CHANNELS, RATIO, TILE, Boxes, boxes_of, distinct, tiles_of
+from model_boxes import BINS, CHANNELS, RATIO, Boxes, boxes_of, distinct, tiles_of
 from model_machine import Machine, Step, makespan
 from torch import Tensor
 
@@ -85,10 +85,10 @@ def backward_before(machine: Machine, count: int, size: int, images: int = 1) ->
 # The backward in three launches: lists, tables and tiles, sums
 
 BOX_FILL, PIECE, BIN_COLUMN, STAGED_BINS = 200, 150, {4: 2 * 60, 2: 80}, 18
-"""Warp instructions: a box's weights on a tile (126 to 305); a piece of its bins beside the columns; a column of bins (by
-bytes a number); and how many bins a stage holds."""
+"""Warp instructions: a box's weights on a tile (126 to 305); a piece of its bins beside the columns; a column of bins,
+by the bytes of a number; and how many bins a stage holds."""
 SLOTS, WARPS, AT_ONCE, ACTIVE = 512, 16, 2, 0.6
-"""Blocks for parts of tiles, most of which find nothing to do; warps of a block, blocks of a multiprocessor; and the share
+"""Blocks for parts of tiles, most of which find nothing to do; warps of a block; blocks of a multiprocessor; the share
 of the warps whose row of pixels a box reaches."""
 PART = 8
 

@@ -161,7 +161,9 @@ __device__ __forceinline__ uint32_t half_word(const Decision<T>& d, uint32_t ima
   columns.boxes.set(lane, d.corners[column_rank]);
   columns.groups[lane] = column_group;
   __syncwarp();
+  DOUBLEHEAD_MARK_BEGIN("nms 32 tests");
   const uint32_t bits = suppressed_by(d.rule, measure(d.corners[row_rank]), [&](int j) { return columns.boxes[j]; });
+  DOUBLEHEAD_MARK_END("nms 32 tests");
   return least == largest ? bits : bits & of_group(columns.groups, group);
 }
 
@@ -239,6 +241,7 @@ __device__ __forceinline__ void settle_tile(const Decision<T>& d, uint32_t image
   __syncthreads();
 
   for (uint32_t turn = 0;; turn = 1 - turn) {
+    DOUBLEHEAD_MARK_BEGIN("nms turn of a tile");
     bool struck = false, waiting = false;
 #pragma unroll
     for (int k = 0; k < kWordsEach; ++k) {
@@ -263,6 +266,7 @@ __device__ __forceinline__ void settle_tile(const Decision<T>& d, uint32_t image
       }
     }
     __syncthreads();
+    DOUBLEHEAD_MARK_END("nms turn of a tile");
     if (!now_open) break;
     if (!(now_open >> box & 1)) {
 #pragma unroll

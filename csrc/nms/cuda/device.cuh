@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../../marks.h"
 #include "rule.cuh"
 
 namespace doublehead::nms {

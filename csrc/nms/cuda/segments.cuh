@@ -58,7 +58,11 @@ struct Owned {
     if (mine < kTile && (kept >> mine & 1)) state[member] = kKept;
     if (position < (tile + 1) * kTile || !alive) return false;
     const Box<T> box = measure(corners);
-    for (; kept && alive; kept &= kept - 1) alive = !rule(boxes[__ffsll(kept) - 1], box);
+    for (; kept && alive; kept &= kept - 1) {
+      DOUBLEHEAD_MARK_BEGIN("nms segment test");
+      alive = !rule(boxes[__ffsll(kept) - 1], box);
+      DOUBLEHEAD_MARK_END("nms segment test");
+    }
     return alive;
   }
 };
