@@ -161,9 +161,10 @@ __device__ __forceinline__ uint32_t half_word(const Decision<T>& d, uint32_t ima
   columns.boxes.set(lane, d.corners[column_rank]);
   columns.groups[lane] = column_group;
   __syncwarp();
-  DOUBLEHEAD_MARK_BEGIN("nms 32 tests");
-  const uint32_t bits = suppressed_by(d.rule, measure(d.corners[row_rank]), [&](int j) { return columns.boxes[j]; });
-  DOUBLEHEAD_MARK_END("nms 32 tests");
+  const Box<T> box = measure(d.corners[row_rank]);
+  DOUBLEHEAD_MARK_BEGIN("nms: 32 tests");
+  const uint32_t bits = suppressed_by(d.rule, box, [&](int j) { return columns.boxes[j]; });
+  DOUBLEHEAD_MARK_END("nms: 32 tests");
   return least == largest ? bits : bits & of_group(columns.groups, group);
 }
 
@@ -241,7 +242,7 @@ __device__ __forceinline__ void settle_tile(const Decision<T>& d, uint32_t image
   __syncthreads();
 
   for (uint32_t turn = 0;; turn = 1 - turn) {
-    DOUBLEHEAD_MARK_BEGIN("nms turn of a tile");
+    DOUBLEHEAD_MARK_BEGIN("nms: turn of a tile");
     bool struck = false, waiting = false;
 #pragma unroll
     for (int k = 0; k < kWordsEach; ++k) {
@@ -266,7 +267,7 @@ __device__ __forceinline__ void settle_tile(const Decision<T>& d, uint32_t image
       }
     }
     __syncthreads();
-    DOUBLEHEAD_MARK_END("nms turn of a tile");
+    DOUBLEHEAD_MARK_END("nms: turn of a tile");
     if (!now_open) break;
     if (!(now_open >> box & 1)) {
 #pragma unroll
@@ -344,7 +345,9 @@ __device__ __forceinline__ void strike(const Decision<T>& d, uint32_t round, Str
     const uint32_t group = d.groups ? d.groups[int64_t(image) * d.count + r] : 0;
     for (uint32_t base = 0; base < rows.count; base += kHalf) {
       const uint32_t left = rows.count - base;
+      DOUBLEHEAD_MARK_BEGIN("nms: 32 strikes");
       uint32_t bits = suppressed_by(d.rule, box, [&](int j) { return rows.boxes[base + j]; });
+      DOUBLEHEAD_MARK_END("nms: 32 strikes");
       if (left < kHalf) bits &= (1u << left) - 1;
       if (d.groups && bits) bits &= of_group(rows.groups + base, group);
       if (!bits) continue;

@@ -6,7 +6,6 @@
 
 #include <cstdint>
 
-#include "../../marks.h"
 #include "rule.cuh"
 
 namespace doublehead::nms {

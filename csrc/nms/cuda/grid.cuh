@@ -2,6 +2,7 @@
 // do, or there must be only one.
 #pragma once
 
+#include "../../marks.h"
 #include "device.cuh"
 
 namespace doublehead::nms {

@@ -59,9 +59,9 @@ struct Owned {
     if (position < (tile + 1) * kTile || !alive) return false;
     const Box<T> box = measure(corners);
     for (; kept && alive; kept &= kept - 1) {
-      DOUBLEHEAD_MARK_BEGIN("nms segment test");
+      DOUBLEHEAD_MARK_BEGIN("nms: a group's test");
       alive = !rule(boxes[__ffsll(kept) - 1], box);
-      DOUBLEHEAD_MARK_END("nms segment test");
+      DOUBLEHEAD_MARK_END("nms: a group's test");
     }
     return alive;
   }
