@@ -105,6 +105,11 @@ ROWS = {
         lambda m: networks.non_local(m, ROIS, networks.TRITON),
         lambda m: networks.non_local(m, ROIS, networks.VENDOR),
     ),
+    "conv_head_training": Row(
+        "conv-head training step, bf16",
+        lambda m: networks.training_step(m, networks.HOST_BEFORE),
+        lambda m: networks.training_step(m, networks.HOST),
+    ),
     "ext_1": Row(
         "Ext, batch 1, bf16",
         detector(networks.BEFORE, 1, TRITON),
