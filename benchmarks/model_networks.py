@@ -128,7 +128,7 @@ def detector(machine: Machine, network: Network, images: int, heads: float, pool
 
 
 class Host(NamedTuple):
-    """What a step does on the host: counted by tests/models/test_conv_training.py, microseconds of one launch fitted."""
+    """What a step does on the host: counted by tests/models/test_conv_training.py, the time of a launch fitted."""
 
     launches: int
     launch: float
