@@ -243,9 +243,7 @@ def batch_norm_act_backward(args: BackwardArguments) -> tuple[Tensor, Tensor, Te
     _gradient_sums[y is not None](
         (blocks(channels, CHANNELS), parts, 1), grad, x, y, mean, sums, rows, channels, part_rows, parts
     )
-    _join_gradients(
-        (blocks(channels, JOIN_CHANNELS), 1, 1), sums, invstd, grad_weight, grad_bias, channels, parts
-    )
+    _join_gradients((blocks(channels, JOIN_CHANNELS), 1, 1), sums, invstd, grad_weight, grad_bias, channels, parts)
     grad_x, grad_residual = torch.empty_like(x), torch.empty_like(x) if args.residual else None
     _gradient[y is not None](
         _apply_grid(rows, channels),
