@@ -62,12 +62,12 @@ HALF = (torch.float16, torch.bfloat16)
 FLOAT32 = (torch.float32,)
 
 RULES: dict[Product, tuple[Rule, ...]] = {
-    # 256 to 256 channels: 105 to 134 us by Triton, which computes addresses and masks of each tap; 84 to 125.  The least
-    # certain entry.
+    # 256 to 256 channels: 105 to 134 us by Triton, which computes addresses and masks of each tap; 84 to 132.  The
+    # least certain entry.
     Product.SPATIAL: (Rule(Engine.CUDNN, HALF + FLOAT32),),
     # 1024 to 256: 87 us; 52.  float32 is cuBLAS's only where PyTorch lets it use the tensor cores.
     Product.ACTIVATED: (Rule(Engine.CUBLAS, HALF + FLOAT32), Rule(Engine.CUDNN, FLOAT32)),
-    # Queries, keys and values, 1024 to 1536: 380 us; 239.  In float32 cuDNN's has a pass for the bias of its own, which
+    # Queries, keys and values, 1024 to 1536: 380 us; 231.  In float32 cuDNN's has a pass for the bias of its own, which
     # sm_8x's bandwidth does not pay for.
     Product.LINEAR: (Rule(Engine.CUBLAS, HALF + FLOAT32), Rule(Engine.CUDNN, FLOAT32, capability=(9, 0))),
     # 256 and 256 to 1024: 145 us; 27 for the copy that joins them, and 88.  The copy takes a launch, for which few rows
