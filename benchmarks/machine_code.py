@@ -108,13 +108,21 @@ class Flow:
         self.next: list[tuple[int, ...]] = []
         for i, instruction in enumerate(self.code):
             always = not instruction.guard and not re.match(r"!?U?P\d", instruction.operands)  # "BRA P0, 0x60" is not
-            kind, follows = instruction.opcode.split(".")[0], []
             target = target_of(instruction)
-            if target is not None and target in at:
-                follows.append(at[target])
-            if i + 1 < len(self.code) and not (always and (kind in ENDS or target is not None)):
-                follows.append(i + 1)
-            self.next.append(tuple(follows))
+            ends = always and (instruction.opcode.split(".")[0] in ENDS or target is not None)
+            follows = [at[target]] if target in at else []
+            self.next.append((*follows, i + 1) if i + 1 < len(self.code) and not ends else tuple(follows))
+        self._enter_tables()
+
+    def _enter_tables(self) -> None:
+        """BRX takes its target from a table, not shown: code that nothing else leads to, up to the next BRX."""
+        reached = {there for follows in self.next for there in follows}
+        table: int | None = None
+        for i, instruction in enumerate(self.code):
+            if table is not None and i not in reached:
+                self.next[table] += (i,)
+            if instruction.opcode.split(".")[0] == "BRX":
+                table = i
 
     def between(self, begin: int, ends: set[int]) -> set[int]:
         """The instructions that may run after `begin` and before one of `ends`, without those; a path that leaves the
@@ -181,7 +189,8 @@ def mark_number(name: str) -> int:
 def marks_in(folder: Path = ROOT / "csrc") -> list[str]:
     """The names that the sources begin."""
     texts = [path.read_text() for pattern in ("*.cuh", "*.cu", "*.h") for path in sorted(folder.rglob(pattern))]
-    names = {name for text in texts for name in re.findall(r"^\s*DOUBLEHEAD_MARK_BEGIN\(\"([^\"]+)\"\);", text, re.M)}
+    lines = [line for text in texts for line in text.splitlines() if not line.lstrip().startswith("//")]
+    names = {name for line in lines for name in re.findall(r"DOUBLEHEAD_MARK_BEGIN\(\"([^\"]+)\"\)", line)}
     return sorted(names)
 
 

@@ -132,15 +132,20 @@ def read_kernels(path: Path, arch: str, names: list[str] | None = None) -> list[
     ]
 
 
+def find_nvcc() -> str | None:
+    """As setup.py looks for it."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    places = [os.path.join(home, "bin") for home in homes if home] + [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join(places))
+
+
 def compile_marked(arch: str, folder: Path) -> Path:
     """`MARKED` for one architecture, with its marks and the build's options (CMakeLists.txt): a .cubin in `folder`.
 
     Raises:
         RuntimeError: there is no nvcc or no torch, or nvcc fails, with its words.
     """
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    places = [str(Path(home) / "bin") for home in homes if home] + [os.environ.get("PATH", "")]
-    nvcc, torch = shutil.which("nvcc", path=os.pathsep.join(places)), importlib.util.find_spec("torch")
+    nvcc, torch = find_nvcc(), importlib.util.find_spec("torch")
     if nvcc is None or torch is None or torch.origin is None:
         raise RuntimeError("there is no nvcc, or no torch")
     cubin = folder / f"marked-{arch}.cubin"

@@ -90,6 +90,22 @@ def test_a_section_without_its_end_is_empty_and_a_name_that_is_not_there_has_non
     ]
 
 
+def test_a_jump_by_a_table_reaches_the_code_that_nothing_else_does():
+    text = f"""
+		Function : switch
+        /*0000*/                   PMTRIG {INNER:#x} ;
+        /*0010*/                   BRX R16 -0x20 ;
+        /*0020*/                   FADD R1, R1, R2 ;
+        /*0030*/                   BRA 0x60 ;
+        /*0040*/                   FADD R1, R1, R2 ;
+        /*0050*/                   FMUL R1, R1, R2 ;
+        /*0060*/                   PMTRIG {INNER + 1:#x} ;
+        /*0070*/                   EXIT ;
+"""
+    (section,) = machine_code.sections(machine_code.read_code(text)[0], ["inner"])
+    assert (section.shortest, section.longest, section.all) == (3, 3, 5)
+
+
 @pytest.mark.parametrize(
     ("arch", "registers", "shared", "threads", "dynamic", "blocks"),
     [
