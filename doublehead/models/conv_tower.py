@@ -24,7 +24,16 @@ from ..ops.batch_norm.layer import Statistics
 from ..ops.batch_norm.op import Batch, track_statistics
 from ..ops.conv_head import Block, conv_head
 from . import conv_training as training
-from .folding import FoldedWeights, fold_norm, has_inner_hooks, have_kinds, is_like, layer_dtype, needs_grad
+from .folding import (
+    FoldedWeights,
+    fold_norm,
+    has_inner_hooks,
+    have_kinds,
+    is_like,
+    layer_dtype,
+    needs_grad,
+    show_what_is_not_finite,
+)
 from .layered import Layered, run_conv
 from .products import Layer
 
@@ -262,7 +271,7 @@ class ConvTower(nn.Sequential):
                 )
                 for tensor in tensors
             ]
-        return kinds, folded
+        return kinds, show_what_is_not_finite(folded)
 
     def _train(self, x: Tensor) -> Tensor:
         dtype, (number, _, *size) = layer_dtype(x), x.shape

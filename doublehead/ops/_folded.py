@@ -176,6 +176,8 @@ def _tensors_in(result: Any) -> Iterator[Tensor]:
     elif isinstance(result, (list, tuple)):
         for part in result:
             yield from _tensors_in(part)
+    elif hasattr(result, "held_tensors"):
+        yield from result.held_tensors()
 
 
 def _untraceable(tensor: Tensor) -> bool:

@@ -124,3 +124,31 @@ extern "C" __attribute__((visibility("default"))) const char* nms_plan(int64_t i
   };
   return report_errors([&] { is_double ? write.template operator()<double>() : write.template operator()<float>(); });
 }
+
+namespace {
+
+// Whether box i and box j suppress each other, of count boxes: by 32 at a time into `many`, by each pair into `single`.
+template <typename T>
+__global__ void test_rule(Rule<T> rule, const Corners<T>* boxes, int count, uint8_t* many, uint8_t* single) {
+  const Box<T> box = measure(boxes[threadIdx.x]);
+  for (int first = 0; first < count; first += 32) {
+    const auto at = [&](int j) { return measure(boxes[first + j < count ? first + j : 0]); };
+    const uint32_t bits = suppressed_by(rule, box, at);
+    for (int j = 0; j < 32 && first + j < count; ++j) {
+      many[threadIdx.x * count + first + j] = bits >> j & 1;
+      single[threadIdx.x * count + first + j] = rule(box, at(j));
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) const char* nms_rule(const void* boxes, int64_t is_double, int64_t count,
+                                                                       double threshold, uint8_t* many,
+                                                                       uint8_t* single) {
+  const auto test = [&]<typename T>() {
+    emulate(1, count, 0, test_rule<T>, make_rule<T>(threshold), static_cast<const Corners<T>*>(boxes),
+            static_cast<int>(count), many, single);
+  };
+  return report_errors([&] { is_double ? test.template operator()<double>() : test.template operator()<float>(); });
+}

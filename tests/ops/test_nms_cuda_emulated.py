@@ -185,6 +185,29 @@ def test_many_pairs_at_the_threshold(threshold, dtype):
     check_pairs(700, threshold, 1.0, dtype, 0, 0)
 
 
+@settings(emulated, max_examples=150)
+@given(images(), st.one_of(thresholds, st.sampled_from([2.0, 1e300, INF, -INF])))
+def test_rule_of_all_pairs(example_images, threshold):
+    # Whatever the values are: infinite, NaN, tiny, inverted, without area.
+    boxes = example_images[0].flatten(0, 1)
+    boxes = boxes.float() if boxes.dtype != torch.float64 else boxes
+    if len(boxes) == 0:
+        return
+    boxes = torch.cat((boxes[:110], torch.tensor(SPECIAL).to(boxes)))
+    many, single = (torch.full((len(boxes), len(boxes)), 7, dtype=torch.uint8) for _ in range(2))
+    is_double = int(boxes.dtype == torch.float64)
+    open_emulated("nms.cpp").call("nms_rule", boxes, is_double, len(boxes), float(threshold), many, single)
+    expected = box_iou(boxes, boxes).double() > threshold
+    assert torch.equal(many, expected.byte()) and torch.equal(single, expected.byte())
+
+
+SPECIAL = [
+    [0.0, 0, 10, 10], [0, 0, 10, 5], [10, 0, 0, 10], [10, 10, 0, 0], [2, 2, 2, 8], [0, 0, 0, 0], [NAN, 0, 10, 10],
+    [0, 0, NAN, 10], [-INF, 0, 10, 10], [0, 0, INF, INF], [-3e38, -3e38, 3e38, 3e38], [0, 0, 2e19, 2e19],
+    [0, 0, 1e-20, 1e-20], [0, 0, 1e-22, 1e-22], [0, 0, 1e-15, 9e-16], [0, 0, 1e-45, 1e30],
+]  # fmt: skip
+
+
 @settings(emulated, max_examples=30)
 @given(
     st.one_of(st.floats(1e-4, 1.0), st.sampled_from([1e-3, 0.1, 0.3, 0.5, 0.6, 0.7, 1.0])),

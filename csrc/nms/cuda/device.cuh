@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "../nms.h"
+#include "rule.cuh"
 
 namespace doublehead::nms {
 
@@ -23,23 +23,24 @@ struct alignas(sizeof(T) == 4 ? 16 : 32) Corners {
 };
 
 template <typename T>
-__device__ __forceinline__ Box<T> make_box(const Corners<T>& c) {
-  return make_box(c.x1, c.y1, c.x2, c.y2);
+__device__ __forceinline__ Box<T> measure(const Corners<T>& c) {
+  return measure(c.x1, c.y1, c.x2, c.y2);
 }
 
-// Whether one box suppresses the other: nms.h's rule, its division left out where the result is clear without.
-template <typename T>
-struct Rule {
-  T threshold;       // nms.h's round_down
-  T clearly, hardly;  // the threshold and a little more or less
+// Boxes in shared memory, as Rule wants them.
+template <typename T, int kCount>
+struct SharedBoxes {
+  Corners<T> corners[kCount];
+  T areas[kCount];
 
-  __device__ __forceinline__ bool operator()(const Box<T>& a, const Box<T>& b) const {
-    const T common = intersection(a, b), all = a.area + b.area - common;
-    if (all > T(1e-30)) {  // so that the products below are as precise as the slack needs
-      if (common > clearly * all) return true;
-      if (common < hardly * all) return false;
-    }
-    return common / all > threshold;
+  __device__ __forceinline__ void set(int i, const Corners<T>& c) {
+    corners[i] = c;
+    areas[i] = measure(c).area;
+  }
+
+  __device__ __forceinline__ Box<T> operator[](int i) const {
+    const Corners<T> c = corners[i];
+    return {c.x1, c.y1, c.x2, c.y2, areas[i]};
   }
 };
 

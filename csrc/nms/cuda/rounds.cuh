@@ -60,7 +60,7 @@ __global__ __launch_bounds__(1024) void list_undecided(Rounds<T> rounds) {
 // A block takes pairs of tiles; its threads the rows of the first, the better ones.
 template <typename T>
 __global__ __launch_bounds__(kMaskThreads) void fill_mask(Rounds<T> rounds) {
-  __shared__ Corners<T> columns[kTile];
+  __shared__ SharedBoxes<T, kTile> columns;
   __shared__ uint32_t column_groups[kTile];
   const uint32_t image = blockIdx.x, thread = threadIdx.x;
   if (rounds.progress[image].done) return;
@@ -76,19 +76,20 @@ __global__ __launch_bounds__(kMaskThreads) void fill_mask(Rounds<T> rounds) {
     const int64_t row_rank = first + list[row < listed ? row : 0];
     const int64_t column_rank = first + list[column < listed ? column : 0];
     __syncthreads();  // the columns before are no longer needed
-    columns[thread] = rounds.corners[column_rank];
+    columns.set(thread, rounds.corners[column_rank]);
     column_groups[thread] = rounds.group(column_rank);
     __syncthreads();
-    const Box<T> box = make_box(rounds.corners[row_rank]);
+    const Box<T> box = measure(rounds.corners[row_rank]);
     const uint32_t group = rounds.group(row_rank);
     uint32_t halves[2] = {0, 0};
-#pragma unroll
     for (int half = 0; half < 2; ++half) {
-#pragma unroll 8
-      for (int j = 0; j < 32; ++j) {
-        const bool suppresses = rounds.rule(box, make_box(columns[32 * half + j])) && group == column_groups[32 * half + j];
-        halves[half] |= uint32_t(suppresses) << j;
-      }
+      const auto at = [&](int j) { return columns[32 * half + j]; };
+      halves[half] = suppressed_by(rounds.rule, box, at);
+      if (!rounds.groups) continue;
+      uint32_t same = 0;
+#pragma unroll
+      for (int j = 0; j < 32; ++j) same |= uint32_t(group == column_groups[32 * half + j]) << j;
+      halves[half] &= same;
     }
     uint64_t word = uint64_t(halves[1]) << 32 | halves[0];
     if (row_tile == column_tile) word &= (uint64_t(1) << thread) - 1;
@@ -189,7 +190,7 @@ __global__ __launch_bounds__(kResolveThreads) void resolve(Rounds<T> rounds) {
 // latter. Blocks that strike the same box all write the same.
 template <typename T>
 __global__ __launch_bounds__(kStrikeThreads, 4) void strike(Rounds<T> rounds) {
-  __shared__ Corners<T> rows[kStrikeRows];
+  __shared__ SharedBoxes<T, kStrikeRows> rows;
   __shared__ uint32_t row_groups[kStrikeRows];
   const uint32_t image = blockIdx.x, first_row = blockIdx.z * kStrikeRows;
   const Progress& progress = rounds.progress[image];
@@ -199,7 +200,7 @@ __global__ __launch_bounds__(kStrikeThreads, 4) void strike(Rounds<T> rounds) {
   const uint32_t* kept = rounds.kept + int64_t(image) * rounds.chunk;
   for (uint32_t i = threadIdx.x; i < row_count; i += kStrikeThreads) {
     const int64_t r = first + kept[first_row + i];
-    rows[i] = rounds.corners[r];
+    rows.set(i, rounds.corners[r]);
     row_groups[i] = rounds.group(r);
   }
   __syncthreads();
@@ -207,10 +208,10 @@ __global__ __launch_bounds__(kStrikeThreads, 4) void strike(Rounds<T> rounds) {
   const uint32_t step = gridDim.y * kStrikeThreads;
   for (uint32_t r = progress.next + blockIdx.y * kStrikeThreads + threadIdx.x; r < rounds.count; r += step) {
     if (rounds.state[first + r] != kUndecided) continue;
-    const Box<T> box = make_box(rounds.corners[first + r]);
+    const Box<T> box = measure(rounds.corners[first + r]);
     const uint32_t group = rounds.group(first + r);
     for (uint32_t i = 0; i < row_count; ++i) {
-      if (row_groups[i] != group || !rounds.rule(make_box(rows[i]), box)) continue;
+      if (row_groups[i] != group || !rounds.rule(rows[i], box)) continue;
       rounds.state[first + r] = kStruck;
       break;
     }

@@ -50,13 +50,6 @@ Plan make_plan(int64_t images, int64_t count, int64_t most, bool grouped, bool n
   return plan;
 }
 
-template <typename T>
-Rule<T> make_rule(double threshold) {
-  constexpr T infinity = std::numeric_limits<T>::infinity();
-  if (!(threshold >= 1e-3 && threshold <= 1)) return {round_down<T>(threshold), infinity, -infinity};
-  return {round_down<T>(threshold), static_cast<T>(threshold * (1 + 4e-6)), static_cast<T>(threshold * (1 - 4e-6))};
-}
-
 // An array to be sorted, and one as long beside it.
 template <typename T>
 struct Pair {

@@ -1,0 +1,28 @@
+// The CUDA kernels that have budgets (test_budgets.py), compiled to be read and never run: nvcc -cubin with the marks of
+// csrc/marks.h. Only the variants that a detector launches.
+#include "cuda_common.h"  // the kernels, which name no torch, use its macro
+
+#include "nms/cuda/order.cuh"
+#include "nms/cuda/rounds.cuh"
+#include "nms/cuda/segments.cuh"
+#include "roi_align/cuda/backward.cuh"
+#include "roi_align/cuda/forward.cuh"
+
+namespace doublehead {
+
+using torch::headeronly::BFloat16;
+
+extern const void* const kernels[];
+const void* const kernels[] = {
+    (const void*)roi_align::device::pool_channels_last<float, float, 4>,
+    (const void*)roi_align::device::pool_channels_last<BFloat16, float, 8>,
+    (const void*)roi_align::device::pool_planar<float, float>,
+    (const void*)roi_align::device::gather_channels_last<float, float, 4>,
+    (const void*)roi_align::device::gather_channels_last<BFloat16, float, 4>,
+    (const void*)nms::fill_mask<float>,
+    (const void*)nms::resolve<float>,
+    (const void*)nms::strike<float>,
+    (const void*)nms::suppress_segments<float>,
+};
+
+}  // namespace doublehead
