@@ -310,13 +310,15 @@ class without_layers:  # noqa: N801  (used as a function)
     """
 
     def __enter__(self) -> None:
-        self._guards = [without_autocast()] if in_dispatch_mode() else [without_autocast(), below_autograd()]
-        for guard in self._guards:
-            guard.__enter__()
+        self._outer = without_autocast()
+        self._outer.__enter__()
+        # Made after the outer one is entered: guards put back the state that they found.
+        self._inner = _NOTHING if in_dispatch_mode() else below_autograd()
+        self._inner.__enter__()
 
     def __exit__(self, *error) -> None:
-        for guard in reversed(self._guards):
-            guard.__exit__(*error)
+        self._inner.__exit__(*error)
+        self._outer.__exit__(*error)
 
 
 def in_functorch_transform() -> bool:
