@@ -306,7 +306,7 @@ def below_autograd() -> contextlib.AbstractContextManager:
 class without_layers:  # noqa: N801  (used as a function)
     """Inside an autograd function: operators skip autograd's and autocast's layers, and so are called faster.
 
-    While a mode watches each operator it goes on seeing ATen's own, so autograd's layer, which takes others apart, stays.
+    While a mode watches each operator, autograd's layers stay, which take others apart: it goes on seeing ATen's own.
     """
 
     def __enter__(self) -> None:

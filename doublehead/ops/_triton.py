@@ -5,7 +5,6 @@ Imports torch alone.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
