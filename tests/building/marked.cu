@@ -2,8 +2,8 @@
 // csrc/marks.h. Only the variants that a detector launches.
 #include "cuda_common.h"  // the kernels, which name no torch, use its macro
 
-#include "nms/cuda/order.cuh"
-#include "nms/cuda/rounds.cuh"
+#include "nms/cuda/decide.cuh"
+#include "nms/cuda/rank.cuh"
 #include "nms/cuda/segments.cuh"
 #include "roi_align/cuda/backward.cuh"
 #include "roi_align/cuda/forward.cuh"
@@ -19,9 +19,8 @@ const void* const kernels[] = {
     (const void*)roi_align::device::pool_planar<float, float>,
     (const void*)roi_align::device::gather_channels_last<float, float, 4>,
     (const void*)roi_align::device::gather_channels_last<BFloat16, float, 4>,
-    (const void*)nms::fill_mask<float>,
-    (const void*)nms::resolve<float>,
-    (const void*)nms::strike<float>,
+    (const void*)nms::rank_boxes<float, float>,
+    (const void*)nms::decide<float>,
     (const void*)nms::suppress_segments<float>,
 };
 

@@ -44,6 +44,9 @@ class Budget(NamedTuple):
 BUDGETS = [
     Budget("pool_channels_lastIffLi4", threads=224, blocks=4, dynamic=928),
     Budget("pool_channels_lastIN3c108BFloat16EfLi8", threads=224, blocks=4, dynamic=928),
+    Budget("decideIf", 1024, 1, most={"nms: 32 tests": 640, "nms: 32 strikes": 640, "nms: turn of a tile": 400}),
+    Budget("rank_boxesIfff", threads=512, blocks=3),
+    Budget("suppress_segmentsIf", threads=1024, blocks=1),
 ]
 
 

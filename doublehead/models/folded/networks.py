@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ...ops._folded import has_global_hooks
+from ...ops._folded import STREAMING_DEVICES, has_global_hooks
 from ..folding import FoldedWeights, layer_dtype
 from .guards import is_bare, may_fold
 from .layers import Weights, fold
@@ -148,6 +148,6 @@ def _fold(reader: Reader, engine: type[Weights], dtype: torch.dtype, sizes: int)
 def _are_finite(tensors: list[tuple[Tensor, Tensor | None]]) -> bool:
     """Not asked while a graph is recorded, when nothing can be read back."""
     found = [tensor.isfinite().all() for pair in tensors for tensor in pair if tensor is not None]
-    if found[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if found[0].device.type in STREAMING_DEVICES and torch.cuda.is_current_stream_capturing():
         return True
     return bool(torch.stack(found).all())
