@@ -154,7 +154,8 @@ def parts(steps: list[Step]) -> str:
         work[step.name] = (number + 1, time + step.work)
     ordered = sorted(work.items(), key=lambda item: -item[1][1])
     named = [f"{number} x {name} {time:.0f}" for name, (number, time) in ordered]
-    return f"{len(steps)} launches {len(steps) * H200.launch:.0f}, " + ", ".join(named)
+    counts = "".join(f"; {step.name}: {step.counts}" for step in steps if step.counts)
+    return f"{len(steps)} launches {len(steps) * H200.launch:.0f}, " + ", ".join(named) + counts
 
 
 def table(names: list[str], with_parts: bool = False) -> str:
