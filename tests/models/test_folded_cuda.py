@@ -115,7 +115,7 @@ def test_predictors(dtype, layers):
         head.train()
         plain = head(x)
         head.eval()
-    assert seen.counts["addmm"] == 1
+    assert seen.counts["addmm"] == 1 and dict(seen.calls)["addmm"][1].dtype == (dtype or torch.float32)
     for layer, f, p in zip((head.classifier, head.regressor), found, plain, strict=True):
         assert (f is None) is (layer is None) is (p is None)
         if layer is not None:
@@ -140,6 +140,8 @@ def test_what_is_not_finite_stays_so():
     assert c4(pixels)[0][1].isnan().all() and c4(pixels)[0][0].isfinite().all()
     stage = c4.body.layer1
     assert folded.sequence(stage, [stage], torch.full((1, 64, 8, 8), torch.inf)).isnan().all()
+    layers = nn.Sequential(nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 8, 1), nn.ReLU()).eval().requires_grad_(False)
+    assert folded.sequence(layers, [layers], torch.full((1, 8, 3, 3), torch.nan)).isnan().all()
     body.body.layer2[0].conv1.weight[0, 0, 0, 0] = torch.nan
     assert all(y.isnan().any() for y in body(SMALL))
 

@@ -20,8 +20,8 @@ class CudnnWeights(Weights):
 
     def __init__(self, layer: Layer, weight: Tensor, bias: Tensor | None, sizes: int) -> None:
         super().__init__(layer, weight, bias, sizes)
-        one_kernel = layer.dilation == (1, 1) and layer.groups == 1
-        self.fused = one_kernel and cudnn.is_available(weight.device, weight.dtype)
+        self._hides_nan = self.has_kernels(weight.device, weight.dtype)  # this layer may not, but others will
+        self.fused = layer.dilation == (1, 1) and layer.groups == 1 and self._hides_nan
         multiplies = layer.is_product and not layer.relu and cublas.is_available(weight.device, weight.dtype)
         self._multiplies = self.fused and multiplies
         self._blocks: Tensor | None = None
@@ -51,7 +51,7 @@ class CudnnWeights(Weights):
 
         `y` is changed in place.
         """
-        if not self.fused:
+        if not self._hides_nan:
             return y
         broken = x.sum((1, 2, 3), dtype=torch.float32).mul_(0)
         return y.add_(broken.view(-1, 1, 1, 1))
