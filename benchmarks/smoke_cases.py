@@ -162,12 +162,26 @@ def nms_padded(device, dtype):
     yield "indices", differing(actual[0], expected[0]) + differing(actual[1], expected[1]), 0
 
 
-@case("detections", FLOAT32 + HALF, "detections", "detections")
+@case("detections", FLOAT32 + HALF, "detections detections_by_class")
 def detections(device, dtype):
-    rois, classes = (400, 21) if device == "cuda" else (20, 6)
+    rois, classes = (200, 5) if device == "cuda" else (20, 6)
+    yield from compare_detections(ops.detections, device, dtype, rois, classes)
+    yield from compare_detections(
+        lambda *given, **options: OPS.detections_by_class(*given, *options.values()), device, dtype, rois, classes
+    )
+
+
+@case("detections_triton", FLOAT32 + HALF, "detections", "detections")
+def detections_triton(device, dtype):
+    """The Triton kernels, which take what is too large for those in CUDA."""
+    rois, classes = (1025, 2) if device == "cuda" else (20, 6)
+    yield from compare_detections(ops.detections, device, dtype, rois, classes)
+
+
+def compare_detections(function, device, dtype, rois, classes):
     options = detection_cases.OPTIONS
     for seed in range(100):  # the first whose scores are not so close that rounding may turn them round
-        given = moved(detection_cases.tensors(rois=rois, classes=classes, seed=seed), dtype=dtype)
+        given = moved(detection_cases.tensors(rois=rois, classes=classes, seed=seed, scale=1.0), dtype=dtype)
         given = (*given[:2], given[2].float(), given[3], given[4].float())
         if detection_cases.clear(given, options):
             break
@@ -175,7 +189,7 @@ def detections(device, dtype):
         detections_reference.detections(DetectionArguments(*moved(given, dtype=wide), **options))
         for wide in (torch.float32, torch.float64)
     )
-    actual = ops.detections(*moved(given, device), **options)
+    actual = function(*moved(given, device), **options)
     yield "labels", differing(actual[2], expected[2]) + differing(actual[3], expected[3]), 0
     yield from compare(actual[:2], expected[:2], exact[:2], "boxes")
 
@@ -257,15 +271,19 @@ def conv_head(device, dtype):
         for i, shape in enumerate(shapes)
         for tensor in (weights(*shape, seed=i), normal(shape[0], seed=i, spread=0.1))
     ]
-    x = normal(number, channels, 7, 7).contiguous(memory_format=torch.channels_last)
-    given = moved((x, tensors, blocks, torch.tensor(number - 1)), dtype=dtype)
-    attention = 1, False, 1 / 49, True
-    plain, exact = (
-        conv_head_reference.conv_head(*pack(*moved(given, *there), *attention)) for there in each(device, dtype)
-    )
-    with torch.no_grad():
-        actual = ops.conv_head(*moved(given, device), groups=1, softmax=False, scale=1 / 49, relu=True)
-    yield from compare(actual, plain, exact, "forward", roundings=len(shapes), eps=convolution_eps(device, dtype))
+    # With a count all products are the Triton kernel's; without one a GPU's are cuBLAS's and cuDNN's too, those that
+    # join two inputs from 92 RoIs on.
+    for rois, count in ((number, torch.tensor(number - 1)), (100 if device == "cuda" else number, None)):
+        x = normal(rois, channels, 7, 7).contiguous(memory_format=torch.channels_last)
+        given = moved((x, tensors, blocks, count), dtype=dtype)
+        attention = 1, False, 1 / 49, True
+        plain, exact = (
+            conv_head_reference.conv_head(*pack(*moved(given, *there), *attention)) for there in each(device, dtype)
+        )
+        with torch.no_grad():
+            actual = ops.conv_head(*moved(given, device), groups=1, softmax=False, scale=1 / 49, relu=True)
+        name = f"{rois} RoIs, {'all' if count is None else 'a count'}"
+        yield from compare(actual, plain, exact, name, roundings=len(shapes), eps=convolution_eps(device, dtype))
 
 
 @case("batch_norm_act", FLOAT32 + HALF, "batch_norm_act batch_norm_act_apply batch_norm_act_backward", "batch_norm",

@@ -16,16 +16,29 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import HeadConfig, NonLocalConfig
 from ..ops import NonLocalBlock
-from ..ops.batch_norm.op import track_statistics
+from ..ops._folded import inner_modules
+from ..ops.batch_norm.layer import Statistics
+from ..ops.batch_norm.op import Batch, track_statistics
 from ..ops.conv_head import Block, conv_head
 from . import conv_training as training
-from .folding import FoldedWeights, fold_norm, has_inner_hooks, have_kinds, is_like, layer_dtype, needs_grad
+from .folding import (
+    FoldedWeights,
+    fold_norm,
+    has_inner_hooks,
+    have_kinds,
+    is_like,
+    layer_dtype,
+    needs_grad,
+    show_what_is_not_finite,
+)
 from .layered import Layered, run_conv
 from .products import Layer
+
+Normed = tuple[nn.BatchNorm2d, Statistics]
+"""A batch norm, and the statistics of the batch that it has seen."""
 
 
 class ResidualBlock(nn.Module):
@@ -39,20 +52,15 @@ class ResidualBlock(nn.Module):
         """Whether its layers are those it was made of, which is what fused paths compute."""
         raise NotImplementedError
 
-    def train_rows(self, x: Tensor, size: Sequence[int], recompute: bool) -> Tensor:
-        """As `forward`, on rows `Tensor[N * H * W, C]`, remembering less; with `recompute` only the input."""
-        weights = [
-            training.ConvNorm(conv.weight.to(x.dtype), norm.weight, norm.bias, norm.eps) for conv, norm in self.layers()
-        ]
-        run = self._train_function()
-        if recompute:
-            y, statistics = checkpoint(run, x, weights, size, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y, statistics = run(x, weights, size)
-        for (_, norm), (mean, invstd) in zip(self.layers(), statistics, strict=True):
-            track_statistics(norm.running_mean, norm.running_var, mean, invstd, len(x), norm.momentum, norm.eps)
-            norm.num_batches_tracked.add_(1)
-        return y
+    def train_rows(self, x: Tensor, size: Sequence[int], recompute: bool) -> tuple[Tensor, list[Normed]]:
+        """As `forward`, on rows `Tensor[N * H * W, C]`, remembering less; with `recompute` only the input.
+
+        Also returns each norm with the statistics of its batch: running ones are left to the caller.
+        """
+        layers = self.layers()
+        weights = [training.ConvNorm(conv.weight, norm.weight, norm.bias, norm.eps) for conv, norm in layers]
+        y, statistics = self._train_function()(x, weights, size, recompute)
+        return y, [(norm, found) for (_, norm), found in zip(layers, statistics, strict=True)]
 
     def _train_function(self) -> Callable:
         raise NotImplementedError
@@ -92,7 +100,7 @@ class WideningBlock(ResidualBlock):
         return Block.WIDENING, [weight3, bias3, torch.cat((weight1, short), dim=1), bias1 + short_bias]
 
     def _train_function(self) -> Callable:
-        return lambda x, weights, size: training.widening(x, weights, size, self.shortcut_relu)
+        return partial(training.widening, shortcut_relu=self.shortcut_relu)
 
 
 class Bottleneck(ResidualBlock):
@@ -111,7 +119,8 @@ class Bottleneck(ResidualBlock):
         return (x + self.residual(x)).relu()
 
     def layers(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-        return [(self.residual[index], self.residual[index + 1]) for index in (0, 3, 6)]
+        conv1, norm1, _, conv3, norm3, _, conv2, norm2 = self.residual
+        return [(conv1, norm1), (conv3, norm3), (conv2, norm2)]
 
     def is_original(self) -> bool:
         return is_like(self.residual, "cnrcnrcn")
@@ -216,14 +225,9 @@ class ConvTower(nn.Sequential):
         return [*self._folded.tensors(), *(tensor for tensors in inner for tensor in tensors)]
 
     def trains_fused(self) -> bool:
-        norms = self._norms()
-        return (
-            self.fused
-            and self._is_original()
-            and all(norm.training and norm.momentum is not None for norm in norms)
-            and not torch.compiler.is_compiling()
-            and not has_inner_hooks(self)
-        )
+        if not self.fused or torch.compiler.is_compiling() or not self._is_original() or has_inner_hooks(self):
+            return False
+        return all(norm.training and norm.momentum is not None for norm in self._norms())
 
     def _is_original(self) -> bool:
         """Whether nobody has replaced a layer by one that the fused paths would not compute."""
@@ -232,7 +236,7 @@ class ConvTower(nn.Sequential):
         return whole and self._plain_norms() and all(type(b) in known and b.is_original() for b in blocks)
 
     def _norms(self) -> list[nn.Module]:
-        return [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        return [module for module in inner_modules(self) if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
     def _plain_norms(self) -> bool:
         """Not SyncBatchNorm, and with the statistics and weights that the fused paths use."""
@@ -268,17 +272,33 @@ class ConvTower(nn.Sequential):
                 )
                 for tensor in tensors
             ]
-        return kinds, folded
+        return kinds, show_what_is_not_finite(folded)
 
     def _train(self, x: Tensor) -> Tensor:
         dtype, (number, _, *size) = layer_dtype(x), x.shape
         rows = x.to(dtype).permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # a view of channels-last maps
+        normed: list[Normed] = []
         for block in self.blocks:
             if isinstance(block, ResidualBlock):
-                rows = block.train_rows(rows, size, self.recompute)
+                rows, found = block.train_rows(rows, size, self.recompute)
+                normed += found
+            elif block.trains_fused(rows):
+                rows, found = block.train_rows(rows, size)
+                normed.append((block.norm, found))
             else:
                 rows = block(rows.view(number, *size, -1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(0, 2)
+        track(normed, len(rows))
         return rows.view(number, size[0] * size[1], -1).mean(1)
+
+
+def track(normed: Sequence[Normed], rows: int) -> None:
+    """Updates the running statistics of norms that have seen so many rows, and counts the batch."""
+    track_statistics([
+        Batch(*statistics, norm.running_mean, norm.running_var, rows, norm.momentum, norm.eps)
+        for norm, statistics in normed
+    ])  # fmt: skip
+    with torch.no_grad():
+        torch._foreach_add_([norm.num_batches_tracked for norm, _ in normed], 1)
 
 
 def non_local_block(channels: int, config: NonLocalConfig) -> NonLocalBlock:

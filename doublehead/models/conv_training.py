@@ -1,8 +1,13 @@
-"""The conv-head's residual blocks in training: batch norm, ReLU and residual fused, and fewer maps remembered.
+"""The conv-head's residual blocks in training: each one node of autograd's graph, with fewer maps remembered.
 
 Plain modules remember the result of every convolution (for the batch norm) and of every ReLU (for the next
 convolution). Here the backward computes again what is cheap beside the rest: what ReLU gave, a pass over memory, and
-what the 1x1 convolutions to the full width gave, 5 % more work in all for a third less memory.
+what the 1x1 convolutions to the full width gave, 5 % more work in all for a third less memory. With `recompute` only
+the block's input is remembered.
+
+On a GPU a step is as long as its launches take the host, if it does not spare them. So a block is a single autograd
+function, below which no operator passes autograd's or autocast's layers again, and gradients that meet are added by
+the product that makes the second one.
 """
 
 from __future__ import annotations
@@ -13,16 +18,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.batch_norm.op import batch_norm_act, batch_norm_act_apply, batch_norm_act_backward
-from ..ops.fused_conv import reference
-from ..ops.fused_conv.reference import as_maps, as_rows, is_matrix_product
+from ..ops._library import below_autograd, without_autocast
+from ..ops.batch_norm.layer import Norm, Statistics, normalize, normalize_again, normalize_backward
+from ..ops.batch_norm.op import check_rows
+from ..ops.fused_conv.gradient import convolve, convolve_backward
 
 
 class ConvNorm(NamedTuple):
     """A convolution without bias, and the batch norm behind it."""
 
     conv: Tensor
-    """`Tensor[out, in, k, k]`, k = 1 or 3 (padded by one)."""
+    """`Tensor[out, in, k, k]`, k = 1 or 3 (padded by one), of any floating dtype."""
     weight: Tensor
     """`Tensor[out]`"""
     bias: Tensor
@@ -30,178 +36,205 @@ class ConvNorm(NamedTuple):
     eps: float
 
 
-class Statistics(NamedTuple):
-    """What a batch norm has computed, to update its running statistics."""
-
-    mean: Tensor
-    """`Tensor[C]`"""
-    invstd: Tensor
-    """`Tensor[C]`: (biased variance + eps) ** -0.5."""
-
-
-def bottleneck(x: Tensor, layers: Sequence[ConvNorm], size: Sequence[int]) -> tuple[Tensor, list[Statistics]]:
+def bottleneck(
+    x: Tensor, layers: Sequence[ConvNorm], size: Sequence[int], recompute: bool = False
+) -> tuple[Tensor, list[Statistics]]:
     """relu(norm(conv(relu(norm(conv(relu(norm(conv(x)))))))) + x) in training.
 
     Args:
-        x: `Tensor[N * H * W, C]`, the cells of N maps.
-        layers: the three convolutions with their norms, with weights in the dtype of x.
+        x: `Tensor[N * H * W, C]`, the cells of N maps; convolutions run in its dtype.
+        layers: the three convolutions with their norms.
         size: (H, W).
+        recompute: remember nothing but x.
     Returns:
         `Tensor[N * H * W, C]`, and the statistics of the norms in order.
+    Raises:
+        ValueError: there are no cells.
     """
-    first, second, third = layers
-    inner = convolve(x, first.conv, size)
-    inner, statistics_1 = _norm_relu_conv(inner, first, second.conv, size)
-    y, *statistics = _BottleneckEnd.apply(
-        inner, second.weight, second.bias, second.eps, third.conv, third.weight, third.bias, third.eps, x, size
-    )
-    return y, [statistics_1, Statistics(*statistics[:2]), Statistics(*statistics[2:])]
+    return _run(_Bottleneck, x, layers, size, recompute)
 
 
 def widening(
-    x: Tensor, layers: Sequence[ConvNorm], size: Sequence[int], shortcut_relu: bool
+    x: Tensor, layers: Sequence[ConvNorm], size: Sequence[int], recompute: bool = False, shortcut_relu: bool = False
 ) -> tuple[Tensor, list[Statistics]]:
     """relu(norm(conv(relu(norm(conv(x))))) + norm(shortcut(x))) in training.
 
     Args:
-        x: `Tensor[N * H * W, C]`.
+        x: `Tensor[N * H * W, C]`; convolutions run in its dtype.
         layers: the residual branch's two convolutions and the shortcut's, with their norms.
         size: (H, W).
+        recompute: remember nothing but x.
         shortcut_relu: ReLU after the shortcut too.
     Returns:
         `Tensor[N * H * W, out]`, and the statistics of the norms in order.
+    Raises:
+        ValueError: there are no cells.
     """
-    first, second, short = layers
-    inner = convolve(x, first.conv, size)
-    if shortcut_relu:
-        inner, statistics_1 = _norm_relu_conv(inner, first, second.conv, size)
-        shortcut = convolve(x, short.conv, size)
-        shortcut, *statistics_3 = batch_norm_act(shortcut, short.weight, short.bias, eps=short.eps)
-        y, *statistics_2 = batch_norm_act(inner, second.weight, second.bias, shortcut, eps=second.eps)
-        return y, [statistics_1, Statistics(*statistics_2), Statistics(*statistics_3)]
-    y, *statistics = _WideningEnd.apply(
-        inner, first.weight, first.bias, first.eps, second.conv, second.weight, second.bias, second.eps,
-        x, short.conv, short.weight, short.bias, short.eps, size,
-    )  # fmt: skip
-    return y, [Statistics(*statistics[index : index + 2]) for index in (0, 2, 4)]
+    return _run(_WideningReLU if shortcut_relu else _Widening, x, layers, size, recompute)
 
 
-def convolve(rows: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
-    """A 1x1 or 3x3 convolution, rows in and rows out."""
-    return reference.convolve(rows, weight, None, size)
+def _run(kind: type[_Kind], x: Tensor, layers: Sequence[ConvNorm], size: Sequence[int], recompute: bool):
+    check_rows(x)
+    parameters = [tensor for layer in layers for tensor in layer[:3]]
+    step = _Step(kind, size, [layer.eps for layer in layers], recompute, [])
+    return _Block.apply(x, step, *parameters), step.statistics
 
 
-def convolve_backward(grad: Tensor, rows: Tensor, weight: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Gradients of `convolve`'s rows and weight."""
-    padding = weight.shape[2] // 2
-    if not padding and is_matrix_product(rows):
-        return grad @ weight.flatten(1), (grad.t() @ rows).view_as(weight)
-    grad_maps, grad_weight, _ = torch.ops.aten.convolution_backward(
-        as_maps(grad, size), as_maps(rows, size), weight, None, [1, 1], [padding, padding], [1, 1], False, [0, 0], 1,
-        [True, True, False],
-    )  # fmt: skip
-    return as_rows(grad_maps), grad_weight
+class _Step(NamedTuple):
+    """What a block's forward and backward share besides tensors."""
+
+    kind: type[_Kind]
+    size: Sequence[int]
+    eps: list[float]
+    recompute: bool
+    statistics: list[Statistics]
+    """Filled by the forward."""
 
 
-def _norm_relu_conv(
-    x: Tensor, layer: ConvNorm, conv: Tensor, size: Sequence[int]
-) -> tuple[Tensor, Statistics]:  # fmt: skip
-    y, *statistics = _NormReLUConv.apply(x, layer.weight, layer.bias, layer.eps, conv, size)
-    return y, Statistics(*statistics)
+class _Call(NamedTuple):
+    """The tensors of a block's forward."""
+
+    x: Tensor
+    convs: Sequence[Tensor]
+    norms: list[Norm]
+    size: Sequence[int]
 
 
-class _NormReLUConv(torch.autograd.Function):
-    """conv(relu(norm(x))): remembers x, not what the convolution is applied to."""
+class _Kind:
+    """A kind of block: its forward, and the gradients of its input and of each convolution and norm in order."""
+
+    inner: int
+    """How many maps of the inside its backward takes."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, conv, size):
-        y, mean, invstd = batch_norm_act(x, weight, bias, eps=eps)
-        ctx.save_for_backward(x, weight, bias, mean, invstd, conv)
-        ctx.eps, ctx.size = eps, size
-        ctx.mark_non_differentiable(mean, invstd)
-        ctx.set_materialize_grads(False)
-        return convolve(y, conv, size), mean, invstd
+    def forward(call: _Call) -> tuple[Tensor, list[Tensor], list[Statistics]]:
+        """The result, the maps of the inside, the statistics."""
+        raise NotImplementedError
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return None, None, None, None, None, None
-        x, weight, bias, mean, invstd, conv = ctx.saved_tensors
-        y = batch_norm_act_apply(x, mean, invstd, weight, bias, None, True)
-        grad_y, grad_conv = convolve_backward(grad, y, conv, ctx.size)
-        grad_x, grad_weight, grad_bias, _ = batch_norm_act_backward(
-            grad_y, x, y, mean, invstd, weight, ctx.eps, residual=False
-        )
-        return grad_x, grad_weight, grad_bias, None, grad_conv, None
-
-
-class _BottleneckEnd(torch.autograd.Function):
-    """relu(norm(conv(relu(norm(x)))) + residual): remembers x, residual and the result, not what is between."""
+    def again(call: _Call, statistics: list[Statistics]) -> list[Tensor]:
+        """The maps of the inside, computed again."""
+        raise NotImplementedError
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, conv, last_weight, last_bias, last_eps, residual, size):
-        inner, mean, invstd = batch_norm_act(x, weight, bias, eps=eps)
-        outer = convolve(inner, conv, size)
-        y, last_mean, last_invstd = batch_norm_act(outer, last_weight, last_bias, residual, eps=last_eps)
-        statistics = mean, invstd, last_mean, last_invstd
-        ctx.save_for_backward(x, weight, bias, conv, last_weight, y, *statistics)
-        ctx.eps, ctx.last_eps, ctx.size = eps, last_eps, size
-        ctx.mark_non_differentiable(*statistics)
-        ctx.set_materialize_grads(False)
-        return y, *statistics
+    def backward(
+        call: _Call, grad: Tensor, y: Tensor | None, inner: list[Tensor], statistics: list[Statistics],
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """`y`: the result; None: to be computed again.  `wanted`: of x, then of each parameter."""
+        raise NotImplementedError
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, step: _Step, *parameters: Tensor) -> Tensor:
+        weights, biases = parameters[1::3], parameters[2::3]
+        with below_autograd(), without_autocast():
+            convs = [conv.to(x.dtype) for conv in parameters[::3]]
+            norms = [Norm(*parts) for parts in zip(weights, biases, step.eps, strict=True)]
+            y, inner, statistics = step.kind.forward(_Call(x, convs, norms, step.size))
+        step.statistics.extend(statistics)
+        ctx.step = step
+        kept = () if step.recompute else (y, *inner)
+        ctx.save_for_backward(x, *convs, *weights, *biases, *(part for pair in statistics for part in pair), *kept)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return (None,) * 10
-        x, weight, bias, conv, last_weight, y, mean, invstd, last_mean, last_invstd = ctx.saved_tensors
-        inner = batch_norm_act_apply(x, mean, invstd, weight, bias, None, True)
-        outer = convolve(inner, conv, ctx.size)
-        grad, *last_grads, grad_residual = batch_norm_act_backward(
-            grad, outer, y, last_mean, last_invstd, last_weight, ctx.last_eps
-        )
-        del outer
-        grad, grad_conv = convolve_backward(grad, inner, conv, ctx.size)
-        *grads, _ = batch_norm_act_backward(grad, x, inner, mean, invstd, weight, ctx.eps, residual=False)
-        return *grads, None, grad_conv, *last_grads, None, grad_residual, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        step: _Step = ctx.step
+        x, *saved = ctx.saved_tensors
+        convs, weights, biases, kept = saved[:3], saved[3:6], saved[6:9], saved[15:]
+        statistics = [Statistics(*saved[index : index + 2]) for index in (9, 11, 13)]
+        wanted = ctx.needs_input_grad[:1] + ctx.needs_input_grad[2:]
+        with below_autograd(), without_autocast():
+            norms = [Norm(*parts) for parts in zip(weights, biases, step.eps, strict=True)]
+            call = _Call(x, convs, norms, step.size)
+            y, *inner = kept if kept else (None, *step.kind.again(call, statistics))
+            del saved, kept
+            grad_x, *grads = step.kind.backward(call, grad, y, inner, statistics, wanted)
+        return grad_x, None, *grads
 
 
-class _WideningEnd(torch.autograd.Function):
-    """relu(norm(conv(relu(norm(z)))) + norm(shortcut(x))): remembers z, x and the result, not what is between."""
+class _Bottleneck(_Kind):
+    @staticmethod
+    def forward(call):
+        (x, convs, norms, size) = call
+        first = convolve(x, convs[0], None, size)
+        normed, of_first = normalize(first, norms[0])
+        second = convolve(normed, convs[1], None, size)
+        normed, of_second = normalize(second, norms[1])
+        y, of_third = normalize(convolve(normed, convs[2], None, size), norms[2], x)
+        return y, [first, second], [of_first, of_second, of_third]
 
     @staticmethod
-    def forward(
-        ctx, z, weight, bias, eps, conv, last_weight, last_bias, last_eps, x, short, short_weight, short_bias,
-        short_eps, size,
-    ):  # fmt: skip
-        inner, *first = batch_norm_act(z, weight, bias, eps=eps)
-        shortcut, *third = batch_norm_act(
-            convolve(x, short, size), short_weight, short_bias, relu=False, eps=short_eps
-        )  # fmt: skip
-        y, *second = batch_norm_act(convolve(inner, conv, size), last_weight, last_bias, shortcut, eps=last_eps)
-        ctx.save_for_backward(z, weight, bias, conv, last_weight, x, short, short_weight, y, *first, *second, *third)
-        ctx.eps, ctx.last_eps, ctx.short_eps, ctx.size = eps, last_eps, short_eps, size
-        ctx.mark_non_differentiable(*first, *second, *third)
-        ctx.set_materialize_grads(False)
-        return y, *first, *second, *third
+    def again(call, statistics):
+        (x, convs, norms, size) = call
+        first = convolve(x, convs[0], None, size)
+        normed = normalize_again(first, norms[0], statistics[0])
+        return [first, convolve(normed, convs[1], None, size)]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return (None,) * 14
-        z, weight, bias, conv, last_weight, x, short, short_weight, y, *statistics = ctx.saved_tensors
-        first, second, third = statistics[:2], statistics[2:4], statistics[4:]
-        inner = batch_norm_act_apply(z, *first, weight, bias, None, True)
-        grad, *last_grads, grad_sum = batch_norm_act_backward(
-            grad, convolve(inner, conv, ctx.size), y, *second, last_weight, ctx.last_eps
+    def backward(call, grad, y, inner, statistics, wanted):
+        (x, convs, norms, size), (first, second) = call, inner
+        normed = normalize_again(second, norms[1], statistics[1])
+        third = convolve(normed, convs[2], None, size)
+        if y is None:
+            y = normalize_again(third, norms[2], statistics[2], x)
+        grad, *of_norm3, grad_x = normalize_backward(grad, third, y, norms[2], statistics[2], residual=wanted[0])
+        del third, y
+        grad, of_conv3 = convolve_backward(grad, normed, convs[2], size, of_weight=wanted[7])
+        grad, *of_norm2, _ = normalize_backward(grad, second, normed, norms[1], statistics[1])
+        normed = normalize_again(first, norms[0], statistics[0])
+        grad, of_conv2 = convolve_backward(grad, normed, convs[1], size, of_weight=wanted[4])
+        grad, *of_norm1, _ = normalize_backward(grad, first, normed, norms[0], statistics[0])
+        grad_x, of_conv1 = convolve_backward(
+            grad, x, convs[0], size, add_to=grad_x, of_rows=wanted[0], of_weight=wanted[1]
         )
-        grad, grad_conv = convolve_backward(grad, inner, conv, ctx.size)
-        *grads, _ = batch_norm_act_backward(grad, z, inner, *first, weight, ctx.eps, residual=False)
-        grad, *short_grads, _ = batch_norm_act_backward(
-            grad_sum, convolve(x, short, ctx.size), None, *third, short_weight, ctx.short_eps, residual=False
+        return grad_x, of_conv1, *of_norm1, of_conv2, *of_norm2, of_conv3, *of_norm3
+
+
+class _Widening(_Kind):
+    shortcut_relu = False
+
+    @classmethod
+    def forward(cls, call):
+        (x, convs, norms, size) = call
+        first = convolve(x, convs[0], None, size)
+        normed, of_first = normalize(first, norms[0])
+        shortcut, of_short = normalize(convolve(x, convs[2], None, size), norms[2], relu=cls.shortcut_relu)
+        y, of_second = normalize(convolve(normed, convs[1], None, size), norms[1], shortcut)
+        return y, [first], [of_first, of_second, of_short]
+
+    @staticmethod
+    def again(call, statistics):
+        return [convolve(call.x, call.convs[0], None, call.size)]
+
+    @classmethod
+    def backward(cls, call, grad, y, inner, statistics, wanted):
+        (x, convs, norms, size), (first,) = call, inner
+        normed = normalize_again(first, norms[0], statistics[0])
+        second = convolve(normed, convs[1], None, size)
+        short = shortcut = None
+        if y is None or cls.shortcut_relu:
+            short = convolve(x, convs[2], None, size)
+            shortcut = normalize_again(short, norms[2], statistics[2], relu=cls.shortcut_relu)
+        if y is None:
+            y = normalize_again(second, norms[1], statistics[1], shortcut)
+        grad, *of_norm2, grad_short = normalize_backward(grad, second, y, norms[1], statistics[1], residual=True)
+        del second, y
+        grad, of_conv2 = convolve_backward(grad, normed, convs[1], size, of_weight=wanted[4])
+        grad, *of_norm1, _ = normalize_backward(grad, first, normed, norms[0], statistics[0])
+        grad_x, of_conv1 = convolve_backward(grad, x, convs[0], size, of_rows=wanted[0], of_weight=wanted[1])
+        short = convolve(x, convs[2], None, size) if short is None else short
+        grad, *of_norm3, _ = normalize_backward(
+            grad_short, short, shortcut if cls.shortcut_relu else None, norms[2], statistics[2]
         )
-        grad_x, grad_short = convolve_backward(grad, x, short, ctx.size)
-        return *grads, None, grad_conv, *last_grads, None, grad_x, grad_short, *short_grads, None, None
+        grad_x, of_conv3 = convolve_backward(
+            grad, x, convs[2], size, add_to=grad_x, of_rows=wanted[0], of_weight=wanted[7]
+        )
+        return grad_x, of_conv1, *of_norm1, of_conv2, *of_norm2, of_conv3, *of_norm3
+
+
+class _WideningReLU(_Widening):
+    shortcut_relu = True

@@ -7,10 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops._dtypes import layer_dtype
+from ..ops import cudnn
+from ..ops._dtypes import accumulation_dtype, layer_dtype
 from ..ops._folded import FoldedWeights, has_inner_hooks, is_plain_conv
 
-__all__ = ["FoldedWeights", "fold_norm", "has_inner_hooks", "have_kinds", "is_like", "layer_dtype", "needs_grad"]
+__all__ = [
+    "FoldedWeights",
+    "fold_norm",
+    "has_inner_hooks",
+    "have_kinds",
+    "is_like",
+    "layer_dtype",
+    "needs_grad",
+    "show_what_is_not_finite",
+]
 
 
 def needs_grad(module: nn.Module, x: Tensor) -> bool:
@@ -54,3 +64,16 @@ def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     mean = norm.running_mean.to(wide) if conv.bias is None else norm.running_mean.to(wide) - conv.bias.to(wide)
     weight, bias = conv.weight.to(wide) * scale.view(-1, 1, 1, 1), norm.bias.to(wide) - mean * scale
     return weight.to(dtype), bias.to(dtype)
+
+
+def show_what_is_not_finite(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The weights and biases of a network, the last of them NaN if one is not finite, where ReLUs may hide that.
+
+    On a GPU they do, in kernels of cuDNN and cuBLAS, and a broken model would seem to see nothing special.  Costs no
+    wait for the device.
+    """
+    last = tensors[-1]
+    if last.device.type not in cudnn.DEVICES:
+        return list(tensors)
+    sums = torch.stack([tensor.sum(dtype=accumulation_dtype(tensor.dtype)) for tensor in tensors])
+    return [*tensors[:-1], last + (0 * sums.sum()).to(last.dtype)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..ops._fallback import fallbacks
 from ..ops._library import why_reference
+from . import folded
 from .structures import Detections, ImageBatch
 
 CAPTURING_DEVICES = ("cuda",)
@@ -165,6 +166,7 @@ class CapturedBucket:
         self.recording = record(run, device, pool)
         # The next call in another dtype, or `train()`, replaces the folded weights, which the graph goes on reading.
         self._kept_alive = [tensor for head in detector.heads.values() for tensor in head.tower.held_tensors()]
+        self._kept_alive += folded.held_tensors(detector)
 
     def __call__(self, images: ImageBatch) -> Detections:
         """As `detector(images)` with `images` padded to this bucket; the results are the caller's."""

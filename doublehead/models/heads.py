@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..config import HeadConfig, RoIConfig
+from . import folded
 from .conv_tower import ConvTower
 from .readout import BRANCHES, Branch
 from .structures import at_least_float32
@@ -42,10 +43,14 @@ class Head(nn.Module):
         `count`: `Tensor[]` int64: only the first `count` RoIs matter (see `Tower`).  None: all.
         """
         vector = self.tower(x, count)
-        logits = at_least_float32(self.classifier(vector)) if self.classifier is not None else None
+        layers = [layer for layer in (self.classifier, self.regressor) if layer is not None]
+        outputs = folded.predictors(self, layers, vector)
+        if outputs is None:
+            outputs = [at_least_float32(layer(vector)) for layer in layers]
+        logits = outputs[0] if self.classifier is not None else None
         if self.regressor is None:
             return HeadOutput(logits, None)
-        deltas = at_least_float32(self.regressor(vector)).unflatten(1, (-1, 4))
+        deltas = outputs[-1].unflatten(1, (-1, 4))
         return HeadOutput(logits, deltas.expand(-1, self.num_classes, 4) if self.class_agnostic_boxes else deltas)
 
 

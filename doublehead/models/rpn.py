@@ -70,8 +70,8 @@ class RPN(nn.Module):
             and the losses ("loss_rpn_objectness", "loss_rpn_box"), empty without targets.
         """
         logits, deltas = zip(*self._predict_all(features), strict=True)
-        anchors = self.anchors(features, images.pixels.shape[-2:])
-        proposals = self._propose(images, anchors, [x.detach() for x in logits], [x.detach() for x in deltas])
+        anchors, levels = self._anchors_and_levels(features, logits, images.pixels.shape[-2:])
+        proposals = self._propose(images, anchors, levels, [x.detach() for x in logits], [x.detach() for x in deltas])
         if targets is None:
             return proposals, {}
         return proposals, self._losses(
@@ -80,6 +80,7 @@ class RPN(nn.Module):
 
     def train(self, mode: bool = True) -> RPN:
         folded.forget(self)
+        folded.forget(self.anchors)
         return super().train(mode)
 
     def _predict_all(self, features: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -99,27 +100,51 @@ class RPN(nn.Module):
     @staticmethod
     def _by_anchor(logits: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
         """Maps `[B, A, H, W]` and `[B, 4 A, H, W]` -> `[B, H*W*A]` and `[B, H*W*A, 4]`, at least fp32."""
-        logits = logits.permute(0, 2, 3, 1).flatten(1)
-        deltas = deltas.permute(0, 2, 3, 1).reshape(logits.shape[0], -1, 4)
-        return at_least_float32(logits), at_least_float32(deltas)
+        # Converted first: channels that lie apart in a wider map then become rows in the same pass.
+        logits = at_least_float32(logits.permute(0, 2, 3, 1)).flatten(1)
+        deltas = at_least_float32(deltas.permute(0, 2, 3, 1)).reshape(logits.shape[0], -1, 4)
+        return logits, deltas
+
+    @property
+    def _pre_nms(self) -> int:
+        """How many anchors of each level become candidates, at most."""
+        return self.config.pre_nms_train if self.training else self.config.pre_nms_test
+
+    def _anchors_and_levels(
+        self, features: Sequence[Tensor], logits: Sequence[Tensor], image_size: Sequence[int]
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """Anchors of each map, and of each candidate its level (int64 `Tensor[N]`); at inference made once a shape."""
+
+        def make() -> tuple[Sequence[Tensor], Tensor]:
+            counts = [min(self._pre_nms, of_level.shape[1]) for of_level in logits]
+            levels = [torch.full((n,), level, device=logits[0].device) for level, n in enumerate(counts)]
+            return self.anchors(features, image_size), torch.cat(levels)
+
+        kind = (tuple(feature.shape[-2:] for feature in features), tuple(image_size), self._pre_nms)
+        return folded.constant(self.anchors, [self.anchors.cells], kind, make)
 
     def _propose(
-        self, images: ImageBatch, anchors: list[Tensor], logits: list[Tensor], deltas: list[Tensor]
+        self,
+        images: ImageBatch,
+        anchors: Sequence[Tensor],
+        levels: Tensor,
+        logits: list[Tensor],
+        deltas: list[Tensor],
     ) -> Proposals:
-        pre_nms = self.config.pre_nms_train if self.training else self.config.pre_nms_test
-        boxes, scores, levels = [], [], []
-        for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
-            best, index = logit.topk(min(pre_nms, logit.shape[1]), dim=1)
-            boxes.append(decode_boxes(gather_rows(delta, index), anchor[index], BOX_WEIGHTS))
-            scores.append(best.sigmoid())
-            levels.append(torch.full_like(index, level))
-        candidates = clip_boxes(torch.cat(boxes, 1), images.sizes, self.min_side)
+        scores, moves, starts = [], [], []
+        for anchor, logit, delta in zip(anchors, logits, deltas, strict=True):
+            best, index = logit.topk(min(self._pre_nms, logit.shape[1]), dim=1)
+            scores.append(best)
+            moves.append(gather_rows(delta, index))
+            starts.append(anchor[index])
+        boxes = decode_boxes(torch.cat(moves, 1), torch.cat(starts, 1), BOX_WEIGHTS)
+        candidates = clip_boxes(boxes, images.sizes, self.min_side)
         sides = candidates[..., 2:] - candidates[..., :2]
-        groups = torch.where((sides >= self.config.min_size).all(-1), torch.cat(levels, 1), -1)
+        groups = torch.where((sides >= self.config.min_size).all(-1), levels, -1)
 
         post_nms = self.config.post_nms_train if self.training else self.config.post_nms_test
         slots = min(post_nms, groups.shape[1])
-        kept, count = nms_padded(candidates, torch.cat(scores, 1), groups, self.config.nms_iou, slots)
+        kept, count = nms_padded(candidates, torch.cat(scores, 1).sigmoid(), groups, self.config.nms_iou, slots)
         valid = torch.arange(slots, device=kept.device) < count[:, None]
         kept_boxes = gather_rows(candidates, kept.clamp(min=0))
         return Proposals(torch.where(valid[..., None], kept_boxes, 0.0), valid)

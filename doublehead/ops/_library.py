@@ -35,6 +35,9 @@ REFERENCES: dict[str, Callable] = {}
 #: operator -> the launcher of its Triton kernel, which takes the reference where the kernel cannot be used.
 TRITON_KERNELS: dict[str, Callable] = {}
 
+#: operator with a Triton kernel -> the one that takes most of its calls where `_C_cuda` has it; `define_triton_kernel`.
+COMPILED: dict[str, str] = {}
+
 #: operator -> what makes its schema's arguments into those of its Python functions; see `define`.
 PACKERS: dict[str, Callable[..., tuple]] = {}
 
@@ -121,16 +124,23 @@ def define_autocast(name: str, kernel: Callable) -> None:
     `kernel` takes the operator's arguments and calls the operator itself with arguments cast as it sees fit; autocast
     is off while it runs. Without this call autocast leaves the operator's arguments as they are.
     """
-    off = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-        torch._C.DispatchKey.AutocastCUDA
-    )
 
-    def without_autocast(*arguments):
-        with torch._C._ExcludeDispatchKeyGuard(off):
+    def serve(*arguments):
+        with without_autocast():
             return kernel(*arguments)
 
     for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, without_autocast, f"Autocast{device}")
+        LIBRARY.impl(name, serve, f"Autocast{device}")
+
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def without_autocast() -> contextlib.AbstractContextManager:
+    """Operators called inside take their arguments as they are, and calls are shorter."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
 
 
 def define_cpu_kernel(name: str, kernel: Callable) -> None:
@@ -149,7 +159,12 @@ def define_cpu_kernel(name: str, kernel: Callable) -> None:
     LIBRARY.impl(name, serve, "CPU")
 
 
-def define_triton_kernel(name: str, module: str, function: str) -> None:
+_NOTHING = contextlib.nullcontext()
+
+
+def define_triton_kernel(
+    name: str, module: str, function: str, *, compiled: str | None = None, serves: Callable[..., bool] | None = None
+) -> None:
     """Serves CUDA tensors by a Triton kernel, and where it cannot be used by the reference, with a warning.
 
     Args:
@@ -157,19 +172,26 @@ def define_triton_kernel(name: str, module: str, function: str) -> None:
         module: that launches the kernel; it is imported at the first call, as it imports Triton.
         function: of that module; takes the arguments that the reference takes.  It raises `Fallback` for a call that
             its kernel does not serve.
+        compiled: an operator with the same schema that `_C_cuda` has a kernel for.  It takes the calls for which
+            `serves`, with the reference's arguments, is true; they need no Triton.
+        serves: see `compiled`.
     """
+    if compiled is not None:
+        COMPILED[name] = compiled
     unbuilt: dict[tuple, str] = {}  # calls whose kernel does not build -> why; building takes seconds
     pack = PACKERS.get(name)
 
     def launch(*arguments):
         device = _device_of(arguments)
         cuda = device is not None and device.type == "cuda"
+        if cuda and _compiled(name) and serves(*arguments if pack is None else pack(*arguments)):
+            return getattr(getattr(torch.ops, NAMESPACE), COMPILED[name]).default(*arguments)
         reason = _fallback.refusal(device.index) if cuda else None
         if reason is None and unbuilt:
             reason = unbuilt.get(_signature(arguments))
         if reason is None:
             try:
-                with torch.cuda.device(device) if cuda else contextlib.nullcontext():
+                with torch.cuda.device(device) if cuda else _NOTHING:
                     kernel = getattr(importlib.import_module(module), function)
                     return kernel(*arguments) if pack is None else kernel(*pack(*arguments))
             except Fallback as answer:
@@ -187,14 +209,15 @@ def define_triton_kernel(name: str, module: str, function: str) -> None:
 
 
 def define_missing_kernels() -> None:
-    """Lets the reference serve, with a warning, what `_C_cuda` would serve.  To be called when all is defined.
+    """Lets the reference serve, with a warning, what `_C_cuda` alone would serve.  To be called when all is defined.
 
     Where torch has no CUDA there is nothing to warn of.
     """
     if "_C_cuda" not in UNLOADED or torch.version.cuda is None:
         return
+    elsewhere = {*TRITON_KERNELS, *CPU_ONLY, *COMPILED.values()}
     for name, reference in REFERENCES.items():
-        if name not in TRITON_KERNELS and name not in CPU_ONLY:
+        if name not in elsewhere:
             LIBRARY.impl(name, _with_warning(name, reference), "CUDA")
 
 
@@ -237,8 +260,12 @@ def _tensors(arguments: Iterable) -> Iterator[torch.Tensor]:
 
 def _device_of(arguments: Iterable) -> torch.device | None:
     """The first tensor's device.  Triton launches on the current GPU, wherever the tensors are."""
-    first = next(_tensors(arguments), None)
-    return None if first is None else first.device
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            return argument.device
+        if isinstance(argument, (list, tuple)) and (first := next(_tensors(argument), None)) is not None:
+            return first.device
+    return None
 
 
 def _signature(arguments: Iterable) -> tuple:
@@ -284,6 +311,8 @@ def why_reference(name: str, index: int | None = None) -> str | None:
     """Why the reference serves operator `name` on CUDA, on GPU `index` or on all; None: a kernel serves it."""
     if name in CPU_ONLY:
         return "for the CPU alone"
+    if _compiled(name):
+        return None
     if name in TRITON_KERNELS:
         return _fallback.refusal(index)
     if "_C_cuda" in UNLOADED:
@@ -295,10 +324,14 @@ def _registered(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
 
 
+def _compiled(name: str) -> bool:
+    return name in COMPILED and _registered(COMPILED[name], "CUDA")
+
+
 def language(name: str, device: str) -> str:
     """The language of the kernel: "C++", "CUDA", "Triton" or "PyTorch"."""
     if device == "cuda":
-        return "Triton" if name in TRITON_KERNELS else "CUDA"
+        return "Triton" if name in TRITON_KERNELS and not _compiled(name) else "CUDA"
     return "PyTorch" if name in CPU_KERNELS else "C++"
 
 

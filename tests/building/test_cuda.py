@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 import subprocess
-from pathlib import Path
-from typing import NamedTuple
+import sys
 
 import pytest
 
-from tests.support.paths import ROOT
+from tests.support.paths import BENCHMARKS, ROOT
+
+sys.path.insert(0, str(BENCHMARKS))
+
+import sass  # noqa: E402
 
 ARCHS = ["sm_80", "sm_90", "sm_100"]
 MOST_REGISTERS = 128  # four warps of a scheduler still fit: 4 schedulers x 4 warps x 32 lanes x 128 = 64 Ki registers
@@ -18,60 +19,21 @@ MOST_REGISTERS_OF_DOUBLE = 192  # float64 is for checking gradients: it need not
 MOST_SHARED = 48 * 1024  # what a kernel gets without asking for more
 
 
-class Kernel(NamedTuple):
-    """One kernel in one architecture's machine code; bytes a thread, but `shared` a block."""
-
-    arch: str
-    name: str
-    registers: int
-    stack: int
-    local: int
-    shared: int
-
-    @property
-    def most_registers(self) -> int:
-        return MOST_REGISTERS_OF_DOUBLE if "Id" in self.name else MOST_REGISTERS  # mangled: kernel<double, ...>
-
-
-def cuobjdump() -> str | None:
-    """The toolkit's, or the one that comes with Triton."""
-    found = shutil.which("cuobjdump")
-    if found is None:
-        try:
-            import triton
-        except ImportError:
-            return None
-        inside = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        found = str(inside) if inside.is_file() else None
-    return found
-
-
-def read_usage(text: str) -> list[Kernel]:
-    """The kernels in the output of `cuobjdump -res-usage`."""
-    kernels, arch, name = [], "", ""
-    for line in text.splitlines():
-        if match := re.match(r"arch = (sm_\w+)", line.strip()):
-            arch = match[1]
-        elif match := re.match(r"Function (\S+):", line.strip()):
-            name = match[1]
-        elif "REG:" in line and name:
-            used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)}
-            kernels.append(Kernel(arch, name, used["REG"], used["STACK"], used["LOCAL"], used["SHARED"]))
-            name = ""
-    return kernels
+def most_registers(kernel: sass.Usage) -> int:
+    return MOST_REGISTERS_OF_DOUBLE if "Id" in kernel.name else MOST_REGISTERS  # mangled: kernel<double, ...>
 
 
 @pytest.fixture(scope="module")
-def kernels() -> list[Kernel]:
+def kernels() -> list[sass.Usage]:
     """This library's kernels (CUB's are not ours), from the built module."""
-    built = sorted((ROOT / "doublehead").glob("_C_cuda*.so"))
-    if not built:
+    built = sass.built_module()
+    if built is None:
         pytest.skip("the CUDA part was not built here (no nvcc, or a torch without CUDA), so there is nothing to read")
-    tool = cuobjdump()
+    tool = sass.find_tool("cuobjdump")
     if tool is None:
         pytest.skip("there is no cuobjdump, neither the CUDA toolkit's nor Triton's")
-    output = subprocess.run([tool, "-res-usage", str(built[0])], capture_output=True, text=True, check=True).stdout
-    return [kernel for kernel in read_usage(output) if "doublehead" in kernel.name]
+    output = subprocess.run([tool, "-res-usage", str(built)], capture_output=True, text=True, check=True).stdout
+    return [kernel for kernel in sass.read_usage(output) if "doublehead" in kernel.name]
 
 
 def rooms() -> list[str]:
@@ -89,7 +51,7 @@ def test_nothing_spills_or_lies_in_local_memory(kernels):
 
 
 def test_registers_and_shared_memory_stay_in_bounds(kernels):
-    assert [kernel for kernel in kernels if kernel.registers > kernel.most_registers] == []
+    assert [kernel for kernel in kernels if kernel.registers > most_registers(kernel)] == []
     assert [kernel for kernel in kernels if kernel.shared > MOST_SHARED] == []
 
 
@@ -99,17 +61,3 @@ def test_four_blocks_that_pool_seven_rows_fit_on_a_multiprocessor(kernels):
     for kernel in pooling:
         registers = (kernel.registers + 7) // 8 * 8  # as they are given out
         assert 4 * 7 * 32 * registers <= 64 * 1024, kernel
-
-
-def test_the_report_is_read_right():
-    text = """
-Fatbin elf code:
-================
-arch = sm_90
-Resource usage:
- Common:
-  GLOBAL:0 CONSTANT[3]:8
- Function _ZN10doublehead3nms4markEv:
-  REG:38 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:560 TEXTURE:0 SURFACE:0 SAMPLER:0
-"""
-    assert read_usage(text) == [Kernel("sm_90", "_ZN10doublehead3nms4markEv", 38, 8, 0, 1024)]

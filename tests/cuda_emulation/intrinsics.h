@@ -184,4 +184,26 @@ inline void wait_for_copies() {
 
 }  // namespace doublehead
 
+// Accesses that other blocks see (csrc/nms/cuda/grid.cuh), unlike a device's in that all others are seen at once too
+
+namespace doublehead::nms {
+
+template <typename T>
+T load_acquire(const T* address) {
+  emulation::pause();
+  return *address;
+}
+template <typename T>
+T load_relaxed(const T* address) {
+  emulation::pause();
+  return *address;
+}
+template <typename T>
+void store_relaxed(T* address, const T& value) {
+  emulation::pause();
+  *address = value;
+}
+
+}  // namespace doublehead::nms
+
 #undef EMULATION_HERE

@@ -100,6 +100,16 @@ def test_small_variance_beside_a_large_mean(triton_kernels, offset):
     torch.testing.assert_close(actual[0].cpu().double(), exact[0], rtol=0, atol=atol)
 
 
+def test_a_first_row_unlike_all_others(triton_kernels):
+    x, weight, bias, *_ = inputs(4500, 8, torch.float32)
+    x[0] += 300  # every sum is taken of what is left without this row
+    exact = definition(x.double(), weight.double(), bias.double(), None, False, 1e-5)
+    _, mean, invstd = batch_norm_act(*(t.to(triton_kernels) for t in (x, weight, bias)))
+    spread = 4 * torch.finfo(torch.float32).eps * 300
+    torch.testing.assert_close(mean.cpu().double(), exact[1], rtol=0, atol=spread)
+    torch.testing.assert_close(invstd.cpu().double(), exact[2], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("relu", [False, True])
 def test_the_gradient_of_the_residual_only_where_asked(triton_kernels, poisoned, relu):
     x, weight, bias, residual, grad = (tensor.to(triton_kernels) for tensor in inputs(333, 72, torch.float32))
@@ -195,29 +205,27 @@ def test_wrong_arguments_are_named(change, message):
 def cases() -> list[Case]:
     kernel = "doublehead.ops.batch_norm.kernel"
     x, f, i = "*bf16", "*fp32", "i32"
-    sums, apply = {"ROWS": 32, "CHANNELS": 64}, {"ROWS": 16, "CHANNELS": 128}
+    sums, apply, join = {"ROWS": 32, "CHANNELS": 64}, {"ROWS": 16, "CHANNELS": 128}, {"CHANNELS": 32, "PARTS": 128}
 
     def case(name, constants, **signature):
-        warps = {"join_statistics_kernel": 1, "join_gradients_kernel": 8}.get(name, 4)
-        return Case(kernel, name, signature, constants, warps, 3)
+        return Case(kernel, name, signature, constants, 4, 3, ("channels",))
 
     return [
-        case("statistics_kernel", sums, x=x, means=f, squares=f, rows=i, channels=i, part_rows=i),
+        case("statistics_kernel", sums, x=x, sums=f, rows=i, channels=i, part_rows=i, parts=i),
         case(
-            "join_statistics_kernel", {"CHANNELS": 64}, x=x, means=f, squares=f, mean_out=f, invstd_out=f, rows=i,
-            channels=i, part_rows=i, parts=i, eps="fp32",
+            "join_statistics_kernel", join, x=x, sums=f, mean_out=f, invstd_out=f, rows=i, channels=i, part_rows=i,
+            parts=i, eps="fp32",
         ),
         case(
             "apply_kernel", {"RESIDUAL": True, "RELU": True, **apply}, x=x, residual=x, mean=f, invstd=f, weight=f,
             bias=f, y=x, rows=i, channels=i,
         ),
         case(
-            "gradient_sums_kernel", {"RELU": True, **sums}, grad=x, x=x, y=x, mean=f, invstd=f, grad_weights=f,
-            grad_biases=f, rows=i, channels=i, part_rows=i,
+            "gradient_sums_kernel", {"RELU": True, **sums}, grad=x, x=x, y=x, mean=f, sums=f, rows=i, channels=i,
+            part_rows=i, parts=i,
         ),
         case(
-            "join_gradients_kernel", {"CHANNELS": 64, "PARTS": 128}, grad_weights=f, grad_biases=f, grad_weight=f,
-            grad_bias=f, channels=i, parts=i,
+            "join_gradients_kernel", join, sums=f, invstd=f, grad_weight=f, grad_bias=f, channels=i, parts=i,
         ),
         case(
             "gradient_kernel", {"RELU": True, **apply}, grad=x, x=x, y=x, mean=f, invstd=f, weight=f, grad_weight=f,

@@ -1,4 +1,4 @@
-"""Detections: the definition against a loop, and the CPU path and the Triton kernels against the definition."""
+"""Detections: the definition against a loop, and the CPU path, Triton's and CUDA's kernels against the definition."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import torch
 
 from doublehead.ops.detections.arguments import DetectionArguments
 from tests.support.detection_cases import OPTIONS, candidate_scores, clear, naive, tensors
-from tests.support.detection_checks import FUSION_NAMES, INF, NAN, check, defined, run
+from tests.support.detection_checks import EMULATED, FUSION_NAMES, INF, NAN, check, defined, run
 
 
-@pytest.fixture(params=["cpu", "triton"])
+@pytest.fixture(params=["cpu", "triton", EMULATED, pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
-    """Where to call the operator: the plain CPU, or where the Triton kernels serve it."""
-    return request.getfixturevalue("triton_kernels") if request.param == "triton" else "cpu"
+    """Where to call the operator: the CPU, where the Triton kernels serve it, CUDA emulated, or CUDA."""
+    return request.getfixturevalue("triton_kernels") if request.param == "triton" else request.param
 
 
 @pytest.fixture
 def exact(request, device):
-    """Whether results must equal those of the reference bit by bit: that is so without Triton."""
+    """Whether results must equal those of the reference bit by bit: that is so on the CPU."""
     return request.node.callspec.params["device"] == "cpu"
 
 

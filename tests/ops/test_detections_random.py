@@ -1,4 +1,4 @@
-"""Detections of any problem: the CPU path and the Triton kernels against the definition."""
+"""Detections of any problem: the CPU path, Triton's and CUDA's kernels against the definition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, assume, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from tests.support.detection_cases import OPTIONS, clear, tensors  # noqa: E402
-from tests.support.detection_checks import FUSION_NAMES, INF, NAN, check  # noqa: E402
+from tests.support.detection_checks import EMULATED, FUSION_NAMES, INF, NAN, check  # noqa: E402
 
 
 @st.composite
@@ -60,3 +60,11 @@ def test_kernels_equal_the_definition(triton_kernels, poison, problem):
     inputs, options = problem
     assume(clear(inputs, options))
     check(inputs, triton_kernels, exact=False, **options)
+
+
+@settings(max_examples=60, **hypothesis_settings)
+@given(problem=problems(most_rois=12))
+def test_emulated_cuda_kernels_equal_the_definition(problem):
+    inputs, options = problem
+    assume(clear(inputs, options))
+    check(inputs, EMULATED, exact=False, **options)

@@ -36,6 +36,11 @@ def arguments(dtype):
 
     if name == "nms_padded":
         return boxes.to(dtype), random(2, 300), torch.arange(600).view(2, 300) % 3, 0.5, 100
+    if name == "detections":
+        logits, deltas = [random(2, 300, 5), random(2, 300, 5)], random(2, 300, 5, 4)
+        valid, sizes = torch.ones(2, 300, dtype=torch.bool), torch.tensor([[70.0, 80.0]]).expand(2, 2)
+        options = "complementary", 0.9, 0.5, 20, 0.01, 0.0, [10.0, 10.0, 5.0, 5.0]
+        return logits, deltas, boxes, valid, sizes, *options
     if name == "pyramid_roi_align":
         return [random(2, 16, 40, 40), random(2, 16, 20, 20)], rois, *pooling
     return [random(600, 16, 7, 7)], rois, [2, 16, 40, 40, 20, 20], True, *pooling
@@ -62,7 +67,7 @@ print("replayed")
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
-@pytest.mark.parametrize("name", ["nms_padded", "pyramid_roi_align", "pyramid_roi_align_backward"])
+@pytest.mark.parametrize("name", ["nms_padded", "detections", "pyramid_roi_align", "pyramid_roi_align_backward"])
 def test_first_call_inside_a_capture(name, device):
     if int(device[-1]) >= torch.cuda.device_count():
         pytest.skip("needs two CUDA devices")

@@ -43,7 +43,7 @@ def kernel(monkeypatch):
     pytest.importorskip("triton")
     launchers = dict(_library.TRITON_KERNELS)
 
-    def make(error):
+    def make(error, **more):
         def launch(*arguments):
             make.calls += 1
             if error is not None:
@@ -54,7 +54,7 @@ def kernel(monkeypatch):
         module.launch = launch
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(_library, "LIBRARY", Deaf())
-        _library.define_triton_kernel("fused_conv", module.__name__, "launch")
+        _library.define_triton_kernel("fused_conv", module.__name__, "launch", **more)
         made, _library.TRITON_KERNELS["fused_conv"] = _library.TRITON_KERNELS["fused_conv"], launchers["fused_conv"]
         return made
 
@@ -88,6 +88,31 @@ def expect_reference(launch, *words, device="cuda"):
 
 def test_a_kernel_that_works_is_used(gpus, kernel):
     assert served(kernel(None), *ARGUMENTS) == ("from the kernel", [])
+
+
+def test_a_compiled_kernel_takes_what_it_serves_and_needs_no_triton(gpus, kernel, monkeypatch):
+    takes, built = [True], [True]
+    monkeypatch.setattr(_library, "COMPILED", {})
+    monkeypatch.setattr(_library, "_registered", lambda name, key: built[0])
+    monkeypatch.setattr(_fallback.importlib.util, "find_spec", lambda name: None)
+    launch = kernel(None, compiled="fused_conv", serves=lambda args: len(args) == len(ARGUMENTS) and takes[0])  # packed
+    found, texts = served(launch, *ARGUMENTS)
+    assert torch.equal(found, _library.REFERENCES["fused_conv"](*ARGUMENTS)) and texts == []
+    assert _library.native("fused_conv", "cuda") and _library.language("fused_conv", "cuda") == "CUDA"
+    takes[0] = False
+    expect_reference(launch, "pip install triton")
+    takes[0], built[0] = True, False
+    assert not _library.native("fused_conv", "cuda") and _library.language("fused_conv", "cuda") == "Triton"
+    monkeypatch.undo()
+    assert kernel.calls == 0
+
+
+def test_triton_takes_what_a_compiled_kernel_does_not(gpus, kernel, monkeypatch):
+    monkeypatch.setattr(_library, "COMPILED", {})
+    for built, takes in ((True, False), (False, True)):
+        monkeypatch.setattr(_library, "_registered", lambda name, key, built=built: built)
+        launch = kernel(None, compiled="fused_conv", serves=lambda args, takes=takes: takes)
+        assert served(launch, *ARGUMENTS) == ("from the kernel", [])
 
 
 def test_no_triton(gpus, kernel, monkeypatch):
@@ -247,6 +272,7 @@ def test_the_cuda_part_is_missing(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(_library, "UNLOADED", {"_C_cuda": "it is not built"})
     _library.define_missing_kernels()
+    # `detections_by_class` is not among them: where it is missing, the Triton kernels of `detections` serve.
     assert {"nms", "nms_padded", "pyramid_roi_align", "pyramid_roi_align_backward"} == set(registered)
     boxes, scores = torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 2]]), torch.tensor([0.5, 0.9])
     arguments = (boxes, scores, None, 0.5)

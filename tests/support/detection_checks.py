@@ -5,17 +5,27 @@ from __future__ import annotations
 import torch
 
 from doublehead.ops import detections
-from doublehead.ops.detections import reference
+from doublehead.ops.detections import by_class, reference
 from doublehead.ops.detections.arguments import DetectionArguments
 from doublehead.ops.score_fusion import FUSIONS
 from tests.support.detection_cases import OPTIONS, clear
+from tests.support.emulated_detections import emulated
 
 NAN, INF = float("nan"), float("inf")
 FUSION_NAMES = list(FUSIONS)
 
 
+EMULATED = "emulated"
+"""In place of a device: the CUDA kernels on the emulator, where they serve a call."""
+
+
 def run(inputs, options, device="cpu"):
     logits, *others = inputs
+    if device == EMULATED:
+        args = DetectionArguments(tuple(logits), *others, **options)
+        if by_class.serves(args):
+            return list(emulated(args))
+        device = "cpu"
     found = detections([item.to(device) for item in logits], *(item.to(device) for item in others), **options)
     return [item.cpu() for item in found]
 

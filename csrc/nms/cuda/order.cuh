@@ -67,31 +67,26 @@ __global__ void number_groups(Strided<int64_t> groups, bool negative_is_padding,
   }
 }
 
-// The boxes by rank, all undecided but padding. numbers: null, or the boxes' groups, `padding` among them.
-template <typename T>
-__global__ void gather(Strided<T> boxes, const uint32_t* order, const uint32_t* numbers, uint32_t padding,
-                       uint32_t count, uint32_t total, Corners<typename ComputeIn<T>::type>* corners, uint8_t* state) {
-  using C = typename ComputeIn<T>::type;
-  for (int64_t r = grid_thread(); r < total; r += grid_threads()) {
-    const T* box = boxes.at(order[r] / count, order[r] % count);
-    const int64_t step = boxes.coordinate;
-    corners[r] = {static_cast<C>(box[0]), static_cast<C>(box[step]), static_cast<C>(box[2 * step]),
-                  static_cast<C>(box[3 * step])};
-    state[r] = numbers && numbers[r] == padding ? kStruck : kUndecided;
-  }
+template <typename C, typename T>
+__device__ __forceinline__ Corners<C> load_corners(const Strided<T>& boxes, int64_t image, int64_t n) {
+  const T* box = boxes.at(image, n);
+  const int64_t step = boxes.coordinate;
+  return {static_cast<C>(box[0]), static_cast<C>(box[step]), static_cast<C>(box[2 * step]),
+          static_cast<C>(box[3 * step])};
 }
 
-// A block for each image: the indices of its kept boxes in order of rank, at most `most`, and -1 behind the last.
-__global__ __launch_bounds__(1024) void write_result(const uint8_t* state, const uint32_t* order, uint32_t count,
-                                                     int64_t most, int64_t* indices, int64_t* counts) {
-  const uint32_t image = blockIdx.x, limit = most < count ? most : count;
-  const int64_t first = int64_t(image) * count;
-  int64_t* mine = indices + image * most;
-  const Found found = each_in_order<1024>(
-      0, count, limit, [&](uint32_t r) { return state[first + r] == kKept; },
-      [&](uint32_t k, uint32_t r) { mine[k] = order[first + r] - first; });
-  for (int64_t k = found.count + threadIdx.x; k < most; k += 1024) mine[k] = -1;
-  if (threadIdx.x == 0) counts[image] = found.count;
+// The boxes by rank, all undecided but padding; nothing is listed yet. numbers: null, or the boxes' groups, `padding`
+// among them.
+template <typename T>
+__global__ void gather(Strided<T> boxes, const uint32_t* order, const uint32_t* numbers, uint32_t padding,
+                       uint32_t count, uint32_t total, Corners<typename ComputeIn<T>::type>* corners, uint8_t* state,
+                       Progress* progress, Together* together) {
+  for (int64_t r = grid_thread(); r < total; r += grid_threads()) {
+    corners[r] = load_corners<typename ComputeIn<T>::type>(boxes, order[r] / count, order[r] % count);
+    state[r] = numbers && numbers[r] == padding ? kStruck : kUndecided;
+    if (r % count == 0) progress[r / count] = {};
+    if (r == 0) *together = {};
+  }
 }
 
 }  // namespace doublehead::nms

@@ -52,13 +52,17 @@ struct Owned {
   }
 
   // Whether it is still undecided once the boxes `kept` of the tile are known.
-  __device__ __forceinline__ bool survives(uint32_t tile, uint64_t kept, const Corners<T>* boxes, const Rule<T>& rule,
-                                           uint8_t* state) {
+  __device__ __forceinline__ bool survives(uint32_t tile, uint64_t kept, const SharedBoxes<T, kTile>& boxes,
+                                           const Rule<T>& rule, uint8_t* state) {
     const uint32_t mine = in_tile(tile);
     if (mine < kTile && (kept >> mine & 1)) state[member] = kKept;
     if (position < (tile + 1) * kTile || !alive) return false;
-    const Box<T> box = make_box(corners);
-    for (; kept && alive; kept &= kept - 1) alive = !rule(make_box(boxes[__ffsll(kept) - 1]), box);
+    const Box<T> box = measure(corners);
+    for (; kept && alive; kept &= kept - 1) {
+      DOUBLEHEAD_MARK_BEGIN("nms: a group's test");
+      alive = !rule(boxes[__ffsll(kept) - 1], box);
+      DOUBLEHEAD_MARK_END("nms: a group's test");
+    }
     return alive;
   }
 };
@@ -68,7 +72,7 @@ struct Owned {
 template <typename T>
 __global__ __launch_bounds__(kSegmentThreads<T>, 1) void suppress_segments(Segments segments, const Corners<T>* corners,
                                                                     Rule<T> rule, int64_t most, uint8_t* state) {
-  __shared__ Corners<T> boxes[kTile];
+  __shared__ SharedBoxes<T, kTile> boxes;
   __shared__ uint64_t suppressors[kTile];
   __shared__ bool open[kTile];
   __shared__ uint64_t kept_word;
@@ -76,7 +80,7 @@ __global__ __launch_bounds__(kSegmentThreads<T>, 1) void suppress_segments(Segme
   const auto publish = [&](const Owned<T>& own, uint32_t tile) {
     const uint32_t mine = own.in_tile(tile);
     if (mine >= kTile) return;
-    boxes[mine] = own.corners;
+    boxes.set(mine, own.corners);
     open[mine] = own.alive;
   };
 
@@ -93,9 +97,9 @@ __global__ __launch_bounds__(kSegmentThreads<T>, 1) void suppress_segments(Segme
       publish(two, tile);
       __syncthreads();
       for (uint32_t b = warp; b < kTile; b += kSegmentThreads<T> / 32) {  // who suppresses box b?
-        const Box<T> box = make_box(boxes[b]);
-        const bool low = lane < b && rule(make_box(boxes[lane]), box);
-        const bool high = lane + 32 < b && rule(make_box(boxes[lane + 32]), box);
+        const Box<T> box = boxes[b];
+        const bool low = lane < b && rule(boxes[lane], box);
+        const bool high = lane + 32 < b && rule(boxes[lane + 32], box);
         const uint64_t word = ballot64(low, high);
         if (lane == 0) suppressors[b] = word;
       }

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from ...ops._folded import has_global_hooks
 from ...ops._library import in_dispatch_mode, is_functorch_tensor
 
+DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -24,7 +25,9 @@ def may_stand_in(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
     """As `may_fold`, for inputs of any shape."""
     if in_dispatch_mode() or forward_ad._current_level >= 0 or has_global_hooks():
         return False
-    if not all(_is_plain(tensor) for tensor in (*inputs, *tensors)) or not all(x.numel() for x in inputs):
+    if not all(_is_plain(tensor, inputs[0].device) for tensor in (*inputs, *tensors)) or not all(
+        x.numel() for x in inputs
+    ):
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *tensors)):
         return False
@@ -32,11 +35,12 @@ def may_stand_in(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
     return not any(tensor.is_inference() for tensor in tensors) and _dtypes_fit(inputs, tensors)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """On the CPU, and no tensor that does something else, or more, when an operator is called on it."""
+def _is_plain(tensor: Tensor, device: torch.device) -> bool:
+    """On this device, and no tensor that does something else, or more, when an operator is called on it."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
-        and tensor.device.type == "cpu"
+        and tensor.device == device
+        and device.type in DEVICES
         and tensor.layout == torch.strided
         and not is_functorch_tensor(tensor)
     )
@@ -45,9 +49,10 @@ def _is_plain(tensor: Tensor) -> bool:
 def _dtypes_fit(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
     """Whether the modules would run in one dtype that is known; autocast leaves float64 alone."""
     (dtype, *others), own = {x.dtype for x in inputs}, {tensor.dtype for tensor in tensors}
-    if torch.is_autocast_enabled("cpu"):
+    device = inputs[0].device.type
+    if torch.is_autocast_enabled(device):
         allowed = {torch.float32, torch.bfloat16, torch.float16}
-        return torch.get_autocast_dtype("cpu") in DTYPES and own <= allowed and {dtype, *others} <= allowed
+        return torch.get_autocast_dtype(device) in DTYPES and own <= allowed and {dtype, *others} <= allowed
     return not others and own == {dtype} and dtype in DTYPES
 
 

@@ -9,12 +9,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ...ops import onednn
+from ...ops._folded import STREAMING_DEVICES, has_global_hooks
 from ..folding import FoldedWeights, layer_dtype
-from .guards import may_fold
+from .guards import is_bare, may_fold
 from .layers import Weights, fold
+from .on_cpu import OneDNNWeights
+from .on_cuda import CudnnWeights
 from .plan import Reader, Unknown
 from .run import run_body, run_proposal_head, run_pyramid, run_steps
+
+ENGINES: dict[str, type[Weights]] = {"cpu": OneDNNWeights, "cuda": CudnnWeights}
+"""Type of device -> how layers run there."""
 
 _FOLDED: WeakKeyDictionary[nn.Module, FoldedWeights] = WeakKeyDictionary()
 """Of each network what was folded.  Beside the modules, so that copies, pickles and `state_dict` know nothing of it."""
@@ -39,6 +44,8 @@ def backbone(owner: nn.Module, body: nn.Module, pyramid: nn.Module | None, pixel
     def run(plan: tuple, weights: list[Weights], maps: list[Tensor]) -> dict[str, Tensor]:
         stages, levels = plan
         found = run_body(stages, weights, maps[0])
+        last = list(found)[-1]
+        found[last] = weights[0].mark(maps[0], found[last])  # a pyramid carries it from here into all levels
         if levels is None:
             return found
         names = [*found, *(["pool"] if levels.pooled else [])]
@@ -52,7 +59,7 @@ def sequence(owner: nn.Module, modules: Iterable[nn.Module], x: Tensor) -> Tenso
     return _folded(
         owner,
         lambda reader: reader.steps(modules),
-        lambda plan, weights, maps: run_steps(plan, weights, maps[0], owned=False),
+        lambda plan, weights, maps: weights[0].mark(maps[0], run_steps(plan, weights, maps[0], owned=False)),
         [x],
     )
 
@@ -69,6 +76,23 @@ def rpn_head(
         maps: `Tensor[B, C, H, W]` each.
     """
     return _folded(owner, lambda reader: reader.proposal_head(hidden, logits, deltas), run_proposal_head, maps)
+
+
+def constant(owner: nn.Module, tensors: Sequence[Tensor], kind: Any, make: Callable[[], Any]) -> Any:
+    """`make()`, which calls `owner`: remembered at inference for these tensors and this `kind`, as folded weights are.
+
+    Nothing is remembered where a call of `owner` may be noticed, or while a tracer works.
+    """
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if tracing or has_global_hooks() or not is_bare(owner):
+        return make()
+    return remembered(owner).get(tensors, kind, make)
+
+
+def held_tensors(network: nn.Module) -> list[Tensor]:
+    """What is remembered of all modules of `network`, for a caller that keeps it alive."""
+    found = (_FOLDED.get(module) for module in network.modules())
+    return [tensor for weights in found if weights is not None for tensor in weights.tensors()]
 
 
 def remembered(owner: nn.Module) -> FoldedWeights:
@@ -100,19 +124,30 @@ def _folded(
         return None
     if not reader.tensors or not may_fold(maps, reader.tensors):
         return None
-    if not all(bool(x.sum().isfinite()) for x in maps):  # fused ReLU would make 0 of NaN
+    dtype, device = layer_dtype(maps[0]), maps[0].device
+    engine = ENGINES[device.type]
+    if not engine.accept(maps):
         return None
-    dtype = layer_dtype(maps[0])
-    kind = (dtype, onednn.is_available(dtype), plan)
+    kind = (dtype, engine.has_kernels(device, dtype), plan)
     sources = [*reader.tensors, *reader.counters]
-    weights = remembered(owner).get(sources, kind, lambda: _fold(reader, dtype, len(maps)))
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        return run(plan, weights, [x.to(dtype).contiguous(memory_format=torch.channels_last) for x in maps])
+    weights = remembered(owner).get(sources, kind, lambda: _fold(reader, engine, dtype, len(maps)))
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        return run(plan, weights, [weights[0].enter(x, dtype) for x in maps])
 
 
-def _fold(reader: Reader, dtype: torch.dtype, sizes: int) -> list[Weights]:
-    weights = [fold(*source, dtype, sizes) for source in reader.sources]
-    if not all(layer.is_finite() for layer in weights):  # a broken model must be seen to be broken
-        for layer in weights:
-            layer.fused = False
+def _fold(reader: Reader, engine: type[Weights], dtype: torch.dtype, sizes: int) -> list[Weights]:
+    tensors = [fold(*source, dtype) for source in reader.sources]
+    if not _are_finite(tensors):
+        engine = Weights  # a broken model must be seen to be broken
+    weights = [engine(layer, *found, sizes) for (layer, *_), found in zip(reader.sources, tensors, strict=True)]
+    for last, shortcut in reader.sums:
+        weights[last].take_bias_of(weights[shortcut])
     return weights
+
+
+def _are_finite(tensors: list[tuple[Tensor, Tensor | None]]) -> bool:
+    """Not asked while a graph is recorded, when nothing can be read back."""
+    found = [tensor.isfinite().all() for pair in tensors for tensor in pair if tensor is not None]
+    if found[0].device.type in STREAMING_DEVICES and torch.cuda.is_current_stream_capturing():
+        return True
+    return bool(torch.stack(found).all())

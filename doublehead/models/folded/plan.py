@@ -104,6 +104,8 @@ class Reader:
         self.tensors: list[Tensor] = []
         self.counters: list[Tensor] = []
         """Of batches: they tell that a norm in training changed its statistics, which have no new version then."""
+        self.sums: list[tuple[int, int]] = []
+        """Indices of layers that are added, the shortcut last."""
 
     def body(self, module: nn.Module) -> tuple[Stage, ...]:
         _require(module, IntermediateLayerGetter)
@@ -167,7 +169,10 @@ class Reader:
         if type(block) is Bottleneck:
             parts.append((block.conv3, block.bn3, block.relu))
         layers = tuple(self._layer(*part) for part in parts)
-        return Residual(layers, None if block.downsample is None else self._linear(block.downsample))
+        shortcut = None if block.downsample is None else self._linear(block.downsample)
+        if shortcut is not None:
+            self.sums.append((layers[-1].index, shortcut.index))
+        return Residual(layers, shortcut)
 
     def _linear(self, module: nn.Module) -> Layer:
         """A convolution, perhaps with a norm, without ReLU."""

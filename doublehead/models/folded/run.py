@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, max_pool2d
+from torch.nn.functional import max_pool2d
 
-from .layers import Layer, Weights, add_to, convolve
+from .layers import Layer, Weights
 from .plan import Pool, ProposalHead, Pyramid, Residual, Stage, Steps
 
 
@@ -16,7 +15,7 @@ def run_steps(steps: Steps, weights: Sequence[Weights], x: Tensor, owned: bool) 
     """`owned`: nobody else needs `x`, so that its memory may become the result's."""
     for step in steps:
         if isinstance(step, Layer):
-            x = convolve(step, weights[step.index], x)
+            x = weights[step.index].convolve(step, x)
         elif isinstance(step, Pool):
             x = max_pool2d(x, step.kernel, step.stride, step.padding, step.dilation, step.ceil)
         else:
@@ -28,12 +27,12 @@ def run_steps(steps: Steps, weights: Sequence[Weights], x: Tensor, owned: bool) 
 def _residual(block: Residual, weights: Sequence[Weights], x: Tensor, owned: bool) -> Tensor:
     *layers, last = block.layers
     if block.shortcut is not None:
-        total = convolve(block.shortcut, weights[block.shortcut.index], x)
+        total = weights[block.shortcut.index].convolve(block.shortcut, x)
     else:
-        total = x if owned else x.clone()
+        total = x if owned or not weights[last.index].adds_in_place else x.clone()
     for layer in layers:
-        x = convolve(layer, weights[layer.index], x)
-    return add_to(total, last, weights[last.index], x)
+        x = weights[layer.index].convolve(layer, x)
+    return weights[last.index].add_to(last, total, x)
 
 
 def run_body(stages: Sequence[Stage], weights: Sequence[Weights], x: Tensor) -> dict[str, Tensor]:
@@ -49,13 +48,12 @@ def run_body(stages: Sequence[Stage], weights: Sequence[Weights], x: Tensor) -> 
 def run_pyramid(pyramid: Pyramid, weights: Sequence[Weights], maps: Sequence[Tensor]) -> list[Tensor]:
     """Maps of the body -> maps of the pyramid, finest first."""
     *finer, coarsest = pyramid.lateral
-    merged = convolve(coarsest, weights[coarsest.index], maps[-1])
+    merged = weights[coarsest.index].convolve(coarsest, maps[-1])
     outputs = [merged]
     for layer, x in zip(reversed(finer), reversed(maps[:-1]), strict=True):
-        merged = interpolate(merged, size=x.shape[-2:], mode="nearest")
-        merged = add_to(merged, layer, weights[layer.index], x)
+        merged = weights[layer.index].merge(layer, merged, x)
         outputs.insert(0, merged)
-    outputs = [convolve(layer, weights[layer.index], x) for layer, x in zip(pyramid.output, outputs, strict=True)]
+    outputs = [weights[layer.index].convolve(layer, x) for layer, x in zip(pyramid.output, outputs, strict=True)]
     return [*outputs, max_pool2d(outputs[-1], 1, 2, 0)] if pyramid.pooled else outputs
 
 
@@ -66,9 +64,9 @@ def run_proposal_head(
     pairs = []
     for x in maps:
         hidden = run_steps(head.hidden, weights, x, owned=False)
-        found = [convolve(layer, weights[layer.index], hidden) for layer in head.outputs]
-        if len(found) == 1:  # readers take the maps as rows, which without a copy of each would be one in every reader
-            found = [part.contiguous(memory_format=torch.channels_last) for part in found[0].split(head.channels, 1)]
+        found = [weights[layer.index].convolve(layer, hidden) for layer in head.outputs]
+        if len(found) == 1:
+            found = weights[head.outputs[0].index].parts(found[0], head.channels)
         pairs.append(found)
     logits, deltas = (list(parts) for parts in zip(*pairs, strict=True))
     return logits, deltas

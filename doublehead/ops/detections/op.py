@@ -19,7 +19,7 @@ from .._checks import (
 from .._dtypes import box_dtype, score_dtype
 from .._library import below_autograd, define, define_autocast, define_autograd, define_cpu_kernel, define_triton_kernel
 from ..score_fusion.reference import FUSIONS
-from . import cpu, reference
+from . import by_class, cpu, reference
 from .arguments import DetectionArguments
 
 
@@ -140,15 +140,20 @@ def _fake(args: DetectionArguments):
     )
 
 
-_detections = define(
-    "detections(Tensor[] logits, Tensor deltas, Tensor proposals, Tensor valid, Tensor sizes, str fusion, "
-    "float score_threshold, float nms_iou, SymInt max_detections, float min_size, float least_side, "
-    "float[] box_weights)"
-    " -> (Tensor boxes, Tensor scores, Tensor labels, Tensor count)",
-    reference=reference.detections,
-    fake=_fake,
-    pack=lambda *arguments: (DetectionArguments(*arguments),),
-)
+def _define(name: str) -> torch._ops.OpOverload:
+    return define(
+        f"{name}(Tensor[] logits, Tensor deltas, Tensor proposals, Tensor valid, Tensor sizes, str fusion, "
+        "float score_threshold, float nms_iou, SymInt max_detections, float min_size, float least_side, "
+        "float[] box_weights)"
+        " -> (Tensor boxes, Tensor scores, Tensor labels, Tensor count)",
+        reference=reference.detections,
+        fake=_fake,
+        pack=lambda *arguments: (DetectionArguments(*arguments),),
+    )
+
+
+_detections = _define("detections")
+_define("detections_by_class")  # what `by_class.serves`: on CUDA `detections` gives such calls to it
 
 
 def _backward(ctx, *grads):
@@ -157,5 +162,9 @@ def _backward(ctx, *grads):
 
 define_autograd("detections", _backward, lambda ctx, inputs, output: ctx.mark_non_differentiable(*output))
 define_autocast("detections", lambda *arguments: _detections(*arguments))  # 16-bit inputs are computed in float32
-define_cpu_kernel("detections", cpu.detections)
-define_triton_kernel("detections", "doublehead.ops.detections.kernel", "detections")
+for _name in ("detections", "detections_by_class"):
+    define_cpu_kernel(_name, cpu.detections)
+define_triton_kernel(
+    "detections", "doublehead.ops.detections.kernel", "detections",
+    compiled="detections_by_class", serves=by_class.serves,
+)  # fmt: skip

@@ -148,7 +148,7 @@ def fused_conv_kernel(
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=wanted[:, None] & of_column[None, :])
 
 
-def _capability(x: Tensor) -> tuple[int, int]:
+def capability_of(x: Tensor) -> tuple[int, int]:
     """The GPU's compute capability; (0, 0) in Triton's interpreter."""
     return torch.cuda.get_device_capability(x.device) if x.is_cuda and torch.version.hip is None else (0, 0)
 
@@ -170,7 +170,7 @@ def fused_conv(conv: FusedConvArguments, fill: bool = True) -> Tensor:
     weight = conv.weight.contiguous(memory_format=memory_format)
     if not aligned(x, second, residual, weight, conv.bias, channels, second_channels, outputs):
         raise Fallback(UNALIGNED)
-    capability, precision = _capability(x), convolution_precision(x.dtype)
+    capability, precision = capability_of(x), convolution_precision(x.dtype)
     tile = tile_of(x.dtype, conv.mean, capability)
     tiles = rows // cells if conv.mean else triton.cdiv(rows, tile.m)
     out = x.new_empty((rows // cells if conv.mean else rows, outputs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from .._checks import check_choice
 from .._dtypes import accumulation_dtype, layer_dtype
 from .._folded import FoldedWeights, has_inner_hooks, is_plain_conv
+from ..batch_norm.layer import Norm, Statistics
+from ..batch_norm.op import track_statistics
 from .attention import Attention, attention_of
 from .op import PAIRWISE, BatchNorm, fold_out, mix, non_local, project
+from .training import Projections, serves, train
 
 
 class NonLocalBlock(nn.Module):
@@ -78,6 +81,8 @@ class NonLocalBlock(nn.Module):
         attention = {"pairwise": self.pairwise, "groups": self.groups, "scale": self.scale}
         if self._folds(x):
             return non_local(x, *self._folded_weights(x), **attention, relu=self.relu_after)
+        if self.trains_fused(x):
+            return self._train(x)
         weight, bias = self._qkv()
         if self.norm is not None and type(self.norm) is not nn.BatchNorm2d:
             return self._around_norm(x, weight, bias)
@@ -92,6 +97,36 @@ class NonLocalBlock(nn.Module):
             norm=_batch_norm(self.norm) if self.norm is not None else None,
             training=self.norm is not None and self.norm.training,
         )
+
+    def trains_fused(self, x: Tensor) -> bool:
+        """Whether the block is in training, and one function with a gradient of its own serves x, maps or rows."""
+        norm = self.norm
+        plain = self.fused and type(norm) is nn.BatchNorm2d and norm.training and norm.weight is not None
+        return plain and serves(x) and self.is_original() and not has_inner_hooks(self)
+
+    def train_rows(self, rows: Tensor, size: Sequence[int]) -> tuple[Tensor, Statistics]:
+        """As `forward` in training, where `trains_fused`; running statistics are left to the caller.
+
+        Args:
+            rows: `Tensor[N * H * W, C]`, the cells of N maps.
+            size: (H, W).
+        Returns:
+            `Tensor[N * H * W, C]`, and the statistics of the batch.
+        """
+        layers = self.theta, self.phi, self.g
+        weights = Projections(
+            [layer.weight for layer in layers], [layer.bias for layer in layers], self.out.weight, self.out.bias
+        )  # fmt: skip
+        norm = Norm(self.norm.weight, self.norm.bias, self.norm.eps)
+        return train(rows, size, weights, norm, self.attention(size[0] * size[1]), self.relu_after)
+
+    def _train(self, x: Tensor) -> Tensor:
+        number, channels, *size = x.shape
+        rows, statistics = self.train_rows(x.permute(0, 2, 3, 1).reshape(-1, channels), size)
+        norm = _batch_norm(self.norm)
+        if norm.running_mean is not None:
+            track_statistics([norm.batch(statistics, len(rows))])
+        return rows.view(number, *size, channels).permute(0, 3, 1, 2)
 
     def is_original(self) -> bool:
         """Whether `theta`, `phi`, `g` and `out` are plain 1x1 convolutions; any other module is called as such."""

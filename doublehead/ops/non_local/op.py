@@ -11,10 +11,12 @@ from torch.nn import functional as F
 from .._checks import check_choice, check_shape, check_tensor
 from .._dtypes import accumulation_dtype, layer_dtype
 from .._library import define, define_autocast, define_autograd, define_triton_kernel
-from ..batch_norm.op import batch_norm_act, track_statistics
+from ..batch_norm.layer import Norm, Statistics
+from ..batch_norm.op import Batch, track_statistics
 from ..fused_conv.op import fused_conv
 from . import cpu, reference
 from .attention import Attention, attention_of
+from .training import Projections, serves, train
 
 PAIRWISE = ("dot_product", "embedded_gaussian")
 
@@ -30,6 +32,10 @@ class BatchNorm(NamedTuple):
     eps: float = 1e-5
     momentum: float = 0.1
     """The batch's share in the updated running statistics."""
+
+    def batch(self, statistics: Statistics, rows: int) -> Batch:
+        """What updates the running statistics after a batch of so many rows."""
+        return Batch(*statistics, self.running_mean, self.running_var, rows, self.momentum, self.eps)
 
 
 def non_local(
@@ -92,6 +98,13 @@ def non_local(
     if folds and cpu.serves(x, qkv_weight, qkv_bias, weight, bias):
         return cpu.non_local(x, qkv_weight, qkv_bias, weight, bias, attention, relu)
     rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    if not folds and norm.weight is not None and norm.bias is not None and serves(x):
+        qkv_biases = [] if qkv_bias is None else [qkv_bias]
+        weights = Projections([qkv_weight[:, :, None, None]], qkv_biases, out_weight[:, :, None, None], out_bias)
+        y, found = train(rows, (height, width), weights, Norm(norm.weight, norm.bias, norm.eps), attention, relu)
+        if norm.running_mean is not None:
+            track_statistics([norm.batch(found, len(rows))])
+        return y.view(number, height, width, channels).permute(0, 3, 1, 2)
     mixed = mix(rows.view(number, height * width, channels), qkv_weight, qkv_bias, attention)
     if folds:
         y = _project_and_add(rows, mixed, weight, bias, relu)
@@ -147,18 +160,10 @@ def _project_and_add(residual: Tensor, mixed: Tensor, weight: Tensor, bias: Tens
 
 def _normalize_and_add(residual: Tensor, projected: Tensor, norm: BatchNorm, relu: bool) -> Tensor:
     """`relu(residual + BN(projected))` with the statistics of the batch, over rows: `Tensor[M, C]`."""
-    plain = norm.weight is None or norm.bias is None or residual.dtype != projected.dtype
-    if plain or torch.compiler.is_compiling():  # the compiler fuses by itself
-        maps = projected[None, :, None].permute(0, 3, 1, 2)  # of M x 1 cells, channels-last
-        y = F.batch_norm(
-            maps, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, norm.momentum, norm.eps
-        )
-        y = residual + y[0, :, :, 0].t()
-        return y.relu_() if relu else y
-    y, mean, invstd = batch_norm_act(projected, norm.weight, norm.bias, residual, relu=relu, eps=norm.eps)
-    if norm.running_mean is not None:
-        track_statistics(norm.running_mean, norm.running_var, mean, invstd, len(projected), norm.momentum, norm.eps)
-    return y
+    maps = projected[None, :, None].permute(0, 3, 1, 2)  # of M x 1 cells, channels-last
+    y = F.batch_norm(maps, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, norm.momentum, norm.eps)
+    y = residual + y[0, :, :, 0].t()
+    return y.relu_() if relu else y
 
 
 # ---------------------------------------------------------------------------------------------

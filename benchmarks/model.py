@@ -1,0 +1,201 @@
+"""A cost model of the CUDA kernels that can be proved wrong: what a launch, a dependent instruction, an access and a
+byte cost, times what the inputs of the benchmarks need of each.
+
+    python benchmarks/model.py               # every row: measured, what the model says of that code, and of today's
+    python benchmarks/model.py --parts nms_4000 roi_backward
+
+Four constants of the machine are fitted to the H200's measurements of 2026-11-26 (model_machine.py), and the speeds of
+products to two rows (model_networks.py); the rest is published, or counted: from the compiled code by sass.py, from the
+launch plans, from the boxes. `tests/benchmarks/test_model.py` holds it to
+what was measured. Where it is wrong, NOTES.md says so beside the measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import model_decide as decide
+import model_detections as detections
+import model_networks as networks
+import model_nms as nms
+import model_roi_align as roi_align
+from model_machine import H200, Machine, Step
+
+RECORD = Path(__file__).resolve().parent / "results" / "headline-nvidia-h200.json"
+ROIS = 1000
+
+Steps = Callable[[Machine], list[Step]]
+
+
+class Row(NamedTuple):
+    """A row of headline.py: what it launches, as it was measured and as it is now."""
+
+    title: str
+    before: Steps
+    after: Steps | None = None
+    """None: nothing was redesigned, or the redesign is not modelled."""
+    heavy: bool = False
+    """Its boxes take long to replay."""
+
+
+def work(steps: list[Step]) -> float:
+    return sum(step.work for step in steps)
+
+
+def detector(network: networks.Network, images: int, heads: Steps | None, now: bool = False, pooled: int = 2) -> Steps:
+    """One graph. Its launches are counted, and those of the steps not again. pooled: bytes of a number of the maps."""
+
+    def steps(machine: Machine) -> list[Step]:
+        found = detections.after if now else detections.before
+        each = work(heads(machine)) if heads else 0.0
+        pooling = work(roi_align.forward_before(machine, 512, pooled)) * ROIS / 512 * (2 if heads else 1)
+        proposals = decide.plain if now else nms.plain_before
+        boxes = work(proposals(machine, 4000, 0.5)) + work(found(machine))
+        return [Step("whole", networks.detector(machine, network, images, each, pooling, boxes) - machine.launch)]
+
+    return steps
+
+
+def backward(title: str, count: int, size: int, images: int = 1) -> Row:
+    return Row(
+        title,
+        lambda machine: roi_align.backward_before(machine, count, size, images),
+        lambda machine: roi_align.backward(machine, count, size, images),
+        heavy=images > 1,
+    )
+
+
+def plain_nms(title: str, count: int) -> Row:
+    return Row(
+        title,
+        lambda machine: nms.plain_before(machine, count, 0.5),
+        lambda machine: decide.plain(machine, count, 0.5),
+        heavy=count > 4000,
+    )
+
+
+def conv_head(engines: dict[str, networks.Engine], size: int = networks.BF16) -> Steps:
+    return lambda machine: networks.conv_head(machine, ROIS, engines, size)
+
+
+TRITON, TRITON_FP32 = conv_head(networks.ALL_TRITON), conv_head(networks.ALL_TRITON_FP32, 4)
+ENGINES, ENGINES_FP32 = conv_head(networks.ENGINES), conv_head(networks.ENGINES_FP32, 4)
+
+ROWS = {
+    "roi_forward": Row("RoIAlign forward, channels-last fp32", lambda m: roi_align.forward_before(m, 512, 4)),
+    "roi_forward_bf16": Row("  the same, bf16", lambda m: roi_align.forward_before(m, 512, 2)),
+    "roi_forward_nchw": Row("  the same, NCHW fp32", lambda m: roi_align.planar_before(m, 512)),
+    "roi_backward": backward("RoIAlign backward, channels-last fp32", 512, 4),
+    "roi_backward_bf16": backward("  the same, bf16", 512, 2),
+    "roi_backward_1000": backward("  1000 boxes, fp32", 1000, 4),
+    "roi_backward_16": backward("  16 images, fp32", 512, 4, images=16),
+    "nms_4000": plain_nms("nms 4,000", 4000),
+    "nms_12000": plain_nms("nms 12,000", 12000),
+    "nms_80x1000": Row("batched_nms 80 x 1,000", nms.classes_before, decide.classes),
+    "detections": Row("logits to 100 detections", detections.before, detections.after),
+    "conv_head": Row("conv-head inference, bf16", TRITON, ENGINES),
+    "conv_head_fp32": Row("  fp32 (TF32)", TRITON_FP32, ENGINES_FP32),
+    "non_local": Row(
+        "non-local block, bf16",
+        lambda m: networks.non_local(m, ROIS, networks.TRITON),
+        lambda m: networks.non_local(m, ROIS, networks.VENDOR),
+    ),
+    "conv_head_training": Row(
+        "conv-head training step, bf16",
+        lambda m: networks.training_step(m, networks.HOST_BEFORE),
+        lambda m: networks.training_step(m, networks.HOST),
+    ),
+    "ext_1": Row(
+        "Ext, batch 1, bf16",
+        detector(networks.BEFORE, 1, TRITON),
+        detector(networks.AFTER, 1, ENGINES, now=True),
+    ),
+    "ext_16": Row(
+        "  batch 16",
+        detector(networks.BEFORE, 16, TRITON),
+        detector(networks.AFTER, 16, ENGINES, now=True),
+    ),
+    "ext_1_fp32": Row(
+        "  batch 1, fp32",
+        detector(networks.BEFORE_FP32, 1, TRITON_FP32, pooled=4),
+        detector(networks.AFTER_FP32, 1, ENGINES_FP32, now=True, pooled=4),
+    ),
+    "fc_1": Row(
+        "kind fc, batch 1, bf16",
+        detector(networks.BEFORE_FC, 1, None),
+        detector(networks.AFTER_FC, 1, None, now=True),
+    ),
+}
+
+
+def total(steps: list[Step], machine: Machine = H200) -> float:
+    """Microseconds of launches one after the other."""
+    return sum(step.work + machine.launch for step in steps)
+
+
+@functools.cache
+def measured() -> dict[str, dict]:
+    """The rows of the record by name; `us` is the device's time, or ours as one graph."""
+    rows = {row["row"]: row for row in json.loads(RECORD.read_text())["rows"]}
+    return {name: row | {"us": row.get("device_us", row["ours_us"])} for name, row in rows.items()}
+
+
+def floor(row: dict) -> float | None:
+    """The least time that the memory allows."""
+    return row["bytes_moved"] / H200.dram if "bytes_moved" in row else None
+
+
+def parts(steps: list[Step]) -> str:
+    """Launches and work by name, the longest first."""
+    work: dict[str, tuple[int, float]] = {}
+    for step in steps:
+        number, time = work.get(step.name, (0, 0.0))
+        work[step.name] = (number + 1, time + step.work)
+    ordered = sorted(work.items(), key=lambda item: -item[1][1])
+    named = [f"{number} x {name} {time:.0f}" for name, (number, time) in ordered]
+    return f"{len(steps)} launches {len(steps) * H200.launch:.0f}, " + ", ".join(named)
+
+
+def table(names: list[str], with_parts: bool = False) -> str:
+    lines = [
+        "| case (H200, us) | measured | model of that code | model / measured | predicted now | share of the floor |"
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    for name in names:
+        row, was = ROWS[name], measured()[name]
+        before = row.before(H200)
+        now = total(row.after(H200)) if row.after else None
+        least = floor(was)
+        share = (
+            f"{least / total(before):.0%} -> {least / now:.0%}"
+            if least and now
+            else f"{least / total(before):.0%}"
+            if least
+            else ""
+        )
+        lines.append(
+            f"| {row.title} | {was['us']:.0f} | {total(before):.0f} | {total(before) / was['us']:.2f} "
+            f"| {'' if now is None else format(now, '.0f')} | {share} |"
+        )
+        if with_parts:
+            lines.append(f"| - {parts(before)} | | | | | |")
+            if row.after:
+                lines.append(f"| - now {parts(row.after(H200))} | | | | | |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", default=list(ROWS), metavar="row", help=", ".join(ROWS))
+    parser.add_argument("--parts", action="store_true", help="what the time goes to")
+    asked = parser.parse_args()
+    print(table(asked.rows, asked.parts))
+
+
+if __name__ == "__main__":
+    main()
