@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     sys.path.insert(0, str(HERE))
     import smoke_detector  # noqa: F401  (enters its cases)
+    import smoke_networks  # noqa: F401
     from smoke_cases import CASES
 
     if options.list:

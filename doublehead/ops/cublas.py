@@ -19,8 +19,9 @@ def is_available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `product` may take the place of 1x1 convolutions of `dtype` on this device.
 
     In float32 only where PyTorch's switches allow TF32 to both, as matrix products follow one and convolutions another.
+    Not where PyTorch is set to be deterministic: cuBLAS then wants a variable in the environment.
     """
-    if device.type not in DEVICES or torch.version.hip is not None:
+    if device.type not in DEVICES or torch.version.hip is not None or torch.are_deterministic_algorithms_enabled():
         return False
     if dtype == torch.float32:
         return convolution_precision(dtype) == matmul_precision(dtype) == "tf32"

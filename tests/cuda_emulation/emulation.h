@@ -43,7 +43,8 @@
 
 namespace doublehead::emulation {
 
-constexpr size_t kTurn = 32;  // threads that run before another block does
+// Threads that run before another block does: a warp of a small block, a quarter of a large one.
+inline size_t turn_of(size_t threads) { return std::max<size_t>(32, threads / 4); }
 
 // The module's thread-local segment, which is its static shared memory.
 struct Segment {
@@ -160,7 +161,7 @@ inline void run_ahead(Block& block, size_t warp) {
 
 // Runs the threads at order[from] and some behind it.
 inline void run_threads(Block& block, const std::vector<size_t>& order, size_t from, size_t count) {
-  for (size_t i = from; i < std::min(from + count, order.size()); ++i) {
+  for (size_t i = from; i < order.size() && i - from < count; ++i) {
     Fiber& fiber = block.fibers[order[i]];
     if (fiber.state == Fiber::kReady) resume(fiber);
     if (machine.error) std::rethrow_exception(std::exchange(machine.error, nullptr));
@@ -173,10 +174,10 @@ inline uint3 block_index(size_t b) {
   return {at(1, gridDim.x), at(gridDim.x, gridDim.y), at(size_t(gridDim.x) * gridDim.y, gridDim.z)};
 }
 
-// Runs all blocks of the grid, `resident` at a time.
-inline void run_blocks(const std::vector<size_t>& blocks, const std::vector<size_t>& threads, size_t resident) {
+// Runs all blocks of the grid, `resident` at a time; `turn` threads of one, then of the next.
+inline void run_blocks(const std::vector<size_t>& blocks, const std::vector<size_t>& threads, size_t resident,
+                       size_t turn) {
   const Segment segment = static_shared();
-  const size_t turn = resident > 1 ? kTurn : threads.size();
   size_t next = 0, running = 0;
   do {
     for (size_t i = 0; i < resident; ++i) {
@@ -185,7 +186,7 @@ inline void run_blocks(const std::vector<size_t>& blocks, const std::vector<size
       start(block, block_index(blocks[next++]), segment);
       ++running;
     }
-    for (size_t from = 0; from < threads.size(); from += turn) {
+    for (size_t from = 0; from < threads.size(); from += std::min(turn, threads.size())) {
       for (size_t i = 0; i < resident; ++i) {
         if (!machine.blocks[i].running) continue;
         switch_to(machine.blocks[i], segment);
@@ -203,26 +204,46 @@ inline void run_blocks(const std::vector<size_t>& blocks, const std::vector<size
 
 }  // namespace doublehead::emulation
 
+namespace doublehead::emulation {
+
+// `at_once`: how many blocks take turns.
 template <typename Kernel, typename... Arguments>
-void emulate(dim3 grid, dim3 block, size_t shared_bytes, Kernel kernel, const Arguments&... arguments) {
-  using namespace doublehead::emulation;
+void run_kernel(dim3 grid, dim3 block, size_t shared_bytes, size_t at_once, Kernel kernel, const Arguments&... arguments) {
   const size_t threads = size_t(block.x) * block.y * block.z, blocks = size_t(grid.x) * grid.y * grid.z;
   if (threads < 1 || threads > 1024 || block.z > 64) fail("a block cannot have ", threads, " threads");
   if (blocks < 1 || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) fail("no such grid: ", blocks, " blocks");
   if (shared_bytes > kMaxShared) fail("a block cannot have ", shared_bytes, " bytes of shared memory");
   blockDim = block;
   gridDim = grid;
-  const size_t resident = std::min(machine.resident, blocks);
+  const size_t resident = std::min(at_once, blocks);
+  machine.in_turns = resident > 1;
+  machine.pauses = 0;
   machine.shared_bytes = shared_bytes;
   machine.block = nullptr;
   machine.body = [&] { kernel(arguments...); };
   prepare(resident, threads);
   try {
-    run_blocks(in_order(blocks, machine.block_order), in_order(threads, machine.thread_order), resident);
+    run_blocks(in_order(blocks, machine.block_order), in_order(threads, machine.thread_order), resident,
+               machine.resident > 1 ? turn_of(threads) : threads);
   } catch (...) {
     machine.blocks.clear();  // their threads stand in the middle of a kernel
     throw;
   }
+}
+
+}  // namespace doublehead::emulation
+
+template <typename Kernel, typename... Arguments>
+void emulate(dim3 grid, dim3 block, size_t shared_bytes, Kernel kernel, const Arguments&... arguments) {
+  using namespace doublehead::emulation;
+  run_kernel(grid, block, shared_bytes, machine.resident, kernel, arguments...);
+}
+
+// A cooperative launch: all blocks run side by side.
+template <typename Kernel, typename... Arguments>
+void emulate_together(dim3 grid, dim3 block, size_t shared_bytes, Kernel kernel, const Arguments&... arguments) {
+  using namespace doublehead::emulation;
+  run_kernel(grid, block, shared_bytes, SIZE_MAX, kernel, arguments...);
 }
 
 // For functions called from Python: runs body() and returns what went wrong, or null.

@@ -1,6 +1,8 @@
 // Kernels with and without the mistakes that emulation.h is to find; tests/cuda_emulation/test_emulation.py runs them.
 #include "emulation.h"
 
+#include "nms/cuda/grid.cuh"
+
 // Every thread reads what its neighbour wrote, after a barrier of the block (1), of its warp (2) or none.
 template <int kBarrier>
 __global__ void rotate(const int* from, int* to) {
@@ -79,6 +81,17 @@ __global__ void rotate_dynamic(int* to) {
   to[blockIdx.x * blockDim.x + threadIdx.x] = values[(threadIdx.x + 1) % blockDim.x];
 }
 
+// Every block reads what the next one wrote before they all met, `rounds` times.
+template <bool kMeet>
+__global__ void rotate_blocks(int* values, int* to, unsigned* arrived, int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    values[blockIdx.x * blockDim.x + threadIdx.x] = 1000 * round + blockIdx.x;
+    if (kMeet) doublehead::nms::meet_grid(arrived);
+    to[blockIdx.x * blockDim.x + threadIdx.x] = values[(blockIdx.x + 1) % gridDim.x * blockDim.x + threadIdx.x];
+    if (kMeet) doublehead::nms::meet_grid(arrived);
+  }
+}
+
 #define EXPORT extern "C" __attribute__((visibility("default"))) const char*
 
 EXPORT run_rotate(const int* from, int* to, int64_t barrier) {
@@ -110,4 +123,11 @@ EXPORT run_count_blocks_inside(int* inside, int* most) {
 }
 EXPORT run_rotate_dynamic(int* to) {
   return report_errors([&] { emulate(3, 96, 96 * sizeof(int), rotate_dynamic, to); });
+}
+EXPORT run_rotate_blocks(int* values, int* to, int* arrived, int64_t meet, int64_t together, int64_t blocks) {
+  return report_errors([&] {
+    const auto kernel = meet ? rotate_blocks<true> : rotate_blocks<false>;
+    const auto run = [&](const auto& how) { how(blocks, 64, 0, kernel, values, to, reinterpret_cast<unsigned*>(arrived), 3); };
+    together ? run([](auto... all) { emulate_together(all...); }) : run([](auto... all) { emulate(all...); });
+  });
 }

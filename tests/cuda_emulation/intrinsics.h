@@ -162,4 +162,26 @@ EMULATION_VECTOR(unsigned short, ushort)
 EMULATION_VECTOR(long long, longlong)
 EMULATION_VECTOR(unsigned long long, ulonglong)
 
+// Accesses that other blocks see (csrc/nms/cuda/grid.cuh), unlike a device's in that all others are seen at once too
+
+namespace doublehead::nms {
+
+template <typename T>
+T load_acquire(const T* address) {
+  emulation::pause();
+  return *address;
+}
+template <typename T>
+T load_relaxed(const T* address) {
+  emulation::pause();
+  return *address;
+}
+template <typename T>
+void store_relaxed(T* address, const T& value) {
+  emulation::pause();
+  *address = value;
+}
+
+}  // namespace doublehead::nms
+
 #undef EMULATION_HERE

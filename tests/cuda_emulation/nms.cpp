@@ -19,6 +19,12 @@ struct Emulator {
     ++launches;
   }
 
+  template <auto kKernel, typename Argument>
+  void launch_together(uint32_t blocks, uint32_t threads, const Argument& argument) {
+    emulate_together(blocks, threads, 0, kKernel, argument);
+    ++launches;
+  }
+
   void fill(void* memory, int byte, size_t bytes) { std::memset(memory, byte, bytes); }
 
   // As the device does: only the lowest bits count, the order of equals stays, and the result may change places.
@@ -51,6 +57,7 @@ struct Call {
   Tensor boxes, scores, groups;
   int64_t negative_is_padding, images, count, most, largest_group;
   int64_t chunk, largest_segment;  // in place of the plan's own, unless 0 and -1
+  int64_t ranked, blocks;          // the same, unless -1; blocks that work together at most
   double threshold;
   int64_t *indices, *counts, *launches;
 };
@@ -58,9 +65,10 @@ struct Call {
 template <typename C>
 Plan plan_of(const Call& call) {
   const bool grouped = call.groups.data != nullptr;
-  Plan plan = make_plan<C>(call.images, call.count, call.most, grouped, call.negative_is_padding, call.largest_group);
-  if (call.chunk > 0) plan.chunk = call.chunk, plan.rounds = (call.count + call.chunk - 1) / call.chunk;
-  if (grouped && call.largest_segment >= 0) {
+  const int64_t largest = call.largest_group;
+  Plan plan = make_plan<C>(call.images, call.count, call.most, grouped, call.negative_is_padding, largest, call.ranked != 0);
+  if (call.chunk > 0 && !plan.ranked) plan.chunk = std::min<uint32_t>(call.chunk, kLargestChunk);
+  if (grouped && call.largest_segment >= 0 && !plan.ranked) {
     plan.largest_segment = std::min<int64_t>(call.largest_segment, kLargestSegment<C>);
   }
   return plan;
@@ -70,15 +78,16 @@ template <typename T, typename S>
 void run(const Call& call) {
   using C = std::conditional_t<std::is_same_v<T, double>, double, float>;
   const Plan plan = plan_of<C>(call);
-  const size_t bytes = Workspace<C>(plan, 0, nullptr).bytes;
+  const uint32_t blocks = blocks_of_decision(plan, call.blocks);
+  const size_t bytes = Workspace<C>(plan, blocks, 0, nullptr).bytes;
   // What comes from an allocator is garbage. Memory that is not written before it is read shows, as does a write behind.
   std::vector<std::byte> memory(bytes + 4096 + 256, std::byte(0xCD));
   auto* base = reinterpret_cast<std::byte*>((reinterpret_cast<uintptr_t>(memory.data()) + 255) / 256 * 256);
   std::fill_n(base + bytes, 3840, std::byte(0xA5));
-  Workspace<C> space(plan, 0, base);
+  Workspace<C> space(plan, blocks, 0, base);
   Emulator emulator;
   suppress(emulator, plan, strided<T>(call.boxes), strided<S>(call.scores), strided<int64_t>(call.groups),
-           call.threshold, space, call.indices, call.counts);
+           call.threshold, blocks, space, call.indices, call.counts);
   *call.launches = emulator.launches;
   for (size_t i = 0; i < 3840; ++i) {
     if (base[bytes + i] != std::byte(0xA5)) throw std::runtime_error("a write behind the workspace");
@@ -102,25 +111,25 @@ extern "C" __attribute__((visibility("default"))) const char* nms(
     const void* boxes, const int64_t* box_strides, int64_t box_dtype, const void* scores, const int64_t* score_strides,
     int64_t score_dtype, const void* groups, const int64_t* group_strides, int64_t negative_is_padding, int64_t images,
     int64_t count, double threshold, int64_t most, int64_t largest_group, int64_t chunk, int64_t largest_segment,
-    int64_t* indices, int64_t* counts, int64_t* launches) {
+    int64_t ranked, int64_t blocks, int64_t* indices, int64_t* counts, int64_t* launches) {
   return report_errors([&] {
     const Call call{{boxes, box_strides}, {scores, score_strides}, {groups, group_strides}, negative_is_padding,
                     images,               count,                   most,                    largest_group,
-                    chunk,                largest_segment,         threshold,               indices,
-                    counts,               launches};
+                    chunk,                largest_segment,         ranked,                  blocks,
+                    threshold,            indices,                 counts,                  launches};
     dispatch(box_dtype, [&]<typename T>() { dispatch(score_dtype, [&]<typename S>() { run<T, S>(call); }); });
   });
 }
 
-// plan: bytes of the workspace without those for sorting, of its masks, and the rounds.
+// plan: bytes of the workspace without those for sorting, of its masks, and boxes of a round; 0: no rounds.
 extern "C" __attribute__((visibility("default"))) const char* nms_plan(int64_t images, int64_t count, int64_t grouped,
                                                                        int64_t is_double, int64_t largest_group,
                                                                        int64_t* plan) {
   const auto write = [&]<typename C>() {
     const Plan made = make_plan<C>(images, count, count, grouped != 0, true, largest_group);
-    plan[0] = Workspace<C>(made, 0, nullptr).bytes;
+    plan[0] = Workspace<C>(made, 264, 0, nullptr).bytes;
     plan[1] = uint64_t(images) * made.chunk * tiles_of(made.chunk) * sizeof(uint64_t);
-    plan[2] = made.rounds;
+    plan[2] = made.chunk;
   };
   return report_errors([&] { is_double ? write.template operator()<double>() : write.template operator()<float>(); });
 }

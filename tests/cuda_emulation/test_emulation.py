@@ -129,6 +129,29 @@ def test_blocks_that_take_turns_are_under_way_at_once():
         assert most.item() == expected
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+@every_order
+def test_blocks_of_a_cooperative_launch_wait_for_each_other(order, blocks):
+    values, result, arrived = (torch.zeros(size, dtype=torch.int32) for size in (320, 64 * blocks, 1))
+    run("rotate_blocks", values, result, arrived, True, True, blocks, order=order)
+    expected = 2000 + (torch.arange(blocks) + 1) % blocks
+    assert torch.equal(result.view(blocks, 64), expected.int()[:, None].expand(-1, 64))
+    assert arrived.item() == 6 * blocks
+
+
+@every_order
+def test_blocks_that_do_not_wait_for_each_other_show(order):
+    values, result, arrived = (torch.zeros(size, dtype=torch.int32) for size in (320, 320, 1))
+    run("rotate_blocks", values, result, arrived, False, True, 5, order=order)
+    assert not torch.equal(result.view(5, 64)[:, 0], 2000 + (torch.arange(5) + 1).int() % 5)
+
+
+def test_blocks_that_wait_without_a_cooperative_launch_are_found():
+    values, result, arrived = (torch.zeros(size, dtype=torch.int32) for size in (320, 320, 1))
+    with pytest.raises(RuntimeError, match="a kernel that never ends"):
+        run("rotate_blocks", values, result, arrived, True, False, 5)
+
+
 @every_order
 def test_every_block_has_shared_memory_of_its_own(order):
     given, result = numbers(288)

@@ -30,6 +30,7 @@ inline constexpr int warpSize = 32;
 namespace doublehead::emulation {
 
 constexpr size_t kStackBytes = 128 << 10, kGuardBytes = 4096, kMaxShared = 227 << 10;
+constexpr size_t kMostPauses = 100'000'000;
 constexpr int kGarbage = 0xCD, kGuard = 0xA5;
 
 template <typename... Parts>
@@ -102,6 +103,8 @@ struct Machine {
   Order thread_order = 0, block_order = 0;
   bool ahead = false;   // whether warps go on, as far as each gets
   size_t resident = 1;  // blocks that take turns
+  bool in_turns = false;  // whether any do in the running kernel
+  size_t pauses = 0;      // of it
 };
 inline Machine machine;
 
@@ -137,9 +140,10 @@ inline uint64_t meet(const Wait& wait) {
   return self->result;
 }
 
-// Called in a thread before an atomic operation: where blocks take turns, others may come in between.
+// Called in a thread before an access that others are to see: where blocks take turns, they may come in between.
 inline void pause() {
-  if (machine.resident > 1) yield(*machine.current);
+  if (++machine.pauses > kMostPauses) fail("a kernel that never ends: its threads wait for what does not happen");
+  if (machine.in_turns) yield(*machine.current);
 }
 
 inline void run_fiber() {

@@ -161,7 +161,7 @@ def test_launches_of_the_paper_s_head(monkeypatch):
 @pytest.mark.usefixtures("vendor_products", "triton_kernels")
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_results_with_our_kernels_between(poisoned, relu, dtype):
+def test_results_with_our_kernels_between(relu, dtype):
     """With few RoIs too, and where a residual without ReLU is the Triton kernel's."""
     arguments = head(K5, number=4, relu=relu, dtype=dtype)
     wide = arguments._replace(x=arguments.x.double(), tensors=[tensor.double() for tensor in arguments.tensors])
@@ -211,6 +211,10 @@ def conv(kind: Product, dtype: torch.dtype = HALF, rows: int = 49_000) -> FusedC
     }[kind]
 
 
+def choice(given: FusedConvArguments, capability=(9, 0)) -> Engine:
+    return engines.choose(given, capability, engines.available(given.x.device, given.x.dtype))
+
+
 @pytest.fixture
 def meta_as_cuda(monkeypatch):
     for module in (cublas, cudnn):
@@ -231,27 +235,36 @@ def meta_as_cuda(monkeypatch):
     ],
 )
 def test_the_table_for_an_h200(kind, half, float32):
-    assert engines.choose(conv(kind, torch.bfloat16), (9, 0)) == half
-    assert engines.choose(conv(kind, torch.float16), (9, 0)) == half
-    assert engines.choose(conv(kind, FLOAT32), (9, 0)) == float32  # PyTorch's own switches: TF32 for convolutions alone
-    assert engines.choose(conv(kind, torch.float64), (9, 0)) == Engine.TRITON
-    assert engines.choose(conv(kind), (0, 0)) == Engine.TRITON
+    assert choice(conv(kind, torch.bfloat16)) == half
+    assert choice(conv(kind, torch.float16)) == half
+    assert choice(conv(kind, FLOAT32)) == float32  # PyTorch's own switches: TF32 for convolutions alone
+    assert choice(conv(kind, torch.float64)) == Engine.TRITON
+    assert choice(conv(kind), (0, 0)) == Engine.TRITON
 
 
 @pytest.mark.usefixtures("meta_as_cuda")
 def test_the_table_elsewhere(monkeypatch):
-    assert engines.choose(conv(Product.JOINED, rows=4500), (9, 0)) == Engine.CUBLAS
-    assert engines.choose(conv(Product.JOINED, rows=4499), (9, 0)) == Engine.TRITON
-    assert engines.choose(conv(Product.JOINED), (8, 0)) == Engine.TRITON
-    assert engines.choose(conv(Product.LINEAR), (8, 0)) == Engine.CUBLAS
-    assert engines.choose(conv(Product.LINEAR, FLOAT32), (8, 6)) == Engine.TRITON
-    assert engines.choose(conv(Product.ADDED), (12, 0)) == Engine.CUDNN
+    assert choice(conv(Product.JOINED, rows=4500)) == Engine.CUBLAS
+    assert choice(conv(Product.JOINED, rows=4499)) == Engine.TRITON
+    assert choice(conv(Product.JOINED), (8, 9)) == choice(conv(Product.JOINED), (12, 0)) == Engine.TRITON
+    assert choice(conv(Product.JOINED), (10, 0)) == Engine.CUBLAS
+    assert choice(conv(Product.ADDED, rows=2**23 - 1)) == Engine.CUDNN  # of 256 channels: under 2^31 elements
+    assert choice(conv(Product.ADDED, rows=2**23)) == Engine.TRITON
+    assert choice(conv(Product.ACTIVATED, rows=2**23)) == Engine.CUBLAS
+    assert choice(conv(Product.LINEAR), (8, 0)) == Engine.CUBLAS
+    assert choice(conv(Product.LINEAR, FLOAT32), (8, 6)) == Engine.TRITON
+    assert choice(conv(Product.ADDED), (12, 0)) == Engine.CUDNN
     monkeypatch.setattr(cublas, "matmul_precision", lambda dtype: "tf32")
-    assert engines.choose(conv(Product.LINEAR, FLOAT32), (9, 0)) == Engine.CUBLAS
+    assert choice(conv(Product.LINEAR, FLOAT32)) == Engine.CUBLAS
     monkeypatch.setattr(cublas, "convolution_precision", lambda dtype: "ieee")
-    assert engines.choose(conv(Product.LINEAR, FLOAT32), (8, 0)) == Engine.TRITON
+    assert choice(conv(Product.LINEAR, FLOAT32), (8, 0)) == Engine.TRITON
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # the fused convolutions do not read it
-    assert engines.choose(conv(Product.ADDED), (9, 0)) == Engine.TRITON
+    assert choice(conv(Product.ADDED)) == Engine.TRITON
+
+
+@pytest.mark.usefixtures("meta_as_cuda", "poisoned")
+def test_where_pytorch_is_deterministic_all_is_ours():
+    assert {choice(conv(kind)) for kind in Product} == {Engine.TRITON}
 
 
 @pytest.mark.usefixtures("meta_as_cuda")
@@ -268,7 +281,7 @@ def test_what_no_vendor_s_kernel_does_is_ours():
         "an average": full[Product.ADDED]._replace(mean=True),
     }
     for name, given in changed.items():
-        assert engines.choose(given, (9, 0)) == Engine.TRITON, name
+        assert choice(given) == Engine.TRITON, name
 
 
 def test_products_of_cublas():

@@ -17,11 +17,15 @@ emulated = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def run_counted(boxes, scores, groups, threshold, max_output, *, padding=True, largest_group=0, chunk=0,
-                largest_segment=-1, order=IN_ORDER):  # fmt: skip
+                largest_segment=-1, ranked=None, blocks=3, order=IN_ORDER):  # fmt: skip
     """The kernels' result, into poisoned memory, and the number of launches.
 
     chunk, largest_segment: other than those of make_plan (steps.h).
+    ranked: whether few boxes are ordered by comparisons, and not as many are; by default, unless the others are given.
+    blocks: how many work together.
     """
+    if ranked is None:
+        ranked = chunk == 0 and largest_segment == -1
     batch, count = scores.shape
     indices = torch.full((batch, max_output), -7)
     counts = torch.full((batch,), -7)
@@ -31,7 +35,7 @@ def run_counted(boxes, scores, groups, threshold, max_output, *, padding=True, l
     for tensor in (boxes, scores):
         arguments += [tensor, strides(tensor), DTYPES.index(tensor.dtype)]
     arguments += [groups, strides(groups)] if groups is not None else [None, torch.zeros(3, dtype=torch.int64)]
-    sizes = (batch, count, float(threshold), max_output, largest_group, chunk, largest_segment)
+    sizes = (batch, count, float(threshold), max_output, largest_group, chunk, largest_segment, int(ranked), blocks)
     launches = torch.full((1,), -7)
     open_emulated("nms.cpp").call("nms", *arguments, int(padding), *sizes, indices, counts, launches, order=order)
     return indices, counts, launches.item()
@@ -67,12 +71,15 @@ def assert_equals_reference(boxes, scores, groups, threshold, max_output, **how)
     images(),
     thresholds,
     st.integers(0, 160),
-    st.sampled_from([0, 64, 128]),
+    st.sampled_from([dict(), dict(ranked=False), dict(chunk=64), dict(chunk=128)]),
     st.sampled_from([-1, 0, 1, 20, 2048]),
+    st.sampled_from([1, 2, 3, 5]),
     st.sampled_from(ORDERS),
 )
-def test_padded_equals_reference(example_images, threshold, max_output, chunk, largest_segment, order):
-    how = dict(chunk=chunk, largest_segment=largest_segment, order=order)
+def test_padded_equals_reference(example_images, threshold, max_output, how, largest_segment, blocks, order):
+    if how:
+        how = dict(how, largest_segment=largest_segment)
+    how = dict(how, blocks=blocks, order=order)
     assert_equals_reference(*example_images, threshold, max_output, **how)
 
 
@@ -90,7 +97,7 @@ def test_nms_equals_reference(example_images, threshold, grouped, chunk, largest
 
 
 @every_order
-@pytest.mark.parametrize("largest_segment", [0, 2048], ids=["rounds", "segments"])
+@pytest.mark.parametrize("largest_segment", [-1, 0, 2048], ids=["ranked", "rounds", "segments"])
 @pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200])
 def test_one_group_of_every_size(count, largest_segment, order):
     boxes, scores = clustered_boxes(count, seed=count, objects=4)
@@ -101,7 +108,7 @@ def test_one_group_of_every_size(count, largest_segment, order):
 
 @every_order
 @pytest.mark.parametrize("make_boxes, threshold", [(clustered_boxes, 0.5), (integer_boxes, 0.3)])
-@pytest.mark.parametrize("how", [dict(largest_segment=2048), dict(chunk=448), dict(chunk=0)], ids=str)
+@pytest.mark.parametrize("how", [dict(), dict(largest_segment=2048), dict(chunk=448), dict(ranked=False)], ids=str)
 def test_long_groups(make_boxes, threshold, how, order):
     # 1,100 boxes: two of a thread's in a segment, three rounds of 448, or one of 18 tiles.
     boxes, scores = make_boxes(1100, seed=1)
@@ -119,6 +126,7 @@ def test_segments_of_many_sizes_side_by_side(order):
     shuffle = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(0))
     boxes, scores, groups = boxes[shuffle], scores[shuffle], groups[shuffle]
     expected = reference.nms(boxes, scores, groups, 0.4)
+    assert torch.equal(run_nms(boxes, scores, groups, 0.4, order=order), expected)
     for largest_segment in (0, 1, 64, 2048):  # the larger ones go through rounds
         actual = run_nms(boxes, scores, groups, 0.4, chunk=128, largest_segment=largest_segment, order=order)
         assert torch.equal(actual, expected)
@@ -129,7 +137,8 @@ def test_many_groups_and_images():
     boxes, scores = boxes.view(4, 150, 4), scores.view(4, 150)
     groups = torch.randint(-1, 30, (4, 150), generator=torch.Generator().manual_seed(3))
     for dtype in (torch.float32, torch.float64):  # 64-bit scores are sorted in two steps
-        assert_equals_reference(boxes, scores.to(dtype), groups, 0.5, 150)
+        for ranked in (True, False):
+            assert_equals_reference(boxes, scores.to(dtype), groups, 0.5, 150, ranked=ranked)
 
 
 @pytest.mark.parametrize("threshold", [-0.5, 0.0, 0.02, 0.5, 0.95, 1.0, 1.5, NAN])
@@ -226,7 +235,9 @@ def test_early_stop_changes_nothing(max_output, order):
     boxes, scores = boxes.view(2, 400, 4), scores.view(2, 400)
     groups = torch.randint(-1, 3, (2, 400), generator=torch.Generator().manual_seed(6))
     groups[1, 60:] = -1  # the second image has not as many as are wanted
-    for how in (dict(chunk=192, largest_segment=0), dict(chunk=320, largest_segment=130), dict(largest_segment=2048)):
+    for how in (
+        dict(), dict(chunk=192, largest_segment=0), dict(chunk=320, largest_segment=130), dict(largest_segment=2048)
+    ):  # fmt: skip
         assert_equals_reference(boxes, scores, groups, 0.5, max_output, order=order, **how)
 
 
@@ -292,31 +303,35 @@ def make_groups(batch, classes, each, seed=8):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_small_groups_need_no_rounds(dtype):
+def test_the_largest_group_changes_nothing(dtype):
     boxes, scores, groups = make_groups(2, 5, 30)
     boxes = boxes.to(dtype)
     expected = reference.nms_padded(boxes, scores, groups, 0.5, 100)
-    launches = {}
-    for largest_group in (0, 30, 75, 76):
-        *actual, launches[largest_group] = run_counted(boxes, scores, groups, 0.5, 100, largest_group=largest_group)
-        assert all(map(torch.equal, actual, expected)), largest_group
-    # keys, numbers, boxes; finding and suppressing segments; the result. A round is three more.
-    assert launches == {0: 9, 30: 6, 75: 6, 76: 9}  # 76 of 150 boxes: such a group may be alone, and rounds are faster
+    for ranked in (True, False):
+        launches = []
+        for largest_group in (0, 30, 75, 76):
+            *actual, number = run_counted(boxes, scores, groups, 0.5, 100, largest_group=largest_group, ranked=ranked)
+            assert all(map(torch.equal, actual, expected)), largest_group
+            launches.append(number)
+        # Order and decide; or keys, numbers, boxes, and decide: a sort is more, on a device.
+        assert launches == [2 if ranked else 4] * 4
 
 
-def test_many_rounds_are_saved():
-    boxes, scores, groups = make_groups(1, 400, 11)  # 4,400 boxes: two rounds
-    known = run_counted(boxes, scores, groups, 0.5, 50, largest_group=11)
-    unknown = run_counted(boxes, scores, groups, 0.5, 50)
-    assert torch.equal(known[0], unknown[0]) and torch.equal(known[1], unknown[1])
-    assert (known[2], unknown[2]) == (6, 13)
+def test_launches():
+    # Two for few boxes; a sort is more, on a device. Rounds are in one.
+    for count, ranked, largest_segment, expected in ((300, True, -1, 2), (300, False, 0, 3), (2000, True, -1, 2)):
+        boxes, scores = clustered_boxes(count, seed=9)
+        how = dict(chunk=0 if ranked else 64, ranked=ranked, largest_segment=largest_segment)
+        *_, launches = run_counted(boxes[None], scores[None], None, 0.5, count, **how)
+        assert launches == expected
 
 
 @pytest.mark.parametrize("largest_group", [1, 5, 10**9, 2**62])
 def test_a_wrong_bound_reads_and_writes_nothing_out_of_place(largest_group):
     boxes, scores, groups = make_groups(2, 3, 50)
     groups[:, 20:100] = 0  # more than half of the boxes
-    indices, counts, _ = run_counted(boxes, scores, groups, 0.5, 60, largest_group=largest_group)
+    assert_equals_reference(boxes, scores, groups, 0.5, 60, largest_group=largest_group)  # few boxes: all are compared
+    indices, counts, _ = run_counted(boxes, scores, groups, 0.5, 60, largest_group=largest_group, ranked=False)
     expected, _ = reference.nms_padded(boxes, scores, groups, 0.5, 150)
     if largest_group <= 5:  # the group is left out, the others are as ever
         alone = torch.where(groups == 0, -1, groups)
@@ -342,16 +357,16 @@ def test_memory_grows_with_the_boxes_alone(grouped, is_double):
     for number in IMAGES:
         for count in (count for count in BOXES if number * count < 1 << 30):
             open_emulated("nms.cpp").call("nms_plan", number, count, grouped, is_double, 0, plan)
-            total, (workspace, masks, rounds) = number * count, plan.tolist()
+            total, (workspace, masks, chunk) = number * count, plan.tolist()
             assert masks <= max(256 << 20, 8 * total), (number, count)
-            assert workspace - masks <= (81 + 16 * is_double) * total + 24 * number + 4096, (number, count)
-            assert 1 <= rounds <= max(8, count / 64, 1_000_000 / 16_384), (number, count)
+            assert workspace - masks <= (82 + 16 * is_double) * total + 64 * number + 8192, (number, count)
+            assert min(64, count) <= chunk <= 8192, (number, count)
             open_emulated("nms.cpp").call("nms_plan", number, count, grouped, is_double, 1, plan)
-            if grouped and count > 1:
+            if grouped and chunk < count:
                 assert plan[0] <= workspace - masks and not plan[1:].any()
 
 
 def test_memory_of_ten_thousand_images():
     plan = torch.zeros(3, dtype=torch.int64)
     open_emulated("nms.cpp").call("nms_plan", 10_000, 1_024, 1, 0, 0, plan)
-    assert plan[1] <= 256 << 20 and plan[0] < 1 << 30 and plan[2] == 4
+    assert plan[1] <= 256 << 20 and plan[0] < 1 << 30 and plan[2] == 256

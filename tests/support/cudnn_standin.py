@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from doublehead.models.folded import guards, linear, networks
 from doublehead.models.folded.on_cuda import CudnnWeights
-from doublehead.ops import cudnn
+from doublehead.ops import cublas, cudnn
 
 LAST = torch.channels_last
 
@@ -52,7 +52,8 @@ def cuda_on_cpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("cudnn_convolution_relu", _conv_relu, "CPU")
         library.impl("cudnn_convolution_add_relu", _conv_add_relu, "CPU")
-        patch.setattr(cudnn, "DEVICES", ("cpu",))
+        for module in (cublas, cudnn):
+            patch.setattr(module, "DEVICES", ("cpu",))
         patch.setattr(torch.backends.cudnn, "is_available", lambda: True)
         patch.setitem(networks.ENGINES, "cpu", CudnnWeights)
         patch.setitem(linear.PRODUCTS, "cpu", linear.CublasProducts)

@@ -67,47 +67,88 @@ __device__ __forceinline__ uint64_t settle(uint64_t low, uint64_t high, uint64_t
   return kept;
 }
 
-// Calls emit(k, i) for the k-th i of [from, to) with test(i), in order, as long as k < limit; for a block of kThreads
-// threads, all of which must call it alike. Returns how many there were, and where the next one would be looked for.
-struct Found {
-  uint32_t count, next;
+// How far an image is. Memory for it need not be zero: who orders the boxes writes it.
+struct Progress {
+  uint32_t next[2];  // the rank behind the last that was ever listed; by turns for even and odd rounds
+  uint32_t listed;   // boxes that are being decided
+  uint32_t kept;     // of all that were decided
 };
 
+// What all blocks share beside; zeros at the start.
+struct Together {
+  uint32_t arrived;            // of meet_grid
+  uint32_t listed, more;       // the last round that any image had boxes in, and that left any unlisted; the first is 1
+  uint32_t members, segments;  // of small groups so far: their boxes, and how many there are
+  uint32_t large;              // whether there are others
+};
+
+// A small group: where its members start, and how many it has.
+struct Segment {
+  uint32_t start, size;
+};
+
+// A block's slice of ranks, of `slices` that cover [from, to).
+struct Slice {
+  uint32_t from, to;
+
+  __device__ __forceinline__ Slice(uint32_t all_from, uint32_t all_to, uint32_t slice, uint32_t slices) {
+    const uint32_t size = (all_to - all_from + slices - 1) / slices;
+    const uint64_t begin = all_from + uint64_t(slice) * size, end = begin + size;
+    from = begin < all_to ? begin : all_to, to = end < all_to ? end : all_to;
+  }
+};
+
+// How many i of the slice pass test(i), for a block of kThreads threads.
+template <int kThreads, typename Test>
+__device__ __forceinline__ uint32_t count_in(const Slice& slice, const Test& test) {
+  uint32_t count = 0;
+  for (uint32_t i = slice.from; i < slice.to; i += kThreads) {
+    count += __syncthreads_count(i + threadIdx.x < slice.to && test(i + threadIdx.x));
+  }
+  return count;
+}
+
+// Calls emit(k, i) for the k-th i of the slice with test(i), in order, as long as k < limit. The first has the number
+// `count`. Returns where the one behind the last would be looked for.
 template <int kThreads, typename Test, typename Emit>
-__device__ __forceinline__ Found each_in_order(uint32_t from, uint32_t to, uint32_t limit, const Test& test,
-                                               const Emit& emit) {
-  constexpr int kEach = 8, kWarps = kThreads / 32;
+__device__ __forceinline__ uint32_t emit_in_order(const Slice& slice, uint32_t count, uint32_t limit, const Test& test,
+                                                  const Emit& emit) {
+  constexpr int kWarps = kThreads / 32;
   __shared__ uint32_t of_warp[kWarps];
   __shared__ uint32_t behind_last;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t count = 0;
-  for (; from < to && count < limit; from += kThreads * kEach) {
-    const uint32_t mine = from + threadIdx.x * kEach;
-    uint32_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) bits |= uint32_t(mine + i < to && test(mine + i)) << i;
-    uint32_t before = __popc(bits);  // becomes the number in this thread and those before it in the warp
-    for (int step = 1; step < 32; step *= 2) {
-      const uint32_t other = __shfl_up_sync(kAllLanes, before, step);
-      if (lane >= step) before += other;
-    }
-    if (lane == 31) of_warp[warp] = before;
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (uint32_t from = slice.from; from < slice.to && count < limit; from += kThreads) {
+    const uint32_t i = from + threadIdx.x;
+    const bool mine = i < slice.to && test(i);
+    const uint32_t ballot = __ballot_sync(kAllLanes, mine);
+    if (lane == 0) of_warp[warp] = __popc(ballot);
     __syncthreads();
-    uint32_t k = count + before - __popc(bits);
-    for (int w = 0; w < kWarps; ++w) {
+    uint32_t k = count + __popc(ballot & ((1u << lane) - 1));
+    for (uint32_t w = 0; w < kWarps; ++w) {
       const uint32_t found = of_warp[w];
       k += w < warp ? found : 0;
       count += found;
     }
-    for (; bits && k < limit; bits &= bits - 1, ++k) {
-      const uint32_t i = mine + __ffs(bits) - 1;
-      emit(k, i);
-      if (k + 1 == limit) behind_last = i + 1;
-    }
+    if (mine && k < limit) emit(k, i);
+    if (mine && k + 1 == limit) behind_last = i + 1;
     __syncthreads();  // of_warp is free again, behind_last is there
   }
-  if (count >= limit && limit > 0) return {limit, behind_last};
-  return {count, from < to ? from : to};
+  return count >= limit && limit > 0 ? behind_last : slice.to;
+}
+
+// The sum of `count` numbers, for a block of kThreads threads.
+template <int kThreads>
+__device__ __forceinline__ uint32_t sum_of(const uint32_t* numbers, uint32_t count) {
+  __shared__ uint32_t of_warp[kThreads / 32];
+  uint32_t sum = 0;
+  for (uint32_t i = threadIdx.x; i < count; i += kThreads) sum += numbers[i];
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+  __syncthreads();  // of_warp is free again
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = 0;
+  for (uint32_t w = 0; w < kThreads / 32; ++w) sum += of_warp[w];
+  return sum;
 }
 
 }  // namespace doublehead::nms

@@ -5,6 +5,8 @@
 
 #include <cub/device/device_radix_sort.cuh>
 
+#include <array>
+#include <atomic>
 #include <optional>
 #include <tuple>
 
@@ -22,6 +24,33 @@ class Cuda {
   void launch(dim3 grid, uint32_t threads, void (*kernel)(Parameters...), const Arguments&... arguments) {
     kernel<<<grid, threads, 0, on_.stream()>>>(static_cast<Parameters>(arguments)...);
     on_.check_launch("nms");
+  }
+
+  // One launch of at most `blocks` blocks that run side by side.
+  template <auto kKernel, typename Argument>
+  void launch_together(uint32_t blocks, uint32_t threads, const Argument& argument) {
+    void* arguments[] = {const_cast<Argument*>(&argument)};
+    const auto* kernel = reinterpret_cast<const void*>(kKernel);
+    cudaError_t status = cudaErrorCooperativeLaunchTooLarge;
+    if (blocks > 1) {
+      status = cudaLaunchCooperativeKernel(kernel, blocks, threads, arguments, 0, on_.stream());
+    }
+    if (status == cudaErrorCooperativeLaunchTooLarge) {  // one block waits for nobody: slow, but it works everywhere
+      cudaGetLastError();
+      status = cudaLaunchKernel(kernel, 1, threads, arguments, 0, on_.stream());
+    }
+    check_cuda(status, "nms");
+  }
+
+  // How many blocks of the kernel can run side by side on the current device; asked once for each.
+  template <auto kKernel>
+  static uint32_t blocks_together(uint32_t threads) {
+    static std::array<std::atomic<uint32_t>, 64> known{};
+    int device = 0;
+    DOUBLEHEAD_CUDA_CHECK(cudaGetDevice(&device));
+    std::atomic<uint32_t>& mine = known[device % known.size()];
+    if (mine == 0) mine = ask_blocks_together(reinterpret_cast<const void*>(kKernel), threads, device);
+    return mine;
   }
 
   void fill(void* memory, int byte, size_t bytes) {
@@ -51,6 +80,14 @@ class Cuda {
   size_t sort_bytes = 0;
 
  private:
+  static uint32_t ask_blocks_together(const void* kernel, uint32_t threads, int device) {
+    int supported = 0, each = 0, processors = 0;
+    DOUBLEHEAD_CUDA_CHECK(cudaDeviceGetAttribute(&supported, cudaDevAttrCooperativeLaunch, device));
+    DOUBLEHEAD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    DOUBLEHEAD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0));
+    return supported ? std::max(each * processors, 1) : 1;
+  }
+
   const OnDevice& on_;
 };
 
@@ -82,17 +119,19 @@ void suppress_on(const OnDevice& on, const Tensor& boxes, const Tensor& scores, 
     if (most > 0) device.fill(index_data, 0xff, images * most * sizeof(int64_t));
     return;
   }
-  device.sort_bytes = Cuda::sort_needs(static_cast<uint32_t>(images * count));
   dispatch_floating(boxes.scalar_type(), "nms: boxes", [&]<typename T>() {
     dispatch_floating(scores.scalar_type(), "nms: scores", [&]<typename S>() {
       using C = compute_t<T>;
       const Plan plan = make_plan<C>(images, count, most, groups != nullptr, negative_is_padding, largest_group);
-      const int64_t bytes = Workspace<C>(plan, device.sort_bytes, nullptr).bytes;
+      const uint32_t blocks = blocks_of_decision(plan, Cuda::blocks_together<decide<C>>(kDecideThreads<C>));
+      if (!plan.ranked) device.sort_bytes = Cuda::sort_needs(plan.total);
+      const int64_t bytes = Workspace<C>(plan, blocks, device.sort_bytes, nullptr).bytes;
       const Tensor memory = empty_on(boxes, {bytes}, ScalarType::Byte);
-      Workspace<C> space(plan, device.sort_bytes, static_cast<std::byte*>(memory.data_ptr()));
+      Workspace<C> space(plan, blocks, device.sort_bytes, static_cast<std::byte*>(memory.data_ptr()));
       device.sort_space = space.sort_space;
       suppress(device, plan, strided<T>(boxes, n), strided<S>(scores, n),
-               groups ? strided<int64_t>(*groups, n) : Strided<int64_t>{}, threshold, space, index_data, count_data);
+               groups ? strided<int64_t>(*groups, n) : Strided<int64_t>{}, threshold, blocks, space, index_data,
+               count_data);
     });
   });
 }

@@ -1,17 +1,17 @@
 // Non-maximum suppression on a device, step by step: what memory it needs and what is launched in which order. It is the
 // same for CUDA (nms.cu) and for the emulator of the tests, which bring their own way to launch and to sort.
 //
-// Nothing depends on the data but what the kernels do: the launches are as many as N and largest_group say, the memory is
-// known before the first, and nothing is read back.
+// Few boxes take two launches: one that orders them, one that decides. Nothing depends on the data but what the kernels do:
+// the launches are as many as N and largest_group say, the memory is known before the first, and nothing is read back.
 #pragma once
 
 #include <algorithm>
 #include <bit>
 #include <utility>
 
+#include "decide.cuh"
 #include "order.cuh"
-#include "rounds.cuh"
-#include "segments.cuh"
+#include "rank.cuh"
 
 namespace doublehead::nms {
 
@@ -19,14 +19,18 @@ struct Plan {
   uint32_t images, count, total;  // B, N, B * N
   int64_t most;                   // max_output
   bool grouped, negative_is_padding;
+  bool ranked;               // whether rank_boxes orders the boxes, and all are decided in one round
   uint32_t capacity;         // of an image's table of groups
   uint32_t largest_segment;  // groups of so many boxes are decided by a block each
-  uint32_t chunk, rounds;    // the others in so many rounds of so many boxes; 0 if there are no others
+  uint32_t chunk;            // the others in rounds of so many boxes; 0 if there are no others
 };
 
 constexpr uint64_t kMostMaskBytes = 256 << 20;  // as long as that leaves an image one tile a round
+constexpr uint64_t kMostRankedPairs = 1 << 26;  // B N^2: beyond, sorting takes less time than all comparisons
 
-// How many boxes of each image a round takes. Long chunks keep one block busy, many rounds are many launches.
+constexpr uint32_t kSliceRanks = 1024;  // a block lists so many ranks, or more
+
+// How many boxes of each image a round takes. Long chunks compare many boxes that others strike, many rounds wait often.
 inline uint32_t choose_chunk(uint64_t images, uint32_t count) {
   uint32_t chunk = std::clamp<uint32_t>(count / 8, 4096, kLargestChunk);
   while (chunk > kTile && images * chunk * chunk / 8 > kMostMaskBytes) chunk /= 2;
@@ -34,19 +38,23 @@ inline uint32_t choose_chunk(uint64_t images, uint32_t count) {
 }
 
 // C: float or double, what is computed in. largest_group: no group has more boxes; 0: unknown. Boxes of groups that have
-// more all the same stay undecided, which is not kept.
+// more all the same may stay undecided, which is not kept. few: whether few boxes go the shorter way.
 template <typename C>
 Plan make_plan(int64_t images, int64_t count, int64_t most, bool grouped, bool negative_is_padding,
-               int64_t largest_group) {
+               int64_t largest_group, bool few = true) {
   Plan plan{};
   plan.images = images, plan.count = count, plan.total = images * count;
   plan.most = most, plan.grouped = grouped, plan.negative_is_padding = negative_is_padding;
+  plan.ranked = few && plan.count <= kLargestChunk && uint64_t(plan.total) * plan.count <= kMostRankedPairs;
+  if (plan.ranked) {
+    plan.chunk = plan.count;
+    return plan;
+  }
   plan.capacity = std::bit_ceil(2 * plan.count);
   // A block is enough for a small group where there are others beside it.
   plan.largest_segment = grouped ? std::min(kLargestSegment<C>, plan.count / 2) : 0;
   if (largest_group > 0 && largest_group <= plan.largest_segment) return plan;  // no rounds
   plan.chunk = choose_chunk(plan.images, plan.count);
-  plan.rounds = (plan.count + plan.chunk - 1) / plan.chunk;
   return plan;
 }
 
@@ -60,28 +68,35 @@ struct Pair {
 template <typename C>
 struct Workspace {
   Pair<uint64_t> keys;
-  Pair<uint32_t> order, members;
-  uint32_t *numbers, *table, *starts, *segment_count, *list, *kept;
+  Pair<uint32_t> order;
+  Groups groups{};
+  uint32_t *list, *counts;
   Corners<C>* corners;
   uint8_t* state;
   uint64_t* mask;
+  Settled* settled;
   Progress* progress;
+  Together* together;
   std::byte* sort_space;
+  uint64_t slots;   // of the groups' tables
+  uint32_t slices;  // of an image's ranks, for `decide`
   size_t bytes = 0;
 
-  // With base null, only `bytes` is of use.
-  Workspace(const Plan& plan, size_t sort_bytes, std::byte* base) : base_(base) {
-    const size_t total = plan.total, grouped = plan.grouped ? total : 0, images = plan.images;
-    take(keys.data, total), take(keys.spare, total);
-    take(order.data, total), take(order.spare, total);
-    take(members.data, grouped), take(members.spare, grouped);
-    take(numbers, grouped), take(starts, grouped), take(segment_count, 1);
-    take(table, plan.grouped ? images * plan.capacity : 0);
+  // blocks: as many as can work together. With base null, only `bytes` is of use.
+  Workspace(const Plan& plan, uint32_t blocks, size_t sort_bytes, std::byte* base) : base_(base) {
+    const size_t total = plan.total, images = plan.images, words = images * tiles_of(plan.chunk);
+    const size_t sorted = plan.ranked ? 0 : total;
+    slots = plan.grouped && !plan.ranked ? images * (plan.capacity + size_t(1)) : 0;
+    slices = std::clamp<uint32_t>(blocks / plan.images, 1, (plan.count + kSliceRanks - 1) / kSliceRanks);
+    groups.capacity = plan.capacity, groups.largest = plan.largest_segment;
+    take(keys.data, sorted), take(keys.spare, sorted);
+    take(order.data, total), take(order.spare, sorted);
+    take(groups.owners, slots), take(groups.sizes, slots), take(groups.numbers, plan.grouped ? total : 0);
+    if (!plan.grouped) groups.numbers = nullptr;
     take(corners, total), take(state, total);
-    take(list, images * plan.chunk), take(kept, images * plan.chunk);
-    take(mask, images * plan.chunk * tiles_of(plan.chunk));
-    take(progress, plan.rounds ? images : 0);
-    take(sort_space, sort_bytes);
+    take(list, images * plan.chunk), take(mask, words * plan.chunk), take(settled, words);
+    take(counts, images * slices), take(progress, images), take(together, 1);
+    take(sort_space, plan.ranked ? 0 : sort_bytes);
   }
 
  private:
@@ -100,70 +115,64 @@ inline uint32_t blocks_for(uint64_t items, uint32_t threads, uint64_t most = 204
 
 constexpr uint32_t kThreads = 256;  // of the kernels that go over all boxes
 
-// keys and order, by image and rank.
+// order, by image and rank. All that is to be clear is cleared.
 template <typename S, typename C, typename Device>
 void sort_by_score(Device& device, const Plan& plan, const Strided<S>& scores, Workspace<C>& space) {
   const uint32_t blocks = blocks_for(plan.total, kThreads);
   const int image_bits = std::bit_width(plan.images - 1);
   constexpr int score_bits = std::is_same_v<S, double> ? 64 : 32;
-  device.launch(blocks, kThreads, make_keys<S>, scores, plan.count, plan.total, space.keys.data, space.order.data);
+  device.launch(blocks, kThreads, make_keys<S>, scores, plan.count, plan.total, space.keys.data, space.order.data,
+                space.groups, space.slots, space.together);
   device.sort(space.keys, space.order, plan.total, score_bits == 32 ? 32 + image_bits : 64);
   if (score_bits == 32 || plan.images == 1) return;
   device.launch(blocks, kThreads, make_image_keys, space.order.data, plan.count, plan.total, space.keys.data);
   device.sort(space.keys, space.order, plan.total, image_bits);
 }
 
-template <typename C, typename Device>
-void sort_by_group(Device& device, const Plan& plan, const Strided<int64_t>& groups, Workspace<C>& space) {
-  device.fill(space.table, 0xff, static_cast<size_t>(plan.images) * plan.capacity * sizeof(uint32_t));
-  device.launch(blocks_for(plan.total, kThreads), kThreads, number_groups, groups, plan.negative_is_padding,
-                space.order.data, plan.count, plan.total, space.table, plan.capacity, space.numbers, space.keys.data,
-                space.members.data);
-  const uint64_t largest_key = plan.images * (static_cast<uint64_t>(plan.capacity) + 1) - 1;
-  device.sort(space.keys, space.members, plan.total, std::bit_width(largest_key));
-}
-
-template <typename C, typename Device>
-void decide_segments(Device& device, const Plan& plan, const Rule<C>& rule, Workspace<C>& space) {
-  const Segments segments{space.keys.data, space.members.data, space.starts, space.segment_count, plan.total};
-  device.fill(space.segment_count, 0, sizeof(uint32_t));
-  device.launch(blocks_for(plan.total, kThreads), kThreads, find_segments, segments, space.state,
-                plan.largest_segment);
-  device.launch(blocks_for(plan.total, 1, 1024), kSegmentThreads<C>, suppress_segments<C>, segments, space.corners, rule,
-                plan.most, space.state);
-}
-
-template <typename C, typename Device>
-void decide_rounds(Device& device, const Plan& plan, const Rule<C>& rule, Workspace<C>& space) {
-  const Rounds<C> rounds{space.corners, plan.grouped ? space.numbers : nullptr, space.state, plan.images,
-                         plan.count,    plan.chunk, plan.most, rule, space.list, space.kept, space.mask, space.progress};
-  const uint32_t tiles = tiles_of(plan.chunk), row_blocks = blocks_for(plan.chunk, kStrikeRows);
-  device.fill(space.progress, 0, plan.images * sizeof(Progress));
-  for (uint32_t round = 0; round < plan.rounds; ++round) {
-    device.launch(plan.images, 1024, list_undecided<C>, rounds);
-    device.launch({plan.images, blocks_for(tiles * tiles, 1)}, kMaskThreads, fill_mask<C>, rounds);
-    device.launch(plan.images, kResolveThreads, resolve<C>, rounds);
-    if (round + 1 == plan.rounds) break;
-    const uint32_t column_blocks = blocks_for(plan.count, kStrikeThreads, 256);
-    device.launch({plan.images, column_blocks, row_blocks}, kStrikeThreads, strike<C>, rounds);
+// Boxes and their states by rank.
+template <typename T, typename S, typename C, typename Device>
+void put_in_order(Device& device, const Plan& plan, const Strided<T>& boxes, const Strided<S>& scores,
+                  const Strided<int64_t>& groups, Workspace<C>& space) {
+  if (plan.ranked) {
+    const Ranked<C> ranked{space.order.data, space.corners, space.state, space.groups.numbers, space.list};
+    device.launch(plan.images * ((plan.count + kRankRows - 1) / kRankRows), kRankThreads, rank_boxes<T, S>, boxes, scores,
+                  groups, plan.negative_is_padding, plan.count, ranked, space.progress, space.together);
+    return;
   }
+  const uint32_t blocks = blocks_for(plan.total, kThreads);
+  sort_by_score(device, plan, scores, space);
+  if (plan.grouped) {
+    space.groups.segments = reinterpret_cast<Segment*>(space.keys.data);  // what sorting needed is free
+    space.groups.places = reinterpret_cast<uint32_t*>(space.keys.spare);
+    space.groups.members = space.order.spare;
+    device.launch(blocks, kThreads, number_groups, groups, plan.negative_is_padding, space.order.data, plan.count,
+                  plan.total, space.groups);
+  }
+  device.launch(blocks, kThreads, gather<T>, boxes, space.order.data, plan.count, plan.total, space.corners, space.state,
+                space.progress, space.groups, space.together);
+}
+
+// As many blocks as have something to do at the same time.
+inline uint32_t blocks_of_decision(const Plan& plan, uint32_t most) {
+  const uint64_t halves = 2 * tiles_of(plan.chunk), pairs = plan.images * halves * (halves + 1) / 2;
+  const uint64_t tiles = plan.images * tiles_of(plan.chunk), segments = plan.largest_segment > 0 ? plan.total / 64 : 0;
+  const uint64_t slices = plan.total / kSliceRanks;
+  return static_cast<uint32_t>(std::clamp<uint64_t>(std::max({pairs / 32, tiles, slices, segments}), 1, most));
 }
 
 // indices [B, most] and counts [B] from boxes [B, N, 4], scores [B, N] and, if the plan is grouped, groups [B, N]. Needs
-// B, N and `most` above 0.
+// B, N and `most` above 0. blocks: those for which `space` was made.
 template <typename T, typename S, typename C, typename Device>
 void suppress(Device& device, const Plan& plan, const Strided<T>& boxes, const Strided<S>& scores,
-              const Strided<int64_t>& groups, double threshold, Workspace<C>& space, int64_t* indices,
+              const Strided<int64_t>& groups, double threshold, uint32_t blocks, Workspace<C>& space, int64_t* indices,
               int64_t* counts) {
   const Rule<C> rule = make_rule<C>(threshold);
-  sort_by_score(device, plan, scores, space);
-  if (plan.grouped) sort_by_group(device, plan, groups, space);
-  device.launch(blocks_for(plan.total, kThreads), kThreads, gather<T>, boxes, space.order.data,
-                plan.grouped ? space.numbers : nullptr, plan.capacity, plan.count, plan.total, space.corners,
-                space.state);
-  if (plan.largest_segment > 0) decide_segments(device, plan, rule, space);
-  if (plan.rounds > 0) decide_rounds(device, plan, rule, space);
-  device.launch(plan.images, 1024, write_result, space.state, space.order.data, plan.count, plan.most, indices, counts);
+  put_in_order(device, plan, boxes, scores, groups, space);
+  const Decision<C> decision{
+      space.corners, space.order.data, space.groups.numbers, space.groups, space.state, plan.images, plan.count, plan.chunk,
+      space.slices, plan.ranked, plan.most, rule, space.list, space.mask, space.settled, space.counts,
+      space.progress, space.together, indices, counts};
+  device.template launch_together<decide<C>>(blocks, kDecideThreads<C>, decision);
 }
 
 }  // namespace doublehead::nms

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ...ops import onednn
+from ...ops import cublas, onednn
 from ...ops.cudnn import channel_step
 from ..folding import layer_dtype
 from .guards import is_bare, may_stand_in
@@ -166,12 +166,13 @@ class CublasProducts:
     @staticmethod
     def pack(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         missing = -len(weight) % channel_step(dtype)
+        if not missing:
+            return weight.to(dtype), bias.to(dtype)
         return pad(weight.to(dtype), (0, 0, 0, missing)), pad(bias.to(dtype), (0, missing))
 
     @staticmethod
     def multiply(x: Tensor, packed: tuple[Tensor, Tensor], relu: bool = False) -> Tensor:
-        weight, bias = packed
-        y = torch.addmm(bias, x, weight.t())
+        y = cublas.product(x, *packed)
         return y.relu_() if relu else y  # not in the product's kernel, which makes 0 of NaN
 
 

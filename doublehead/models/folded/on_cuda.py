@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...ops import cudnn
+from ...ops import cublas, cudnn
 from .layers import Layer, Weights
 
 
@@ -21,7 +21,8 @@ class CudnnWeights(Weights):
         super().__init__(layer, weight, bias, sizes)
         one_kernel = layer.dilation == (1, 1) and layer.groups == 1
         self.fused = one_kernel and cudnn.is_available(weight.device, weight.dtype)
-        self._multiplies = self.fused and layer.is_product and not layer.relu and weight.dtype != torch.float32
+        multiplies = layer.is_product and not layer.relu and cublas.is_available(weight.device, weight.dtype)
+        self._multiplies = self.fused and multiplies
         if not self.fused:
             return
         if layer.relu or self._multiplies:
@@ -55,7 +56,7 @@ class CudnnWeights(Weights):
         x = self._enter(layer, x)
         if self.fused and layer.relu:
             return cudnn.convolution(x, self.weight, self.bias, layer.stride, layer.padding, relu=True)
-        return self._multiply(layer, x) if self._multiplies and self.fused else super().convolve(layer, x)
+        return self._multiply(layer, x) if self._multiplies else super().convolve(layer, x)
 
     def add_to(self, layer: Layer, to: Tensor, x: Tensor) -> Tensor:
         x, to = self._enter(layer, x), _converted(to, self.weight.dtype)
@@ -82,7 +83,7 @@ class CudnnWeights(Weights):
 
     def _multiply(self, layer: Layer, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
-        rows = torch.addmm(self.bias, x.permute(0, 2, 3, 1).reshape(-1, layer.inputs), self.weight.flatten(1).t())
+        rows = cublas.product(x.permute(0, 2, 3, 1).reshape(-1, layer.inputs), self.weight.flatten(1), self.bias)
         return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)[:, : layer.outputs]
 
     def _enter(self, layer: Layer, x: Tensor) -> Tensor:

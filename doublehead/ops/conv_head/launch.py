@@ -42,6 +42,7 @@ class _Blocks:
 
     def __init__(self, head: ConvHeadArguments) -> None:
         self._head, self._capability = head, capability_of(head.x)
+        self._available = engines.available(head.x.device, head.x.dtype)
         self.engines: set[Engine] = set()
         """What has run."""
 
@@ -63,7 +64,7 @@ class _Blocks:
     def _conv(self, x, weight, bias, *, second=None, residual=None, relu=True, mean=False) -> Tensor:
         count, size = self._head.count, self._head.x.shape[2:]
         conv = FusedConvArguments(x, weight, bias, second, residual, count, size, relu, mean)
-        engine = engines.choose(conv, self._capability)
+        engine = engines.choose(conv, self._capability, self._available)
         self.engines.add(engine)
         return engines.run(conv, engine)
 

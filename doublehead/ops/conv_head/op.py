@@ -41,7 +41,8 @@ def conv_head(
         relu: whether non-local blocks end with ReLU.
 
     Returns:
-        `Tensor[N, dim]` in the dtype of x; zeros from row `count` on.
+        `Tensor[N, dim]` in the dtype of x; zeros from row `count` on.  NaN in the row of a map that is not finite, on a
+        GPU in all of it.
 
     Raises:
         TypeError: not a tensor, or a dtype differs from that of x.
