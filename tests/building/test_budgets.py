@@ -44,9 +44,26 @@ class Budget(NamedTuple):
 BUDGETS = [
     Budget("pool_channels_lastIffLi4", threads=224, blocks=4, dynamic=928),
     Budget("pool_channels_lastIN3c108BFloat16EfLi8", threads=224, blocks=4, dynamic=928),
-    Budget("decideIf", 1024, 1, most={"nms: 32 tests": 640, "nms: 32 strikes": 640, "nms: turn of a tile": 400}),
-    Budget("rank_boxesIfff", threads=512, blocks=3),
-    Budget("suppress_segmentsIf", threads=1024, blocks=1),
+    Budget(
+        "decideIf",
+        threads=1024,
+        blocks=1,
+        most={
+            "nms: 32 tests": 640,
+            "nms: 32 strikes": 640,
+            "nms: 16 tests of a segment": 340,
+            "nms: turn of a tile": 400,
+        },
+    ),
+    Budget("rank_boxesIfff", threads=512, blocks=3, most={"nms: 8 comparisons": 270}),
+    Budget("score_classesIN3c108BFloat16E", threads=256, blocks=6, most={"detections scores of a RoI": 570}),
+    Budget(
+        "suppress_classIff",
+        threads=256,
+        blocks=4,
+        most={"detections 8 tests": 24 * 8, "detections pair of a sort": 18},
+    ),
+    Budget("merge_classesIff", threads=1024, blocks=1, most={"detections pair of a sort": 18}),
 ]
 
 

@@ -101,6 +101,7 @@ struct Machine {
   std::function<void()> body;
   std::exception_ptr error;
   Order thread_order = 0, block_order = 0;
+  bool ahead = false;   // whether warps go on, as far as each gets
   size_t resident = 1;  // blocks that take turns
   bool in_turns = false;  // whether any do in the running kernel
   size_t pauses = 0;      // of it

@@ -1,6 +1,7 @@
 // Scores of all classes, class by class: the first kernel of the detections. No torch, no launch.
 #pragma once
 
+#include "marks.h"
 #include "sort.cuh"
 
 namespace doublehead::detections {
@@ -84,6 +85,7 @@ __global__ __launch_bounds__(kScoreThreads) void score_classes(Classifiers<T> in
   const uint32_t image = blockIdx.x / blocks, first = blockIdx.x % blocks * kRows, roi = first + warp;
   const bool exists = roi < in.rois && in.valid[image * in.valid_image + roi * in.valid_roi] != 0;
   float fc[kEach] = {}, conv[kEach] = {};
+  DOUBLEHEAD_MARK_BEGIN("detections scores of a RoI");
   if (exists) {
     load_row(in.first, image, roi, in.classes, fc);
     if (in.second.data) load_row(in.second, image, roi, in.classes, conv);
@@ -100,6 +102,7 @@ __global__ __launch_bounds__(kScoreThreads) void score_classes(Classifiers<T> in
     const uint32_t key = exists && fc[i] > in.threshold ? nms::sort_key(fc[i]) : kNoScore;
     if (label < in.classes) turned[label * (kRows + 1) + warp] = key;
   }
+  DOUBLEHEAD_MARK_END("detections scores of a RoI");
   __syncthreads();
   uint32_t* mine = keys + int64_t(image) * (in.classes - 1) * in.column + first;
   for (uint32_t i = threadIdx.x; i < (in.classes - 1) * kRows; i += kScoreThreads) {
