@@ -100,11 +100,7 @@ ROWS = {
     "detections": Row("logits to 100 detections", detections.before, detections.after),
     "conv_head": Row("conv-head inference, bf16", TRITON, ENGINES),
     "conv_head_fp32": Row("  fp32 (TF32)", TRITON_FP32, ENGINES_FP32),
-    "non_local": Row(
-        "non-local block, bf16",
-        lambda m: networks.non_local(m, ROIS, networks.TRITON),
-        lambda m: networks.non_local(m, ROIS, networks.VENDOR),
-    ),
+    "non_local": Row("non-local block, bf16", lambda m: networks.non_local(m, ROIS)),
     "conv_head_training": Row(
         "conv-head training step, bf16",
         lambda m: networks.training_step(m, networks.HOST_BEFORE),

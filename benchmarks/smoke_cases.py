@@ -152,6 +152,12 @@ def nms(device, dtype):
     yield "indices", differing(ops.nms(*on_device[:2], 0.5), expected), 0
     expected = nms_reference.nms(boxes, scores, groups, 0.5)
     yield "by class", differing(ops.batched_nms(*on_device, 0.5), expected), 0
+    boxes, scores = clustered_boxes(20_000 if device == "cuda" else 200, seed=1, objects=300)
+    boxes, scores = boxes.to(dtype), scores.to(dtype)
+    for classes in (1, 3, 100):  # sorted, and decided on in rounds, by a block for each class, or both
+        groups = torch.arange(len(boxes)) % 199 % classes
+        actual = ops.batched_nms(*moved((boxes, scores, groups), device), 0.5)
+        yield f"{len(boxes)} boxes of {classes}", differing(actual, ops.batched_nms(boxes, scores, groups, 0.5)), 0
 
 
 @case("nms_padded", FLOAT32 + HALF + FLOAT64, "nms_padded")
@@ -326,7 +332,7 @@ def fuse_scores(device, dtype):
     grad = normal(*shape, seed=2)
     for method in ("complementary", "average"):
         ours = [value.to(device).requires_grad_() for value in logits]
-        forward = ops.fuse_scores(*ours, method)
+        forward = OPS.fuse_scores(*ours, method)
         backward = torch.autograd.grad(forward, ours, grad.to(device))
         plain, exact = (
             score_fusion_reference.fuse_scores(*moved(logits, *there), method) for there in each(device, dtype)

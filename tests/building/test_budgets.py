@@ -45,13 +45,17 @@ BUDGETS = [
     Budget("pool_channels_lastIffLi4", threads=224, blocks=4, dynamic=928),
     Budget("pool_channels_lastIN3c108BFloat16EfLi8", threads=224, blocks=4, dynamic=928),
     Budget(
-        "nms6decideIf",
+        "decideIf",
         threads=1024,
         blocks=1,
-        most={"nms: 32 tests": 19 * 32, "nms: 32 strikes": 19 * 32, "nms: turn of a tile": 350},
+        most={
+            "nms: 32 tests": 640,
+            "nms: 32 strikes": 640,
+            "nms: 16 tests of a segment": 340,
+            "nms: turn of a tile": 400,
+        },
     ),
-    Budget("rank_boxesIff", threads=512, blocks=3, most={"nms: 8 comparisons": 270}),
-    Budget("suppress_segmentsIf", threads=1024, blocks=1, most={"nms: a group's test": 64}),
+    Budget("rank_boxesIfff", threads=512, blocks=3, most={"nms: 8 comparisons": 270}),
     Budget("score_classesIN3c108BFloat16E", threads=256, blocks=6, most={"detections scores of a RoI": 570}),
     Budget(
         "suppress_classIff",

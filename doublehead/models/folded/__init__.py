@@ -9,7 +9,7 @@ changes.
 - `layers`: one convolution with what follows it; `on_cpu` and `on_cuda`: in one kernel.
 - `run`: runs a plan.
 - `linear`: fully connected layers.
-- `guards`: whether nothing but the result can be noticed.
+- `guards`: whether nothing but the result can be noticed; `watch`: whether the modules are as they were read.
 """
 
 from .linear import one_after_other, predictors, side_by_side, with_relu
