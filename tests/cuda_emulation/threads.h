@@ -13,6 +13,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 struct uint3 {
@@ -76,6 +77,7 @@ struct Fiber {
   uint3 thread;
   Wait wait;
   uint64_t result;
+  std::vector<std::pair<void*, const void*>> copies;  // under way
 };
 
 // A block under way. What serves it serves block after block.
