@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import model_decide as decide
 import model_detections as detections
 import model_networks as networks
 import model_nms as nms
@@ -53,10 +54,29 @@ def detector(network: networks.Network, images: int, heads: Steps | None, now: b
         found = detections.after if now else detections.before
         each = work(heads(machine)) if heads else 0.0
         pooling = work(roi_align.forward_before(machine, 512, pooled)) * ROIS / 512 * (2 if heads else 1)
-        boxes = work(nms.plain_before(machine, 4000, 0.5)) + work(found(machine))
+        proposals = decide.plain if now else nms.plain_before
+        boxes = work(proposals(machine, 4000, 0.5)) + work(found(machine))
         return [Step("whole", networks.detector(machine, network, images, each, pooling, boxes) - machine.launch)]
 
     return steps
+
+
+def backward(title: str, count: int, size: int, images: int = 1) -> Row:
+    return Row(
+        title,
+        lambda machine: roi_align.backward_before(machine, count, size, images),
+        lambda machine: roi_align.backward(machine, count, size, images),
+        heavy=images > 1,
+    )
+
+
+def plain_nms(title: str, count: int) -> Row:
+    return Row(
+        title,
+        lambda machine: nms.plain_before(machine, count, 0.5),
+        lambda machine: decide.plain(machine, count, 0.5),
+        heavy=count > 4000,
+    )
 
 
 def conv_head(engines: dict[str, networks.Engine], size: int = networks.BF16) -> Steps:
@@ -70,20 +90,21 @@ ROWS = {
     "roi_forward": Row("RoIAlign forward, channels-last fp32", lambda m: roi_align.forward_before(m, 512, 4)),
     "roi_forward_bf16": Row("  the same, bf16", lambda m: roi_align.forward_before(m, 512, 2)),
     "roi_forward_nchw": Row("  the same, NCHW fp32", lambda m: roi_align.planar_before(m, 512)),
-    "roi_backward": Row("RoIAlign backward, channels-last fp32", lambda m: roi_align.backward_before(m, 512, 4)),
-    "roi_backward_bf16": Row("  the same, bf16", lambda m: roi_align.backward_before(m, 512, 2)),
-    "roi_backward_1000": Row("  1000 boxes, fp32", lambda m: roi_align.backward_before(m, 1000, 4)),
-    "roi_backward_16": Row("  16 images, fp32", lambda m: roi_align.backward_before(m, 512, 4, 16), heavy=True),
-    "nms_4000": Row("nms 4,000", lambda m: nms.plain_before(m, 4000, 0.5)),
-    "nms_12000": Row("nms 12,000", lambda m: nms.plain_before(m, 12000, 0.5), heavy=True),
-    "nms_80x1000": Row("batched_nms 80 x 1,000", lambda m: nms.classes_before(m)),
+    "roi_backward": backward("RoIAlign backward, channels-last fp32", 512, 4),
+    "roi_backward_bf16": backward("  the same, bf16", 512, 2),
+    "roi_backward_1000": backward("  1000 boxes, fp32", 1000, 4),
+    "roi_backward_16": backward("  16 images, fp32", 512, 4, images=16),
+    "nms_4000": plain_nms("nms 4,000", 4000),
+    "nms_12000": plain_nms("nms 12,000", 12000),
+    "nms_80x1000": Row("batched_nms 80 x 1,000", nms.classes_before, decide.classes),
     "detections": Row("logits to 100 detections", detections.before, detections.after),
     "conv_head": Row("conv-head inference, bf16", TRITON, ENGINES),
     "conv_head_fp32": Row("  fp32 (TF32)", TRITON_FP32, ENGINES_FP32),
-    "non_local": Row(
-        "non-local block, bf16",
-        lambda m: networks.non_local(m, ROIS, networks.TRITON),
-        lambda m: networks.non_local(m, ROIS, networks.VENDOR),
+    "non_local": Row("non-local block, bf16", lambda m: networks.non_local(m, ROIS)),
+    "conv_head_training": Row(
+        "conv-head training step, bf16",
+        lambda m: networks.training_step(m, networks.HOST_BEFORE),
+        lambda m: networks.training_step(m, networks.HOST),
     ),
     "ext_1": Row(
         "Ext, batch 1, bf16",
@@ -133,7 +154,8 @@ def parts(steps: list[Step]) -> str:
         work[step.name] = (number + 1, time + step.work)
     ordered = sorted(work.items(), key=lambda item: -item[1][1])
     named = [f"{number} x {name} {time:.0f}" for name, (number, time) in ordered]
-    return f"{len(steps)} launches {len(steps) * H200.launch:.0f}, " + ", ".join(named)
+    counts = "".join(f"; {step.name}: {step.counts}" for step in steps if step.counts)
+    return f"{len(steps)} launches {len(steps) * H200.launch:.0f}, " + ", ".join(named) + counts
 
 
 def table(names: list[str], with_parts: bool = False) -> str:

@@ -2,76 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import torch
-from inputs import rpn_boxes
+from model_boxes import BINS, CHANNELS, RATIO, Boxes, boxes_of, distinct, tiles_of
 from model_machine import Machine, Step, makespan
 from torch import Tensor
-
-STRIDES = (4, 8, 16, 32)
-IMAGE = (800, 1344)
-CHANNELS, BINS, RATIO = 256, 7, 2
-
-
-class Boxes:
-    """What the boxes of pyramid.py read, pixel by pixel along each axis."""
-
-    def __init__(self, count: int, images: int = 1):
-        boxes = [rpn_boxes(count, image_size=IMAGE, seed=image)[0].cpu() for image in range(images)]
-        corners = torch.cat(boxes)
-        self.images, self.count = images, len(corners)
-        self.image = torch.arange(images).repeat_interleave(count)
-        side = ((corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])).sqrt()
-        self.level = (4 + torch.log2(side / 224) + 1e-6).floor().clamp(2, 5).long() - 2
-        scale = 1 / torch.tensor(STRIDES)[self.level]
-        self.sizes = [(-(-IMAGE[0] // step), -(-IMAGE[1] // step)) for step in STRIDES]
-        extent = torch.tensor(self.sizes)[self.level]
-        self.rows = self._pixels(corners[:, 1] * scale, corners[:, 3] * scale, extent[:, 0])
-        self.columns = self._pixels(corners[:, 0] * scale, corners[:, 2] * scale, extent[:, 1])
-
-    def _pixels(self, low: Tensor, high: Tensor, extent: Tensor) -> Tensor:
-        """`long[K, BINS, 2 * RATIO]`: the pixels that each bin's samples lie between."""
-        side = (high - low).clamp(min=1)[:, None] / BINS
-        samples = low[:, None] + (torch.arange(RATIO * BINS) + 0.5) / RATIO * side
-        samples = torch.minimum(samples.clamp(min=0), (extent - 1)[:, None].to(samples))
-        first = samples.floor().long()
-        second = torch.where(samples > first, first + 1, first)
-        return torch.stack((first, second), 2).reshape(len(low), BINS, 2 * RATIO)
-
-    def window(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """First and last pixel of the rows and of the columns."""
-        rows, columns = self.rows.flatten(1), self.columns.flatten(1)
-        return rows.amin(1), rows.amax(1), columns.amin(1), columns.amax(1)
-
-    @functools.cached_property
-    def unique_pixels(self) -> int:
-        total = 0
-        for image in range(self.images):
-            for level, (height, width) in enumerate(self.sizes):
-                touched = torch.zeros(height, width, dtype=torch.bool)
-                for k in ((self.level == level) & (self.image == image)).nonzero()[:, 0]:
-                    rows, columns = self.rows[k].unique(), self.columns[k].unique()
-                    touched[rows[:, None], columns] = True
-                total += int(touched.sum())
-        return total
-
-    @property
-    def pixels(self) -> int:
-        return sum(height * width for height, width in self.sizes) * self.images
-
-
-def distinct(pixels: Tensor) -> Tensor:
-    """How many different ones are in each row."""
-    ordered = pixels.sort(-1).values
-    return (ordered[..., 1:] != ordered[..., :-1]).sum(-1) + 1
-
-
-@functools.cache
-def boxes_of(count: int, images: int = 1) -> Boxes:
-    return Boxes(count, images)
-
 
 # ---------------------------------------------------------------------------------------------
 # The kernels of 2026-11-26 (commit 638fdfc), whose times were measured
@@ -80,9 +14,9 @@ PROLOGUE, NEW_COLUMN, NEW_COLUMN_16, OLD_COLUMN = 750, 100, 150, 22
 """Warp instructions of the forward: before the first column; a column of three pixels; one that is still in registers.
 (sass.py: 745; 22 to 460, most of which are its variants for 1 to 4 pixels.)"""
 PLANAR_ROW, PLANAR_OUTPUT = 90, 120
-FILL, GATHER_COLUMN = 2000, 90
+FILL, GATHER_COLUMN = 2000, 99
 """Of the backward: a batch's weights on the slowest warp, by replaying its loops; a box's column of bins (71-99)."""
-TILE, BATCH = 8, 16
+BATCH = 16
 
 
 def pixel_latency(machine: Machine, boxes: Boxes) -> float:
@@ -90,6 +24,17 @@ def pixel_latency(machine: Machine, boxes: Boxes) -> float:
     read = int((distinct(boxes.rows.flatten(1)) * distinct(boxes.columns.flatten(1))).sum())
     first = boxes.unique_pixels / read
     return first * machine.dram_latency + (1 - first) * machine.l2_latency
+
+
+def counted(boxes: Boxes, size: int, waste: float, instructions: float) -> str:
+    """Bytes: read at least once, from the L2 in all, written; and warp instructions."""
+    read = int((distinct(boxes.rows.flatten(1)) * distinct(boxes.columns.flatten(1))).sum()) * waste
+    numbers = (boxes.unique_pixels, read, boxes.count * BINS * BINS)
+    unique, l2, written = (number * CHANNELS * size / 1e6 for number in numbers)
+    return (
+        f"{unique:.0f} MB unique, {l2:.0f} MB from the L2, {written:.0f} MB written, "
+        f"{instructions / 1e6:.0f} M warp instructions"
+    )
 
 
 def forward_traffic(machine: Machine, boxes: Boxes, size: int, waste: float = 1.0) -> float:
@@ -109,7 +54,10 @@ def forward_before(machine: Machine, count: int, size: int) -> list[Step]:
     again = (2 * RATIO * BINS - columns) * machine.chain(OLD_COLUMN)
     blocks = 2 * machine.dram_latency + machine.chain(PROLOGUE) + columns * one + again
     chain = makespan(blocks.repeat_interleave(chunks).tolist(), machine.multiprocessors * fit)
-    return [Step("pool", chain + forward_traffic(machine, boxes, size))]
+    new = float(columns.sum()) * (NEW_COLUMN if size == 4 else NEW_COLUMN_16) * chunks * BINS
+    instructions = new + boxes.count * chunks * BINS * PROLOGUE
+    counts = counted(boxes, size, 1.0, instructions)
+    return [Step("pool", chain + forward_traffic(machine, boxes, size), counts)]
 
 
 def planar_before(machine: Machine, count: int, size: int = 4) -> list[Step]:
@@ -126,44 +74,9 @@ def planar_before(machine: Machine, count: int, size: int = 4) -> list[Step]:
     blocks = 2 * machine.dram_latency + machine.chain(PROLOGUE) + rounds(columns) * BINS * row
     blocks += rounds(BINS * BINS) * machine.chain(PLANAR_OUTPUT) + 2 * (full + 1) * machine.barrier
     chain = makespan(blocks.repeat_interleave(CHANNELS // channels).tolist(), machine.multiprocessors * fit)
-    return [Step("pool", chain + forward_traffic(machine, boxes, size, waste=1.46))]
-
-
-class Tiles(NamedTuple):
-    """Of each tile of a level and image: how many boxes touch it, columns of bins of theirs; and boxes in the list."""
-
-    boxes: Tensor
-    bin_columns: Tensor
-    listed: int
-
-
-def tiles_of(boxes: Boxes, tile: int = TILE) -> list[Tiles]:
-    """Of the coarsest level first, as blocks are numbered."""
-    top, _, left, _ = boxes.window()
-    result = []
-    rows, columns = (
-        _bins_in_tiles(pixels, first, tile) for pixels, first in ((boxes.rows, top), (boxes.columns, left))
-    )
-    for level in reversed(range(len(STRIDES))):
-        height, width = boxes.sizes[level]
-        down, across = -(-height // tile), -(-width // tile)
-        for image in range(boxes.images):
-            here = (boxes.level == level) & (boxes.image == image)
-            touching, work = torch.zeros(down * across), torch.zeros(down * across)
-            for y in range(rows.shape[1]):
-                for x in range(columns.shape[1]):
-                    both = here & (rows[:, y] > 0) & (columns[:, x] > 0)
-                    at = (top[both] // tile + y) * across + left[both] // tile + x
-                    touching.index_add_(0, at, torch.ones(len(at)))
-                    work.index_add_(0, at, columns[both, x].float())
-            result.append(Tiles(touching, work, int(here.sum())))
-    return result
-
-
-def _bins_in_tiles(pixels: Tensor, first: Tensor, tile: int) -> Tensor:
-    """`long[K, T]`: how many bins read a pixel of each of the tiles from that of the first pixel on."""
-    number = pixels // tile - (first // tile)[:, None, None]
-    return torch.stack([(number == t).any(2).sum(1) for t in range(int(number.max()) + 1)], 1)
+    instructions = float(rounds(columns).sum()) * CHANNELS / channels * threads / 32 * BINS * PLANAR_ROW
+    counts = counted(boxes, size, 1.46, instructions)
+    return [Step("pool", chain + forward_traffic(machine, boxes, size, waste=1.46), counts)]
 
 
 def backward_before(machine: Machine, count: int, size: int, images: int = 1) -> list[Step]:
@@ -178,6 +91,47 @@ def backward_before(machine: Machine, count: int, size: int, images: int = 1) ->
         base = machine.dram_latency + look + machine.chain(120) + 0.3
         blocks = base + (tiles.boxes / BATCH).ceil() * fill + tiles.bin_columns * column
         durations += blocks.repeat_interleave(chunks).tolist()
+    # Nothing waits for what is written: other blocks go on.
     written = (boxes.pixels + boxes.count * BINS * BINS) * CHANNELS * size / machine.dram
     listing = -(-boxes.count // 512) * (machine.dram_latency + machine.chain(300))
-    return [Step("list", listing), Step("gather", makespan(durations, machine.multiprocessors * fit) + written)]
+    return [Step("list", listing), Step("gather", max(makespan(durations, machine.multiprocessors * fit), written))]
+
+
+# ---------------------------------------------------------------------------------------------
+# The backward in three launches: lists, tables and tiles, sums
+
+BOX_FILL, PIECE, BIN_COLUMN, STAGED_BINS = 200, 150, {4: 2 * 60, 2: 80}, 18
+"""Warp instructions: a box's weights on a tile (126 to 305); a piece of its bins beside the columns; a column of bins,
+by the bytes of a number; and how many bins a stage holds."""
+SLOTS, WARPS, AT_ONCE, ACTIVE = 512, 16, 2, 0.6
+"""Blocks for parts of tiles, most of which find nothing to do; warps of a block; blocks of a multiprocessor; the share
+of the warps whose row of pixels a box reaches."""
+PART = 8
+
+
+def backward(machine: Machine, count: int, size: int, images: int = 1) -> list[Step]:
+    """Weights come from a table. While a piece of a box's bins is added, the next one's gradients are on their way."""
+    m, boxes = machine, boxes_of(count, images)
+    begin = 4 * m.l2_latency + m.chain(120) + 2 * m.barrier
+    durations, pairs, pieces_in_all = [begin / 2] * SLOTS, 0.0, 0.0
+    for tiles in tiles_of(boxes):
+        number, columns = tiles.boxes, tiles.bin_columns
+        batches = (number / BATCH).ceil()
+        across = columns / number.clamp(min=1)
+        pieces = number * (across * across / STAGED_BINS).ceil().clamp(min=1)
+        fill = batches * (3 * m.l2_latency + m.chain(BOX_FILL + 120) + 3 * m.barrier + m.l2_latency + m.chain(60))
+        own = m.chain(PIECE) + m.barrier + (across / 2).ceil() * m.chain(BIN_COLUMN[size])
+        blocks = begin + fill + pieces * own + 0.3
+        parts = (number / PART).floor().clamp(min=1, max=16)  # dense tiles are shared out, and joined
+        blocks = torch.where(parts > 1, blocks / parts + 4 * m.l2_latency + m.chain(200), blocks)
+        durations += blocks.repeat_interleave(parts.long()).tolist()
+        pairs += float(number.sum())
+        pieces_in_all += float((pieces * (PIECE + ACTIVE * (across / 2 + 0.5) * BIN_COLUMN[size])).sum())
+    written = (boxes.pixels + boxes.count * BINS * BINS) * CHANNELS * size / m.dram
+    issued = m.issued(WARPS * (pieces_in_all + len(durations) * 150) + pairs * BOX_FILL)
+    chain = makespan(durations, m.multiprocessors * AT_ONCE)
+    counts = f"chain {chain:.0f}, issue {issued:.0f}, writing {written:.0f} us; {pairs:.0f} boxes on tiles"
+    listing = -(-boxes.count // 512) * (m.dram_latency + m.chain(300))
+    longest = max(tiles.listed for tiles in tiles_of(boxes)) / 32
+    prepare = max(4 * m.l2_latency + m.chain(450), 2 * m.l2_latency + longest * (m.l2_latency / 4 + m.chain(40)))
+    return [Step("list", listing), Step("prepare", prepare), Step("gather", max(chain, issued, written), counts)]

@@ -168,6 +168,14 @@ def line(kernel: Kernel, threads: int) -> str:
     )
 
 
+def marked(copies: list[Section]) -> str:
+    """One mark's sections, as the compiler copied it: the shortest way, and the longest with what its copy has."""
+    longest = max(copies, key=lambda section: section.longest)
+    ways = f"{min(section.shortest for section in copies)} to {longest.longest} instructions"
+    mix = ", ".join(f"{count} {kind}" for kind, count in Counter(longest.opcodes).most_common(8))
+    return f"{longest.mark}: {ways}, {len(copies)} copies of {longest.all}: {mix}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path, help="a module or a .cubin; without it the built module")
@@ -186,10 +194,8 @@ def main() -> None:
     for kernel in kernels:
         if asked.kernel in kernel.usage.name or asked.kernel in plain_name(kernel.usage.name):
             print(line(kernel, asked.threads))
-            for section in kernel.sections:
-                mix = ", ".join(f"{count} {kind}" for kind, count in Counter(section.opcodes).most_common(8))
-                ways = f"{section.shortest} to {section.longest} instructions, {section.all} in all"
-                print(f"|   {section.mark}: {ways}: {mix} | | | | | | |")
+            for mark in dict.fromkeys(section.mark for section in kernel.sections):
+                print(f"| - {marked([section for section in kernel.sections if section.mark == mark])} | | | | | | |")
 
 
 if __name__ == "__main__":

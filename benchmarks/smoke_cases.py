@@ -332,7 +332,7 @@ def fuse_scores(device, dtype):
     grad = normal(*shape, seed=2)
     for method in ("complementary", "average"):
         ours = [value.to(device).requires_grad_() for value in logits]
-        forward = ops.fuse_scores(*ours, method)
+        forward = OPS.fuse_scores(*ours, method)
         backward = torch.autograd.grad(forward, ours, grad.to(device))
         plain, exact = (
             score_fusion_reference.fuse_scores(*moved(logits, *there), method) for there in each(device, dtype)

@@ -16,9 +16,9 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import floors  # noqa: E402
 import model  # noqa: E402
+import model_boxes as roi_align  # noqa: E402
 import model_networks as networks  # noqa: E402
 import model_nms as nms  # noqa: E402
-import model_roi_align as roi_align  # noqa: E402
 import pyramid  # noqa: E402
 from model_machine import H200, Step, makespan  # noqa: E402
 

@@ -2,6 +2,9 @@
 // csrc/marks.h. Only the variants that a detector launches.
 #include "cuda_common.h"  // the kernels, which name no torch, use its macro
 
+#include "detections/cuda/merge.cuh"
+#include "detections/cuda/scores.cuh"
+#include "detections/cuda/suppress.cuh"
 #include "nms/cuda/decide.cuh"
 #include "nms/cuda/rank.cuh"
 #include "roi_align/cuda/backward.cuh"
@@ -20,6 +23,9 @@ const void* const kernels[] = {
     (const void*)roi_align::device::gather_channels_last<BFloat16, float, 4>,
     (const void*)nms::rank_boxes<float, float>,
     (const void*)nms::decide<float>,
+    (const void*)detections::score_classes<BFloat16, 4>,
+    (const void*)detections::suppress_class<float, float>,
+    (const void*)detections::merge_classes<float, float>,
 };
 
 }  // namespace doublehead

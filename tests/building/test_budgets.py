@@ -54,8 +54,16 @@ BUDGETS = [
             "nms: 16 tests of a segment": 340,
             "nms: turn of a tile": 400,
         },
-    ),  # fmt: skip
-    Budget("rank_boxesIfff", threads=512, blocks=3),
+    ),
+    Budget("rank_boxesIfff", threads=512, blocks=3, most={"nms: 8 comparisons": 270}),
+    Budget("score_classesIN3c108BFloat16E", threads=256, blocks=6, most={"detections scores of a RoI": 570}),
+    Budget(
+        "suppress_classIff",
+        threads=256,
+        blocks=4,
+        most={"detections 8 tests": 24 * 8, "detections pair of a sort": 18},
+    ),
+    Budget("merge_classesIff", threads=1024, blocks=1, most={"detections pair of a sort": 18}),
 ]
 
 

@@ -23,14 +23,15 @@ class Order(NamedTuple):
     threads: int = 0
     blocks: int = 0
     resident: int = 1  # blocks that take turns; with 1, each ends before the next begins
+    ahead: int = 0  # 1: a warp goes on until it waits for the block, before the next warp does
 
     def __str__(self) -> str:
         ways = [("forwards", "backwards")[way] if way < 2 else "shuffled" for way in (self.threads, self.blocks)]
-        return f"{ways[0]} {ways[1]}" + (" interleaved" if self.resident > 1 else "")
+        return f"{ways[0]} {ways[1]}" + (" interleaved" if self.resident > 1 else "") + (" ahead" if self.ahead else "")
 
 
 IN_ORDER = Order()
-ORDERS = (IN_ORDER, Order(1, 1), Order(7, 3), Order(3, 7, resident=3))
+ORDERS = (IN_ORDER, Order(1, 1, ahead=1), Order(7, 3), Order(3, 7, resident=3))
 every_order = pytest.mark.parametrize("order", ORDERS, ids=str)
 
 

@@ -8,7 +8,9 @@
 // that take part have reached it. Blocks run one after the other, or some of them take turns, each with a few threads at
 // a time and with a pause before every atomic operation. So a run is deterministic, and threads that never meet are an
 // error, as are lanes that meet at different places. The orders of threads and of blocks can be changed
-// (emulation_set_order): a result that changes with them shows a missing barrier, or blocks that rely on each other.
+// (emulation_set_order): a result that changes with them shows a missing barrier, or blocks that rely on each other. Warps
+// go from one meeting of their lanes to the next in step, or each as far as it gets, which shows a barrier of a warp in
+// place of one of the block.
 // Shared memory holds garbage when a block starts, and writes just outside of the dynamic part are an error. What this
 // cannot show: races between single instructions, since a thread loses its turn only at barriers, collectives and
 // atomics; the memory model, since every write is seen at once by all; how warps are scheduled; and anything of time.
@@ -145,12 +147,25 @@ inline bool meet_or_end(Block& block) {
   return !done;
 }
 
+// Lets a warp whose lanes have met go on, and on, until it waits for the block.
+inline void run_ahead(Block& block, size_t warp) {
+  Fiber* lanes = &block.fibers[warp * 32];
+  const size_t size = std::min<size_t>(32, block.fibers.size() - warp * 32);
+  while (release_warp(lanes, size)) {
+    for (size_t lane = 0; lane < size; ++lane) {
+      if (lanes[lane].state == Fiber::kReady) resume(lanes[lane]);
+      if (machine.error) std::rethrow_exception(std::exchange(machine.error, nullptr));
+    }
+  }
+}
+
 // Runs the threads at order[from] and some behind it.
 inline void run_threads(Block& block, const std::vector<size_t>& order, size_t from, size_t count) {
   for (size_t i = from; i < order.size() && i - from < count; ++i) {
     Fiber& fiber = block.fibers[order[i]];
     if (fiber.state == Fiber::kReady) resume(fiber);
     if (machine.error) std::rethrow_exception(std::exchange(machine.error, nullptr));
+    if (machine.ahead) run_ahead(block, order[i] / 32);
   }
 }
 
@@ -244,10 +259,11 @@ const char* report_errors(const Body& body) {
   return nullptr;
 }
 
-// The orders of threads and blocks (Order), and how many blocks take turns.
-extern "C" __attribute__((visibility("default"))) void emulation_set_order(int threads, int blocks, int resident) {
+// The orders of threads and blocks (Order), how many blocks take turns, and whether warps run ahead of each other.
+extern "C" __attribute__((visibility("default"))) void emulation_set_order(int threads, int blocks, int resident,
+                                                                           int ahead) {
   auto& machine = doublehead::emulation::machine;
-  machine.thread_order = threads, machine.block_order = blocks, machine.resident = resident;
+  machine.thread_order = threads, machine.block_order = blocks, machine.resident = resident, machine.ahead = ahead != 0;
 }
 
 #include "intrinsics.h"

@@ -3,12 +3,13 @@
 
 #include "nms/cuda/grid.cuh"
 
-// Every thread reads what its neighbour wrote.
-template <bool kBarrier>
+// Every thread reads what its neighbour wrote, after a barrier of the block (1), of its warp (2) or none.
+template <int kBarrier>
 __global__ void rotate(const int* from, int* to) {
   __shared__ int values[96];
   values[threadIdx.x] = from[blockIdx.x * blockDim.x + threadIdx.x];
-  if (kBarrier) __syncthreads();
+  if (kBarrier == 1) __syncthreads();
+  if (kBarrier == 2) __syncwarp();
   to[blockIdx.x * blockDim.x + threadIdx.x] = values[(threadIdx.x + 1) % blockDim.x];
 }
 
@@ -94,7 +95,7 @@ __global__ void rotate_blocks(int* values, int* to, unsigned* arrived, int round
 #define EXPORT extern "C" __attribute__((visibility("default"))) const char*
 
 EXPORT run_rotate(const int* from, int* to, int64_t barrier) {
-  return report_errors([&] { emulate(3, 96, 0, barrier ? rotate<true> : rotate<false>, from, to); });
+  return report_errors([&] { emulate(3, 96, 0, barrier == 0 ? rotate<0> : barrier == 1 ? rotate<1> : rotate<2>, from, to); });
 }
 EXPORT run_sum_of_warps(const int* from, int* to, int64_t lanes) {
   return report_errors([&] { emulate(1, 96, 0, sum_of_warps, from, to, static_cast<int>(lanes)); });

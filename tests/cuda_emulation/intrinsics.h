@@ -124,6 +124,10 @@ T __ldg(const T* address) {
   return *address;
 }
 template <typename T>
+T __ldcg(const T* address) {
+  return *address;
+}
+template <typename T>
 T __ldcs(const T* address) {
   return *address;
 }
@@ -161,6 +165,24 @@ EMULATION_VECTOR(short, short)
 EMULATION_VECTOR(unsigned short, ushort)
 EMULATION_VECTOR(long long, longlong)
 EMULATION_VECTOR(unsigned long long, ulonglong)
+
+// Copies that go on while the thread computes (roi_align/cuda/async.cuh): nothing arrives before the thread waits for it.
+
+namespace doublehead {
+
+inline void copy_async(void* shared, const void* global) {
+  const auto aligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; };
+  if (!aligned(shared) || !aligned(global)) emulation::fail("an asynchronous copy of 16 bytes that are not aligned so");
+  emulation::machine.current->copies.push_back({shared, global});
+}
+
+inline void wait_for_copies() {
+  auto& copies = emulation::machine.current->copies;
+  for (const auto& [to, from] : copies) std::memcpy(to, from, 16);
+  copies.clear();
+}
+
+}  // namespace doublehead
 
 // Accesses that other blocks see (csrc/nms/cuda/grid.cuh), unlike a device's in that all others are seen at once too
 

@@ -70,24 +70,22 @@ void forward(const Numbers& n, const Problem<W>& problem, bool no_room) {
 }
 
 template <typename T, typename W>
-void backward(const Numbers& n, const Problem<W>& problem, unsigned char* workspace) {
-  const Boxes<W> boxes = lay_out_boxes(problem, workspace);
-  emulate(unsigned(n.images * n.levels), kListThreads, 0, list_boxes<W>, problem, boxes);
-  const int32_t columns = n.channels_last ? kTile : kPlanarTile, batch = batch_for(problem, columns);
-  const Tiles tiles = make_tiles(problem, columns);
-  const size_t shared = batch * batch_bytes(problem, columns);
-  const unsigned count = unsigned(tiles.end[0]);
-  constexpr int V = sizeof(T) == 8 ? 2 : 4;
-  const dim3 threads(32, kGatherWarps);
-  if (!n.channels_last) {
-    emulate(count * chunks(n.channels, kGatherWarps * V), threads, shared, gather_planar<T, W, V>, problem, tiles,
-            boxes, batch);
-  } else if (n.vectors) {
-    emulate(count * chunks(n.channels, 32 * V), threads, shared, gather_channels_last<T, W, V>, problem, tiles, boxes,
-            batch);
-  } else {
-    emulate(count * chunks(n.channels, 32), threads, shared, gather_channels_last<T, W, 1>, problem, tiles, boxes,
-            batch);
+void backward(const Numbers& n, const Problem<W>& problem, bool no_room) {
+  const Room room = no_room ? Room{0, 0, 0} : make_room(problem);
+  const auto gathers = choose_gathers<T>(problem, room, n.channels_last, n.vectors);
+  const Tiles sizes = make_tiles(problem, gathers[0].columns, chunks(n.channels, gathers[0].channels));
+  const int64_t bytes = lay_out_workspace(problem, sizes, room, gathers[0].sums, nullptr).bytes;
+  std::vector<double> memory(bytes / sizeof(double) + 2, std::nan(""));
+  const uintptr_t address = (reinterpret_cast<uintptr_t>(memory.data()) + 15) / 16 * 16;
+  const auto [boxes, tiles, size] =
+      lay_out_workspace(problem, sizes, room, gathers[0].sums, reinterpret_cast<unsigned char*>(address));
+  emulate(unsigned(n.images * n.levels), kListThreads, 0, list_boxes<W>, problem, tiles, boxes);
+  const unsigned tables = chunks(n.rois * n.scales, kPrepareWarps);
+  emulate(tables + chunks(tiles.end[0], kPrepareWarps), 32 * kPrepareWarps, 0, prepare<W>, problem, tiles, boxes,
+          tables);
+  for (const auto& gather : gathers) {
+    emulate(unsigned((tiles.slots + tiles.end[0]) * tiles.chunks), dim3(32, gather.threads / 32), gather.shared,
+            gather.kernel, problem, tiles, boxes, gather.batch, gather.when);
   }
 }
 
@@ -114,14 +112,11 @@ EXPORT run_forward(const Numbers* n, const int64_t* maps, const int64_t* pooled,
   });
 }
 
-EXPORT run_backward(const Numbers* n, const int64_t* maps, const int64_t* pooled, const void* rois,
-                    const double* reals) {
+EXPORT run_backward(const Numbers* n, const int64_t* maps, const int64_t* pooled, const void* rois, const double* reals,
+                    int64_t no_room) {
   return report_errors([&] {
     dispatch(n->dtype, [&]<typename T, typename W>() {
-      const Problem<W> problem = make_problem<W>(*n, maps, pooled, rois, reals);
-      std::vector<double> workspace(workspace_bytes(problem) / sizeof(double) + 2, std::nan(""));
-      const uintptr_t address = reinterpret_cast<uintptr_t>(workspace.data());
-      backward<T>(*n, problem, reinterpret_cast<unsigned char*>((address + 15) / 16 * 16));
+      backward<T>(*n, make_problem<W>(*n, maps, pooled, rois, reals), no_room != 0);
     });
   });
 }

@@ -43,6 +43,15 @@ def test_missing_barrier_shows_in_another_order():
     assert (result == torch.tensor(0xCDCDCDCD).int()).any()  # shared memory starts as garbage
 
 
+def test_barrier_of_a_warp_in_place_of_the_blocks_shows_where_warps_run_ahead():
+    given, result = numbers(288)
+    right = []
+    for order in ORDERS:
+        run("rotate", given, result, 2, order=order)
+        right.append(torch.equal(result.view(3, 96), given.view(3, 96).roll(-1, 1)))
+    assert right == [not order.ahead for order in ORDERS] and not all(right)
+
+
 @every_order
 def test_warp_collectives(order):
     given, result = numbers(96)

@@ -13,6 +13,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 struct uint3 {
@@ -76,6 +77,7 @@ struct Fiber {
   uint3 thread;
   Wait wait;
   uint64_t result;
+  std::vector<std::pair<void*, const void*>> copies;  // under way
 };
 
 // A block under way. What serves it serves block after block.
@@ -101,6 +103,7 @@ struct Machine {
   std::function<void()> body;
   std::exception_ptr error;
   Order thread_order = 0, block_order = 0;
+  bool ahead = false;   // whether warps go on, as far as each gets
   size_t resident = 1;  // blocks that take turns
   bool in_turns = false;  // whether any do in the running kernel
   size_t pauses = 0;      // of it

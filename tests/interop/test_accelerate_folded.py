@@ -19,6 +19,8 @@ from doublehead.interop.torchvision.folded import (
 from doublehead.interop.torchvision.modules import AcceleratedRPN
 from doublehead.models.folded import networks
 from doublehead.ops import onednn
+from tests.support.cudnn_standin import Launches, cuda_on_cpu
+from tests.support.precision import assert_as_exact
 from tests.support.torchvision_models import build, pictures
 
 
@@ -115,3 +117,28 @@ def test_names_of_the_maps_stay(model):
 def test_eval_with_gradients_runs_the_modules(model, folds):
     model = doublehead.accelerate(copy.deepcopy(model)).requires_grad_(True)
     assert model.backbone(pictures()[0][None])["0"].requires_grad and folds == []
+
+
+@torch.no_grad()
+def test_on_cuda(model, folds):
+    """In autocast's dtype, without a conversion of weights or maps at each call."""
+    plain, model = copy.deepcopy(model), doublehead.accelerate(copy.deepcopy(model))
+    pixels = pictures()[0][None, :, :32, :64]
+    with cuda_on_cpu(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        maps, expected = model.backbone(pixels), plain.backbone(pixels)
+        x = torch.randn(9, 256, 7, 7).bfloat16().to(memory_format=torch.channels_last)
+        heads = model.roi_heads
+        outputs, others = (m.box_predictor(m.box_head(x)) for m in (heads, plain.roi_heads))
+        model.rpn.head(list(maps.values()))
+        with Launches() as seen:
+            model.rpn.head(list(model.backbone(pixels).values()))
+            heads.box_predictor(heads.box_head(x))
+    assert seen.counts["_to_copy"] == 0 and seen.counts["addmm"] == 1 + 4 + 5 + 2 + 1 and seen.total <= 95
+    assert folds[:1] == ["run_body"] and "linear" not in folds
+    exact = plain.backbone.double()(pixels.double())
+    for name, level in expected.items():
+        assert maps[name].dtype == torch.bfloat16 and maps[name].is_contiguous(memory_format=torch.channels_last)
+        assert_as_exact(maps[name], level.bfloat16(), exact[name], roundings=8)
+    for found, other in zip(outputs, others, strict=True):
+        assert found.is_contiguous() and found.dtype == other.dtype
+        torch.testing.assert_close(found, other, rtol=0, atol=0.05 * other.abs().max().item())

@@ -165,9 +165,22 @@ def test_the_best_lie_behind_a_sweep_that_finds_some():
     assert check_exactly(args).item() == 300
 
 
-def test_many_classes():
-    # A sweep of the merge takes a block two rounds.
-    check_exactly(make(1, 9, 300, seed=8, scale=3.0, score_threshold=1e-4, max_detections=40))
+def test_sweep_after_sweep_finds_better_ones():
+    # Half of the classes have all of the best: 490 more in each sweep than the merge has room for beside 1,024.
+    args = make(1, 250, 30, seed=14, scale=0.3, crowd=250, score_threshold=0.0, nms_iou=0.99, max_detections=1024)
+    args.valid[:] = True
+    args.logits[0][..., ::2] += 3.0
+    assert check_exactly(args).item() == 1024
+
+
+@pytest.mark.parametrize("last", [200, 300])
+def test_many_classes(last):
+    # A sweep of the merge takes a block two rounds; with 200 the second finds nothing.
+    args = make(1, 20, 300, seed=8, scale=3.0, crowd=20, score_threshold=1e-4, max_detections=100, nms_iou=0.99)
+    args.logits[0][..., 7] += 15.0
+    for logits in args.logits:
+        logits[..., last:] = -INF
+    assert check_exactly(args).item() == 100
 
 
 @every_order

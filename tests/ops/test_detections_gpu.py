@@ -72,7 +72,7 @@ def test_larger_calls_take_the_other_path(change):
     assert not by_class.serves(args)
     found, expected = detections(*given, **OPTIONS), reference.detections(args)
     torch.testing.assert_close(found[1], expected[1], atol=1e-6, rtol=1e-5)
-    with pytest.raises(RuntimeError, match="must be .* to 1024|must be .* to 1280"):
+    with pytest.raises(RuntimeError, match="must be .* to 1024|must be .* to 1216"):
         torch.ops.doublehead.detections_by_class(*given, *OPTIONS.values())
 
 

@@ -21,6 +21,8 @@ def test_opcheck(heads, rois, dtype):
     logits = [item.to(dtype).requires_grad_() for item in logits]
     arguments = (logits, deltas.requires_grad_(), *others, *OPTIONS.values())
     torch.library.opcheck(torch.ops.doublehead.detections.default, arguments)
+    without_grad = [item.detach() for item in logits], deltas.detach(), *arguments[2:]
+    torch.library.opcheck(torch.ops.doublehead.detections_by_class.default, without_grad)
 
 
 def test_it_has_no_gradient():

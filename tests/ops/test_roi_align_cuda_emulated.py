@@ -61,7 +61,7 @@ def check(features, rois, *pooling, order=IN_ORDER, no_room=False) -> tuple[list
     grads = make_features([o.shape for o in outputs], features[0].dtype, seed=1)
     last = reference.is_channels_last(features[0])
     sizes = [*features[0].shape[:2], *(side for f in features for side in f.shape[2:])]
-    results = backward(grads, rois, sizes, last, *pooling, order=order)
+    results = backward(grads, rois, sizes, last, *pooling, order=order, no_room=no_room)
     plain = reference.multiscale_roi_align_backward(grads, rois, sizes, last, Pooling(*pooling))
     for level, expected in enumerate(
         exact(reference.multiscale_roi_align_backward, grads, rois, sizes, last, Pooling(*pooling))

@@ -17,7 +17,7 @@ def call(name, maps, pooled, rois, pooling, channels_last, order=IN_ORDER, vecto
     """Runs the kernels: `maps` -> `pooled` (forward) or `pooled` -> `maps` (backward)."""
     pooling = Pooling(*pooling)
     first = maps[0]
-    width = 16 // first.element_size() if name == "run_forward" else 2 if first.dtype == torch.float64 else 4
+    width = 16 // first.element_size()
     if vectors is None:  # as csrc/roi_align/cuda/roi_align.cu decides it
         strides = [m.stride(d) for m in maps for d in (0, 2, 3)] + [first.shape[1]]
         vectors = all(s % width == 0 for s in strides)
@@ -48,7 +48,7 @@ def forward(features, rois, *pooling, order=IN_ORDER, no_room=False) -> list[Ten
     return outputs
 
 
-def backward(grads, rois, feature_sizes, channels_last, *pooling, order=IN_ORDER) -> list[Tensor]:
+def backward(grads, rois, feature_sizes, channels_last, *pooling, order=IN_ORDER, no_room=False) -> list[Tensor]:
     layout = LAYOUTS[channels_last]
     images, channels, *sides = feature_sizes
     results = [
@@ -56,5 +56,5 @@ def backward(grads, rois, feature_sizes, channels_last, *pooling, order=IN_ORDER
         for h, w in zip(sides[::2], sides[1::2], strict=True)
     ]
     grads = [grad.contiguous(memory_format=layout) for grad in grads]
-    call("run_backward", results, grads, rois, pooling, channels_last, order)
+    call("run_backward", results, grads, rois, pooling, channels_last, order, no_room=no_room)
     return results

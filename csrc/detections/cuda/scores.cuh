@@ -1,6 +1,7 @@
 // Scores of all classes, class by class: the first kernel of the detections. No torch, no launch.
 #pragma once
 
+#include "marks.h"
 #include "sort.cuh"
 
 namespace doublehead::detections {
@@ -78,17 +79,20 @@ __device__ __forceinline__ float fuse(float fc, float conv, Fusion fusion) {
 // keys [B, C - 1, column]: nms.h's sort_key of the score of each foreground class of each RoI, kNoScore where that is no
 // candidate. A block has kRows RoIs of an image, and turns the labels of a RoI into RoIs of a label in shared memory.
 template <typename T, int kEach>
-__global__ __launch_bounds__(kScoreThreads) void score_classes(Classifiers<T> in, uint32_t* keys) {
+__global__ __launch_bounds__(kScoreThreads, 2) void score_classes(Classifiers<T> in, uint32_t* keys) {
   DOUBLEHEAD_DYNAMIC_SHARED(uint32_t, turned);  // [C][kRows + 1]
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, blocks = in.column / kRows;
   const uint32_t image = blockIdx.x / blocks, first = blockIdx.x % blocks * kRows, roi = first + warp;
   const bool exists = roi < in.rois && in.valid[image * in.valid_image + roi * in.valid_roi] != 0;
   float fc[kEach] = {}, conv[kEach] = {};
+  DOUBLEHEAD_MARK_BEGIN("detections scores of a RoI");
   if (exists) {
+    constexpr bool kAtOnce = kEach <= 4;  // both rows are under way; long ones would fill the registers
     load_row(in.first, image, roi, in.classes, fc);
-    if (in.second.data) load_row(in.second, image, roi, in.classes, conv);
+    if (kAtOnce && in.second.data) load_row(in.second, image, roi, in.classes, conv);
     softmax(fc);
     if (in.second.data) {
+      if (!kAtOnce) load_row(in.second, image, roi, in.classes, conv);
       softmax(conv);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) fc[i] = fuse(fc[i], conv[i], in.fusion);
@@ -100,6 +104,7 @@ __global__ __launch_bounds__(kScoreThreads) void score_classes(Classifiers<T> in
     const uint32_t key = exists && fc[i] > in.threshold ? nms::sort_key(fc[i]) : kNoScore;
     if (label < in.classes) turned[label * (kRows + 1) + warp] = key;
   }
+  DOUBLEHEAD_MARK_END("detections scores of a RoI");
   __syncthreads();
   uint32_t* mine = keys + int64_t(image) * (in.classes - 1) * in.column + first;
   for (uint32_t i = threadIdx.x; i < (in.classes - 1) * kRows; i += kScoreThreads) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "marks.h"
 #include "nms/nms.h"
 
 namespace doublehead::detections {
@@ -48,9 +49,11 @@ __device__ __forceinline__ void sort_keys(uint64_t* keys, uint32_t count) {
   for (uint32_t run = 2; run <= size; run *= 2) {
     for (uint32_t apart = run / 2; apart > 0; apart /= 2) {
       for (uint32_t pair = threadIdx.x; pair < size / 2; pair += kThreads) {
+        DOUBLEHEAD_MARK_BEGIN("detections pair of a sort");
         const uint32_t i = (pair & ~(apart - 1)) * 2 | (pair & (apart - 1));
         const uint64_t a = keys[i], b = keys[i + apart];
         if ((a > b) == ((i & run) == 0)) keys[i] = b, keys[i + apart] = a;
+        DOUBLEHEAD_MARK_END("detections pair of a sort");
       }
       const uint32_t next = apart > 1 ? apart / 2 : run;
       if (apart > 32 || next > 32) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "boxes.cuh"
+#include "marks.h"
 #include "sort.cuh"
 
 namespace doublehead::detections {
@@ -86,7 +87,9 @@ __device__ __forceinline__ void order_boxes(uint32_t count, Candidates& all) {
 // Of 8 boxes from `first` on, a bit for each that suppresses `box`, but for those from `end` on.
 __device__ __forceinline__ uint32_t suppressors_of(const nms::Box<float>& box, uint32_t first, uint32_t end,
                                                    const nms::Rule<float>& rule, const Candidates& all) {
+  DOUBLEHEAD_MARK_BEGIN("detections 8 tests");
   const uint32_t bits = nms::suppressed_by<kTests>(rule, box, [&](uint32_t i) { return all.boxes[first + i]; });
+  DOUBLEHEAD_MARK_END("detections 8 tests");
   return first + kTests <= end ? bits : first < end ? bits & ((1u << (end - first)) - 1) : 0;
 }
 
@@ -101,7 +104,7 @@ __device__ __forceinline__ uint64_t settle_tile(const nms::Box<float>& own, uint
     by_kept |= suppressors_of(own, first, total, rule, all);
   }
   const uint32_t begin = quarter * 16;
-  if (begin < (b | 31)) {  // else nothing better is there for any lane
+  if (begin < b) {  // else nothing better is there
     by_tile = suppressors_of(own, from + begin, from + b, rule, all) |
               suppressors_of(own, from + begin + kTests, from + b, rule, all) << kTests;
   }

@@ -72,6 +72,7 @@ __global__ __launch_bounds__(kRankThreads) void rank_boxes(Strided<T> boxes, Str
       lesser += other < value;
       beside += before && other == value;
     };
+    DOUBLEHEAD_MARK_BEGIN("nms: 8 comparisons");  // of a loop
     if (mixed) {
       for (uint32_t i = 0; i < size; ++i) compare(i, key + Key(first + i < row));
     } else {
@@ -79,6 +80,7 @@ __global__ __launch_bounds__(kRankThreads) void rank_boxes(Strided<T> boxes, Str
 #pragma unroll 8
       for (uint32_t i = 0; i < size; ++i) compare(i, limit);
     }
+    DOUBLEHEAD_MARK_END("nms: 8 comparisons");
   }
   sums[0][warp][lane] = better, sums[1][warp][lane] = lesser, sums[2][warp][lane] = beside;
   __syncthreads();

@@ -2,6 +2,7 @@
 // room for them (a box of thousands of pixels on a large map, hundreds of bins) bins are pooled sample by sample.
 #pragma once
 
+#include "marks.h"
 #include "taps.cuh"
 
 namespace doublehead::roi_align::device {
@@ -89,11 +90,53 @@ __device__ inline void pool_chunk_by_samples(const Problem<W>& problem, const Wo
   }
 }
 
-// One row of bins, V channels: from column to column, the pixels of each combined as the row wants it and given to the
-// bins that read the column. Neighbouring bins share up to two columns, which are kept.
+// One row of bins that reads N rows of pixels, V channels: from column to column, the pixels of each combined as the row
+// wants it and given to the bins that read the column. Neighbouring bins share up to two columns, which are kept.
+template <int V, int N, typename T, typename W>
+__device__ __forceinline__ void pool_rows(const T* pixels, const Tap<W>* rows, const Tables<W>& tables, int32_t bins,
+                                          int64_t channels, T* output) {
+  const T* from[N];
+  W weights[N];
+#pragma unroll
+  for (int n = 0; n < N; ++n) from[n] = pixels + rows[n].offset, weights[n] = rows[n].weight;
+  W older[V] = {}, newer[V] = {};
+  int64_t older_at = -1, newer_at = -1;
+#pragma unroll 1
+  for (int32_t pw = 0; pw < bins; ++pw, output += channels) {
+    const Bin bin = tables.column_bins[pw];
+    W sum[V] = {};
+#pragma unroll 1
+    for (int32_t i = bin.begin; i < bin.begin + bin.count; ++i) {
+      DOUBLEHEAD_MARK_BEGIN("forward column");
+      const Tap<W> column = tables.columns[i];
+      if (column.offset == older_at) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] = std::fma(column.weight, older[v], sum[v]);
+      } else {
+        if (column.offset != newer_at) {
+          older_at = newer_at;
+          newer_at = column.offset;
+#pragma unroll
+          for (int v = 0; v < V; ++v) older[v] = newer[v], newer[v] = W(0);
+          Vector<T, V> loaded[N];
+#pragma unroll
+          for (int n = 0; n < N; ++n) loaded[n] = load<V>(from[n] + column.offset);
+#pragma unroll
+          for (int n = 0; n < N; ++n) add_loaded<V>(loaded[n], weights[n], newer);
+        }
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] = std::fma(column.weight, newer[v], sum[v]);
+      }
+      DOUBLEHEAD_MARK_END("forward column");
+    }
+    store<V>(output, sum);
+  }
+}
+
+// The same for any number of rows of pixels.
 template <int V, typename T, typename W>
-__device__ __forceinline__ void pool_row(const T* pixels, const Tap<W>* rows, int32_t row_count,
-                                         const Tables<W>& tables, int32_t bins, int64_t channels, T* output) {
+__device__ __forceinline__ void pool_many_rows(const T* pixels, const Tap<W>* rows, int32_t row_count,
+                                               const Tables<W>& tables, int32_t bins, int64_t channels, T* output) {
   W older[V] = {}, newer[V] = {};
   int64_t older_at = -1, newer_at = -1;
   for (int32_t pw = 0; pw < bins; ++pw, output += channels) {
@@ -117,6 +160,18 @@ __device__ __forceinline__ void pool_row(const T* pixels, const Tap<W>* rows, in
       for (int v = 0; v < V; ++v) sum[v] = std::fma(column.weight, newer[v], sum[v]);
     }
     store<V>(output, sum);
+  }
+}
+
+template <int V, typename T, typename W>
+__device__ __forceinline__ void pool_row(const T* pixels, const Tap<W>* rows, int32_t row_count,
+                                         const Tables<W>& tables, int32_t bins, int64_t channels, T* output) {
+  switch (row_count) {
+    case 1: return pool_rows<V, 1>(pixels, rows, tables, bins, channels, output);
+    case 2: return pool_rows<V, 2>(pixels, rows, tables, bins, channels, output);
+    case 3: return pool_rows<V, 3>(pixels, rows, tables, bins, channels, output);
+    case 4: return pool_rows<V, 4>(pixels, rows, tables, bins, channels, output);
+    default: return pool_many_rows<V>(pixels, rows, row_count, tables, bins, channels, output);
   }
 }
 

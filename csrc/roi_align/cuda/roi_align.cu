@@ -13,12 +13,9 @@ namespace {
 
 using namespace device;
 
-// Channels that a thread of the forward loads at once, 16 bytes of them. In the backward it holds sums for 8 pixels, and
-// so fewer.
+// Channels that a thread loads at once, 16 bytes of them.
 template <typename T>
-constexpr int kForwardVector = 16 / sizeof(T);
-template <typename T>
-constexpr int kBackwardVector = sizeof(T) == 8 ? 2 : 4;
+constexpr int kVector = 16 / sizeof(T);
 
 Map make_map(const Tensor& map, double scale) {
   DOUBLEHEAD_CHECK(map.size(2) < INT32_MAX && map.size(3) < INT32_MAX, "roi_align: features may have up to 2^31 - 2 ",
@@ -53,13 +50,14 @@ Problem<W> make_problem(const std::vector<Tensor>& maps, const std::vector<Tenso
 }
 
 // What the tables that kernels get by value, and their 32-bit numbers, have room for.
-void check_sizes(const Pooling& pooling, int64_t rois) {
+void check_sizes(const Pooling& pooling, int64_t rois, int64_t channels) {
   DOUBLEHEAD_CHECK(pooling.spatial_scales.size() <= kMaxLevels, "roi_align: on CUDA there may be up to ", kMaxLevels,
                    " levels, got ", pooling.spatial_scales.size());
   DOUBLEHEAD_CHECK(pooling.box_scales.size() <= kMaxScales, "roi_align: on CUDA there may be up to ", kMaxScales,
                    " box_scales, got ", pooling.box_scales.size());
   DOUBLEHEAD_CHECK(pooling.height < (1 << 15) && pooling.width < (1 << 15), "roi_align: on CUDA output_size must be ",
                    "under 32768, got (", pooling.height, ", ", pooling.width, ")");
+  DOUBLEHEAD_CHECK(channels < INT32_MAX - 512, "roi_align: on CUDA there may be up to 2^31 - 513 channels, got ", channels);
   DOUBLEHEAD_CHECK(rois * int64_t(pooling.box_scales.size()) < INT32_MAX, "roi_align: on CUDA rois times box_scales ",
                    "must be under 2^31 - 1, got ", rois, " * ", pooling.box_scales.size());
 }
@@ -100,7 +98,7 @@ void launch_forward(const Problem<W>& problem, bool channels_last, const OnDevic
     const unsigned blocks = check_grid(items * chunks(kPlanarChannels));
     pool_planar<T, W><<<blocks, kPlanarThreads, room_bytes<W>(room) + kPlanarSumBytes, on.stream()>>>(problem, room);
   } else {
-    constexpr int V = kForwardVector<T>;
+    constexpr int V = kVector<T>;
     const dim3 threads(32, warps_for(problem.height));
     if (vectors_fit<T>(problem, V)) {
       const unsigned blocks = check_grid(items * chunks(32 * V));
@@ -121,7 +119,7 @@ std::vector<Tensor> forward_cuda(std::vector<Tensor> features, Tensor rois, cons
   const bool channels_last = is_channels_last(features[0]);
   features = check_features(features, channels_last);
   rois = check_rois(rois, features[0]);
-  check_sizes(pooling, rois.size(0));
+  check_sizes(pooling, rois.size(0), features[0].size(1));
   const std::vector<Tensor> results = empty_outputs(features, rois, pooling, channels_last);
   if (results[0].numel() == 0) return results;
   dispatch_floating(features[0].scalar_type(), "roi_align: features", [&]<typename T>() {
@@ -134,34 +132,38 @@ std::vector<Tensor> forward_cuda(std::vector<Tensor> features, Tensor rois, cons
 // ---------------------------------------------------------------------------------------------
 // Backward
 
+// Everything before the sums.
 template <typename W>
-Boxes<W> list_all_boxes(const Problem<W>& problem, const Tensor& workspace, const OnDevice& on) {
-  const Boxes<W> boxes = lay_out_boxes(problem, static_cast<unsigned char*>(workspace.data_ptr()));
-  list_boxes<W><<<check_grid(problem.images * problem.levels), kListThreads, 0, on.stream()>>>(problem, boxes);
+void prepare_tiles(const Problem<W>& problem, const Workspace<W>& work, const OnDevice& on) {
+  const auto blocks = [](int64_t warps) { return (warps + kPrepareWarps - 1) / kPrepareWarps; };
+  const unsigned lists = check_grid(problem.images * problem.levels);
+  list_boxes<W><<<lists, kListThreads, 0, on.stream()>>>(problem, work.tiles, work.boxes);
   on.check_launch("roi_align_backward");
-  return boxes;
+  const int64_t tables = blocks(problem.count * problem.scales);
+  const unsigned all = check_grid(tables + blocks(work.tiles.end[0]));
+  prepare<W><<<all, 32 * kPrepareWarps, 0, on.stream()>>>(problem, work.tiles, work.boxes, unsigned(tables));
+  on.check_launch("roi_align_backward");
 }
 
 template <typename T, typename W>
-void launch_backward(const Problem<W>& problem, bool channels_last, const Tensor& workspace, const OnDevice& on) {
-  const Boxes<W> boxes = list_all_boxes(problem, workspace, on);
-  const int32_t columns = channels_last ? kTile : kPlanarTile;
-  const Tiles tiles = make_tiles(problem, columns);
-  const int32_t batch = batch_for(problem, columns);
-  const size_t shared = batch * batch_bytes(problem, columns);
-  const dim3 threads(32, kGatherWarps);
-  const auto blocks = [&](int64_t channels) {
-    return check_grid(tiles.end[0] * ((problem.channels + channels - 1) / channels));
-  };
-  constexpr int V = kBackwardVector<T>;
-  if (!channels_last) {
-    gather_planar<T, W, V><<<blocks(kGatherWarps * V), threads, shared, on.stream()>>>(problem, tiles, boxes, batch);
-  } else if (vectors_fit<T>(problem, V)) {
-    gather_channels_last<T, W, V><<<blocks(32 * V), threads, shared, on.stream()>>>(problem, tiles, boxes, batch);
-  } else {
-    gather_channels_last<T, W, 1><<<blocks(32), threads, shared, on.stream()>>>(problem, tiles, boxes, batch);
+void launch_backward(const Problem<W>& problem, bool channels_last, const Tensor& like, const OnDevice& on) {
+  const Room room = make_room(problem);
+  const std::vector<Gather<W>> gathers =
+      choose_gathers<T>(problem, room, channels_last, vectors_fit<T>(problem, kVector<T>));
+  const Gather<W>& first = gathers[0];
+  const Tiles tiles = make_tiles(problem, first.columns, (problem.channels + first.channels - 1) / first.channels);
+  const int64_t bytes = lay_out_workspace(problem, tiles, room, first.sums, nullptr).bytes;
+  const Tensor memory = empty_on(like, {bytes}, ScalarType::Byte);
+  const Workspace<W> work =
+      lay_out_workspace(problem, tiles, room, first.sums, static_cast<unsigned char*>(memory.data_ptr()));
+  prepare_tiles(problem, work, on);
+  const unsigned blocks = check_grid((work.tiles.slots + work.tiles.end[0]) * work.tiles.chunks);
+  for (const Gather<W>& gather : gathers) {
+    const dim3 threads(32, unsigned(gather.threads / 32));
+    gather.kernel<<<blocks, threads, gather.shared, on.stream()>>>(problem, work.tiles, work.boxes, gather.batch,
+                                                                   gather.when);
+    on.check_launch("roi_align_backward");
   }
-  on.check_launch("roi_align_backward");
 }
 
 std::vector<Tensor> backward_cuda(std::vector<Tensor> grads, Tensor rois, const std::vector<int64_t>& feature_sizes,
@@ -170,7 +172,7 @@ std::vector<Tensor> backward_cuda(std::vector<Tensor> grads, Tensor rois, const 
   check_cuda_device(grads[0], "roi_align: grads");
   const OnDevice on(grads[0]);
   rois = check_rois(rois, grads[0]);
-  check_sizes(pooling, rois.size(0));
+  check_sizes(pooling, rois.size(0), feature_sizes[1]);
   grads = check_grads(grads, rois, feature_sizes[1], pooling, channels_last);
   const std::vector<Tensor> results = empty_feature_grads(grads[0], feature_sizes, channels_last);
   int64_t elements = 0;
@@ -179,8 +181,7 @@ std::vector<Tensor> backward_cuda(std::vector<Tensor> grads, Tensor rois, const 
   dispatch_floating(grads[0].scalar_type(), "roi_align: grads", [&]<typename T>() {
     using W = compute_t<T>;
     const Problem<W> problem = make_problem<W>(results, grads, rois, pooling);
-    const Tensor workspace = empty_on(rois, {workspace_bytes(problem)}, ScalarType::Byte);
-    launch_backward<T>(problem, channels_last, workspace, on);
+    launch_backward<T>(problem, channels_last, rois, on);
   });
   return results;
 }

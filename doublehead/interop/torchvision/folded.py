@@ -1,4 +1,4 @@
-"""torchvision's networks run folded at inference on a CPU (`doublehead.models.folded`), and as they are elsewhere.
+"""torchvision's networks run folded at inference on a CPU and on CUDA (`doublehead.models.folded`).
 
 As in `modules`, each class adds behaviour but no state.
 """

@@ -64,23 +64,18 @@ class AcceleratedRPN(RegionProposalNetwork):
         maps = list(features.values())
         logits, deltas = self.head(maps)
         anchors = torch.stack(self.anchor_generator(images, maps))
-        candidates, scores, levels, first = [], [], [], 0
+        moves, starts, scores, levels, first = [], [], [], [], 0
         for level, (logit, delta) in enumerate(zip(logits, deltas, strict=True)):
             logit = logit.permute(0, 2, 3, 1).flatten(1)
             delta = delta.permute(0, 2, 3, 1).reshape(*logit.shape, 4)
             best, index = self._best(logit)
-            candidates.append(
-                decode_boxes(
-                    _rows(delta, index),
-                    _rows(anchors[:, first : first + logit.shape[1]], index),
-                    self.box_coder.weights,
-                    self.box_coder.bbox_xform_clip,
-                )
-            )
+            moves.append(_rows(delta, index))
+            starts.append(_rows(anchors[:, first : first + logit.shape[1]], index))
             scores.append(best)
             levels.append(torch.full_like(index, level))
             first += logit.shape[1]
-        candidates, scores, levels = (torch.cat(parts, 1) for parts in (candidates, scores, levels))
+        moves, starts, scores, levels = (torch.cat(parts, 1) for parts in (moves, starts, scores, levels))
+        candidates = decode_boxes(moves, starts, self.box_coder.weights, self.box_coder.bbox_xform_clip)
         return self._suppress(candidates, scores, levels, images.image_sizes)[0], {}
 
     def filter_proposals(

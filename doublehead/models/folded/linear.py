@@ -166,6 +166,8 @@ class CublasProducts:
     @staticmethod
     def pack(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         missing = -len(weight) % channel_step(dtype)
+        if not missing:
+            return weight.to(dtype), bias.to(dtype)
         return pad(weight.to(dtype), (0, 0, 0, missing)), pad(bias.to(dtype), (0, missing))
 
     @staticmethod

@@ -11,7 +11,7 @@ import torch
 from .arguments import DetectionArguments
 
 #: As in csrc/detections/cuda.
-MOST_ROIS, MOST_CLASSES, MOST_DETECTIONS = 1024, 1280, 1024
+MOST_ROIS, MOST_CLASSES, MOST_DETECTIONS = 1024, 1216, 1024
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZE_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
