@@ -264,8 +264,17 @@ def test_limits_are_those_of_the_kernels():
     assert limits.tolist() == [by_class.MOST_ROIS, by_class.MOST_CLASSES, by_class.MOST_DETECTIONS]
 
 
+@pytest.mark.parametrize("fusion", FUSION_NAMES)
+def test_the_operator_gets_all_arguments(fusion):
+    args = make(2, 9, 4, fusion=fusion, max_detections=7)
+    expected = reference.detections(args)
+    assert by_class.with_name(*by_class.with_number(args)) == (args,)
+    assert all(map(torch.equal, by_class.detections(args), expected))  # on the CPU, by its path there
+
+
 def test_what_is_served():
     args = make(1, 4, 3)
+    assert by_class.detections(args._replace(max_detections=0)) is None
     assert by_class.serves(args) and by_class.serves(make(1, 4, 3, heads=1))
     half = args.deltas.half()
     assert by_class.serves(args._replace(deltas=half))
