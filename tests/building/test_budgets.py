@@ -39,11 +39,29 @@ class Budget(NamedTuple):
     """Mark -> warp instructions on the longest way between its ends, at most."""
     loads: dict[str, str] = {}
     """Mark -> the only width of loads from global memory in it, "LDG.128"."""
+    stores: str = ""
+    """The only width of stores to global memory in the whole kernel."""
 
 
 BUDGETS = [
-    Budget("pool_channels_lastIffLi4", threads=224, blocks=4, dynamic=928),
-    Budget("pool_channels_lastIN3c108BFloat16EfLi8", threads=224, blocks=4, dynamic=928),
+    Budget(
+        "pool_channels_lastIffLi4",
+        threads=224,
+        blocks=4,
+        dynamic=928,
+        most={"roi_align: forward column": 75},
+        loads={"roi_align: forward column": "LDG.128"},
+    ),
+    Budget(
+        "pool_channels_lastIN3c108BFloat16EfLi8",
+        threads=224,
+        blocks=4,
+        dynamic=928,
+        most={"roi_align: forward column": 160},
+        loads={"roi_align: forward column": "LDG.128"},
+    ),
+    Budget("gather_channels_lastIffLi4", threads=512, blocks=2, dynamic=43 << 10, stores="STG.128"),
+    Budget("gather_channels_lastIN3c108BFloat16EfLi8", threads=512, blocks=2, dynamic=43 << 10, stores="STG.128"),
     Budget(
         "decideIf",
         threads=1024,
@@ -114,6 +132,13 @@ def test_hot_loops_load_wide(budget, arch):
         if width := budget.loads.get(section.mark):
             loads = {kind for kind in section.opcodes if kind.split(".")[0] in ("LDG", "LD", "LDGSTS")}
             assert loads == {width}, (section.mark, section.opcodes)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("budget", [budget for budget in BUDGETS if budget.stores], ids=lambda budget: budget.kernel)
+def test_results_are_stored_wide(budget, arch):
+    counts = machine_code.count_opcodes(kernel_of(budget, arch).code.instructions)
+    assert {kind for kind in counts if kind.startswith("STG")} == {budget.stores}
 
 
 @pytest.mark.parametrize("arch", ARCHS)

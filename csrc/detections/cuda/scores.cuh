@@ -9,7 +9,7 @@ namespace doublehead::detections {
 constexpr uint32_t kRows = 8;  // RoIs of a block, a warp for each: 8 keys are a sector of 32 bytes
 constexpr uint32_t kScoreThreads = 32 * kRows;
 
-enum Fusion : int32_t { kComplementary, kMax, kAverage };  // of two classifiers
+enum Fusion : int32_t { kComplementary, kMax, kAverage };  // of two classifiers, in the order of FUSIONS in Python
 
 // T[B, R, C], of any strides.
 template <typename T>

@@ -107,7 +107,7 @@ __device__ __forceinline__ void pool_rows(const T* pixels, const Tap<W>* rows, c
     W sum[V] = {};
 #pragma unroll 1
     for (int32_t i = bin.begin; i < bin.begin + bin.count; ++i) {
-      DOUBLEHEAD_MARK_BEGIN("forward column");
+      DOUBLEHEAD_MARK_BEGIN("roi_align: forward column");
       const Tap<W> column = tables.columns[i];
       if (column.offset == older_at) {
 #pragma unroll
@@ -127,7 +127,7 @@ __device__ __forceinline__ void pool_rows(const T* pixels, const Tap<W>* rows, c
 #pragma unroll
         for (int v = 0; v < V; ++v) sum[v] = std::fma(column.weight, newer[v], sum[v]);
       }
-      DOUBLEHEAD_MARK_END("forward column");
+      DOUBLEHEAD_MARK_END("roi_align: forward column");
     }
     store<V>(output, sum);
   }
