@@ -228,7 +228,10 @@ class ConvTower(nn.Sequential):
         if not self.fused or torch.compiler.is_compiling() or has_inner_hooks(self):
             return False
         norms = self._norms()
-        return self._is_original(norms) and all(norm.training and norm.momentum is not None for norm in norms)
+        for norm in norms:
+            if not norm.training or norm.momentum is None:
+                return False
+        return self._is_original(norms)
 
     def _is_original(self, norms: list[nn.Module] | None = None) -> bool:
         """Whether nobody has replaced a layer by one that the fused paths would not compute."""
@@ -292,7 +295,10 @@ class ConvTower(nn.Sequential):
 
 def _are_plain(norms: Sequence[nn.Module]) -> bool:
     """Not SyncBatchNorm, and with the statistics and weights that the fused paths use."""
-    return all(type(norm) is nn.BatchNorm2d and norm.track_running_stats and norm.affine for norm in norms)
+    for norm in norms:
+        if type(norm) is not nn.BatchNorm2d or not norm.track_running_stats or not norm.affine:
+            return False
+    return True
 
 
 def track(normed: Sequence[Normed], rows: int) -> None:

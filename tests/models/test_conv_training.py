@@ -111,7 +111,7 @@ def test_the_hosts_work(triton_kernels, monkeypatch):
     forget(model, x)
     with Operators() as seen:
         step(model, x, amp=True)
-    assert len(seen.names) <= 320 and calls <= 1600
+    assert len(seen.names) <= 320 and calls <= 1300
     assert {name: seen.names.count(name) for name in ("lerp_", "clamp_", "_foreach_lerp_", "_foreach_add_")} == {
         "lerp_": 0, "clamp_": 1, "_foreach_lerp_": 1, "_foreach_add_": 1,
     }  # the running statistics of 11 norms  # fmt: skip
