@@ -139,6 +139,10 @@ class ConvTower(nn.Sequential):
 
     With non-local blocks, K counts them too: one before each bottleneck.
 
+    A training step waits for nothing, so CUDA graphs can record it where the number of RoIs stays the same:
+    `torch.cuda.make_graphed_callables(tower, (maps,))`, under autocast with `cache_enabled=False`.  Recording runs some
+    steps, which move the running statistics; load the state again after it.
+
     Args:
         channels: input width.
         config: depth, width, non-local blocks, and whether to run fused.

@@ -125,8 +125,6 @@ def test_operators_and_direct_calls_give_the_same_bits(triton_kernels, poisoned)
         expected = results(watched, again)
     assert "batch_norm_act" in seen.names and "non_local_attention_backward" in seen.names
     assert_same(results(model, x), expected)
-    twice = results(copy.deepcopy(watched), again.detach().requires_grad_())
-    assert twice["x"].equal(expected["x"])
 
 
 def test_recomputing_gives_the_same_bits(triton_kernels, poisoned):
