@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from model_boxes import BINS, CHANNELS, RATIO, Boxes, boxes_of, distinct, tiles_of
 from model_machine import Machine, Step, makespan
@@ -10,9 +12,20 @@ from torch import Tensor
 # ---------------------------------------------------------------------------------------------
 # The kernels of 2026-11-26 (commit 638fdfc), whose times were measured
 
-PROLOGUE, NEW_COLUMN, NEW_COLUMN_16, OLD_COLUMN = 750, 100, 150, 22
-"""Warp instructions of the forward: before the first column; a column of three pixels; one that is still in registers.
-(sass.py: 745; 22 to 460, most of which are its variants for 1 to 4 pixels.)"""
+PROLOGUE = 750
+"""Warp instructions of the forward before the first column (sass.py: 745)."""
+
+
+class Column(NamedTuple):
+    """Warp instructions for a column of three pixels, and for one that is still in registers."""
+
+    new: int
+    old: int
+
+
+COLUMN_BEFORE = {4: Column(75, 22), 2: Column(137, 26)}
+COLUMN = {4: Column(53, 10), 2: Column(113, 14)}
+"""By the bytes of a number; counted with sass.py."""
 PLANAR_ROW, PLANAR_OUTPUT = 90, 120
 FILL, GATHER_COLUMN = 2000, 99
 """Of the backward: a batch's weights on the slowest warp, by replaying its loops; a box's column of bins (71-99)."""
@@ -45,19 +58,22 @@ def forward_traffic(machine: Machine, boxes: Boxes, size: int, waste: float = 1.
     return max(l2, (boxes.unique_pixels * min(waste, 1.2) + written) * CHANNELS * size / machine.dram)
 
 
-def forward_before(machine: Machine, count: int, size: int) -> list[Step]:
+def forward(machine: Machine, count: int, size: int, instructions: dict[int, Column] = COLUMN) -> list[Step]:
     """`pool_channels_last`: a warp goes through the columns of its row of bins; nothing is loaded ahead."""
-    boxes = boxes_of(count)
+    boxes, column = boxes_of(count), instructions[size]
     chunks, fit = CHANNELS // (32 * 16 // size), 4
     columns = distinct(boxes.columns.flatten(1))
-    one = pixel_latency(machine, boxes) + machine.chain(NEW_COLUMN if size == 4 else NEW_COLUMN_16)
-    again = (2 * RATIO * BINS - columns) * machine.chain(OLD_COLUMN)
+    one = pixel_latency(machine, boxes) + machine.chain(column.new)
+    again = (2 * RATIO * BINS - columns) * machine.chain(column.old)
     blocks = 2 * machine.dram_latency + machine.chain(PROLOGUE) + columns * one + again
     chain = makespan(blocks.repeat_interleave(chunks).tolist(), machine.multiprocessors * fit)
-    new = float(columns.sum()) * (NEW_COLUMN if size == 4 else NEW_COLUMN_16) * chunks * BINS
-    instructions = new + boxes.count * chunks * BINS * PROLOGUE
-    counts = counted(boxes, size, 1.0, instructions)
+    in_all = (float(columns.sum()) * column.new + boxes.count * PROLOGUE) * chunks * BINS
+    counts = counted(boxes, size, 1.0, in_all)
     return [Step("pool", chain + forward_traffic(machine, boxes, size), counts)]
+
+
+def forward_before(machine: Machine, count: int, size: int) -> list[Step]:
+    return forward(machine, count, size, COLUMN_BEFORE)
 
 
 def planar_before(machine: Machine, count: int, size: int = 4) -> list[Step]:
