@@ -22,6 +22,7 @@ from doublehead.ops.batch_norm.arguments import ForwardArguments  # noqa: E402
 from doublehead.ops.conv_head import Block  # noqa: E402
 from doublehead.ops.conv_head import reference as conv_head_reference  # noqa: E402
 from doublehead.ops.conv_head.arguments import pack  # noqa: E402
+from doublehead.ops.detections import by_class  # noqa: E402
 from doublehead.ops.detections import reference as detections_reference  # noqa: E402
 from doublehead.ops.detections.arguments import DetectionArguments  # noqa: E402
 from doublehead.ops.image_batch import reference as image_batch_reference  # noqa: E402
@@ -172,9 +173,11 @@ def nms_padded(device, dtype):
 def detections(device, dtype):
     rois, classes = (200, 5) if device == "cuda" else (20, 6)
     yield from compare_detections(ops.detections, device, dtype, rois, classes)
-    yield from compare_detections(
-        lambda *given, **options: OPS.detections_by_class(*given, *options.values()), device, dtype, rois, classes
-    )
+    yield from compare_detections(by_class_alone, device, dtype, rois, classes)
+
+
+def by_class_alone(*given, **options):
+    return OPS.detections_by_class(*by_class.with_number(DetectionArguments(*given, **options)))
 
 
 @case("detections_triton", FLOAT32 + HALF, "detections", "detections")

@@ -163,7 +163,7 @@ _NOTHING = contextlib.nullcontext()
 
 
 def define_triton_kernel(
-    name: str, module: str, function: str, *, compiled: str | None = None, serves: Callable[..., bool] | None = None
+    name: str, module: str, function: str, *, compiled: str | None = None, first: Callable | None = None
 ) -> None:
     """Serves CUDA tensors by a Triton kernel, and where it cannot be used by the reference, with a warning.
 
@@ -172,9 +172,9 @@ def define_triton_kernel(
         module: that launches the kernel; it is imported at the first call, as it imports Triton.
         function: of that module; takes the arguments that the reference takes.  It raises `Fallback` for a call that
             its kernel does not serve.
-        compiled: an operator with the same schema that `_C_cuda` has a kernel for.  It takes the calls for which
-            `serves`, with the reference's arguments, is true; they need no Triton.
-        serves: see `compiled`.
+        compiled: an operator that `_C_cuda` has a kernel for, on which `first` relies.
+        first: takes the arguments that the reference takes, and is asked before Triton is: it returns the result, or
+            None for a call that the compiled kernel does not serve.
     """
     if compiled is not None:
         COMPILED[name] = compiled
@@ -185,8 +185,10 @@ def define_triton_kernel(
     def launch(*arguments):
         device = _device_of(arguments)
         cuda = device is not None and device.type == "cuda"
-        if cuda and _compiled(name) and serves(*arguments if pack is None else pack(*arguments)):
-            return getattr(getattr(torch.ops, NAMESPACE), COMPILED[name]).default(*arguments)
+        if cuda and _compiled(name):
+            result = first(*arguments) if pack is None else first(*pack(*arguments))
+            if result is not None:
+                return result
         reason = _fallback.refusal(device.index) if cuda else None
         if reason is None and unbuilt:
             reason = unbuilt.get(_signature(arguments))
