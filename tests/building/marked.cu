@@ -21,7 +21,7 @@ const void* const kernels[] = {
     (const void*)roi_align::device::pool_channels_last<BFloat16, float, 8>,
     (const void*)roi_align::device::pool_planar<float, float>,
     (const void*)roi_align::device::gather_channels_last<float, float, 4>,
-    (const void*)roi_align::device::gather_channels_last<BFloat16, float, 4>,
+    (const void*)roi_align::device::gather_channels_last<BFloat16, float, 8>,
     (const void*)nms::rank_boxes<float, float>,
     (const void*)nms::decide<float>,
     (const void*)nms::suppress_segments<float>,
