@@ -29,9 +29,9 @@ Room make_room(const Problem<W>& problem) {
   return {taps(problem.height, height), taps(problem.width, width), int32_t(bins + bins % 2)};
 }
 
-template <typename W>
+template <typename W, typename O>
 size_t room_bytes(const Room& room) {
-  return (room.rows + room.columns) * sizeof(Tap<W>) + room.bins * sizeof(Bin);
+  return (room.rows + room.columns) * sizeof(Tap<W, O>) + room.bins * sizeof(Bin);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -131,9 +131,11 @@ Workspace<W> lay_out_workspace(const Problem<W>& problem, Tiles tiles, const Roo
   place(boxes.windows, items);
   place(boxes.axes, items);
   place(boxes.places, items);
-  place(boxes.bins, items * (problem.height + problem.width));
+  place(boxes.bins, items * (int64_t(problem.height) + problem.width));
   place(boxes.taps, items * (int64_t(room.rows) + room.columns));
   boxes.room = room;
+  boxes.bins_each = problem.height + problem.width;
+  boxes.taps_each = room.rows + room.columns;
   return {boxes, tiles, bytes};
 }
 
