@@ -98,7 +98,9 @@ ENGINES, ENGINES_FP32 = conv_head(networks.ENGINES), conv_head(networks.ENGINES_
 ROWS = {
     "roi_forward": forward("RoIAlign forward, channels-last fp32", 4),
     "roi_forward_bf16": forward("  the same, bf16", 2),
-    "roi_forward_nchw": Row("  the same, NCHW fp32", lambda m: roi_align.planar_before(m, 512)),
+    "roi_forward_nchw": Row(
+        "  the same, NCHW fp32", lambda m: roi_align.planar_before(m, 512), lambda m: roi_align.planar(m, 512)
+    ),
     "roi_backward": backward("RoIAlign backward, channels-last fp32", 512, 4),
     "roi_backward_bf16": backward("  the same, bf16", 512, 2),
     "roi_backward_1000": backward("  1000 boxes, fp32", 1000, 4),

@@ -114,15 +114,44 @@ def backward_before(machine: Machine, count: int, size: int, images: int = 1) ->
 
 
 # ---------------------------------------------------------------------------------------------
+# The planar forward with two channels a lane
+
+ROWS_OF_COLUMN, ROWS_AT_ONCE, OUTPUT = 150, 4, 60
+"""Warp instructions: a lane's column of two channels for so many rows of bins, sixteen loads under way (38 to 174); an
+output (25 to 122)."""
+
+
+def planar(machine: Machine, count: int, size: int = 4) -> list[Step]:
+    """A block has 64 channels of a box; one warp finds out where it lies."""
+    boxes, threads, channels, sums, fit = boxes_of(count), 128, 64, 4096, 4
+    columns = distinct(boxes.columns.flatten(1))
+    some = (sums // (BINS * columns) // 2 * 2).clamp(max=channels)
+    full, rest = channels // some, channels % some
+
+    def rounds(each: Tensor | int, of: int = 1) -> Tensor:
+        return full * -(-(some // of * each) // threads) + -(-(rest // of * each) // threads)
+
+    parts = -(-BINS // ROWS_AT_ONCE)
+    row = pixel_latency(machine, boxes) + machine.chain(ROWS_OF_COLUMN)
+    blocks = 2 * machine.dram_latency + machine.chain(PROLOGUE + 100) + rounds(columns, of=2) * parts * row
+    blocks += rounds(BINS * BINS) * machine.chain(OUTPUT) + 3 * (full + 1) * machine.barrier
+    chain = makespan(blocks.repeat_interleave(CHANNELS // channels).tolist(), machine.multiprocessors * fit)
+    one = float((rounds(columns, of=2) * parts * ROWS_OF_COLUMN + rounds(BINS * BINS) * OUTPUT).sum())
+    in_all = one * CHANNELS / channels * threads / 32
+    traffic = forward_traffic(machine, boxes, size, waste=1.46)
+    return [Step("pool", max(chain, machine.issued(in_all)) + traffic, counted(boxes, size, 1.46, in_all))]
+
+
+# ---------------------------------------------------------------------------------------------
 # The backward in three launches: lists, tables and tiles, sums
 
-BOX_FILL, PIECE, BIN_COLUMN, STAGED_BINS = 200, 150, {4: 2 * 60, 2: 80}, 18
-"""Warp instructions: a box's weights on a tile (126 to 305); a piece of its bins beside the columns; a column of bins,
-by the bytes of a number; and how many bins a stage holds."""
+BOX_FILL, PIECE, BIN_COLUMN, STAGED_BINS = 200, 110, {4: 92, 2: 78}, 18
+"""Warp instructions: a box's weights on a tile (132 to 261); a piece of its bins beside the columns, with two copies
+of 45 each; a column of bins, by the bytes of a number; and how many bins a stage holds."""
 SLOTS, WARPS, AT_ONCE, ACTIVE = 512, 16, 2, 0.6
 """Blocks for parts of tiles, most of which find nothing to do; warps of a block; blocks of a multiprocessor; the share
 of the warps whose row of pixels a box reaches."""
-PART = 8
+PART = 9
 
 
 def backward(machine: Machine, count: int, size: int, images: int = 1) -> list[Step]:
