@@ -225,6 +225,7 @@ struct Divisor {
 // What a block pools, in shared memory: one warp finds it out.
 struct PlanarWork {
   bool tabled;                 // else it is pooled bin by bin, or zeros
+  bool empty_rows;             // some bins read no pixel
   int32_t level, scale;
   int64_t image, output;       // where the first channel begins. Numbers: pointers would not be known to be global
   int64_t plane;               // from a channel to the next
@@ -233,66 +234,89 @@ struct PlanarWork {
   Divisor by_columns;
 };
 
-// A lane: the pixels of a column combined for kRows rows of bins, of two channels, `plane` apart; into `to`, whose rows are
-// `columns` apart. Up to 2 * kRows * 4 loads are under way.
-template <int kRows, typename T, typename W>
-__device__ __forceinline__ void combine_rows(const T* pixels, int64_t plane, const Bin* bins, int32_t rows,
-                                             const Tap<W, int32_t>* taps, int32_t columns, int32_t other, W* to) {
-  Bin bin[kRows];
-  int32_t most = 0;
-#pragma unroll
-  for (int k = 0; k < kRows; ++k) {
-    bin[k] = k < rows ? bins[k] : Bin{0, 0};
-    most = bin[k].count > most ? bin[k].count : most;
+// A tap of the rows, of any bin. Bins follow each other without gaps. `row`: the row of the bin whose last tap this is, times
+// the columns, or -1.
+template <typename W>
+struct alignas(16) RowTap {
+  int32_t offset, row;
+  W weight;
+};
+
+constexpr int kRowTaps = 8;  // of two channels: sixteen loads under way
+
+// A warp: the taps of all rows of bins, one after the other, and where each row's begin, into its Bin. Behind the last one
+// stand kRowTaps that are read and weigh nothing. Returns whether each bin has one.
+template <typename W>
+__device__ inline bool line_up(const Tables<W, int32_t>& tables, int32_t bins, int32_t columns, RowTap<W>* taps) {
+  int32_t begin = 0;
+  bool all = true;
+  for (int32_t first = 0; first < bins; first += 32) {
+    const int32_t row = first + threadIdx.x;
+    const Bin bin = row < bins ? tables.row_bins[row] : Bin{0, 0};
+    int32_t upto = bin.count;
+    for (int32_t step = 1; step < 32; step *= 2) {
+      const int32_t before = __shfl_up_sync(0xffffffffu, upto, step);
+      if (int32_t(threadIdx.x) >= step) upto += before;
+    }
+    const int32_t mine = begin + upto - bin.count;
+    for (int32_t t = 0; t < bin.count; ++t) {
+      const Tap<W, int32_t> tap = tables.rows[bin.begin + t];
+      taps[mine + t] = {tap.offset, t + 1 == bin.count ? row * columns : -1, tap.weight};
+    }
+    if (row < bins) tables.row_bins[row].begin = mine;
+    all = all && __all_sync(0xffffffffu, row >= bins || bin.count > 0);
+    begin += __shfl_sync(0xffffffffu, upto, 31);
   }
-  W sums[2][kRows] = {};
-  const T* const pixels_2 = pixels + plane;
+  if (threadIdx.x < kRowTaps) taps[begin + threadIdx.x] = {0, -1, W(0)};
+  return all;
+}
+
+// A lane: goes through a column of two channels once, and leaves the sums of `rows` rows of bins, from `first` on. Both
+// numbers are rows times columns.
+template <typename T, typename W>
+__device__ __forceinline__ void combine_rows(const T* pixels, const T* pixels_2, const RowTap<W>* taps, int32_t count,
+                                             uint32_t first, uint32_t rows, W* to, W* to_2) {
+  W sum = 0, sum_2 = 0;
 #pragma unroll 1
-  for (int32_t t = 0; t < most; t += 4) {
-    T loaded[2][kRows][4];
-    W weights[kRows][4];
+  for (const RowTap<W>* end = taps + count; taps < end; taps += kRowTaps) {
+    DOUBLEHEAD_MARK_BEGIN("roi_align: taps of a column");
+    RowTap<W> tap[kRowTaps];
+    T loaded[kRowTaps], loaded_2[kRowTaps];
 #pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (t + j >= bin[k].count) continue;
-        const Tap<W, int32_t> tap = taps[bin[k].begin + t + j];
-        weights[k][j] = tap.weight;
-        loaded[0][k][j] = pixels[uint32_t(tap.offset)];
-        loaded[1][k][j] = pixels_2[uint32_t(tap.offset)];
-      }
+    for (int j = 0; j < kRowTaps; ++j) {
+      tap[j] = taps[j];
+      loaded[j] = pixels[uint32_t(tap[j].offset)];
+      loaded_2[j] = pixels_2[uint32_t(tap[j].offset)];
     }
 #pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (t + j >= bin[k].count) continue;
-        sums[0][k] = std::fma(weights[k][j], static_cast<W>(loaded[0][k][j]), sums[0][k]);
-        sums[1][k] = std::fma(weights[k][j], static_cast<W>(loaded[1][k][j]), sums[1][k]);
-      }
+    for (int j = 0; j < kRowTaps; ++j) {
+      sum = std::fma(tap[j].weight, static_cast<W>(loaded[j]), sum);
+      sum_2 = std::fma(tap[j].weight, static_cast<W>(loaded_2[j]), sum_2);
+      if (tap[j].row < 0) continue;
+      const uint32_t row = uint32_t(tap[j].row) - first;
+      if (row < rows) to[row] = sum, to_2[row] = sum_2;
+      sum = sum_2 = W(0);
     }
-  }
-#pragma unroll
-  for (int k = 0; k < kRows; ++k) {
-    if (k < rows) to[k * columns] = sums[0][k], to[other + k * columns] = sums[1][k];
+    DOUBLEHEAD_MARK_END("roi_align: taps of a column");
   }
 }
 
 // Grid: boxes * scales * chunks of channels. Lanes lie along the columns of the window, channel after channel: first each
 // column's pixels are combined for the rows of bins, into shared memory, then the columns for the bins.
 template <typename T, typename W>
-__global__ void __launch_bounds__(kPlanarThreads, sizeof(W) == 8 ? 3 : 4)
+__global__ void __launch_bounds__(kPlanarThreads, sizeof(W) == 8 ? 3 : 5)
     pool_planar(const __grid_constant__ Problem<W> problem, const Room room) {
   using Shared = Tap<W, int32_t>;
   DOUBLEHEAD_DYNAMIC_SHARED(Shared, shared);
   __shared__ PlanarWork work;
-  constexpr int32_t kSums = kPlanarSumBytes / sizeof(W), kRows = sizeof(T) == 8 ? 1 : 2;
+  constexpr int32_t kSums = kPlanarSumBytes / sizeof(W);
   const int64_t chunks = (problem.channels + kPlanarChannels - 1) / kPlanarChannels;
   const int64_t first = blockIdx.x % chunks * kPlanarChannels, left = problem.channels - first;
   const int32_t channels = int32_t(left < kPlanarChannels ? left : kPlanarChannels);
   const int32_t bins = problem.height * problem.width;
   const Tables<W, int32_t> tables = place_tables<W, int32_t>(shared, room, problem.height);
-  W* const sums = tables.rest;  // W[channels, rows of bins, columns], a part of them at a time
+  RowTap<W>* const taps = reinterpret_cast<RowTap<W>*>(tables.rest);
+  W* const sums = reinterpret_cast<W*>(taps + room.rows + kRowTaps);  // W[channels, rows of bins, columns], some at a time
   if (threadIdx.x < 32) {
     const Work<T, W> found = find_work<T>(problem, room, blockIdx.x / chunks);
     // The columns to combine: those of the window, or, where fewer are read, those of the taps.
@@ -301,8 +325,14 @@ __global__ void __launch_bounds__(kPlanarThreads, sizeof(W) == 8 ? 3 : 4)
     const int32_t columns = dense ? width : found.column_slots.total;
     const bool small = found.map->row_stride <= INT32_MAX / (found.map->height + 1);  // a plane's offsets are
     const bool tabled = found.image && found.fits && columns <= kSums / 2 && small;
-    if (tabled) fill_tables(problem, *found.map, found.axes, found.row_slots, found.column_slots, tables, 32);
+    bool all = true;
+    if (tabled) {
+      fill_tables(problem, *found.map, found.axes, found.row_slots, found.column_slots, tables, 32);
+      __syncwarp();
+      all = line_up(tables, problem.height, columns, taps);
+    }
     if (threadIdx.x == 0) {
+      work.empty_rows = !all;
       const int32_t some_rows = 2 * problem.height * columns <= kSums ? problem.height : kSums / (2 * columns);
       work.tabled = tabled;
       work.level = int32_t(found.map - problem.maps);
@@ -332,6 +362,12 @@ __global__ void __launch_bounds__(kPlanarThreads, sizeof(W) == 8 ? 3 : 4)
 #pragma unroll 1
     for (int32_t ph0 = 0; ph0 < problem.height; ph0 += some_rows) {
       const int32_t rows = problem.height - ph0 < some_rows ? problem.height - ph0 : some_rows;
+      const Bin last = tables.row_bins[ph0 + rows - 1];
+      const int32_t begin = tables.row_bins[ph0].begin, end = last.begin + last.count;
+      if (work.empty_rows) {
+        for (int32_t i = threadIdx.x; i < c_count * rows * columns; i += kPlanarThreads) sums[i] = W(0);
+        __syncthreads();
+      }
 #pragma unroll 1
       for (int32_t i = threadIdx.x; i < half * columns; i += kPlanarThreads) {
         const int32_t c = int32_t(work.by_columns.divide(uint32_t(i))), column = i - c * columns;
@@ -340,13 +376,8 @@ __global__ void __launch_bounds__(kPlanarThreads, sizeof(W) == 8 ? 3 : 4)
         const int32_t other = c + half < c_count ? half : 0;
         const T* const pixels = image + (c0 + c) * work.plane + x;
         W* const to = sums + c * rows * columns + column;
-#pragma unroll 1
-        for (int32_t ph = 0; ph < rows; ph += kRows) {
-          DOUBLEHEAD_MARK_BEGIN("roi_align: rows of a column");
-          combine_rows<kRows>(pixels, other * work.plane, tables.row_bins + ph0 + ph, rows - ph, tables.rows, columns,
-                              other * rows * columns, to + ph * columns);
-          DOUBLEHEAD_MARK_END("roi_align: rows of a column");
-        }
+        combine_rows(pixels, pixels + other * work.plane, taps + begin, end - begin, uint32_t(ph0 * columns),
+                     uint32_t(rows * columns), to, to + other * rows * columns);
       }
       __syncthreads();
 #pragma unroll 1
@@ -356,10 +387,14 @@ __global__ void __launch_bounds__(kPlanarThreads, sizeof(W) == 8 ? 3 : 4)
         const Bin bin = tables.column_bins[pw];
         const W* const from = sums + line * columns;
         W sum = 0;
-#pragma unroll 4
-        for (int32_t t = bin.begin; t < bin.begin + bin.count; ++t) {
-          const Tap<W, int32_t> tap = tables.columns[t];
-          sum = std::fma(tap.weight, from[work.first >= 0 ? tap.offset - work.first : t], sum);
+#pragma unroll 1
+        for (int32_t t = bin.begin; t < bin.begin + bin.count; t += 4) {
+#pragma unroll
+          for (int32_t j = t; j < t + 4; ++j) {
+            if (j >= bin.begin + bin.count) break;
+            const Tap<W, int32_t> tap = tables.columns[j];
+            sum = std::fma(tap.weight, from[work.first >= 0 ? tap.offset - work.first : j], sum);
+          }
         }
         T* to = output + int64_t(c0) * bins + i;
         if (rows < problem.height) {
