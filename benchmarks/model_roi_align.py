@@ -116,14 +116,14 @@ def backward_before(machine: Machine, count: int, size: int, images: int = 1) ->
 # ---------------------------------------------------------------------------------------------
 # The planar forward with two channels a lane
 
-ROWS_OF_COLUMN, ROWS_AT_ONCE, OUTPUT = 150, 4, 60
-"""Warp instructions: a lane's column of two channels for so many rows of bins, sixteen loads under way (38 to 174); an
-output (25 to 122)."""
+TAPS_OF_COLUMN, TAPS_AT_ONCE, OUTPUT = 190, 8, 60
+"""Warp instructions: so many taps of a column in two channels, sixteen loads under way (153 to 228); an output (24
+to 99)."""
 
 
 def planar(machine: Machine, count: int, size: int = 4) -> list[Step]:
     """A block has 64 channels of a box; one warp finds out where it lies."""
-    boxes, threads, channels, sums, fit = boxes_of(count), 128, 64, 4096, 4
+    boxes, threads, channels, sums, fit = boxes_of(count), 128, 64, 4096, 5
     columns = distinct(boxes.columns.flatten(1))
     some = (sums // (BINS * columns) // 2 * 2).clamp(max=channels)
     full, rest = channels // some, channels % some
@@ -131,12 +131,12 @@ def planar(machine: Machine, count: int, size: int = 4) -> list[Step]:
     def rounds(each: Tensor | int, of: int = 1) -> Tensor:
         return full * -(-(some // of * each) // threads) + -(-(rest // of * each) // threads)
 
-    parts = -(-BINS // ROWS_AT_ONCE)
-    row = pixel_latency(machine, boxes) + machine.chain(ROWS_OF_COLUMN)
+    parts = -(-distinct(boxes.rows).sum(1) // TAPS_AT_ONCE)
+    row = pixel_latency(machine, boxes) + machine.chain(TAPS_OF_COLUMN)
     blocks = 2 * machine.dram_latency + machine.chain(PROLOGUE + 100) + rounds(columns, of=2) * parts * row
     blocks += rounds(BINS * BINS) * machine.chain(OUTPUT) + 3 * (full + 1) * machine.barrier
     chain = makespan(blocks.repeat_interleave(CHANNELS // channels).tolist(), machine.multiprocessors * fit)
-    one = float((rounds(columns, of=2) * parts * ROWS_OF_COLUMN + rounds(BINS * BINS) * OUTPUT).sum())
+    one = float((rounds(columns, of=2) * parts * TAPS_OF_COLUMN + rounds(BINS * BINS) * OUTPUT).sum())
     in_all = one * CHANNELS / channels * threads / 32
     traffic = forward_traffic(machine, boxes, size, waste=1.46)
     return [Step("pool", max(chain, machine.issued(in_all)) + traffic, counted(boxes, size, 1.46, in_all))]

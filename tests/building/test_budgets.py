@@ -67,7 +67,7 @@ BUDGETS = [
         threads=128,
         blocks=4,
         dynamic=18 << 10,
-        most={"roi_align: rows of a column": 200, "roi_align: planar output": 140},
+        most={"roi_align: taps of a column": 240, "roi_align: planar output": 240},
     ),
     Budget("gather_channels_lastIffLi4", threads=512, blocks=2, dynamic=43 << 10, most=GATHER, stores="STG.128"),
     Budget(
