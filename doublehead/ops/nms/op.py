@@ -41,8 +41,8 @@ def nms_padded(
         iou_threshold: float.
         max_output: int >= 0.
         largest_group: int >= 0, the most boxes that a group of an image can have, where the caller knows; 0: unknown.
-            It changes no result, and saves memory on CUDA, where small groups are decided on without a mask.  If a group
-            has more boxes after all, some boxes or all of it may be missing from the result there.
+            It changes no result, and saves memory on CUDA, where small groups are decided on without a mask.  If a
+            group has more boxes after all, some boxes or all of it may be missing from the result there.
 
     Returns:
         indices: `Tensor[B, max_output]` int64, into N, by descending score over all groups; -1 behind the last.
