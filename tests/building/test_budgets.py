@@ -43,6 +43,8 @@ class Budget(NamedTuple):
     """The only width of stores to global memory in the whole kernel."""
 
 
+GATHER = {"roi_align: fill of a box": 300, "roi_align: copy of a bin": 55, "roi_align: column of bins": 105}
+
 BUDGETS = [
     Budget(
         "pool_channels_lastIffLi4",
@@ -60,8 +62,22 @@ BUDGETS = [
         most={"roi_align: forward column": 160},
         loads={"roi_align: forward column": "LDG.128"},
     ),
-    Budget("gather_channels_lastIffLi4", threads=512, blocks=2, dynamic=43 << 10, stores="STG.128"),
-    Budget("gather_channels_lastIN3c108BFloat16EfLi8", threads=512, blocks=2, dynamic=43 << 10, stores="STG.128"),
+    Budget(
+        "pool_planarIff",
+        threads=128,
+        blocks=4,
+        dynamic=18 << 10,
+        most={"roi_align: taps of a column": 240, "roi_align: planar output": 240},
+    ),
+    Budget("gather_channels_lastIffLi4", threads=512, blocks=2, dynamic=43 << 10, most=GATHER, stores="STG.128"),
+    Budget(
+        "gather_channels_lastIN3c108BFloat16EfLi8",
+        threads=512,
+        blocks=2,
+        dynamic=43 << 10,
+        most=GATHER,
+        stores="STG.128",
+    ),
     Budget(
         "decideIf",
         threads=1024,

@@ -59,13 +59,13 @@ void forward(const Numbers& n, const Problem<W>& problem, bool no_room) {
   const int64_t rounds = (n.height + kWarps - 1) / kWarps;
   const dim3 threads(32, unsigned((n.height + rounds - 1) / rounds));
   if (!n.channels_last) {
-    emulate(items * chunks(n.channels, kPlanarChannels), kPlanarThreads, room_bytes<W>(room) + kPlanarSumBytes,
+    emulate(items * chunks(n.channels, kPlanarChannels), kPlanarThreads, planar_bytes<W>(room),
             pool_planar<T, W>, problem, room);
   } else if (n.vectors) {
-    emulate(items * chunks(n.channels, 32 * V), threads, room_bytes<W>(room), pool_channels_last<T, W, V>, problem,
+    emulate(items * chunks(n.channels, 32 * V), threads, room_bytes<W, int64_t>(room), pool_channels_last<T, W, V>, problem,
             room);
   } else {
-    emulate(items * chunks(n.channels, 32), threads, room_bytes<W>(room), pool_channels_last<T, W, 1>, problem, room);
+    emulate(items * chunks(n.channels, 32), threads, room_bytes<W, int64_t>(room), pool_channels_last<T, W, 1>, problem, room);
   }
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from doublehead.ops.roi_align import reference
 from doublehead.ops.roi_align.level_rules import LEVEL_RULES
 from doublehead.ops.roi_align.pooling import Pooling
-from tests.cuda_emulation.build import IN_ORDER, every_order
+from tests.cuda_emulation.build import IN_ORDER, ORDERS, every_order
 from tests.support.emulated_roi_align import DTYPES, LAYOUTS, backward, forward
 from tests.support.roi_align_cases import TORCHVISION
 from tests.support.roi_align_cases import make_rois as boxes_of_all_sizes
@@ -167,6 +167,41 @@ def test_many_boxes_on_one_object(order, layout):
     (plain,) = reference.multiscale_roi_align_backward(grads, rois, *packed(arguments))
     (expected,) = exact(reference.multiscale_roi_align_backward, grads, rois, *packed(arguments))
     assert_close(actual, plain, expected)
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype"), [(8, torch.float32), (264, torch.bfloat16), (6, torch.float64)], ids=str
+)
+def test_a_dense_tile_is_summed_in_parts_in_a_fixed_order(channels, dtype):
+    """More than 1024 boxes in a list; the parts' sums are equal in any order of blocks, to the last bit."""
+    count = 1100 if channels == 8 else 60
+    generator = torch.Generator().manual_seed(5)
+    boxes = torch.tensor([1.0, 2, 12, 7]) + torch.randint(-64, 64, (count, 4), generator=generator) / 64
+    rois = torch.nn.functional.pad(boxes, (1, 0)).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    grads = make_features([(count, channels, 3, 3)], dtype, LAYOUTS[1], seed=1)
+    arguments = [1, channels, 10, 13], True, *single((3, 3), 2, False, 1.0)
+    (plain,) = reference.multiscale_roi_align_backward(grads, rois, *packed(arguments))
+    (expected,) = exact(reference.multiscale_roi_align_backward, grads, rois, *packed(arguments))
+    (first,) = backward(grads, rois, *arguments)
+    assert_close(first, plain, expected)
+    for order in (ORDERS[1], ORDERS[3]):
+        assert torch.equal(backward(grads, rois, *arguments, order=order)[0], first), order
+
+
+def test_boxes_with_and_without_a_table_of_weights():
+    """Adaptive sampling: the kernel for any box takes over from the fast one as soon as one box needs it."""
+    rois = make_rois(8, 1, 24, 24)
+    arguments = [1, 8, 24, 24], True, *single((4, 3), 0, True, 1.0)
+    for some in (rois, torch.cat([rois, torch.tensor([[0.0, -1e6, -1e6, 1e6, 1e6]])])):
+        grads = make_features([(len(some), 8, 4, 3)], layout=LAYOUTS[1], seed=1)
+        (plain,) = reference.multiscale_roi_align_backward(grads, some, *packed(arguments))
+        (actual,) = backward(grads, some, *arguments)
+        torch.testing.assert_close(actual, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_bins_without_a_pixel_are_zero():
+    (features,), rois = make_features([(1, 3, 9, 10)]), torch.tensor([[0.0, 1, -40, 8, 8], [0, -50, 1, 8, 30]])
+    check([features], rois, *single((5, 4), 2, False, 1.0))
 
 
 # ---------------------------------------------------------------------------------------------

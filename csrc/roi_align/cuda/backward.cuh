@@ -70,7 +70,7 @@ constexpr int32_t kMostPieces = kBatch * kMostBins<kTile>;
 
 // A warp: the pieces of a batch's boxes, in order. Returns how many.
 template <typename T, typename W>
-__device__ inline int32_t list_pieces(const Batch<T, W, kTile>& batch, Piece* pieces) {
+__device__ inline int32_t list_pieces(Batch<T, W, kTile>& batch, Piece* pieces) {
   constexpr int32_t kStageBins = kStageBytes / (kChunk<T> * sizeof(T));
   static_assert(kStageBins >= kMostBins<kTile>);
   const int32_t lane = threadIdx.x;
@@ -79,6 +79,7 @@ __device__ inline int32_t list_pieces(const Batch<T, W, kTile>& batch, Piece* pi
     const Bins rows = batch.info[lane].of[kAllRows], columns = batch.info[lane].of[kAllColumns];
     const int32_t across = columns.end - columns.first;
     if (across > 0) row = rows.first, end = rows.end, step = kStageBins / across;
+    batch.info[lane].inverse = (65536u + across) / (across + (across == 0));
   }
   const int32_t mine = (end - row + step - 1) / step;
   int32_t upto = mine;
@@ -97,16 +98,17 @@ template <typename T, typename W, int V>
 __device__ __forceinline__ void copy_piece(const Problem<W>& problem, const Batch<T, W, kTile>& batch, const Piece& piece,
                                            T* stage) {
   constexpr int N = kEach<T> / V;
-  const Bins columns = batch.info[piece.box()].of[kAllColumns];
-  const int32_t units = (columns.end - columns.first) * N;
+  const BoxInfo<T>& info = batch.info[piece.box()];
+  const Bins columns = info.of[kAllColumns];
+  const int32_t across = columns.end - columns.first, units = (piece.end() - piece.first()) * across * N;
 #pragma unroll 1
-  for (int32_t row = piece.first(); row < piece.end(); ++row, stage += units * 32 * V) {
-#pragma unroll 1
-    for (int32_t unit = threadIdx.y; unit < units; unit += kGatherThreads / 32) {
-      const int32_t channel = batch.chunk * kChunk<T> + (unit % N * 32 + int32_t(threadIdx.x)) * V;
-      if (channel >= problem.channels) continue;
-      const int64_t bin = int64_t(row) * problem.width + columns.first + unit / N;
-      const T* const source = batch.info[piece.box()].grads + bin * problem.channels + channel;
+  for (int32_t unit = threadIdx.y; unit < units; unit += kGatherThreads / 32) {
+    DOUBLEHEAD_MARK_BEGIN("roi_align: copy of a bin");
+    const int32_t channel = batch.chunk * kChunk<T> + (unit % N * 32 + int32_t(threadIdx.x)) * V;
+    if (channel < problem.channels) {
+      const int32_t number = unit / N, row = int32_t(number * info.inverse >> 16), column = number - row * across;
+      const int32_t bin = (piece.first() + row) * problem.width + columns.first + column;
+      const T* const source = info.grads + bin * problem.channels + channel;
       T* const to = stage + (unit * 32 + threadIdx.x) * V;
       if constexpr (sizeof(T) * V == 16) {
         copy_async(to, source);
@@ -114,6 +116,7 @@ __device__ __forceinline__ void copy_piece(const Problem<W>& problem, const Batc
         *to = *source;
       }
     }
+    DOUBLEHEAD_MARK_END("roi_align: copy of a bin");
   }
 }
 
@@ -137,6 +140,7 @@ __device__ __forceinline__ void add_piece(const Batch<T, W, kTile>& batch, W* we
   const int32_t count = rows.end - rows.first;
 #pragma unroll 1
   for (; column_weights < end; from += kChunk<T>, column_weights += kTile) {
+    DOUBLEHEAD_MARK_BEGIN("roi_align: column of bins");
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       W value[V] = {}, of_column[kHalf];
@@ -148,13 +152,14 @@ __device__ __forceinline__ void add_piece(const Batch<T, W, kTile>& batch, W* we
       load_weights(column_weights, of_column);
       spread<kHalf, V, kEach<T>>(of_column, value, sums + n * V);
     }
+    DOUBLEHEAD_MARK_END("roi_align: column of bins");
   }
 }
 
 // Goes through a batch's boxes. While one piece is added, the next one's gradients are on their way. A piece's stage is
 // free again once all have passed the barrier behind it.
 template <typename T, typename W, int V>
-__device__ __forceinline__ void add_batch(const Problem<W>& problem, const Batch<T, W, kTile>& batch, W* weights,
+__device__ __forceinline__ void add_batch(const Problem<W>& problem, Batch<T, W, kTile>& batch, W* weights,
                                           T* stages, W (&sums)[kHalf * kEach<T>]) {
   __shared__ Piece pieces[kMostPieces];
   __shared__ int32_t count;

@@ -21,8 +21,8 @@ struct alignas(16) BoxWindow {
 };
 
 struct Place {
-  int32_t roi;
-  int16_t scale, level;
+  int64_t pooled;  // where the box's output or its gradient begins, in elements of the tensor of its box scale
+  int32_t scale, level;
 };
 
 template <typename W>
@@ -44,6 +44,10 @@ struct Boxes {
   Bin* bins;
   PixelTap<W>* taps;
   Room room;
+  int32_t bins_each, taps_each;  // of a box
+
+  __device__ Bin* bins_of(int32_t box) const { return bins + int64_t(box) * bins_each; }
+  __device__ PixelTap<W>* rows_of(int32_t box) const { return taps + int64_t(box) * taps_each; }
 };
 
 __device__ inline int64_t sum_of_warp(int64_t value) {
@@ -104,7 +108,7 @@ __global__ void __launch_bounds__(kListThreads)
                                 window_of(axes.columns, problem.width, map.width)};
       boxes.windows[to] = window;
       boxes.axes[to] = axes;
-      boxes.places[to] = {int32_t(roi), int16_t(scale), int16_t(level)};
+      boxes.places[to] = {roi * problem.channels * problem.height * problem.width, scale, level};
       touched += tiles.touched(window.rows, kTile) * tiles.touched(window.columns, tiles.columns);
     }
     end += total * problem.scales;
@@ -128,11 +132,10 @@ __device__ inline void tabulate(const Problem<W>& problem, const Boxes<W>& boxes
   const Map& map = problem.maps[boxes.places[box].level];
   const Slots rows = slots_of(axes.rows, problem.height, problem.sampling_ratio, window.rows);
   const Slots columns = slots_of(axes.columns, problem.width, problem.sampling_ratio, window.columns);
-  const int32_t bins = problem.height + problem.width;
   const bool fits = rows.total <= boxes.room.rows && columns.total <= boxes.room.columns;
   if (!fits && threadIdx.x % 32 == 0) *boxes.without = 1;
-  PixelTap<W>* const taps = boxes.taps + box * (int64_t(boxes.room.rows) + boxes.room.columns);
-  for (int32_t i = threadIdx.x % 32; i < bins; i += 32) {
+  PixelTap<W>* const taps = boxes.rows_of(box);
+  for (int32_t i = threadIdx.x % 32; i < boxes.bins_each; i += 32) {
     const bool row = i < problem.height;
     PixelTap<W>* const mine = taps + (row ? 0 : boxes.room.rows);
     Bin bin = {0, -1};
@@ -141,7 +144,7 @@ __device__ inline void tabulate(const Problem<W>& problem, const Boxes<W>& boxes
                      choose_slots(rows, columns, row),
                      [&](int32_t place, int32_t pixel, W weight) { mine[place] = {pixel, weight}; });
     }
-    boxes.bins[int64_t(box) * bins + i] = bin;
+    boxes.bins_of(box)[i] = bin;
   }
 }
 

@@ -3,9 +3,11 @@
 #pragma once
 
 #include "boxes.cuh"
+#include "marks.h"
 
 namespace doublehead::roi_align::device {
 
+constexpr int kTapsAtOnce = 4;  // loads under way
 constexpr int32_t kBatch = 16;  // boxes whose weights are in shared memory at a time
 
 // Bins of an axis whose weights are in shared memory at a time. Where a tile is narrow, half a warp has the rows' bins and
@@ -24,12 +26,14 @@ template <typename T>
 struct alignas(16) BoxInfo {
   const T* grads;
   Bins of[kTile + 4];
+  uint32_t inverse;  // of how many columns of bins reach the tile, times 2^16 and rounded up: for divisions
 };
 constexpr int32_t kHalves = kTile, kAllRows = kTile + 2, kAllColumns = kTile + 3;  // places in BoxInfo::of
 
 // Boxes [first, first + count) of a block's share, and of each the bins [top, top + rows) x [left, left + columns).
 struct Position {
   int32_t first, count, top, left, rows, columns;
+  int64_t corner;  // where the gradients of these bins begin, behind the box's
 };
 
 // The boxes of a batch. The weights are in the block's dynamic shared memory, all else in static. Nothing of it is kept in
@@ -60,7 +64,7 @@ __device__ inline void begin(Batch<T, W, kColumns>& batch, const Problem<W>& pro
   batch.size = batch.row_bins * kTile + batch.column_bins * kColumns;
   batch.most = most;
   batch.chunk = chunk;
-  batch.at = {share.first, 0, problem.height, 0, 0, 0};
+  batch.at = {share.first, 0, problem.height, 0, 0, 0, 0};
   batch.share = share;
 }
 
@@ -92,7 +96,7 @@ __device__ __forceinline__ uint32_t fill_weights(const Problem<W>& problem, cons
   constexpr W kNothing[V] = {};
 #pragma unroll
   for (int i = 0; i < kPixels; i += V) store<V>(weights + i, kNothing);
-  const Bin taps = boxes.bins[int64_t(box) * (problem.height + problem.width) + (row ? 0 : problem.height) + bin];
+  const Bin taps = boxes.bins_of(box)[row ? bin : problem.height + bin];
   uint32_t reached = 0;
   if (kAnyBox && taps.count < 0) {
     const Axis<W> axis = choose_axis(boxes.axes[box], row);
@@ -103,15 +107,19 @@ __device__ __forceinline__ uint32_t fill_weights(const Problem<W>& problem, cons
     }
     return reached;
   }
-  const PixelTap<W>* const all = boxes.taps + box * (int64_t(boxes.room.rows) + boxes.room.columns);
-  const PixelTap<W>* from = all + (row ? 0 : boxes.room.rows) + taps.begin;
-#pragma unroll 4
-  for (int32_t i = 0; i < taps.count; ++i) {
-    const PixelTap<W> tap = from[i];
-    const uint32_t at = uint32_t(tap.pixel - first);
-    if (at >= uint32_t(kPixels) || tap.weight == W(0)) continue;
-    weights[at] = tap.weight;  // a bin has one tap for a pixel
-    reached |= 1u << at;
+  const PixelTap<W>* const from = boxes.rows_of(box) + (row ? 0 : boxes.room.rows) + taps.begin;
+#pragma unroll 1
+  for (int32_t i = 0; i < taps.count; i += kTapsAtOnce) {
+    PixelTap<W> some[kTapsAtOnce];
+#pragma unroll
+    for (int j = 0; j < kTapsAtOnce; ++j) some[j] = i + j < taps.count ? from[i + j] : PixelTap<W>{first, W(0)};
+#pragma unroll
+    for (int j = 0; j < kTapsAtOnce; ++j) {
+      const uint32_t at = uint32_t(some[j].pixel - first);
+      if (at >= uint32_t(kPixels) || some[j].weight == W(0)) continue;
+      weights[at] = some[j].weight;  // a bin has one tap for a pixel
+      reached |= 1u << at;
+    }
   }
   return reached;
 }
@@ -135,7 +143,7 @@ __device__ __forceinline__ uint32_t transpose(uint32_t reached, int32_t lane) {
 // A warp: fills in box number `to` of the batch.
 template <bool kAnyBox, typename T, typename W, int32_t kColumns>
 __device__ __forceinline__ void fill_box(const Problem<W>& problem, const Boxes<W>& boxes, Batch<T, W, kColumns>& batch,
-                                         W* weights, int32_t to, bool channels_last) {
+                                         W* weights, int32_t to) {
   const int32_t lane = threadIdx.x, box = batch.queue[to];
   const Position& part = batch.at;
   const Tile& tile = batch.share.tile;
@@ -175,10 +183,7 @@ __device__ __forceinline__ void fill_box(const Problem<W>& problem, const Boxes<
                             : lane == kAllRows ? all_rows : all_columns);
   } else if (lane == kTile + 4) {
     const Place place = boxes.places[box];
-    const int64_t bin = int64_t(part.top) * problem.width + part.left;
-    info.grads = static_cast<const T*>(problem.pooled[place.scale]) +
-                 int64_t(place.roi) * problem.channels * problem.height * problem.width +
-                 bin * (channels_last ? problem.channels : 1);
+    info.grads = static_cast<const T*>(problem.pooled[place.scale]) + place.pooled + part.corner;
   }
 }
 
@@ -210,7 +215,7 @@ __device__ inline void look_up(const Problem<W>& problem, const Tiles& tiles, co
 // A warp: goes on to the next bins of the batch, or to the next batch; one without boxes is behind the last.
 template <typename T, typename W, int32_t kColumns>
 __device__ inline void advance(const Problem<W>& problem, const Tiles& tiles, const Boxes<W>& boxes,
-                               Batch<T, W, kColumns>& batch) {
+                               Batch<T, W, kColumns>& batch, bool channels_last) {
   Position at = batch.at;
   __syncwarp();
   at.left += at.columns;
@@ -225,6 +230,7 @@ __device__ inline void advance(const Problem<W>& problem, const Tiles& tiles, co
   const int32_t rows = problem.height - at.top, columns = problem.width - at.left;
   at.rows = rows < batch.row_bins ? rows : batch.row_bins;
   at.columns = columns < batch.column_bins ? columns : batch.column_bins;
+  at.corner = (int64_t(at.top) * problem.width + at.left) * (channels_last ? problem.channels : 1);
   if (threadIdx.x == 0) batch.at = at;
 }
 
@@ -233,12 +239,14 @@ template <int kThreads, bool kAnyBox, typename T, typename W, int32_t kColumns, 
 __device__ __forceinline__ void for_each_batch(const Problem<W>& problem, const Tiles& tiles, const Boxes<W>& boxes,
                                                Batch<T, W, kColumns>& batch, W* weights, bool channels_last, Add add) {
   while (true) {
-    if (threadIdx.y == 0) advance(problem, tiles, boxes, batch);
+    if (threadIdx.y == 0) advance(problem, tiles, boxes, batch, channels_last);
     __syncthreads();
     if (batch.at.count == 0) return;
 #pragma unroll 1
     for (int32_t box = threadIdx.y; box < batch.at.count; box += kThreads / 32) {
-      fill_box<kAnyBox>(problem, boxes, batch, weights, box, channels_last);
+      DOUBLEHEAD_MARK_BEGIN("roi_align: fill of a box");
+      fill_box<kAnyBox>(problem, boxes, batch, weights, box);
+      DOUBLEHEAD_MARK_END("roi_align: fill of a box");
     }
     __syncthreads();
     add();

@@ -8,7 +8,10 @@
 
 namespace doublehead::roi_align::device {
 
-constexpr int64_t kMostTaps = 896, kMostTableBins = 512;  // an axis; both axes. With 16 KiB of sums 48 KiB in all
+// Of an axis; bins of both axes. With 16 KiB of sums the planar forward has less than 48 KiB in all.
+template <typename W>
+constexpr int64_t kMostTaps = sizeof(W) == 8 ? 544 : 800;
+constexpr int64_t kMostTableBins = 512;
 constexpr size_t kMostShared = 42 << 10;                  // dynamic, of a block of the backward; it has up to 6 KiB more
 
 // Room for the tables of any box, or as much as there may be: boxes that need more are pooled sample by sample.
@@ -20,18 +23,26 @@ Room make_room(const Problem<W>& problem) {
     width = std::max<int64_t>(width, problem.maps[l].width);
   }
   const auto taps = [&](int64_t bins, int64_t extent) {
-    const int64_t most = problem.sampling_ratio > 0 ? std::min(problem.sampling_ratio, kMostTaps) * 2 * bins
+    const int64_t most = problem.sampling_ratio > 0 ? std::min(problem.sampling_ratio, kMostTaps<W>) * 2 * bins
                                                     : extent + 2 * bins;
-    return int32_t(std::min(most, kMostTaps));
+    return int32_t(std::min(most, kMostTaps<W>));
   };
   const int64_t bins = int64_t(problem.height) + problem.width;
   if (bins > kMostTableBins) return {0, 0, 0};
   return {taps(problem.height, height), taps(problem.width, width), int32_t(bins + bins % 2)};
 }
 
-template <typename W>
+template <typename W, typename O>
 size_t room_bytes(const Room& room) {
-  return (room.rows + room.columns) * sizeof(Tap<W>) + room.bins * sizeof(Bin);
+  return (room.rows + room.columns) * sizeof(Tap<W, O>) + room.bins * sizeof(Bin);
+}
+
+// Of the planar forward.
+template <typename W>
+size_t planar_bytes(const Room& room) {
+  static_assert(kMostTaps<W> * (2 * sizeof(Tap<W, int32_t>) + sizeof(RowTap<W>)) + kMostTableBins * sizeof(Bin) +
+                    kPlanarSumBytes <= 47 << 10);
+  return room_bytes<W, int32_t>(room) + (room.rows + kRowTaps) * sizeof(RowTap<W>) + kPlanarSumBytes;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -131,9 +142,11 @@ Workspace<W> lay_out_workspace(const Problem<W>& problem, Tiles tiles, const Roo
   place(boxes.windows, items);
   place(boxes.axes, items);
   place(boxes.places, items);
-  place(boxes.bins, items * (problem.height + problem.width));
+  place(boxes.bins, items * (int64_t(problem.height) + problem.width));
   place(boxes.taps, items * (int64_t(room.rows) + room.columns));
   boxes.room = room;
+  boxes.bins_each = problem.height + problem.width;
+  boxes.taps_each = room.rows + room.columns;
   return {boxes, tiles, bytes};
 }
 

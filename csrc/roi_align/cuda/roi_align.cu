@@ -96,16 +96,16 @@ void launch_forward(const Problem<W>& problem, bool channels_last, const OnDevic
   const auto chunks = [&](int64_t each) { return (problem.channels + each - 1) / each; };
   if (!channels_last) {
     const unsigned blocks = check_grid(items * chunks(kPlanarChannels));
-    pool_planar<T, W><<<blocks, kPlanarThreads, room_bytes<W>(room) + kPlanarSumBytes, on.stream()>>>(problem, room);
+    pool_planar<T, W><<<blocks, kPlanarThreads, planar_bytes<W>(room), on.stream()>>>(problem, room);
   } else {
     constexpr int V = kVector<T>;
     const dim3 threads(32, warps_for(problem.height));
     if (vectors_fit<T>(problem, V)) {
       const unsigned blocks = check_grid(items * chunks(32 * V));
-      pool_channels_last<T, W, V><<<blocks, threads, room_bytes<W>(room), on.stream()>>>(problem, room);
+      pool_channels_last<T, W, V><<<blocks, threads, room_bytes<W, int64_t>(room), on.stream()>>>(problem, room);
     } else {
       const unsigned blocks = check_grid(items * chunks(32));
-      pool_channels_last<T, W, 1><<<blocks, threads, room_bytes<W>(room), on.stream()>>>(problem, room);
+      pool_channels_last<T, W, 1><<<blocks, threads, room_bytes<W, int64_t>(room), on.stream()>>>(problem, room);
     }
   }
   on.check_launch("roi_align");

@@ -99,38 +99,39 @@ __device__ inline Slots choose_slots(const Slots& rows, const Slots& columns, bo
 // ---------------------------------------------------------------------------------------------
 // In shared memory
 
-template <typename W>
-struct alignas(16) Tap {
-  int64_t offset;  // of the pixel, in elements; -1: no pixel
+// O: the type of offsets, within a plane of a planar map 32 bits.
+template <typename W, typename O>
+struct alignas(sizeof(O) + sizeof(W) > 8 ? 16 : 8) Tap {
+  O offset;  // of the pixel, in elements; -1: no pixel
   W weight;
 };
 
 // The two weight matrices of a box, in the block's dynamic shared memory.
-template <typename W>
+template <typename W, typename O>
 struct Tables {
-  Tap<W>*rows, *columns;
+  Tap<W, O>*rows, *columns;
   Bin *row_bins, *column_bins;
   W* rest;  // the shared memory behind them
 };
 
-template <typename W>
-__device__ inline Tables<W> place_tables(Tap<W>* shared, const Room& room, int32_t height) {
-  Tap<W>* const columns = shared + room.rows;
+template <typename W, typename O>
+__device__ inline Tables<W, O> place_tables(Tap<W, O>* shared, const Room& room, int32_t height) {
+  Tap<W, O>* const columns = shared + room.rows;
   Bin* const bins = reinterpret_cast<Bin*>(columns + room.columns);
   return {shared, columns, bins, bins + height, reinterpret_cast<W*>(bins + room.bins)};
 }
 
-// All threads of the block; a barrier must follow.
-template <typename W>
+// The first `threads` threads of the block, a bin each; a barrier must follow.
+template <typename W, typename O>
 __device__ inline void fill_tables(const Problem<W>& problem, const Map& map, const Axes<W>& axes, const Slots& rows,
-                                   const Slots& columns, const Tables<W>& tables) {
-  const int32_t thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+                                   const Slots& columns, const Tables<W, O>& tables, int32_t threads) {
+  const int32_t thread = threadIdx.y * blockDim.x + threadIdx.x;
   for (int32_t i = thread; i < problem.height + problem.width; i += threads) {
     const bool row = i < problem.height;
     const int32_t bin = row ? i : i - problem.height;
     const Slots slots = choose_slots(rows, columns, row);
-    const int64_t stride = row ? map.row_stride : map.pixel_stride;
-    Tap<W>* const taps = row ? tables.rows : tables.columns;
+    const O stride = O(row ? map.row_stride : map.pixel_stride);
+    Tap<W, O>* const taps = row ? tables.rows : tables.columns;
     const Bin filled = fill_bin(choose_axis(axes, row), bin, row ? map.height : map.width, slots,
                                 [&](int32_t place, int32_t pixel, W weight) { taps[place] = {pixel * stride, weight}; });
     for (int32_t place = filled.begin + filled.count; place < (bin + 1) * slots.each; ++place) taps[place].offset = -1;
