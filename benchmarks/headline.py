@@ -65,7 +65,7 @@ PLAN = {
     "nms_12000": Plan("nms, 12,000 boxes, 0.5", 2, "158-175 us", 8),
     "nms_80x1000": Plan("batched_nms, 80 x 1000 boxes, 0.5", 3, "210-240 us", 8, most_us=130),
     "detections": Plan("logits -> 100 detections, 1000 RoIs x 81", 4, "30-45 us", most_us=60),
-    "conv_head": Plan("conv-head inference, 1000 RoIs, bf16", 14, "1470-1650 us", 2, most_us=1500),
+    "conv_head": Plan("conv-head inference, 1000 RoIs, bf16", 14, "1450-1700 us", 2, most_us=1500),
     "non_local": Plan("non-local block forward, 1000 RoIs, bf16", 5, "550 us", 2.4),
     "ext_1": Plan("Ext R50-FPN, bf16, batch 1, against Faster R-CNN", 25, "6000-7500 us", 3),
     "ext_16": Plan("  the same, batch 16", 20, "70000-80000 us", 1.5),

@@ -128,7 +128,8 @@ def conv_head(small: bool, training: bool = False, dtype: torch.dtype = heads.DT
     plain, fused = (tower.train(training) for tower in heads.towers())
     if training:
         x.requires_grad_()
-        return Case(heads.training_step(fused, x), heads.training_step(plain, x), heads.step_near)
+        ours = heads.training_step(fused, x)
+        return Case(ours, heads.training_step(plain, x), heads.step_near, alone=ours)
     ours = heads.inference(fused, x)
     return Case(ours, heads.inference(plain, x), heads.close, alone=ours, graphs=True)
 

@@ -100,11 +100,7 @@ ROWS = {
     "detections": Row("logits to 100 detections", detections.before, detections.after),
     "conv_head": Row("conv-head inference, bf16", TRITON, ENGINES),
     "conv_head_fp32": Row("  fp32 (TF32)", TRITON_FP32, ENGINES_FP32),
-    "non_local": Row(
-        "non-local block, bf16",
-        lambda m: networks.non_local(m, ROIS, networks.TRITON),
-        lambda m: networks.non_local(m, ROIS, networks.VENDOR),
-    ),
+    "non_local": Row("non-local block, bf16", lambda m: networks.non_local(m, ROIS)),
     "conv_head_training": Row(
         "conv-head training step, bf16",
         lambda m: networks.training_step(m, networks.HOST_BEFORE),
@@ -158,7 +154,8 @@ def parts(steps: list[Step]) -> str:
         work[step.name] = (number + 1, time + step.work)
     ordered = sorted(work.items(), key=lambda item: -item[1][1])
     named = [f"{number} x {name} {time:.0f}" for name, (number, time) in ordered]
-    return f"{len(steps)} launches {len(steps) * H200.launch:.0f}, " + ", ".join(named)
+    counts = "".join(f"; {step.name}: {step.counts}" for step in steps if step.counts)
+    return f"{len(steps)} launches {len(steps) * H200.launch:.0f}, " + ", ".join(named) + counts
 
 
 def table(names: list[str], with_parts: bool = False) -> str:

@@ -62,6 +62,8 @@ class Step(NamedTuple):
 
     name: str
     work: float
+    counts: str = ""
+    """What was counted for it, in words."""
 
 
 def makespan(durations: Iterable[float], slots: int) -> float:

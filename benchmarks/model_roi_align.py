@@ -26,6 +26,17 @@ def pixel_latency(machine: Machine, boxes: Boxes) -> float:
     return first * machine.dram_latency + (1 - first) * machine.l2_latency
 
 
+def counted(boxes: Boxes, size: int, waste: float, instructions: float) -> str:
+    """Bytes: read at least once, from the L2 in all, written; and warp instructions."""
+    read = int((distinct(boxes.rows.flatten(1)) * distinct(boxes.columns.flatten(1))).sum()) * waste
+    numbers = (boxes.unique_pixels, read, boxes.count * BINS * BINS)
+    unique, l2, written = (number * CHANNELS * size / 1e6 for number in numbers)
+    return (
+        f"{unique:.0f} MB unique, {l2:.0f} MB from the L2, {written:.0f} MB written, "
+        f"{instructions / 1e6:.0f} M warp instructions"
+    )
+
+
 def forward_traffic(machine: Machine, boxes: Boxes, size: int, waste: float = 1.0) -> float:
     """The longer of what the L2 and the memory deliver. waste: bytes fetched for a byte used."""
     read = int((distinct(boxes.rows.flatten(1)) * distinct(boxes.columns.flatten(1))).sum()) * waste
@@ -43,7 +54,10 @@ def forward_before(machine: Machine, count: int, size: int) -> list[Step]:
     again = (2 * RATIO * BINS - columns) * machine.chain(OLD_COLUMN)
     blocks = 2 * machine.dram_latency + machine.chain(PROLOGUE) + columns * one + again
     chain = makespan(blocks.repeat_interleave(chunks).tolist(), machine.multiprocessors * fit)
-    return [Step("pool", chain + forward_traffic(machine, boxes, size))]
+    new = float(columns.sum()) * (NEW_COLUMN if size == 4 else NEW_COLUMN_16) * chunks * BINS
+    instructions = new + boxes.count * chunks * BINS * PROLOGUE
+    counts = counted(boxes, size, 1.0, instructions)
+    return [Step("pool", chain + forward_traffic(machine, boxes, size), counts)]
 
 
 def planar_before(machine: Machine, count: int, size: int = 4) -> list[Step]:
@@ -60,7 +74,9 @@ def planar_before(machine: Machine, count: int, size: int = 4) -> list[Step]:
     blocks = 2 * machine.dram_latency + machine.chain(PROLOGUE) + rounds(columns) * BINS * row
     blocks += rounds(BINS * BINS) * machine.chain(PLANAR_OUTPUT) + 2 * (full + 1) * machine.barrier
     chain = makespan(blocks.repeat_interleave(CHANNELS // channels).tolist(), machine.multiprocessors * fit)
-    return [Step("pool", chain + forward_traffic(machine, boxes, size, waste=1.46))]
+    instructions = float(rounds(columns).sum()) * CHANNELS / channels * threads / 32 * BINS * PLANAR_ROW
+    counts = counted(boxes, size, 1.46, instructions)
+    return [Step("pool", chain + forward_traffic(machine, boxes, size, waste=1.46), counts)]
 
 
 def backward_before(machine: Machine, count: int, size: int, images: int = 1) -> list[Step]:
@@ -113,8 +129,9 @@ def backward(machine: Machine, count: int, size: int, images: int = 1) -> list[S
         pieces_in_all += float((pieces * (PIECE + ACTIVE * (across / 2 + 0.5) * BIN_COLUMN[size])).sum())
     written = (boxes.pixels + boxes.count * BINS * BINS) * CHANNELS * size / m.dram
     issued = m.issued(WARPS * (pieces_in_all + len(durations) * 150) + pairs * BOX_FILL)
-    gather = max(makespan(durations, m.multiprocessors * AT_ONCE), issued, written)
+    chain = makespan(durations, m.multiprocessors * AT_ONCE)
+    counts = f"chain {chain:.0f}, issue {issued:.0f}, writing {written:.0f} us; {pairs:.0f} boxes on tiles"
     listing = -(-boxes.count // 512) * (m.dram_latency + m.chain(300))
     longest = max(tiles.listed for tiles in tiles_of(boxes)) / 32
     prepare = max(4 * m.l2_latency + m.chain(450), 2 * m.l2_latency + longest * (m.l2_latency / 4 + m.chain(40)))
-    return [Step("list", listing), Step("prepare", prepare), Step("gather", gather)]
+    return [Step("list", listing), Step("prepare", prepare), Step("gather", max(chain, issued, written), counts)]

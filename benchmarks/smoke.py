@@ -152,17 +152,20 @@ class launches:  # noqa: N801  (used as a function)
         from triton.runtime.interpreter import InterpretedFunction
         from triton.runtime.jit import JITFunction
 
+        from doublehead.ops._triton import Launcher
+
         launched: set[str] = set()
-        self._before = [(kind, kind.run) for kind in (JITFunction, InterpretedFunction)]
-        for kind, run in self._before:
-            kind.run = self._watched(run, launched)
+        watched = (JITFunction, "run"), (InterpretedFunction, "run"), (Launcher, "__call__")
+        self._before = [(kind, name, getattr(kind, name)) for kind, name in watched]
+        for kind, name, run in self._before:
+            setattr(kind, name, self._watched(run, launched))
         return launched
 
     @staticmethod
     def _watched(run, launched: set[str]):
         def watched(function, *arguments, **options):
             result = run(function, *arguments, **options)
-            parts = function.fn.__module__.split(".")
+            parts = (getattr(function, "kernel", None) or function).fn.__module__.split(".")
             if parts[:2] == ["doublehead", "ops"]:
                 launched.add(parts[2])
             return result
@@ -170,8 +173,8 @@ class launches:  # noqa: N801  (used as a function)
         return watched
 
     def __exit__(self, *_) -> None:
-        for kind, run in self._before:
-            kind.run = run
+        for kind, name, run in self._before:
+            setattr(kind, name, run)
 
 
 def in_this_process(cases: dict, device: str) -> list[Row]:

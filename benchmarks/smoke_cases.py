@@ -22,6 +22,7 @@ from doublehead.ops.batch_norm.arguments import ForwardArguments  # noqa: E402
 from doublehead.ops.conv_head import Block  # noqa: E402
 from doublehead.ops.conv_head import reference as conv_head_reference  # noqa: E402
 from doublehead.ops.conv_head.arguments import pack  # noqa: E402
+from doublehead.ops.detections import by_class  # noqa: E402
 from doublehead.ops.detections import reference as detections_reference  # noqa: E402
 from doublehead.ops.detections.arguments import DetectionArguments  # noqa: E402
 from doublehead.ops.image_batch import reference as image_batch_reference  # noqa: E402
@@ -152,6 +153,12 @@ def nms(device, dtype):
     yield "indices", differing(ops.nms(*on_device[:2], 0.5), expected), 0
     expected = nms_reference.nms(boxes, scores, groups, 0.5)
     yield "by class", differing(ops.batched_nms(*on_device, 0.5), expected), 0
+    boxes, scores = clustered_boxes(20_000 if device == "cuda" else 200, seed=1, objects=300)
+    boxes, scores = boxes.to(dtype), scores.to(dtype)
+    for classes in (1, 3, 100):  # sorted, and decided on in rounds, by a block for each class, or both
+        groups = torch.arange(len(boxes)) % 199 % classes
+        actual = ops.batched_nms(*moved((boxes, scores, groups), device), 0.5)
+        yield f"{len(boxes)} boxes of {classes}", differing(actual, ops.batched_nms(boxes, scores, groups, 0.5)), 0
 
 
 @case("nms_padded", FLOAT32 + HALF + FLOAT64, "nms_padded")
@@ -166,9 +173,11 @@ def nms_padded(device, dtype):
 def detections(device, dtype):
     rois, classes = (200, 5) if device == "cuda" else (20, 6)
     yield from compare_detections(ops.detections, device, dtype, rois, classes)
-    yield from compare_detections(
-        lambda *given, **options: OPS.detections_by_class(*given, *options.values()), device, dtype, rois, classes
-    )
+    yield from compare_detections(by_class_alone, device, dtype, rois, classes)
+
+
+def by_class_alone(*given, **options):
+    return OPS.detections_by_class(*by_class.with_number(DetectionArguments(*given, **options)))
 
 
 @case("detections_triton", FLOAT32 + HALF, "detections", "detections")
@@ -326,7 +335,7 @@ def fuse_scores(device, dtype):
     grad = normal(*shape, seed=2)
     for method in ("complementary", "average"):
         ours = [value.to(device).requires_grad_() for value in logits]
-        forward = ops.fuse_scores(*ours, method)
+        forward = OPS.fuse_scores(*ours, method)
         backward = torch.autograd.grad(forward, ours, grad.to(device))
         plain, exact = (
             score_fusion_reference.fuse_scores(*moved(logits, *there), method) for there in each(device, dtype)

@@ -15,7 +15,8 @@ from doublehead.models.rpn import RPN
 from doublehead.ops import cudnn
 
 LAYERS = {
-    "stem": (8, 64, 7, 2, (400, 672)),
+    "stem": (16, 64, 4, 1, (401, 673)),
+    "stem, odd sides": (8, 64, 7, 2, (400, 672)),
     "1x1": (256, 64, 1, 1, (200, 336)),
     "1x1, residual": (64, 256, 1, 1, (200, 336)),
     "3x3": (256, 256, 3, 1, (100, 168)),
@@ -34,7 +35,10 @@ def fused_convolutions(device, dtype):
             inputs, outputs, size = 8, 16, (9, 7)
         x = normal(1, inputs, *size).to(device, dtype, memory_format=torch.channels_last)
         weight = weights(outputs, inputs, kernel, kernel, seed=1).to(device, dtype, memory_format=torch.channels_last)
-        bias, options = normal(outputs).to(device, dtype), {"stride": (stride,) * 2, "padding": (kernel // 2,) * 2}
+        bias, options = (
+            normal(outputs).to(device, dtype),
+            {"stride": (stride,) * 2, "padding": ((kernel - 1) // 2,) * 2},
+        )
         plain, exact = (conv2d(*(t.to(kind) for t in (x, weight, bias)), **options) for kind in (dtype, torch.float64))
         to = normal(*plain.shape).to(device, dtype, memory_format=torch.channels_last) if "residual" in name else None
         if to is not None:

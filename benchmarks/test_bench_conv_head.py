@@ -113,6 +113,15 @@ def test_fc_inference(compare):
     )
 
 
+def graphed(tower: nn.Module, x: torch.Tensor) -> Callable | str:
+    """A training step whose forward and backward are CUDA graphs, of a copy."""
+    if DEVICE != "cuda":
+        return "CUDA graphs need CUDA"
+    with precision():
+        module = torch.cuda.make_graphed_callables(copy.deepcopy(tower), (x.detach().clone().requires_grad_(),))
+    return training_step(module, x)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_training_step(compare, recompute):
     plain, fused = (tower.train() for tower in towers())
@@ -130,6 +139,7 @@ def test_training_step(compare, recompute):
             "reference": training_step(plain, x),
             "torch.compile": training_step(by_compiler, x) if by_compiler else NOT_COMPILED,
             "doublehead": training_step(fused, x),
+            "doublehead, graphs": graphed(fused, x),
         },
     )
 

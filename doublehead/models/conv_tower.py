@@ -225,22 +225,21 @@ class ConvTower(nn.Sequential):
         return [*self._folded.tensors(), *(tensor for tensors in inner for tensor in tensors)]
 
     def trains_fused(self) -> bool:
-        if not self.fused or torch.compiler.is_compiling() or not self._is_original() or has_inner_hooks(self):
+        if not self.fused or torch.compiler.is_compiling() or has_inner_hooks(self):
             return False
-        return all(norm.training and norm.momentum is not None for norm in self._norms())
+        norms = self._norms()
+        return self._is_original(norms) and all(norm.training and norm.momentum is not None for norm in norms)
 
-    def _is_original(self) -> bool:
+    def _is_original(self, norms: list[nn.Module] | None = None) -> bool:
         """Whether nobody has replaced a layer by one that the fused paths would not compute."""
-        blocks, known = self.blocks, (WideningBlock, Bottleneck, NonLocalBlock)
-        whole = have_kinds(list(self)[-2:], "af") and isinstance(blocks[0], WideningBlock)
-        return whole and self._plain_norms() and all(type(b) in known and b.is_original() for b in blocks)
+        (*blocks, mean, flatten), known = self, (WideningBlock, Bottleneck, NonLocalBlock)
+        if not have_kinds((mean, flatten), "af") or not isinstance(blocks[0], WideningBlock):
+            return False
+        norms = self._norms() if norms is None else norms
+        return _are_plain(norms) and all(type(b) in known and b.is_original() for b in blocks)
 
     def _norms(self) -> list[nn.Module]:
         return [module for module in inner_modules(self) if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-
-    def _plain_norms(self) -> bool:
-        """Not SyncBatchNorm, and with the statistics and weights that the fused paths use."""
-        return all(type(norm) is nn.BatchNorm2d and norm.track_running_stats and norm.affine for norm in self._norms())
 
     def _infer(self, x: Tensor, count: Tensor | None) -> Tensor:
         dtype = layer_dtype(x)
@@ -282,13 +281,18 @@ class ConvTower(nn.Sequential):
             if isinstance(block, ResidualBlock):
                 rows, found = block.train_rows(rows, size, self.recompute)
                 normed += found
-            elif block.trains_fused(rows):
+            elif block.fused and block.norm is not None:  # `trains_fused` has seen the rest
                 rows, found = block.train_rows(rows, size)
                 normed.append((block.norm, found))
             else:
                 rows = block(rows.view(number, *size, -1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(0, 2)
         track(normed, len(rows))
         return rows.view(number, size[0] * size[1], -1).mean(1)
+
+
+def _are_plain(norms: Sequence[nn.Module]) -> bool:
+    """Not SyncBatchNorm, and with the statistics and weights that the fused paths use."""
+    return all(type(norm) is nn.BatchNorm2d and norm.track_running_stats and norm.affine for norm in norms)
 
 
 def track(normed: Sequence[Normed], rows: int) -> None:

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._library import below_autograd, without_autocast
+from ..ops._library import without_layers
 from ..ops.batch_norm.layer import Norm, Statistics, normalize, normalize_again, normalize_backward
 from ..ops.batch_norm.op import check_rows
-from ..ops.fused_conv.gradient import convolve, convolve_backward
+from ..ops.fused_conv.gradient import convolve, convolve_backward, kernel_of
 
 
 class ConvNorm(NamedTuple):
@@ -129,12 +129,12 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, step: _Step, *parameters: Tensor) -> Tensor:
         weights, biases = parameters[1::3], parameters[2::3]
-        with below_autograd(), without_autocast():
-            convs = [conv.to(x.dtype) for conv in parameters[::3]]
+        with without_layers():
+            convs = [kernel_of(conv, x.dtype) for conv in parameters[::3]]
             norms = [Norm(*parts) for parts in zip(weights, biases, step.eps, strict=True)]
             y, inner, statistics = step.kind.forward(_Call(x, convs, norms, step.size))
         step.statistics.extend(statistics)
-        ctx.step = step
+        ctx.step, ctx.shapes = step, [conv.shape for conv in parameters[::3]]
         kept = () if step.recompute else (y, *inner)
         ctx.save_for_backward(x, *convs, *weights, *biases, *(part for pair in statistics for part in pair), *kept)
         return y
@@ -147,12 +147,15 @@ class _Block(torch.autograd.Function):
         convs, weights, biases, kept = saved[:3], saved[3:6], saved[6:9], saved[15:]
         statistics = [Statistics(*saved[index : index + 2]) for index in (9, 11, 13)]
         wanted = ctx.needs_input_grad[:1] + ctx.needs_input_grad[2:]
-        with below_autograd(), without_autocast():
+        with without_layers():
             norms = [Norm(*parts) for parts in zip(weights, biases, step.eps, strict=True)]
             call = _Call(x, convs, norms, step.size)
             y, *inner = kept if kept else (None, *step.kind.again(call, statistics))
             del saved, kept
             grad_x, *grads = step.kind.backward(call, grad, y, inner, statistics, wanted)
+            for index, shape in enumerate(ctx.shapes):
+                if grads[3 * index] is not None:
+                    grads[3 * index] = grads[3 * index].view(shape)
         return grad_x, None, *grads
 
 

@@ -144,7 +144,8 @@ class RPN(nn.Module):
 
         post_nms = self.config.post_nms_train if self.training else self.config.post_nms_test
         slots = min(post_nms, groups.shape[1])
-        kept, count = nms_padded(candidates, torch.cat(scores, 1).sigmoid(), groups, self.config.nms_iou, slots)
+        merged, largest = torch.cat(scores, 1).sigmoid(), self._pre_nms  # candidates of a level, at most
+        kept, count = nms_padded(candidates, merged, groups, self.config.nms_iou, slots, largest)
         valid = torch.arange(slots, device=kept.device) < count[:, None]
         kept_boxes = gather_rows(candidates, kept.clamp(min=0))
         return Proposals(torch.where(valid[..., None], kept_boxes, 0.0), valid)

@@ -55,9 +55,9 @@ def is_plain_conv(layer: nn.Module, bias: bool = False) -> bool:
     """Whether this is PyTorch's own convolution, with or without a bias, of stride 1 and to maps of the same size."""
     if type(layer) is not nn.Conv2d or (layer.bias is not None) is not bias:
         return False
-    padding = tuple(side // 2 for side in layer.kernel_size)
+    height, width = layer.kernel_size
     settings = layer.stride, layer.dilation, layer.groups, layer.padding, layer.padding_mode
-    return settings == ((1, 1), (1, 1), 1, padding, "zeros")
+    return settings == ((1, 1), (1, 1), 1, (height // 2, width // 2), "zeros")
 
 
 class FoldedWeights:

@@ -163,7 +163,7 @@ _NOTHING = contextlib.nullcontext()
 
 
 def define_triton_kernel(
-    name: str, module: str, function: str, *, compiled: str | None = None, serves: Callable[..., bool] | None = None
+    name: str, module: str, function: str, *, compiled: str | None = None, first: Callable | None = None
 ) -> None:
     """Serves CUDA tensors by a Triton kernel, and where it cannot be used by the reference, with a warning.
 
@@ -172,27 +172,30 @@ def define_triton_kernel(
         module: that launches the kernel; it is imported at the first call, as it imports Triton.
         function: of that module; takes the arguments that the reference takes.  It raises `Fallback` for a call that
             its kernel does not serve.
-        compiled: an operator with the same schema that `_C_cuda` has a kernel for.  It takes the calls for which
-            `serves`, with the reference's arguments, is true; they need no Triton.
-        serves: see `compiled`.
+        compiled: an operator that `_C_cuda` has a kernel for, on which `first` relies.
+        first: takes the arguments that the reference takes, and is asked before Triton is: it returns the result, or
+            None for a call that the compiled kernel does not serve.
     """
     if compiled is not None:
         COMPILED[name] = compiled
     unbuilt: dict[tuple, str] = {}  # calls whose kernel does not build -> why; building takes seconds
     pack = PACKERS.get(name)
+    load = functools.cache(lambda: importlib.import_module(module))
 
     def launch(*arguments):
         device = _device_of(arguments)
         cuda = device is not None and device.type == "cuda"
-        if cuda and _compiled(name) and serves(*arguments if pack is None else pack(*arguments)):
-            return getattr(getattr(torch.ops, NAMESPACE), COMPILED[name]).default(*arguments)
+        if cuda and _compiled(name):
+            result = first(*arguments) if pack is None else first(*pack(*arguments))
+            if result is not None:
+                return result
         reason = _fallback.refusal(device.index) if cuda else None
         if reason is None and unbuilt:
             reason = unbuilt.get(_signature(arguments))
         if reason is None:
             try:
                 with torch.cuda.device(device) if cuda else _NOTHING:
-                    kernel = getattr(importlib.import_module(module), function)
+                    kernel = getattr(load(), function)
                     return kernel(*arguments) if pack is None else kernel(*pack(*arguments))
             except Fallback as answer:
                 reason = answer.reason
@@ -206,6 +209,27 @@ def define_triton_kernel(
 
     TRITON_KERNELS[name] = launch
     LIBRARY.impl(name, launch, "CUDA")
+
+
+#: type of device -> operator -> what serves it there, for `kernel`.
+LAUNCHERS: dict[str, dict[str, Callable]] = {"cuda": TRITON_KERNELS}
+
+
+def kernel(name: str, x: torch.Tensor) -> Callable:
+    """What serves an operator on the device of x, with the schema's arguments, all of them, by position.
+
+    For autograd functions: below autograd and autocast nothing is left to dispatch, which takes 15 us a call.  Where
+    x is no plain tensor or something watches the operators that run, and on devices without Triton, it is the operator.
+    """
+    if type(x) in _PLAIN and not torch._C._len_torch_dispatch_stack():
+        launch = LAUNCHERS.get(x.device.type, _NONE).get(name)
+        if launch is not None:
+            return launch
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+_PLAIN = torch.Tensor, torch.nn.Parameter
+_NONE: dict[str, Callable] = {}
 
 
 def define_missing_kernels() -> None:
@@ -279,6 +303,24 @@ def below_autograd() -> contextlib.AbstractContextManager:
     For functions that have no gradient, or record it by an autograd function of their own.  Not while tracing.
     """
     return torch._C._AutoDispatchBelowAutograd()
+
+
+class without_layers:  # noqa: N801  (used as a function)
+    """Inside an autograd function: operators skip autograd's and autocast's layers, and so are called faster.
+
+    While a mode watches each operator, autograd's layers stay, which take others apart: it goes on seeing ATen's own.
+    """
+
+    def __enter__(self) -> None:
+        self._outer = without_autocast()
+        self._outer.__enter__()
+        # Made after the outer one is entered: guards put back the state that they found.
+        self._inner = _NOTHING if in_dispatch_mode() else below_autograd()
+        self._inner.__enter__()
+
+    def __exit__(self, *error) -> None:
+        self._inner.__exit__(*error)
+        self._outer.__exit__(*error)
 
 
 def in_functorch_transform() -> bool:

@@ -5,7 +5,6 @@ Imports torch alone.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -67,13 +66,26 @@ def blocks(n: int, size: int) -> int:
     return -(-n // size)
 
 
-class Launcher:
-    """A kernel with its constants, launched as `kernel[grid](*arguments, **constants)` is, in a third of the host's time.
+def kind_of(*tensors: Tensor | None) -> tuple | None:
+    """What Triton specialises a launch on these tensors on, the first being one; None if one is not aligned."""
+    kind: list[Any] = [tensors[0].device]
+    addresses = 0
+    for tensor in tensors:
+        if tensor is None:
+            kind.append(None)
+        else:
+            kind.append(tensor.dtype)
+            addresses |= tensor.data_ptr()
+    return None if addresses % MULTIPLE or torch.version.hip else tuple(kind)
 
-    Triton binds, types and specialises every argument anew at each launch.  Here calls that it would compile alike
-    share what it made of the first (`kernel[grid](...)` returns it), and launch that as Triton's tutorials do,
-    `compiled[grid](*arguments)`: hooks of profilers are still called.  Where Triton returns nothing, which its
-    interpreter does, each call goes the ordinary way; so it does on AMD's GPUs, where Triton looks at sizes too.
+
+class Launcher:
+    """A kernel with its constants, launched as `kernel[grid](*arguments, **constants)` is, in a quarter of the time.
+
+    Triton binds, types and specialises every argument anew at each launch.  Here calls of one `kind` share what it made
+    of the first (`kernel[grid](...)` returns it), and launch that as Triton's tutorials do, `compiled[grid](
+    *arguments)`: hooks of profilers are still called.  Where Triton returns nothing, as its interpreter does, each call
+    goes the ordinary way.
 
     Args:
         kernel: a `triton.jit` function whose constants come last.
@@ -82,41 +94,26 @@ class Launcher:
 
     def __init__(self, kernel: Any, **constants: Any) -> None:
         self.kernel, self.constants = kernel, constants
-        self._values = tuple(value for name, value in constants.items() if name in kernel.arg_names)
-        names = kernel.arg_names[len(kernel.arg_names) - len(self._values) :]
-        if [name for name in constants if name in kernel.arg_names] != list(names):
-            raise ValueError(f"constants must be the kernel's last arguments, {', '.join(names)}, in this order")
-        parameters = getattr(kernel, "params", ())  # the interpreter has none
-        self._unspecialised = {p.num for p in parameters if p.do_not_specialize}
+        values = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        if list(values) != kernel.arg_names[len(kernel.arg_names) - len(values) :]:
+            raise ValueError(f"constants must be the last of {', '.join(kernel.arg_names)}, in this order")
+        self._values = tuple(values.values())
         self._compiled: dict[tuple, Any] = {}
 
-    def __call__(self, grid: tuple[int, int, int], *arguments: Tensor | int | float | None) -> None:
-        """Launches on the current stream of the current device, which must be that of the tensors."""
-        key = self._kind(arguments)
-        compiled = self._compiled.get(key)
+    def __call__(self, kind: tuple | None, grid: tuple[int, int, int], *arguments: Tensor | int | float | None) -> None:
+        """Launches on the current stream of the current device, which must be that of the tensors.
+
+        Args:
+            kind: whatever Triton specialises the call on follows from it: the dtype of each tensor, that all are
+                aligned, and what is seen of each number: whether it is 1, a multiple of 16, within 32 bits.  None: the
+                call is like no other.
+            grid: blocks in three dimensions.
+            arguments: of the kernel, in order, without the constants.
+        """
+        compiled = self._compiled.get(kind)
         if compiled is not None:
             compiled[grid](*arguments, *self._values)
             return
         compiled = self.kernel[grid](*arguments, **self.constants)
-        if compiled is not None and torch.version.hip is None:
-            self._compiled[key] = compiled
-
-    def _kind(self, arguments: tuple) -> tuple:
-        """What calls of one compiled kernel have in common, at least."""
-        kind: list[Any] = [arguments[0].device]
-        for index, value in enumerate(arguments):
-            if isinstance(value, Tensor):
-                kind += value.dtype, value.data_ptr() % MULTIPLE == 0
-            elif isinstance(value, int) and index in self._unspecialised:
-                kind.append(-(2**31) <= value < 2**31)
-            elif isinstance(value, int):
-                kind.append((value == 1, value % MULTIPLE == 0, -(2**31) <= value < 2**31))
-            else:
-                kind.append(type(value))
-        return tuple(kind)
-
-
-@functools.cache
-def launcher(kernel: Any, **constants: Any) -> Launcher:
-    """The one `Launcher` of a kernel with these constants."""
-    return Launcher(kernel, **constants)
+        if compiled is not None and kind is not None:
+            self._compiled[kind] = compiled

@@ -7,7 +7,6 @@
 #include "detections/cuda/suppress.cuh"
 #include "nms/cuda/decide.cuh"
 #include "nms/cuda/rank.cuh"
-#include "nms/cuda/segments.cuh"
 #include "roi_align/cuda/backward.cuh"
 #include "roi_align/cuda/forward.cuh"
 
@@ -20,11 +19,11 @@ const void* const kernels[] = {
     (const void*)roi_align::device::pool_channels_last<float, float, 4>,
     (const void*)roi_align::device::pool_channels_last<BFloat16, float, 8>,
     (const void*)roi_align::device::pool_planar<float, float>,
+    (const void*)roi_align::device::prepare<float>,
     (const void*)roi_align::device::gather_channels_last<float, float, 4>,
     (const void*)roi_align::device::gather_channels_last<BFloat16, float, 8>,
     (const void*)nms::rank_boxes<float, float>,
     (const void*)nms::decide<float>,
-    (const void*)nms::suppress_segments<float>,
     (const void*)detections::score_classes<BFloat16, 4>,
     (const void*)detections::suppress_class<float, float>,
     (const void*)detections::merge_classes<float, float>,

@@ -39,19 +39,65 @@ class Budget(NamedTuple):
     """Mark -> warp instructions on the longest way between its ends, at most."""
     loads: dict[str, str] = {}
     """Mark -> the only width of loads from global memory in it, "LDG.128"."""
+    stores: str = ""
+    """The only width of stores to global memory in the whole kernel."""
 
 
 BUDGETS = [
-    Budget("pool_channels_lastIffLi4", threads=224, blocks=4, dynamic=928),
-    Budget("pool_channels_lastIN3c108BFloat16EfLi8", threads=224, blocks=4, dynamic=928),
     Budget(
-        "nms6decideIf",
+        "pool_channels_lastIffLi4",
+        threads=224,
+        blocks=4,
+        dynamic=928,
+        most={"roi_align: forward column": 75},
+        loads={"roi_align: forward column": "LDG.128"},
+    ),
+    Budget(
+        "pool_channels_lastIN3c108BFloat16EfLi8",
+        threads=224,
+        blocks=4,
+        dynamic=928,
+        most={"roi_align: forward column": 160},
+        loads={"roi_align: forward column": "LDG.128"},
+    ),
+    Budget(
+        "gather_channels_lastIffLi4",
+        threads=512,
+        blocks=2,
+        dynamic=43 << 10,
+        # A warp fills in a box and a block has 16 of them: 19 instructions a box on its critical path.
+        most={"roi_align: fill of a box": 300, "roi_align: copy of a bin": 55, "roi_align: column of bins": 110},
+        loads={"roi_align: copy of a bin": "LDGSTS.128"},
+        stores="STG.128",
+    ),
+    Budget(
+        "gather_channels_lastIN3c108BFloat16EfLi8",
+        threads=512,
+        blocks=2,
+        dynamic=43 << 10,
+        most={"roi_align: fill of a box": 300, "roi_align: copy of a bin": 50, "roi_align: column of bins": 90},
+        loads={"roi_align: copy of a bin": "LDGSTS.128"},
+        stores="STG.128",
+    ),
+    Budget(
+        "pool_planarIff",
+        threads=128,
+        blocks=5,
+        dynamic=18 << 10,
+        most={"roi_align: taps of a column": 250, "roi_align: planar output": 200},
+    ),
+    Budget(
+        "decideIf",
         threads=1024,
         blocks=1,
-        most={"nms: 32 tests": 19 * 32, "nms: 32 strikes": 19 * 32, "nms: turn of a tile": 350},
+        most={
+            "nms: 32 tests": 640,
+            "nms: 32 strikes": 640,
+            "nms: 16 tests of a segment": 340,
+            "nms: turn of a tile": 400,
+        },
     ),
-    Budget("rank_boxesIff", threads=512, blocks=3, most={"nms: 8 comparisons": 270}),
-    Budget("suppress_segmentsIf", threads=1024, blocks=1, most={"nms: a group's test": 64}),
+    Budget("rank_boxesIfff", threads=512, blocks=3, most={"nms: 8 comparisons": 270}),
     Budget("score_classesIN3c108BFloat16E", threads=256, blocks=6, most={"detections scores of a RoI": 570}),
     Budget(
         "suppress_classIff",
@@ -110,6 +156,13 @@ def test_hot_loops_load_wide(budget, arch):
         if width := budget.loads.get(section.mark):
             loads = {kind for kind in section.opcodes if kind.split(".")[0] in ("LDG", "LD", "LDGSTS")}
             assert loads == {width}, (section.mark, section.opcodes)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("budget", [budget for budget in BUDGETS if budget.stores], ids=lambda budget: budget.kernel)
+def test_results_are_stored_wide(budget, arch):
+    counts = machine_code.count_opcodes(kernel_of(budget, arch).code.instructions)
+    assert {kind for kind in counts if kind.startswith("STG")} == {budget.stores}
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -136,6 +136,10 @@ template <typename T>
 void __stcs(T* address, T value) {
   *address = value;
 }
+template <typename T>
+void __stcg(T* address, T value) {
+  *address = value;
+}
 
 // As on the device, a NaN loses against a number.
 template <typename A, typename B>

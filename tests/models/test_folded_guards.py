@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import prune
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.rpn import RPNHead
 
 from doublehead.config import RPNConfig
@@ -19,6 +20,7 @@ from doublehead.models import folded
 from doublehead.models.backbone import ResNetFPN
 from doublehead.models.folded import networks
 from doublehead.models.folded.plan import Reader
+from doublehead.models.folded.watch import Watch
 from doublehead.models.rpn import RPN
 from doublehead.ops import onednn
 from tests.support.folded import PIXELS, as_modules, build, folded_runs, lively, of_head  # noqa: F401 (a fixture)
@@ -121,13 +123,14 @@ def test_what_is_not_finite_stays_so(broken):
 def test_they_are_forgotten_in_training_and_with_the_module():
     body = build()
     body(PIXELS)
-    assert body in networks._FOLDED
+    assert body in networks._FOLDED and body in networks._READ
     body.train()
-    assert body not in networks._FOLDED
+    assert body not in networks._FOLDED and body not in networks._READ
     body.eval()(PIXELS)
-    number = len(networks._FOLDED)
+    kept = networks._FOLDED, networks._READ
+    numbers = [len(of) for of in kept]
     del body
-    assert len(networks._FOLDED) == number - 1
+    assert [len(of) for of in kept] == [number - 1 for number in numbers]
 
 
 def test_maps_that_are_given_out_are_not_overwritten():
@@ -184,6 +187,7 @@ GUARDS = {
     "pruned": lambda body: prune.identity(body.body.conv1, "weight"),
     "parametrized": lambda body: register_parametrization(body.body.conv1, "weight", nn.Identity()),
     "mixed dtypes": lambda body: body.body.conv1.double(),
+    "a weight on another device": lambda body: body.body.conv1.to("meta"),
 }  # fmt: skip
 
 
@@ -191,12 +195,39 @@ GUARDS = {
 @torch.no_grad()
 def test_who_watches_or_differs_is_served(monkeypatch, runs, guard):
     body = build(norm="batch_norm")
+    body(PIXELS[:, :, :32, :32])
+    assert runs.pop() == torch.float32 and not runs
     if guard == "the class's forward replaced":
         monkeypatch.setattr(
             nn.Conv2d, "forward", lambda self, x: torch.Tensor.relu(self._conv_forward(x, self.weight, self.bias))
         )
     GUARDS[guard](body)
     assert folded.backbone(body, body.body, body.fpn, PIXELS) is None and runs == []
+
+
+def test_what_is_read_anew():
+    """What reading modules depends on, and nothing else."""
+    getter = IntermediateLayerGetter(torchvision.models.resnet18(weights=None), {"layer3": "0"}).eval()
+    conv = getter.layer1[0].conv1
+    changes = {
+        "attribute": lambda: setattr(conv, "stride", (2, 2)),
+        "weight": lambda: setattr(conv, "weight", nn.Parameter(conv.weight.detach())),
+        "buffer": lambda: getter.bn1.register_buffer("running_mean", torch.zeros(64)),
+        "module": lambda: setattr(getter.layer1[0], "relu", nn.ReLU().eval()),
+        "maps": lambda: getter.return_layers.update(layer3="1"),
+        "hook": lambda: conv.register_forward_pre_hook(lambda *_: None),
+        "mode": lambda: getter.bn1.train(),
+        "class": lambda: setattr(conv, "__class__", OtherConv),
+    }
+    for name, change in changes.items():
+        watch = Watch([getter, None])
+        assert watch.holds([getter, None]) and not watch.holds([getter, conv]) and not watch.holds([getter])
+        change()
+        assert not watch.holds([getter, None]), name
+    watch = Watch([getter])
+    with torch.no_grad():
+        conv.weight.add_(1)  # that is for whoever folds the weights to see
+    assert watch.holds([getter])
 
 
 def test_hooks_are_called(runs):

@@ -246,7 +246,8 @@ def test_the_table_for_an_h200(kind, half, float32):
 def test_the_table_elsewhere(monkeypatch):
     assert choice(conv(Product.JOINED, rows=4500)) == Engine.CUBLAS
     assert choice(conv(Product.JOINED, rows=4499)) == Engine.TRITON
-    assert choice(conv(Product.JOINED), (8, 0)) == Engine.TRITON
+    assert choice(conv(Product.JOINED), (8, 9)) == choice(conv(Product.JOINED), (12, 0)) == Engine.TRITON
+    assert choice(conv(Product.JOINED), (10, 0)) == Engine.CUBLAS
     assert choice(conv(Product.ADDED, rows=2**23 - 1)) == Engine.CUDNN  # of 256 channels: under 2^31 elements
     assert choice(conv(Product.ADDED, rows=2**23)) == Engine.TRITON
     assert choice(conv(Product.ACTIVATED, rows=2**23)) == Engine.CUBLAS

@@ -26,13 +26,13 @@ def none_without_a_kernel(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "inputs, outputs, kernel, stride, size",
-    [(8, 64, 7, 2, (64, 96)), (64, 256, 1, 1, (50, 84)), (256, 256, 3, 1, (25, 42)), (128, 128, 3, 2, (51, 83)),
-     (24, 40, 3, 1, (7, 7)), (16, 8, 1, 2, (9, 11))],
+    [(16, 64, 4, 1, (65, 97)), (8, 64, 7, 2, (64, 96)), (64, 256, 1, 1, (50, 84)), (256, 256, 3, 1, (25, 42)),
+     (128, 128, 3, 2, (51, 83)), (24, 40, 3, 1, (7, 7)), (16, 8, 1, 2, (9, 11))],
 )  # fmt: skip
 @torch.no_grad()
 def test_results(dtype, inputs, outputs, kernel, stride, size):
     random = torch.Generator().manual_seed(0)
-    options = {"stride": (stride,) * 2, "padding": (kernel // 2,) * 2}
+    options = {"stride": (stride,) * 2, "padding": ((kernel - 1) // 2,) * 2}
 
     def tensor(*shape, spread=1.0):
         x = spread * torch.randn(shape, generator=random)

@@ -90,7 +90,7 @@ def test_a_score_equals_its_threshold_in_float32():
 
 
 @every_order
-@pytest.mark.parametrize("rois", [1, 2, 7, 8, 9, 33, 64, 65, 130])
+@pytest.mark.parametrize("rois", [1, 8, 9, 33, 64, 65, 130])
 def test_every_number_of_rois(rois, order):
     count = check_exactly(make(2, rois, 3, seed=rois, score_threshold=0.02), order)
     assert count.any()
@@ -110,9 +110,9 @@ def test_classes_beside_the_sizes_of_the_sort(rois):
 
 
 @every_order
-@pytest.mark.parametrize("most", [1, 63, 64, 65, 100, 1024])
+@pytest.mark.parametrize("most", [1, 64, 65, 1024])
 def test_early_stop_changes_nothing(most, order):
-    args = make(2, 150, 4, seed=3, scale=1.0, crowd=120, score_threshold=0.0, max_detections=most)
+    args = make(1, 150, 4, seed=3, scale=1.0, crowd=120, score_threshold=0.0, max_detections=most)
     check_exactly(args, order)
 
 
@@ -139,7 +139,7 @@ def test_a_chain_of_suppressions():
 
 
 @every_order
-@pytest.mark.parametrize("most", [10, 100, 1024])
+@pytest.mark.parametrize("most", [10, 1024])
 def test_more_is_kept_than_a_block_merges_at_once(most, order):
     # 50 classes of 60 RoIs that hardly overlap: 3,000 keys, where the merge holds 2,048.
     args = make(1, 60, 51, seed=5, scale=0.1, crowd=60, score_threshold=0.0, nms_iou=0.9, max_detections=most)
@@ -165,9 +165,31 @@ def test_the_best_lie_behind_a_sweep_that_finds_some():
     assert check_exactly(args).item() == 300
 
 
-def test_many_classes():
-    # A sweep of the merge takes a block two rounds.
-    check_exactly(make(1, 9, 300, seed=8, scale=3.0, score_threshold=1e-4, max_detections=40))
+def test_sweep_after_sweep_finds_better_ones():
+    # Half of the classes have all of the best: 490 more in each sweep than the merge has room for beside 1,024.
+    args = make(1, 250, 30, seed=14, scale=0.3, crowd=250, score_threshold=0.0, nms_iou=0.99, max_detections=1024)
+    args.valid[:] = True
+    args.logits[0][..., ::2] += 3.0
+    assert check_exactly(args).item() == 1024
+
+
+@pytest.mark.parametrize("last", [200, 300])
+def test_many_classes(last):
+    # A sweep of the merge takes a block two rounds; with 200 the second finds nothing.
+    args = make(1, 20, 300, seed=8, scale=3.0, crowd=20, score_threshold=1e-4, max_detections=100, nms_iou=0.99)
+    args.logits[0][..., 7] += 15.0
+    for logits in args.logits:
+        logits[..., last:] = -INF
+    assert check_exactly(args).item() == 100
+
+
+def test_most_classes():
+    classes = by_class.MOST_CLASSES
+    args = make(1, 8, classes, seed=15, heads=1, crowd=8, nms_iou=0.99)
+    chosen = [1, 31, 32, 1023, 1024, classes - 1]
+    for label in set(range(classes)) - set(chosen):
+        args.logits[0][..., label] = -INF
+    assert check_exactly(args).item() == 20
 
 
 @every_order
@@ -242,8 +264,17 @@ def test_limits_are_those_of_the_kernels():
     assert limits.tolist() == [by_class.MOST_ROIS, by_class.MOST_CLASSES, by_class.MOST_DETECTIONS]
 
 
+@pytest.mark.parametrize("fusion", FUSION_NAMES)
+def test_the_operator_gets_all_arguments(fusion):
+    args = make(2, 9, 4, fusion=fusion, max_detections=7)
+    expected = reference.detections(args)
+    assert by_class.with_name(*by_class.with_number(args)) == (args,)
+    assert all(map(torch.equal, by_class.detections(args), expected))  # on the CPU, by its path there
+
+
 def test_what_is_served():
     args = make(1, 4, 3)
+    assert by_class.detections(args._replace(max_detections=0)) is None
     assert by_class.serves(args) and by_class.serves(make(1, 4, 3, heads=1))
     half = args.deltas.half()
     assert by_class.serves(args._replace(deltas=half))

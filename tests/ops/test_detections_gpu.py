@@ -24,6 +24,10 @@ def make(batch=2, rois=300, classes=6, seed=0, dtype=torch.float32, device="cuda
     return given
 
 
+def call_by_class(args):
+    return torch.ops.doublehead.detections_by_class(*by_class.with_number(args))
+
+
 def check_exactly(given, **changes):
     """The result is what suppression makes of all candidates, as the operator itself lists them; returns `count`."""
     options = OPTIONS | changes
@@ -72,8 +76,8 @@ def test_larger_calls_take_the_other_path(change):
     assert not by_class.serves(args)
     found, expected = detections(*given, **OPTIONS), reference.detections(args)
     torch.testing.assert_close(found[1], expected[1], atol=1e-6, rtol=1e-5)
-    with pytest.raises(RuntimeError, match="must be .* to 1024|must be .* to 1280"):
-        torch.ops.doublehead.detections_by_class(*given, *OPTIONS.values())
+    with pytest.raises(RuntimeError, match="must be .* to 1024|must be .* to 1216"):
+        call_by_class(args)
 
 
 def test_triton_is_not_needed(monkeypatch, recwarn):
@@ -132,8 +136,9 @@ def test_another_stream_and_device():
 @pytest.mark.parametrize("dtype", by_class.DTYPES)
 def test_opcheck(dtype):
     given = make(2, 6, 4, dtype=dtype)
-    for name in ("detections", "detections_by_class"):
-        torch.library.opcheck(getattr(torch.ops.doublehead, name).default, (*given, *OPTIONS.values()))
+    args = DetectionArguments(*given, **OPTIONS)
+    torch.library.opcheck(torch.ops.doublehead.detections.default, tuple(args))
+    torch.library.opcheck(torch.ops.doublehead.detections_by_class.default, by_class.with_number(args))
 
 
 def test_kernel_reads_nothing_it_should_not():
@@ -152,7 +157,9 @@ def test_kernel_reads_nothing_it_should_not():
         ((logits, deltas, proposals.cpu(), valid, sizes), "proposals must be on a CUDA device"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.doublehead.detections_by_class(*bad, *OPTIONS.values())
-    options = OPTIONS | {"max_detections": 0}
+            call_by_class(DetectionArguments(*bad, **OPTIONS))
+    args = DetectionArguments(logits, deltas, proposals, valid, sizes, **OPTIONS)
     with pytest.raises(RuntimeError, match="max_detections must be 1 to 1024"):
-        torch.ops.doublehead.detections_by_class(logits, deltas, proposals, valid, sizes, *options.values())
+        call_by_class(args._replace(max_detections=0))
+    with pytest.raises(RuntimeError, match="fusion must be 0 to 3"):
+        torch.ops.doublehead.detections_by_class(*args[:5], 4, *args[6:])

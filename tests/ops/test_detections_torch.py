@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from doublehead.ops import detections
+from doublehead.ops.detections import by_class
+from doublehead.ops.detections.arguments import DetectionArguments
 from tests.support.detection_cases import OPTIONS, tensors
 
 # ---------------------------------------------------------------------------------------------
@@ -21,6 +23,8 @@ def test_opcheck(heads, rois, dtype):
     logits = [item.to(dtype).requires_grad_() for item in logits]
     arguments = (logits, deltas.requires_grad_(), *others, *OPTIONS.values())
     torch.library.opcheck(torch.ops.doublehead.detections.default, arguments)
+    args = DetectionArguments([item.detach() for item in logits], deltas.detach(), *arguments[2:])
+    torch.library.opcheck(torch.ops.doublehead.detections_by_class.default, by_class.with_number(args))
 
 
 def test_it_has_no_gradient():

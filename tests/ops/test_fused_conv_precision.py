@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from doublehead.models import conv_training
-from doublehead.ops.fused_conv import reference
+from doublehead.ops.fused_conv import gradient, reference
 from doublehead.ops.fused_conv.arguments import FusedConvArguments
 from tests.support.paths import ROOT
 
@@ -96,17 +95,17 @@ class Recorder(TorchDispatchMode):
 def test_1x1_convolutions_in_training(monkeypatch, product):
     """float32 on a GPU calls the convolution, which the convolutions' switch governs; the results are the same."""
     monkeypatch.setattr(reference, "is_matrix_product", lambda rows: product)
-    monkeypatch.setattr(conv_training, "is_matrix_product", lambda rows: product)
+    monkeypatch.setattr(gradient, "is_matrix_product", lambda rows: product)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2 * 15, 8, generator=generator, dtype=torch.float64)
-    weight = torch.randn(6, 8, 1, 1, generator=generator, dtype=torch.float64)
+    weight = gradient.kernel_of(torch.randn(6, 8, 1, 1, generator=generator, dtype=torch.float64), torch.float64)
     grad = torch.randn(2 * 15, 6, generator=generator, dtype=torch.float64)
     with Recorder() as recorder:
-        y = conv_training.convolve(rows, weight, (5, 3))
-        grad_rows, grad_weight = conv_training.convolve_backward(grad, rows, weight, (5, 3))
-    torch.testing.assert_close(y, rows @ weight.flatten(1).t())
-    torch.testing.assert_close(grad_rows, grad @ weight.flatten(1))
-    torch.testing.assert_close(grad_weight, (grad.t() @ rows).view_as(weight))
+        y = gradient.convolve(rows, weight, None, (5, 3))
+        grad_rows, grad_weight = gradient.convolve_backward(grad, rows, weight, (5, 3))
+    torch.testing.assert_close(y, rows @ weight.t())
+    torch.testing.assert_close(grad_rows, grad @ weight)
+    torch.testing.assert_close(grad_weight, grad.t() @ rows)
     assert ({"convolution", "convolution_backward"} <= recorder.names) != product
     assert ({"mm"} <= recorder.names) == product
 

@@ -90,28 +90,28 @@ def test_a_kernel_that_works_is_used(gpus, kernel):
     assert served(kernel(None), *ARGUMENTS) == ("from the kernel", [])
 
 
-def test_a_compiled_kernel_takes_what_it_serves_and_needs_no_triton(gpus, kernel, monkeypatch):
-    takes, built = [True], [True]
+def test_a_compiled_kernel_is_asked_first_and_needs_no_triton(gpus, kernel, monkeypatch):
+    answer, built = ["compiled"], [True]
     monkeypatch.setattr(_library, "COMPILED", {})
     monkeypatch.setattr(_library, "_registered", lambda name, key: built[0])
     monkeypatch.setattr(_fallback.importlib.util, "find_spec", lambda name: None)
-    launch = kernel(None, compiled="fused_conv", serves=lambda args: len(args) == len(ARGUMENTS) and takes[0])  # packed
-    found, texts = served(launch, *ARGUMENTS)
-    assert torch.equal(found, _library.REFERENCES["fused_conv"](*ARGUMENTS)) and texts == []
+    launch = kernel(
+        None, compiled="compiled", first=lambda args: answer[0] if len(args) == len(ARGUMENTS) else "packed"
+    )
+    assert served(launch, *ARGUMENTS) == ("compiled", [])
     assert _library.native("fused_conv", "cuda") and _library.language("fused_conv", "cuda") == "CUDA"
-    takes[0] = False
+    answer[0] = None
     expect_reference(launch, "pip install triton")
-    takes[0], built[0] = True, False
+    answer[0], built[0] = "compiled", False
     assert not _library.native("fused_conv", "cuda") and _library.language("fused_conv", "cuda") == "Triton"
-    monkeypatch.undo()
     assert kernel.calls == 0
 
 
 def test_triton_takes_what_a_compiled_kernel_does_not(gpus, kernel, monkeypatch):
     monkeypatch.setattr(_library, "COMPILED", {})
-    for built, takes in ((True, False), (False, True)):
+    for built, answer in ((True, None), (False, "compiled")):
         monkeypatch.setattr(_library, "_registered", lambda name, key, built=built: built)
-        launch = kernel(None, compiled="fused_conv", serves=lambda args, takes=takes: takes)
+        launch = kernel(None, compiled="compiled", first=lambda args, answer=answer: answer)
         assert served(launch, *ARGUMENTS) == ("from the kernel", [])
 
 

@@ -313,8 +313,8 @@ def test_the_largest_group_changes_nothing(dtype):
             *actual, number = run_counted(boxes, scores, groups, 0.5, 100, largest_group=largest_group, ranked=ranked)
             assert all(map(torch.equal, actual, expected)), largest_group
             launches.append(number)
-        # Order and decide; or keys, numbers, boxes, finding and suppressing segments, and what is left with the result.
-        assert launches == [2 if ranked else 6] * 4
+        # Order and decide; or keys, numbers, boxes, and decide: a sort is more, on a device.
+        assert launches == [2 if ranked else 4] * 4
 
 
 def test_launches():
@@ -359,7 +359,7 @@ def test_memory_grows_with_the_boxes_alone(grouped, is_double):
             open_emulated("nms.cpp").call("nms_plan", number, count, grouped, is_double, 0, plan)
             total, (workspace, masks, chunk) = number * count, plan.tolist()
             assert masks <= max(256 << 20, 8 * total), (number, count)
-            assert workspace - masks <= (81 + 16 * is_double) * total + 64 * number + 8192, (number, count)
+            assert workspace - masks <= (82 + 16 * is_double) * total + 64 * number + 8192, (number, count)
             assert min(64, count) <= chunk <= 8192, (number, count)
             open_emulated("nms.cpp").call("nms_plan", number, count, grouped, is_double, 1, plan)
             if grouped and chunk < count:

@@ -79,6 +79,17 @@ def test_many_boxes(count, groups):
     assert_as_on_cpu(boxes, scores, torch.arange(count) % groups if groups > 1 else None, 0.6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_groups_beside_small_ones(dtype):
+    # One in rounds, some by a block each, the smallest of one box; 8,193 boxes are the fewest that are sorted.
+    for count in (8192, 8193, 30_000):
+        boxes, scores = clustered_boxes(count, seed=count, objects=300)
+        groups = torch.randint(count, (count,), generator=torch.Generator().manual_seed(1))
+        groups[: count // 2] = 0
+        groups[count // 2 :][: count // 4] %= 7
+        assert_as_on_cpu(boxes.to(dtype), scores, groups, 0.5)
+
+
 @pytest.mark.parametrize("score_dtype", DTYPES)
 @pytest.mark.parametrize("batch", [1, 2, 16, 300])
 def test_batches(batch, score_dtype):
@@ -146,6 +157,14 @@ def test_a_thousand_repeats_are_equal():
         assert torch.equal(nms(boxes, scores, 0.7), alone)
 
 
+def test_a_hundred_repeats_of_many_boxes_are_equal():
+    boxes, scores = (tensor.cuda() for tensor in clustered_boxes(40_000, seed=3, objects=300))
+    for classes in (1, 3, 80):
+        groups = torch.arange(40_000, device="cuda") % classes
+        first = batched_nms(boxes, scores, groups, 0.7)
+        assert all(torch.equal(batched_nms(boxes, scores, groups, 0.7), first) for _ in range(100))
+
+
 @pytest.mark.parametrize("count", [100, 2000, 9000])
 def test_padded_waits_for_nothing(count):
     arguments = to_device(padded_example(2, count))
@@ -190,6 +209,24 @@ def test_another_stream():
         torch.cuda.current_stream().wait_stream(stream)
         assert torch.equal(indices.cpu(), expected)
         assert torch.equal(kept.cpu(), nms(example[0][0], example[1][0], 0.5))
+
+
+@pytest.mark.parametrize("count", [3000, 20_000])
+def test_two_streams_at_once(count):
+    # Kernels whose blocks wait for each other must not wait for those of another kernel.
+    examples = [padded_example(1, count, seed) for seed in range(2)]
+    expected = [nms_padded(*example, 0.5, 500)[0] for example in examples]
+    arguments = [to_device(example) for example in examples]
+    streams = [torch.cuda.Stream() for _ in examples]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(50):
+        for given, stream in zip(arguments, streams, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(nms_padded(*given, 0.5, 500)[0])
+    torch.cuda.synchronize()
+    for i, indices in enumerate(found):
+        assert torch.equal(indices.cpu(), expected[i % 2])
 
 
 def test_another_device():

@@ -79,7 +79,7 @@ def test_the_attention_follows_the_matrix_products(triton_kernels, monkeypatch, 
 
     class Launched:
         def __init__(self, function) -> None:
-            self.function, self.precisions = function, []
+            self.function, self.precisions, self.arg_names = function, [], function.arg_names
 
         def __getitem__(self, grid):
             def launch(*arguments, PRECISION, **options):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from doublehead.ops import fuse_scores
-from doublehead.ops.score_fusion import FUSIONS
+from doublehead.ops.score_fusion import FUSIONS, op, reference
 from tests.support.triton_compile import Case, compile_cases
 
 OPERATORS = torch.ops.doublehead
@@ -62,8 +62,13 @@ def test_dtypes_of_results():
 
 
 @pytest.fixture(params=["cpu", "triton"])
-def device(request):
-    return request.getfixturevalue("triton_kernels") if request.param == "triton" else "cpu"
+def device(request, monkeypatch):
+    """Where `fuse_scores` runs; in Triton as the operator, since the function takes plain PyTorch for gradients."""
+    if request.param == "cpu":
+        return "cpu"
+    operator = OPERATORS.fuse_scores
+    monkeypatch.setitem(globals(), "fuse_scores", lambda fc, conv, method="complementary": operator(fc, conv, method))
+    return request.getfixturevalue("triton_kernels")
 
 
 @pytest.fixture
@@ -124,6 +129,25 @@ def test_large_logits_stay_finite(device, method):
         )
         assert scores.tolist() == expected
         assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_are_plain_pytorchs_and_the_same(triton_kernels, monkeypatch, method):
+    logits, grad = two_logits(5, 81), torch.randn(5, 81, generator=torch.Generator().manual_seed(1))
+    calls = []
+    operator = op._fuse_scores
+    monkeypatch.setattr(op, "_fuse_scores", lambda *arguments: calls.append(arguments) or operator(*arguments))
+    with torch.no_grad():
+        alone = fuse_scores(*(item.to(triton_kernels) for item in logits), method)
+    assert len(calls) == 1
+    found = results(lambda *a: fuse_scores(*a, method), logits, grad, triton_kernels)
+    assert len(calls) == (2 if method == "none" else 1)
+    torch.testing.assert_close(found[0], alone.double().cpu(), rtol=1e-6, atol=1e-7)
+    defined = results(lambda *a: reference.fuse_scores(*a, method), logits, grad, triton_kernels)
+    kernels = results(lambda *a: OPERATORS.fuse_scores(*a, method), logits, grad, triton_kernels)
+    for actual, expected, fused in zip(found, defined, kernels, strict=True):
+        assert actual.equal(expected) or method == "none"
+        torch.testing.assert_close(actual, fused, rtol=1e-5, atol=1e-6)
 
 
 def test_at_a_tie_of_max_each_gets_half(device):

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from doublehead.ops.detections.arguments import DetectionArguments
-from doublehead.ops.detections.by_class import DTYPES, SIZE_DTYPES
+from doublehead.ops.detections.by_class import DTYPES, NUMBERS, SIZE_DTYPES
 from tests.cuda_emulation.build import IN_ORDER, Order, open_emulated
 
-FUSIONS = {"complementary": 0, "none": 0, "max": 1, "average": 2}
 SIZES = {torch.float32: 0, torch.float64: 1, torch.int32: 2, torch.int64: 3}
 assert set(SIZES) == set(SIZE_DTYPES)
 
@@ -44,7 +43,7 @@ def make_call(args: DetectionArguments) -> Call:
     call = Call(
         *(item.data_ptr() for item in (fc, conv, args.valid, args.deltas, args.proposals, args.sizes)),
         *(DTYPES.index(item.dtype) for item in (fc, args.deltas, args.proposals)), SIZES[args.sizes.dtype],
-        FUSIONS[args.fusion], *fc.shape, args.max_detections,
+        NUMBERS[args.fusion], *fc.shape, args.max_detections,
         fc.stride(), conv.stride(), args.valid.stride(), args.deltas.stride(), args.proposals.stride(),
         args.sizes.stride(), together(args.deltas), together(args.proposals),
         args.score_threshold, args.nms_iou, args.min_size, args.least_side, tuple(args.box_weights),

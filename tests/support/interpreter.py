@@ -14,9 +14,13 @@ TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @contextlib.contextmanager
 def kernels_on_cpu() -> Iterator[None]:
     """Inside, `torch.ops.doublehead` serves CPU tensors by the Triton kernels."""
-    from doublehead.ops._library import NAMESPACE, TRITON_KERNELS
+    from doublehead.ops._library import LAUNCHERS, NAMESPACE, TRITON_KERNELS
 
     with torch.library._scoped_library(NAMESPACE, "IMPL") as library:
         for name, launch in TRITON_KERNELS.items():
             library.impl(name, launch, "CPU", allow_override=True)
-        yield
+        LAUNCHERS["cpu"] = TRITON_KERNELS
+        try:
+            yield
+        finally:
+            del LAUNCHERS["cpu"]

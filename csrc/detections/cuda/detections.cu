@@ -2,8 +2,9 @@
 #include "cuda_common.h"  // the kernels, which name no torch, use its macro
 #include "steps.h"
 
-#include <string>
 #include <tuple>
+#include <type_traits>
+#include <vector>
 
 namespace doublehead::detections {
 namespace {
@@ -54,12 +55,8 @@ Plan check_arguments(const Arguments& in, int64_t most) {
   return {images, rois, classes, most};
 }
 
-Fusion fusion_of(const std::string& name) {
-  if (name == "complementary" || name == "none") return kComplementary;  // "none" has one classifier
-  if (name == "max") return kMax;
-  DOUBLEHEAD_CHECK(name == "average", "detections: no such fusion, ", name);
-  return kAverage;
-}
+// As doublehead/ops/detections/by_class.py numbers them; with "none" the first classifier alone counts.
+constexpr int64_t kNone = 3;
 
 // float32, float16 or bfloat16.
 template <typename Body>
@@ -78,13 +75,13 @@ Logits<T> logits_of(const Tensor& tensor) {
 }
 
 template <typename T>
-Classifiers<T> classifiers_of(const Arguments& in, const std::string& fusion, double threshold) {
+Classifiers<T> classifiers_of(const Arguments& in, int64_t fusion, double threshold) {
   Classifiers<T> classifiers{};
   classifiers.first = logits_of<T>(in.logits[0]);
-  if (in.logits.size() == 2 && fusion != "none") classifiers.second = logits_of<T>(in.logits[1]);
+  if (in.logits.size() == 2 && fusion != kNone) classifiers.second = logits_of<T>(in.logits[1]);
   classifiers.valid = static_cast<const uint8_t*>(in.valid.data_ptr());
   classifiers.valid_image = in.valid.stride(0), classifiers.valid_roi = in.valid.stride(1);
-  classifiers.fusion = fusion_of(fusion), classifiers.threshold = float(threshold);
+  classifiers.fusion = Fusion(fusion), classifiers.threshold = float(threshold);
   return classifiers;
 }
 
@@ -129,10 +126,11 @@ void dispatch_boxes(const Arguments& in, const Body& body) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> detections_by_class(
     const std::vector<Tensor>& logits, const Tensor& deltas, const Tensor& proposals, const Tensor& valid,
-    const Tensor& sizes, const std::string& fusion, double score_threshold, double nms_iou, int64_t max_detections,
+    const Tensor& sizes, int64_t fusion, double score_threshold, double nms_iou, int64_t max_detections,
     double min_size, double least_side, const std::vector<double>& box_weights) {
   const Arguments in{logits, deltas, proposals, valid, sizes};
   const Plan plan = check_arguments(in, max_detections);
+  DOUBLEHEAD_CHECK(fusion >= 0 && fusion <= kNone, "detections: fusion must be 0 to ", kNone, ", got ", fusion);
   DOUBLEHEAD_CHECK(box_weights.size() == 4, "detections: box_weights must be 4 numbers, got ", box_weights.size());
   BoxOptions options{{}, float(min_size), float(least_side)};
   for (int i = 0; i < 4; ++i) options.weights[i] = float(box_weights[i]);

@@ -8,7 +8,7 @@ namespace doublehead::detections {
 
 constexpr uint32_t kMergeThreads = 1024;
 constexpr uint32_t kMostDetections = 1024;
-constexpr uint32_t kMostClasses = 1280;
+constexpr uint32_t kMostClasses = 1216;
 
 struct Merging {
   const uint64_t* kept;    // [B, C - 1, each], of suppress_class

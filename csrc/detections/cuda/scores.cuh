@@ -9,7 +9,7 @@ namespace doublehead::detections {
 constexpr uint32_t kRows = 8;  // RoIs of a block, a warp for each: 8 keys are a sector of 32 bytes
 constexpr uint32_t kScoreThreads = 32 * kRows;
 
-enum Fusion : int32_t { kComplementary, kMax, kAverage };  // of two classifiers
+enum Fusion : int32_t { kComplementary, kMax, kAverage };  // of two classifiers, in the order of FUSIONS in Python
 
 // T[B, R, C], of any strides.
 template <typename T>
@@ -79,7 +79,7 @@ __device__ __forceinline__ float fuse(float fc, float conv, Fusion fusion) {
 // keys [B, C - 1, column]: nms.h's sort_key of the score of each foreground class of each RoI, kNoScore where that is no
 // candidate. A block has kRows RoIs of an image, and turns the labels of a RoI into RoIs of a label in shared memory.
 template <typename T, int kEach>
-__global__ __launch_bounds__(kScoreThreads) void score_classes(Classifiers<T> in, uint32_t* keys) {
+__global__ __launch_bounds__(kScoreThreads, 2) void score_classes(Classifiers<T> in, uint32_t* keys) {
   DOUBLEHEAD_DYNAMIC_SHARED(uint32_t, turned);  // [C][kRows + 1]
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, blocks = in.column / kRows;
   const uint32_t image = blockIdx.x / blocks, first = blockIdx.x % blocks * kRows, roi = first + warp;
@@ -87,10 +87,12 @@ __global__ __launch_bounds__(kScoreThreads) void score_classes(Classifiers<T> in
   float fc[kEach] = {}, conv[kEach] = {};
   DOUBLEHEAD_MARK_BEGIN("detections scores of a RoI");
   if (exists) {
+    constexpr bool kAtOnce = kEach <= 4;  // both rows are under way; long ones would fill the registers
     load_row(in.first, image, roi, in.classes, fc);
-    if (in.second.data) load_row(in.second, image, roi, in.classes, conv);
+    if (kAtOnce && in.second.data) load_row(in.second, image, roi, in.classes, conv);
     softmax(fc);
     if (in.second.data) {
+      if (!kAtOnce) load_row(in.second, image, roi, in.classes, conv);
       softmax(conv);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) fc[i] = fuse(fc[i], conv[i], in.fusion);

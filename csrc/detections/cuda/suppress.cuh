@@ -104,7 +104,7 @@ __device__ __forceinline__ uint64_t settle_tile(const nms::Box<float>& own, uint
     by_kept |= suppressors_of(own, first, total, rule, all);
   }
   const uint32_t begin = quarter * 16;
-  if (begin < (b | 31)) {  // else nothing better is there for any lane
+  if (begin < b) {  // else nothing better is there
     by_tile = suppressors_of(own, from + begin, from + b, rule, all) |
               suppressors_of(own, from + begin + kTests, from + b, rule, all) << kTests;
   }

@@ -1,26 +1,24 @@
-// The CUDA kernel that decides on groups of any size and writes the result. Its blocks run side by side and wait for each
-// other (grid.cuh). In rounds: of each image the best undecided boxes, `chunk` of them, are listed; a mask of bits says
+// The CUDA kernel that decides and writes the result. Its blocks run side by side and wait for each other (grid.cuh). Small
+// groups are a block's each (segments.cuh). All others go in rounds: of each image the best undecided boxes, `chunk` of them, are listed; a mask of bits says
 // which suppresses which; the tiles of the list are settled; and those kept strike all boxes behind the list. The boxes are
 // taken in order of rank over all groups, so an image that has as many kept boxes as are wanted is done, and the mask needs
 // chunk^2 / 8 bytes for each image, however many boxes there are. The kernel ends when nothing is undecided.
 #pragma once
 
-#include "grid.cuh"
+#include "segments.cuh"
 
 namespace doublehead::nms {
 
 constexpr uint32_t kHalf = 32, kStrikeRows = 4 * kTile, kLargestChunk = 128 * kTile;
 template <typename T>
-constexpr int kDecideThreads = 4096 / sizeof(T);  // a double takes two registers
-
-template <typename T>
 struct Decision {
   const Corners<T>* corners;  // by rank, as all others but the last
   const uint32_t* order;      // b * N + n
   const uint32_t* groups;     // null: all boxes of an image are one group
+  Groups small;               // how to find the small groups; largest = 0: none is to be found
   uint8_t* state;
   uint32_t images, count;  // B and N
-  uint32_t chunk;          // boxes of an image in a round; 0: nothing is undecided
+  uint32_t chunk;          // boxes of an image in a round; 0: only small groups are decided
   uint32_t slices;         // into which an image's ranks are cut
   bool listed;             // whether the first round's list is there
   int64_t most;
@@ -364,9 +362,16 @@ __global__ __launch_bounds__(kDecideThreads<T>, 1) void decide(Decision<T> d) {
   __shared__ union {
     Columns<T> columns[kDecideThreads<T> / 32];
     StrikeRows<T> rows;
+    SegmentShared<T> segment;
   } shared;
   uint32_t* arrived = &d.together->arrived;
-  for (uint32_t round = 1; d.chunk > 0; ++round) {
+  bool rounds = d.chunk > 0;
+  if (d.small.largest > 0) {
+    decide_segments(d.small, d.count, d.images * d.count, d.corners, d.rule, d.most, d.state, d.together, shared.segment);
+    meet_grid(arrived);
+    rounds = rounds && d.together->large;
+  }
+  for (uint32_t round = 1; rounds; ++round) {
     const bool given = d.listed && round == 1;
     if (!given) {
       list_undecided(d, round);

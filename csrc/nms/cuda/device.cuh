@@ -74,10 +74,17 @@ struct Progress {
   uint32_t kept;     // of all that were decided
 };
 
-// What the blocks of `decide` share beside.
+// What all blocks share beside; zeros at the start.
 struct Together {
-  uint32_t arrived;       // of meet_grid
-  uint32_t listed, more;  // the last round that any image had boxes in, and that left any unlisted; the first is 1
+  uint32_t arrived;            // of meet_grid
+  uint32_t listed, more;       // the last round that any image had boxes in, and that left any unlisted; the first is 1
+  uint32_t members, segments;  // of small groups so far: their boxes, and how many there are
+  uint32_t large;              // whether there are others
+};
+
+// A small group: where its members start, and how many it has.
+struct Segment {
+  uint32_t start, size;
 };
 
 // A block's slice of ranks, of `slices` that cover [from, to).

@@ -12,7 +12,6 @@
 #include "decide.cuh"
 #include "order.cuh"
 #include "rank.cuh"
-#include "segments.cuh"
 
 namespace doublehead::nms {
 
@@ -69,8 +68,9 @@ struct Pair {
 template <typename C>
 struct Workspace {
   Pair<uint64_t> keys;
-  Pair<uint32_t> order, members;
-  uint32_t *numbers, *table, *starts, *segment_count, *list, *counts;
+  Pair<uint32_t> order;
+  Groups groups{};
+  uint32_t *list, *counts;
   Corners<C>* corners;
   uint8_t* state;
   uint64_t* mask;
@@ -78,20 +78,21 @@ struct Workspace {
   Progress* progress;
   Together* together;
   std::byte* sort_space;
+  uint64_t slots;   // of the groups' tables
   uint32_t slices;  // of an image's ranks, for `decide`
   size_t bytes = 0;
 
   // blocks: as many as can work together. With base null, only `bytes` is of use.
   Workspace(const Plan& plan, uint32_t blocks, size_t sort_bytes, std::byte* base) : base_(base) {
     const size_t total = plan.total, images = plan.images, words = images * tiles_of(plan.chunk);
-    const size_t sorted = plan.ranked ? 0 : total, grouped = plan.grouped ? total : 0;
-    const size_t segments = plan.ranked ? 0 : grouped;
+    const size_t sorted = plan.ranked ? 0 : total;
+    slots = plan.grouped && !plan.ranked ? images * (plan.capacity + size_t(1)) : 0;
     slices = std::clamp<uint32_t>(blocks / plan.images, 1, (plan.count + kSliceRanks - 1) / kSliceRanks);
+    groups.capacity = plan.capacity, groups.largest = plan.largest_segment;
     take(keys.data, sorted), take(keys.spare, sorted);
     take(order.data, total), take(order.spare, sorted);
-    take(members.data, segments), take(members.spare, segments);
-    take(numbers, grouped), take(starts, segments), take(segment_count, 1);
-    take(table, plan.grouped ? images * plan.capacity : 0);
+    take(groups.owners, slots), take(groups.sizes, slots), take(groups.numbers, plan.grouped ? total : 0);
+    if (!plan.grouped) groups.numbers = nullptr;
     take(corners, total), take(state, total);
     take(list, images * plan.chunk), take(mask, words * plan.chunk), take(settled, words);
     take(counts, images * slices), take(progress, images), take(together, 1);
@@ -114,62 +115,49 @@ inline uint32_t blocks_for(uint64_t items, uint32_t threads, uint64_t most = 204
 
 constexpr uint32_t kThreads = 256;  // of the kernels that go over all boxes
 
-// keys and order, by image and rank.
+// order, by image and rank. All that is to be clear is cleared.
 template <typename S, typename C, typename Device>
 void sort_by_score(Device& device, const Plan& plan, const Strided<S>& scores, Workspace<C>& space) {
   const uint32_t blocks = blocks_for(plan.total, kThreads);
   const int image_bits = std::bit_width(plan.images - 1);
   constexpr int score_bits = std::is_same_v<S, double> ? 64 : 32;
-  device.launch(blocks, kThreads, make_keys<S>, scores, plan.count, plan.total, space.keys.data, space.order.data);
+  device.launch(blocks, kThreads, make_keys<S>, scores, plan.count, plan.total, space.keys.data, space.order.data,
+                space.groups, space.slots, space.together);
   device.sort(space.keys, space.order, plan.total, score_bits == 32 ? 32 + image_bits : 64);
   if (score_bits == 32 || plan.images == 1) return;
   device.launch(blocks, kThreads, make_image_keys, space.order.data, plan.count, plan.total, space.keys.data);
   device.sort(space.keys, space.order, plan.total, image_bits);
 }
 
-template <typename C, typename Device>
-void sort_by_group(Device& device, const Plan& plan, const Strided<int64_t>& groups, Workspace<C>& space) {
-  device.fill(space.table, 0xff, static_cast<size_t>(plan.images) * plan.capacity * sizeof(uint32_t));
-  device.launch(blocks_for(plan.total, kThreads), kThreads, number_groups, groups, plan.negative_is_padding,
-                space.order.data, plan.count, plan.total, space.table, plan.capacity, space.numbers, space.keys.data,
-                space.members.data);
-  const uint64_t largest_key = plan.images * (static_cast<uint64_t>(plan.capacity) + 1) - 1;
-  device.sort(space.keys, space.members, plan.total, std::bit_width(largest_key));
-}
-
-template <typename C, typename Device>
-void decide_segments(Device& device, const Plan& plan, const Rule<C>& rule, Workspace<C>& space) {
-  const Segments segments{space.keys.data, space.members.data, space.starts, space.segment_count, plan.total};
-  device.fill(space.segment_count, 0, sizeof(uint32_t));
-  device.launch(blocks_for(plan.total, kThreads), kThreads, find_segments, segments, space.state,
-                plan.largest_segment);
-  device.launch(blocks_for(plan.total, 1, 1024), kSegmentThreads<C>, suppress_segments<C>, segments, space.corners, rule,
-                plan.most, space.state);
-}
-
 // Boxes and their states by rank.
 template <typename T, typename S, typename C, typename Device>
 void put_in_order(Device& device, const Plan& plan, const Strided<T>& boxes, const Strided<S>& scores,
-                  const Strided<int64_t>& groups, const Rule<C>& rule, Workspace<C>& space) {
-  uint32_t* numbers = plan.grouped ? space.numbers : nullptr;
+                  const Strided<int64_t>& groups, Workspace<C>& space) {
   if (plan.ranked) {
-    const Ranked<C> ranked{space.order.data, space.corners, space.state, numbers, space.list};
+    const Ranked<C> ranked{space.order.data, space.corners, space.state, space.groups.numbers, space.list};
     device.launch(plan.images * ((plan.count + kRankRows - 1) / kRankRows), kRankThreads, rank_boxes<T, S>, boxes, scores,
                   groups, plan.negative_is_padding, plan.count, ranked, space.progress, space.together);
     return;
   }
+  const uint32_t blocks = blocks_for(plan.total, kThreads);
   sort_by_score(device, plan, scores, space);
-  if (plan.grouped) sort_by_group(device, plan, groups, space);
-  device.launch(blocks_for(plan.total, kThreads), kThreads, gather<T>, boxes, space.order.data, numbers, plan.capacity,
-                plan.count, plan.total, space.corners, space.state, space.progress, space.together);
-  if (plan.largest_segment > 0) decide_segments(device, plan, rule, space);
+  if (plan.grouped) {
+    space.groups.segments = reinterpret_cast<Segment*>(space.keys.data);  // what sorting needed is free
+    space.groups.places = reinterpret_cast<uint32_t*>(space.keys.spare);
+    space.groups.members = space.order.spare;
+    device.launch(blocks, kThreads, number_groups, groups, plan.negative_is_padding, space.order.data, plan.count,
+                  plan.total, space.groups);
+  }
+  device.launch(blocks, kThreads, gather<T>, boxes, space.order.data, plan.count, plan.total, space.corners, space.state,
+                space.progress, space.groups, space.together);
 }
 
 // As many blocks as have something to do at the same time.
 inline uint32_t blocks_of_decision(const Plan& plan, uint32_t most) {
   const uint64_t halves = 2 * tiles_of(plan.chunk), pairs = plan.images * halves * (halves + 1) / 2;
-  const uint64_t tiles = plan.images * tiles_of(plan.chunk), slices = plan.total / kSliceRanks;
-  return static_cast<uint32_t>(std::clamp<uint64_t>(std::max({pairs / 32, tiles, slices}), 1, most));
+  const uint64_t tiles = plan.images * tiles_of(plan.chunk), segments = plan.largest_segment > 0 ? plan.total / 64 : 0;
+  const uint64_t slices = plan.total / kSliceRanks;
+  return static_cast<uint32_t>(std::clamp<uint64_t>(std::max({pairs / 32, tiles, slices, segments}), 1, most));
 }
 
 // indices [B, most] and counts [B] from boxes [B, N, 4], scores [B, N] and, if the plan is grouped, groups [B, N]. Needs
@@ -179,10 +167,10 @@ void suppress(Device& device, const Plan& plan, const Strided<T>& boxes, const S
               const Strided<int64_t>& groups, double threshold, uint32_t blocks, Workspace<C>& space, int64_t* indices,
               int64_t* counts) {
   const Rule<C> rule = make_rule<C>(threshold);
-  put_in_order(device, plan, boxes, scores, groups, rule, space);
+  put_in_order(device, plan, boxes, scores, groups, space);
   const Decision<C> decision{
-      space.corners, space.order.data, plan.grouped ? space.numbers : nullptr, space.state, plan.images, plan.count,
-      plan.chunk, space.slices, plan.ranked, plan.most, rule, space.list, space.mask, space.settled, space.counts,
+      space.corners, space.order.data, space.groups.numbers, space.groups, space.state, plan.images, plan.count, plan.chunk,
+      space.slices, plan.ranked, plan.most, rule, space.list, space.mask, space.settled, space.counts,
       space.progress, space.together, indices, counts};
   device.template launch_together<decide<C>>(blocks, kDecideThreads<C>, decision);
 }

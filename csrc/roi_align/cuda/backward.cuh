@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kGatherThreads, sizeof(T) == 8 || V == 1 ? 1 :
       W some[V];
 #pragma unroll
       for (int v = 0; v < V; ++v) some[v] = sums[i * kEach<T> + n * V + v];
-      if (x + i < map.width) store<V>(to + i * map.pixel_stride + channel, some);
+      if (x + i < map.width) store_global<V>(to + i * map.pixel_stride + channel, some);
     }
   }
 }

@@ -117,6 +117,21 @@ __device__ __forceinline__ void store(T* to, const W (&sum)[V]) {
   *reinterpret_cast<Vector<T, V>*>(to) = rounded;
 }
 
+// The same to global memory alone, all at once: a plain assignment may be compiled into a store for each number.
+template <int V, typename T, typename W>
+__device__ __forceinline__ void store_global(T* to, const W (&sum)[V]) {
+  if constexpr (sizeof(Vector<T, V>) == 16) {
+    Vector<T, V> rounded;
+#pragma unroll
+    for (int v = 0; v < V; ++v) rounded.at[v] = static_cast<T>(sum[v]);
+    uint4 bits;
+    __builtin_memcpy(&bits, &rounded, sizeof bits);
+    __stcg(reinterpret_cast<uint4*>(to), bits);
+  } else {
+    store<V>(to, sum);
+  }
+}
+
 // sum += the pixels of a column at `from`, weighted: `count` taps, four loads at a time under way.
 template <int V, int N, typename T, typename Tap, typename W>
 __device__ __forceinline__ void add_taps(const T* from, const Tap* taps, W (&sum)[V]) {

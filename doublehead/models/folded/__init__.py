@@ -6,10 +6,10 @@ modules stay as they are, and so do their weights; what was folded and packed is
 changes.
 
 - `plan`: reads modules into a plan, and says no to what it does not know.
-- `layers`: one convolution with what follows it; `on_cpu` and `on_cuda`: in one kernel.
+- `layers`: one convolution with what follows it; `on_cpu` and `on_cuda`: in one kernel; `stem`: a ResNet's first.
 - `run`: runs a plan.
 - `linear`: fully connected layers.
-- `guards`: whether nothing but the result can be noticed.
+- `guards`: whether nothing but the result can be noticed; `watch`: whether the modules are as they were read.
 """
 
 from .linear import one_after_other, predictors, side_by_side, with_relu

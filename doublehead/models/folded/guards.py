@@ -13,7 +13,8 @@ from ...ops._library import in_dispatch_mode, is_functorch_tensor
 
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Attributes of a module: what is called when it is."""
 
 
 def may_fold(maps: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
@@ -64,5 +65,5 @@ def is_bare(module: nn.Module) -> bool:
         and "forward" not in attributes
         and "_conv_forward" not in attributes
         and attributes.get("_compiled_call_impl") is None
-        and not any(attributes.get(name) for name in _HOOKS)
+        and not any(attributes.get(name) for name in HOOKS)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,14 +15,26 @@ from .guards import is_bare, may_fold
 from .layers import Weights, fold
 from .on_cpu import OneDNNWeights
 from .on_cuda import CudnnWeights
-from .plan import Reader, Unknown
+from .plan import ProposalHead, Reader, Unknown
 from .run import run_body, run_proposal_head, run_pyramid, run_steps
+from .watch import Watch
 
 ENGINES: dict[str, type[Weights]] = {"cpu": OneDNNWeights, "cuda": CudnnWeights}
 """Type of device -> how layers run there."""
 
 _FOLDED: WeakKeyDictionary[nn.Module, FoldedWeights] = WeakKeyDictionary()
 """Of each network what was folded.  Beside the modules, so that copies, pickles and `state_dict` know nothing of it."""
+
+
+class _Read(NamedTuple):
+    """What was read of a network."""
+
+    watch: Watch
+    reader: Reader
+    plan: Any
+
+
+_READ: WeakKeyDictionary[nn.Module, _Read] = WeakKeyDictionary()
 
 
 def backbone(owner: nn.Module, body: nn.Module, pyramid: nn.Module | None, pixels: Tensor) -> dict[str, Tensor] | None:
@@ -51,13 +63,15 @@ def backbone(owner: nn.Module, body: nn.Module, pyramid: nn.Module | None, pixel
         names = [*found, *(["pool"] if levels.pooled else [])]
         return dict(zip(names, run_pyramid(levels, weights, list(found.values())), strict=True))
 
-    return _folded(owner, read, run, [pixels])
+    return _folded(owner, [body, pyramid], read, run, [pixels])
 
 
 def sequence(owner: nn.Module, modules: Iterable[nn.Module], x: Tensor) -> Tensor | None:
     """Convolutions, pools and residual blocks that run one after the other: `Tensor[N, C, H, W]` -> the last map."""
+    modules = list(modules)
     return _folded(
         owner,
+        modules,
         lambda reader: reader.steps(modules),
         lambda plan, weights, maps: weights[0].mark(maps[0], run_steps(plan, weights, maps[0], owned=False)),
         [x],
@@ -75,7 +89,12 @@ def rpn_head(
         logits, deltas: the outputs' convolutions.
         maps: `Tensor[B, C, H, W]` each.
     """
-    return _folded(owner, lambda reader: reader.proposal_head(hidden, logits, deltas), run_proposal_head, maps)
+    hidden = list(hidden)
+
+    def read(reader: Reader) -> ProposalHead:
+        return reader.proposal_head(hidden, logits, deltas)
+
+    return _folded(owner, [*hidden, logits, deltas], read, run_proposal_head, maps)
 
 
 def constant(owner: nn.Module, tensors: Sequence[Tensor], kind: Any, make: Callable[[], Any]) -> Any:
@@ -103,10 +122,12 @@ def remembered(owner: nn.Module) -> FoldedWeights:
 def forget(owner: nn.Module) -> None:
     """Free what was folded for this network; the next call folds again."""
     _FOLDED.pop(owner, None)
+    _READ.pop(owner, None)
 
 
 def _folded(
     owner: nn.Module,
+    roots: Sequence[nn.Module | None],
     read: Callable[[Reader], Any],
     run: Callable[[Any, list[Weights], list[Tensor]], Any],
     maps: Sequence[Tensor],
@@ -117,11 +138,15 @@ def _folded(
     if owner.training:
         forget(owner)
         return None
-    reader = Reader()
-    try:
-        plan = read(reader)
-    except Unknown:
-        return None
+    known = _READ.get(owner)
+    if known is None or not known.watch.holds(roots):
+        reader = Reader()
+        try:
+            plan = read(reader)
+        except Unknown:
+            return None
+        known = _READ[owner] = _Read(Watch(roots), reader, plan)
+    _, reader, plan = known
     if not reader.tensors or not may_fold(maps, reader.tensors):
         return None
     dtype, device = layer_dtype(maps[0]), maps[0].device

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from ...ops import cublas, cudnn
 from .layers import Layer, Weights
+from .stem import blocks_of, has_blocks, padding_of_blocks, weight_of_blocks
 
 
 class CudnnWeights(Weights):
@@ -19,15 +20,18 @@ class CudnnWeights(Weights):
 
     def __init__(self, layer: Layer, weight: Tensor, bias: Tensor | None, sizes: int) -> None:
         super().__init__(layer, weight, bias, sizes)
-        one_kernel = layer.dilation == (1, 1) and layer.groups == 1
-        self.fused = one_kernel and cudnn.is_available(weight.device, weight.dtype)
+        self._hides_nan = self.has_kernels(weight.device, weight.dtype)  # this layer may not, but others will
+        self.fused = layer.dilation == (1, 1) and layer.groups == 1 and self._hides_nan
         multiplies = layer.is_product and not layer.relu and cublas.is_available(weight.device, weight.dtype)
         self._multiplies = self.fused and multiplies
+        self._blocks: Tensor | None = None
         if not self.fused:
             return
         if layer.relu or self._multiplies:
             self.bias = weight.new_zeros(layer.outputs) if bias is None else bias
         step = cudnn.channel_step(weight.dtype)
+        if layer.relu and layer.inputs % step and has_blocks(layer):
+            self._blocks = weight_of_blocks(weight, step)
         if layer.relu:
             weight = _pad_rows(weight.transpose(0, 1), step).transpose(0, 1)
         elif self._multiplies:
@@ -47,12 +51,15 @@ class CudnnWeights(Weights):
 
         `y` is changed in place.
         """
-        if not self.fused:
+        if not self._hides_nan:
             return y
         broken = x.sum((1, 2, 3), dtype=torch.float32).mul_(0)
         return y.add_(broken.view(-1, 1, 1, 1))
 
     def convolve(self, layer: Layer, x: Tensor) -> Tensor:
+        if self._blocks is not None and x.shape[2] % 2 == x.shape[3] % 2 == 0:
+            x = blocks_of(x, self._blocks.shape[1], self.weight.dtype)
+            return cudnn.convolution(x, self._blocks, self.bias, padding=padding_of_blocks(layer), relu=True)
         x = self._enter(layer, x)
         if self.fused and layer.relu:
             return cudnn.convolution(x, self.weight, self.bias, layer.stride, layer.padding, relu=True)
@@ -80,6 +87,9 @@ class CudnnWeights(Weights):
     def parts(self, y: Tensor, channels: Sequence[int]) -> list[Tensor]:
         """Views: readers convert the maps to float32, each in one pass, and that makes rows of them."""
         return list(y.split(channels, 1))
+
+    def held_tensors(self) -> list[Tensor]:
+        return [*super().held_tensors(), *([] if self._blocks is None else [self._blocks])]
 
     def _multiply(self, layer: Layer, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape

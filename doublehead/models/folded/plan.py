@@ -207,6 +207,11 @@ class Reader:
         return layer
 
 
+def forwards_as_defined() -> bool:
+    """Whether nobody has put another function in a class's place, for all its modules."""
+    return all(kind.forward is forward for kind, forward in _FORWARDS.items())
+
+
 def kind_of(module: nn.Module) -> type:
     """The module's class; of a class that says that it computes the same as another, `folds_as`, the other."""
     return vars(type(module)).get("folds_as", type(module))

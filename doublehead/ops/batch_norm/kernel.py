@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import blocks, launcher
+from .._triton import Launcher, blocks, kind_of
 from . import reference
 from .arguments import ApplyArguments, BackwardArguments, ForwardArguments
 
@@ -179,16 +179,19 @@ def gradient_kernel(
 _SUMS = {"ROWS": ROWS, "CHANNELS": CHANNELS, "num_warps": WARPS}
 _JOIN = {"CHANNELS": JOIN_CHANNELS, "PARTS": MOST_PARTS, "num_warps": WARPS}
 _APPLY = {"ROWS": APPLY_ROWS, "CHANNELS": APPLY_CHANNELS, "num_warps": WARPS}
-_statistics = launcher(statistics_kernel, **_SUMS)
-_join_statistics = launcher(join_statistics_kernel, **_JOIN)
-_gradient_sums = {relu: launcher(gradient_sums_kernel, RELU=relu, **_SUMS) for relu in (False, True)}
-_join_gradients = launcher(join_gradients_kernel, **_JOIN)
-_gradient = {relu: launcher(gradient_kernel, RELU=relu, **_APPLY) for relu in (False, True)}
-_apply = {
-    (residual, relu): launcher(apply_kernel, RESIDUAL=residual, RELU=relu, **_APPLY)
-    for residual in (False, True)
-    for relu in (False, True)
-}
+_EITHER = False, True
+_statistics = Launcher(statistics_kernel, **_SUMS)
+_join_statistics = Launcher(join_statistics_kernel, **_JOIN)
+_apply = {(r, a): Launcher(apply_kernel, RESIDUAL=r, RELU=a, **_APPLY) for r in _EITHER for a in _EITHER}
+_gradient_sums = {a: Launcher(gradient_sums_kernel, RELU=a, **_SUMS) for a in _EITHER}
+_join_gradients = Launcher(join_gradients_kernel, **_JOIN)
+_gradient = {a: Launcher(gradient_kernel, RELU=a, **_APPLY) for a in _EITHER}
+
+
+def _kind(*tensors: Tensor | None) -> tuple | None:
+    """What the launches of one operator are specialised on; tensors of its own are aligned, and always alike."""
+    kind, shape = kind_of(*tensors), tensors[0].shape
+    return None if kind is None or shape[0] >= 2**31 else (*kind, shape[1])
 
 
 def parts_of(rows: int) -> tuple[int, int]:
@@ -204,29 +207,33 @@ def _apply_grid(rows: int, channels: int) -> tuple[int, int, int]:
 def batch_norm_act(args: ForwardArguments) -> tuple[Tensor, Tensor, Tensor]:
     if args.x.dtype == torch.float64:
         return reference.batch_norm_act(args)
-    x = args.x.contiguous()
+    x, residual = args.x.contiguous(), None if args.residual is None else args.residual.contiguous()
     rows, channels = x.shape
     parts, part_rows = parts_of(rows)
+    kind = _kind(x, args.weight, args.bias, residual)
     sums = x.new_empty((2, parts, channels), dtype=torch.float32)
-    mean, invstd = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
-    _statistics((blocks(channels, CHANNELS), parts, 1), x, sums, rows, channels, part_rows, parts)
+    mean = x.new_empty(channels, dtype=torch.float32)
+    invstd, y = torch.empty_like(mean), torch.empty_like(x)
+    _statistics(kind, (blocks(channels, CHANNELS), parts, 1), x, sums, rows, channels, part_rows, parts)
     _join_statistics(
-        (blocks(channels, JOIN_CHANNELS), 1, 1), x, sums, mean, invstd, rows, channels, part_rows, parts, args.eps
+        kind, (blocks(channels, JOIN_CHANNELS), 1, 1),
+        x, sums, mean, invstd, rows, channels, part_rows, parts, args.eps,
+    )  # fmt: skip
+    _apply[residual is not None, args.relu](
+        kind, _apply_grid(rows, channels), x, residual, mean, invstd, args.weight, args.bias, y, rows, channels
     )
-    y = batch_norm_act_apply(ApplyArguments(x, mean, invstd, args.weight, args.bias, args.residual, args.relu))
     return y, mean, invstd
 
 
 def batch_norm_act_apply(args: ApplyArguments) -> Tensor:
     if args.x.dtype == torch.float64:
         return reference.batch_norm_act_apply(args)
-    x, residual = args.x.contiguous(), args.residual
-    rows, channels = x.shape
+    x, mean, invstd, weight, bias = args.x.contiguous(), args.mean, args.invstd, args.weight, args.bias
+    residual = None if args.residual is None else args.residual.contiguous()
     y = torch.empty_like(x)
     _apply[residual is not None, args.relu](
-        _apply_grid(rows, channels),
-        x, None if residual is None else residual.contiguous(), args.mean, args.invstd, args.weight, args.bias, y,
-        rows, channels,
+        _kind(x, mean, invstd, weight, bias, residual), _apply_grid(*x.shape),
+        x, residual, mean, invstd, weight, bias, y, *x.shape,
     )  # fmt: skip
     return y
 
@@ -234,19 +241,22 @@ def batch_norm_act_apply(args: ApplyArguments) -> Tensor:
 def batch_norm_act_backward(args: BackwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if args.x.dtype == torch.float64:
         return reference.batch_norm_act_backward(args)
-    grad, x = args.grad.contiguous(), args.x.contiguous()
-    y, mean, invstd, weight = args.y, args.mean, args.invstd, args.weight
+    x, y, grad = args.x.contiguous(), args.y, args.grad.contiguous()
+    mean, invstd, weight = args.mean, args.invstd, args.weight
     rows, channels = x.shape
     parts, part_rows = parts_of(rows)
+    kind = _kind(x, y, grad, mean, invstd, weight)
     sums = x.new_empty((2, parts, channels), dtype=torch.float32)
-    grad_weight, grad_bias = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
-    _gradient_sums[y is not None](
-        (blocks(channels, CHANNELS), parts, 1), grad, x, y, mean, sums, rows, channels, part_rows, parts
-    )
-    _join_gradients((blocks(channels, JOIN_CHANNELS), 1, 1), sums, invstd, grad_weight, grad_bias, channels, parts)
+    grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)
     grad_x, grad_residual = torch.empty_like(x), torch.empty_like(x) if args.residual else None
+    _gradient_sums[y is not None](
+        kind, (blocks(channels, CHANNELS), parts, 1), grad, x, y, mean, sums, rows, channels, part_rows, parts
+    )
+    _join_gradients(
+        kind, (blocks(channels, JOIN_CHANNELS), 1, 1), sums, invstd, grad_weight, grad_bias, channels, parts
+    )
     _gradient[y is not None](
-        _apply_grid(rows, channels),
+        None if kind is None else (*kind, args.residual), _apply_grid(rows, channels),
         grad, x, y, mean, invstd, weight, grad_weight, grad_bias, grad_x, grad_residual, rows, channels,
     )  # fmt: skip
     return grad_x, grad_weight, grad_bias, x.new_empty(0) if grad_residual is None else grad_residual

@@ -1,20 +1,16 @@
 """Batch norms inside autograd functions that keep their own record: the operators themselves, without checks.
 
-To be called below autograd and autocast (`_library.below_autograd`, `without_autocast`).
+To be called inside `_library.without_layers`.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from .._library import kernel
 from . import op  # noqa: F401  (defines the operators)
-
-_forward = torch.ops.doublehead.batch_norm_act.default
-_apply = torch.ops.doublehead.batch_norm_act_apply.default
-_backward = torch.ops.doublehead.batch_norm_act_backward.default
 
 
 class Norm(NamedTuple):
@@ -40,7 +36,7 @@ def normalize(
     x: Tensor, norm: Norm, residual: Tensor | None = None, relu: bool = True
 ) -> tuple[Tensor, Statistics]:  # fmt: skip
     """`act(norm(x) + residual)`, rows in and rows out, by the statistics of x."""
-    y, *statistics = _forward(x, norm.weight, norm.bias, residual, relu, norm.eps)
+    y, *statistics = kernel("batch_norm_act", x)(x, norm.weight, norm.bias, residual, relu, norm.eps)
     return y, Statistics(*statistics)
 
 
@@ -48,7 +44,7 @@ def normalize_again(
     x: Tensor, norm: Norm, statistics: Statistics, residual: Tensor | None = None, relu: bool = True
 ) -> Tensor:
     """The same bits from the same statistics."""
-    return _apply(x, *statistics, norm.weight, norm.bias, residual, relu)
+    return kernel("batch_norm_act_apply", x)(x, *statistics, norm.weight, norm.bias, residual, relu)
 
 
 def normalize_backward(
@@ -58,5 +54,6 @@ def normalize_backward(
 
     `y`: the result where ReLU was at work, else None.
     """
-    *grads, of_residual = _backward(grad, x, y, *statistics, norm.weight, norm.eps, residual)
+    backward = kernel("batch_norm_act_backward", x)
+    *grads, of_residual = backward(grad, x, y, *statistics, norm.weight, norm.eps, residual)
     return *grads, of_residual if residual else None

@@ -7,13 +7,18 @@ kernels and `nms_padded`, or to the reference.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from ..score_fusion.reference import FUSIONS
 from .arguments import DetectionArguments
 
 #: As in csrc/detections/cuda.
-MOST_ROIS, MOST_CLASSES, MOST_DETECTIONS = 1024, 1280, 1024
+MOST_ROIS, MOST_CLASSES, MOST_DETECTIONS = 1024, 1216, 1024
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NUMBERS = {name: number for number, name in enumerate(FUSIONS)}
+"""A fusion as the operator `detections_by_class` gets it: torch 2.11 leaks the text that it hands to C++."""
+
 SIZE_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
 
 
@@ -32,3 +37,20 @@ def serves(args: DetectionArguments) -> bool:
         and args.proposals.dtype in (torch.float32, deltas.dtype)
         and args.sizes.dtype in SIZE_DTYPES
     )
+
+
+def detections(args: DetectionArguments) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """The result of the kernels, or None for a call that they do not serve."""
+    if not serves(args):
+        return None
+    return torch.ops.doublehead.detections_by_class.default(*with_number(args))
+
+
+def with_number(args: DetectionArguments) -> tuple:
+    """The arguments of `detections_by_class`."""
+    return *args[:5], NUMBERS[args.fusion], *args[6:]
+
+
+def with_name(*arguments) -> tuple[DetectionArguments]:
+    """The inverse of `with_number`."""
+    return (DetectionArguments(*arguments[:5], list(FUSIONS)[arguments[5]], *arguments[6:]),)

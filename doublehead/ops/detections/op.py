@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -140,20 +140,20 @@ def _fake(args: DetectionArguments):
     )
 
 
-def _define(name: str) -> torch._ops.OpOverload:
+def _define(name: str, fusion: str, pack: Callable) -> torch._ops.OpOverload:
     return define(
-        f"{name}(Tensor[] logits, Tensor deltas, Tensor proposals, Tensor valid, Tensor sizes, str fusion, "
+        f"{name}(Tensor[] logits, Tensor deltas, Tensor proposals, Tensor valid, Tensor sizes, {fusion} fusion, "
         "float score_threshold, float nms_iou, SymInt max_detections, float min_size, float least_side, "
         "float[] box_weights)"
         " -> (Tensor boxes, Tensor scores, Tensor labels, Tensor count)",
         reference=reference.detections,
         fake=_fake,
-        pack=lambda *arguments: (DetectionArguments(*arguments),),
+        pack=pack,
     )
 
 
-_detections = _define("detections")
-_define("detections_by_class")  # what `by_class.serves`: on CUDA `detections` gives such calls to it
+_detections = _define("detections", "str", lambda *arguments: (DetectionArguments(*arguments),))
+_define("detections_by_class", "int", by_class.with_name)  # what `by_class` serves on CUDA
 
 
 def _backward(ctx, *grads):
@@ -166,5 +166,5 @@ for _name in ("detections", "detections_by_class"):
     define_cpu_kernel(_name, cpu.detections)
 define_triton_kernel(
     "detections", "doublehead.ops.detections.kernel", "detections",
-    compiled="detections_by_class", serves=by_class.serves,
+    compiled="detections_by_class", first=by_class.detections,
 )  # fmt: skip

@@ -5,9 +5,9 @@ on a GPU").  F operations and B bytes take our Triton kernel 4 us + F / (488 TFL
 first computes, and then reads its residual and stores: that gives both 2172 us for the conv-head, where all was
 Triton's, and 480 us for the non-local block alone, whose queries, keys and values were cuBLAS's.  cuBLAS does both at
 the same time: 4 us + F / (780 TFLOP/s) + half of B / (4.2 TB/s), which fits its published times for products of this
-depth.  cuDNN may or may not: 4 us + F / (650 TFLOP/s) + half or all of the bytes.  Times beside the entries are for
-1000 RoIs in 16 bits on an H200, predicted all of them.  Nothing is chosen by timing when it runs: results would depend
-on it.
+depth.  cuDNN may or may not: 4 us + F / (500 to 780 TFLOP/s) + half or all of the bytes.  Times beside the entries are
+for 1000 RoIs in 16 bits on an H200, predicted all of them.  Nothing is chosen by timing when it runs: results would
+depend on it.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class Rule(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     capability: tuple[int, int] = (8, 0)
     """From this compute capability on."""
+    until: tuple[int, int] = (99, 0)
+    """Below this one."""
     rows: int = 0
     """From this number of rows on."""
 
@@ -60,20 +62,21 @@ HALF = (torch.float16, torch.bfloat16)
 FLOAT32 = (torch.float32,)
 
 RULES: dict[Product, tuple[Rule, ...]] = {
-    # 256 to 256 channels: 134 us by Triton, which computes addresses and masks of each tap; 84 to 105.
+    # 256 to 256 channels: 105 to 134 us by Triton, which computes addresses and masks of each tap; 84 to 132.  The
+    # least certain entry.
     Product.SPATIAL: (Rule(Engine.CUDNN, HALF + FLOAT32),),
     # 1024 to 256: 87 us; 52.  float32 is cuBLAS's only where PyTorch lets it use the tensor cores.
     Product.ACTIVATED: (Rule(Engine.CUBLAS, HALF + FLOAT32), Rule(Engine.CUDNN, FLOAT32)),
-    # Queries, keys and values, 1024 to 1536: 380 us; 239.  In float32 cuDNN's has a pass for the bias of its own, which
+    # Queries, keys and values, 1024 to 1536: 380 us; 231.  In float32 cuDNN's has a pass for the bias of its own, which
     # sm_8x's bandwidth does not pay for.
     Product.LINEAR: (Rule(Engine.CUBLAS, HALF + FLOAT32), Rule(Engine.CUDNN, FLOAT32, capability=(9, 0))),
     # 256 and 256 to 1024: 145 us; 27 for the copy that joins them, and 88.  The copy takes a launch, for which few rows
-    # do not pay, nor does the bandwidth of sm_8x for its bytes.
+    # do not pay, nor does the bandwidth of sm_8x and sm_12x for its bytes.
     Product.JOINED: (
-        Rule(Engine.CUBLAS, HALF + FLOAT32, capability=(9, 0), rows=4500),
-        Rule(Engine.CUDNN, FLOAT32, capability=(9, 0), rows=4500),
+        Rule(Engine.CUBLAS, HALF + FLOAT32, capability=(9, 0), until=(12, 0), rows=4500),
+        Rule(Engine.CUDNN, FLOAT32, capability=(9, 0), until=(12, 0), rows=4500),
     ),
-    # 512 to 1024: 169 us; 100 to 143.  cuBLAS would need the residual copied into its result first: 48 us.
+    # 512 to 1024: 165 us; 100 to 143.  cuBLAS would need the residual copied into its result first: 48 us.
     Product.ADDED: (Rule(Engine.CUDNN, HALF + FLOAT32),),
     # No library averages cells or counts rows on the device; without ReLU a residual costs PyTorch a pass of its own.
     Product.OTHER: (),
@@ -109,7 +112,7 @@ def choose(conv: FusedConvArguments, capability: tuple[int, int], engines: froze
             continue
         if rule.engine == Engine.CUDNN and rows * max(conv.weight.shape[:2]) >= MOST_ELEMENTS:
             continue
-        if capability >= rule.capability and rows >= rule.rows:
+        if rule.capability <= capability < rule.until and rows >= rule.rows:
             return rule.engine
     return Engine.TRITON
 

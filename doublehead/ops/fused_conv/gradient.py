@@ -9,7 +9,13 @@ from torch import Tensor
 
 from .reference import as_maps, as_rows, convolve, is_matrix_product
 
-__all__ = ["convolve", "convolve_backward"]
+__all__ = ["convolve", "convolve_backward", "kernel_of"]
+
+
+def kernel_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight of a 1x1 or 3x3 convolution in this dtype: `Tensor[out, in]` or `Tensor[out, in, 3, 3]`."""
+    weight = weight.to(dtype)
+    return weight.flatten(1) if weight.shape[2] == 1 else weight
 
 
 def convolve_backward(
@@ -27,21 +33,22 @@ def convolve_backward(
     Args:
         grad: `Tensor[N * H * W, out]`, of the result.
         rows: `Tensor[N * H * W, in]`.
-        weight: `Tensor[out, in, k, k]`.
+        weight: `Tensor[out, in]` or `Tensor[out, in, 3, 3]`.
         size: (H, W).
         add_to: `Tensor[N * H * W, in]`, another gradient of the rows.  It is overwritten by the sum.
         of_rows, of_weight: which are wanted; None is returned for the other.
     """
-    padding = weight.shape[2] // 2
-    if not padding and is_matrix_product(rows):
-        flat = weight.flatten(1)
-        grad_weight = (grad.t() @ rows).view_as(weight) if of_weight else None
+    if weight.dim() == 2 and is_matrix_product(rows):
+        grad_weight = grad.t() @ rows if of_weight else None
         if not of_rows:
             return None, grad_weight
-        return (grad @ flat if add_to is None else add_to.addmm_(grad, flat)), grad_weight
+        return (grad @ weight if add_to is None else add_to.addmm_(grad, weight)), grad_weight
+    kernel, padding = (weight, [1, 1]) if weight.dim() == 4 else (weight[:, :, None, None], [0, 0])
     grad_maps, grad_weight, _ = torch.ops.aten.convolution_backward.default(
-        as_maps(grad, size), as_maps(rows, size), weight, None, [1, 1], [padding, padding], [1, 1], False, [0, 0], 1,
+        as_maps(grad, size), as_maps(rows, size), kernel, None, [1, 1], padding, [1, 1], False, [0, 0], 1,
         [of_rows, of_weight, False],
     )  # fmt: skip
     grad_rows = as_rows(grad_maps) if of_rows else None
-    return (grad_rows if add_to is None or grad_rows is None else add_to.add_(grad_rows)), grad_weight
+    if grad_rows is not None and add_to is not None:
+        grad_rows = add_to.add_(grad_rows)
+    return grad_rows, None if grad_weight is None else grad_weight.view_as(weight)

@@ -44,7 +44,7 @@ def is_matrix_product(rows: Tensor) -> bool:
 def as_maps(rows: Tensor, size: Sequence[int]) -> Tensor:
     """`Tensor[N * H * W, C]` as `Tensor[N, C, H, W]` in channels-last memory, a view."""
     cells = size[0] * size[1]
-    return rows.view(len(rows) // cells, *size, rows.shape[1]).permute(0, 3, 1, 2)
+    return rows.view(rows.shape[0] // cells, *size, rows.shape[1]).permute(0, 3, 1, 2)
 
 
 def as_rows(maps: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import warn_fallback
-from .._triton import aligned, matmul_precision
+from .._triton import Launcher, aligned, blocks, kind_of, matmul_precision
 from . import reference
 from .attention import Attention
 
@@ -297,17 +297,23 @@ def _unserved(cells: int, width: int, qkv: Tensor, grad: Tensor | None) -> str |
 
 
 def _launch(kernel, chosen: Configuration, tensors: tuple[Tensor | None, ...], attention: Attention) -> None:
-    qkv = tensors[0]
-    number, cells, _ = qkv.shape
-    kernel[number * attention.groups, triton.cdiv(cells, chosen.rows)](
-        *tensors,
-        cells,
-        attention.groups,
-        attention.scale,
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
-        **constants(chosen, qkv.shape[2] // 3 // attention.groups, attention.softmax, matmul_precision(qkv.dtype)),
-    )
+    number, cells, features = tensors[0].shape
+    width, precision = features // 3 // attention.groups, matmul_precision(tensors[0].dtype)
+    variant = id(kernel), chosen, width, attention.softmax, precision
+    launch = _LAUNCHERS.get(variant)
+    if launch is None:
+        options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+        launch = Launcher(kernel, **constants(chosen, width, attention.softmax, precision), **options)
+        _LAUNCHERS[variant] = launch
+    kind = kind_of(*tensors)
+    launch(
+        None if kind is None else (*kind, cells, attention.groups),
+        (number * attention.groups, blocks(cells, chosen.rows), 1),
+        *tensors, cells, attention.groups, attention.scale,
+    )  # fmt: skip
+
+
+_LAUNCHERS: dict[tuple, Launcher] = {}
 
 
 def constants(chosen: Configuration, width: int, softmax: bool, precision: str) -> dict[str, int | bool | str]:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .._dtypes import layer_dtype
-from .._library import below_autograd, in_functorch_transform, without_autocast
+from .._library import in_functorch_transform, kernel, without_layers
 from ..batch_norm.layer import Norm, Statistics, normalize, normalize_backward
 from ..batch_norm.op import check_rows
-from ..fused_conv.gradient import convolve, convolve_backward
+from ..fused_conv.gradient import convolve, convolve_backward, kernel_of
 from .attention import Attention
 
 
@@ -79,12 +79,13 @@ class _Step(NamedTuple):
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, step: _Step, weight, bias, out, out_bias, *parts) -> Tensor:
-        with below_autograd(), without_autocast():
-            qkv_weight = _joined(parts[: step.parts]).to(x.dtype)
+        with without_layers():
+            qkv_weight = kernel_of(_joined(parts[: step.parts]), x.dtype)
             qkv_bias = _joined(parts[step.parts :]).to(x.dtype) if step.biased else None
-            out = out.to(x.dtype)
+            out = kernel_of(out, x.dtype)
             qkv = convolve(x, qkv_weight, qkv_bias, step.size)
-            mixed = _attend(_by_map(qkv, step.size), *step.attention).flatten(0, 1)
+            attend = kernel("non_local_attention", x)
+            mixed = attend(_by_map(qkv, step.size), *step.attention).flatten(0, 1)
             out_bias = None if out_bias is None else out_bias.to(x.dtype)
             projected = convolve(mixed, out, out_bias, step.size)
             y, statistics = normalize(projected, Norm(weight, bias, step.eps), x, step.relu)
@@ -102,7 +103,7 @@ class _Block(torch.autograd.Function):
         step, (of_x, _, *_, of_out, of_out_bias) = ctx.step, ctx.needs_input_grad[:6]
         of_parts = ctx.needs_input_grad[6:]
         x, weight, bias, out, qkv_weight, qkv, mixed, projected, y, *statistics = ctx.saved_tensors
-        with below_autograd(), without_autocast():
+        with without_layers():
             norm = Norm(weight, bias, step.eps)
             grad, grad_weight, grad_bias, grad_x = normalize_backward(
                 grad, projected, y, norm, Statistics(*statistics), residual=of_x
@@ -110,29 +111,23 @@ class _Block(torch.autograd.Function):
             # The batch norm takes the bias off again: its gradient is zero, and a sum would be noise.
             grad_out_bias = grad.new_zeros(ctx.out_bias) if of_out_bias else None
             grad, grad_out = convolve_backward(grad, mixed, out, step.size, of_weight=of_out)
-            grad = _attend_backward(_by_map(grad, step.size), _by_map(qkv, step.size), *step.attention).flatten(0, 1)
+            attend_backward = kernel("non_local_attention_backward", x)
+            grad = attend_backward(_by_map(grad, step.size), _by_map(qkv, step.size), *step.attention).flatten(0, 1)
             grad_qkv_bias = _split(grad.sum(0), step.parts) if any(of_parts[step.parts :]) else [None] * len(
                 of_parts[step.parts :]
             )  # fmt: skip
             grad_x, grad_qkv = convolve_backward(
                 grad, x, qkv_weight, step.size, add_to=grad_x, of_rows=of_x, of_weight=any(of_parts[: step.parts])
             )
-        grads = [None] * step.parts if grad_qkv is None else _split(grad_qkv, step.parts)
+            grads = [None] * step.parts if grad_qkv is None else _split(grad_qkv[:, :, None, None], step.parts)
+            grad_out = None if grad_out is None else grad_out[:, :, None, None]
         return grad_x, None, grad_weight, grad_bias, grad_out, grad_out_bias, *grads, *grad_qkv_bias
-
-
-def _attend(*arguments) -> Tensor:
-    return torch.ops.doublehead.non_local_attention.default(*arguments)
-
-
-def _attend_backward(*arguments) -> Tensor:
-    return torch.ops.doublehead.non_local_attention_backward.default(*arguments)
 
 
 def _by_map(rows: Tensor, size: Sequence[int]) -> Tensor:
     """`Tensor[N * H * W, C]` as `Tensor[N, H * W, C]`."""
     cells = size[0] * size[1]
-    return rows.view(len(rows) // cells, cells, rows.shape[1])
+    return rows.view(rows.shape[0] // cells, cells, rows.shape[1])
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -140,4 +135,4 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _split(grad: Tensor, parts: int) -> Sequence[Tensor]:
-    return [grad] if parts == 1 else grad.split(len(grad) // parts)
+    return [grad] if parts == 1 else grad.split(grad.shape[0] // parts)

@@ -40,7 +40,7 @@ def fuse_scores(fc_logits: Tensor, conv_logits: Tensor, method: str = "complemen
         method: how to join, see above.
 
     Returns:
-        `Tensor[N, C]`, float32 (float64 if an input is), in [0, 1] up to rounding.  Differentiable once.
+        `Tensor[N, C]`, float32 (float64 if an input is), in [0, 1] up to rounding.
 
     Raises:
         TypeError: not a tensor, or a dtype that is not accepted.
@@ -62,18 +62,22 @@ def fuse_scores(fc_logits: Tensor, conv_logits: Tensor, method: str = "complemen
         raise ValueError(f"conv_logits must be on the same device, {fc_logits.device}, got {conv_logits.device}")
     check_choice("method", method, FUSIONS)
     device = fc_logits.device.type
-    if method != "none" and not torch.compiler.is_compiling() and not native("fuse_scores", device):
-        if device == "cuda":
-            warn_fallback("fuse_scores", why_reference("fuse_scores"))
+    if method == "none" or torch.compiler.is_compiling():
+        return _fuse_scores(fc_logits, conv_logits, method)
+    if torch.is_grad_enabled() and (fc_logits.requires_grad or conv_logits.requires_grad):
+        # Plain PyTorch, which remembers both softmaxes; the operator's gradient, which computes them again, is slower.
         with one_thread_if_forked():
-            return _without_kernel(fc_logits, conv_logits, method)
-    return _fuse_scores(fc_logits, conv_logits, method)
+            return reference.fuse_scores(fc_logits, conv_logits, method)
+    if native("fuse_scores", device):
+        return _fuse_scores(fc_logits, conv_logits, method)
+    if device == "cuda":
+        warn_fallback("fuse_scores", why_reference("fuse_scores"))
+    with one_thread_if_forked():
+        return _without_kernel(fc_logits, conv_logits, method)
 
 
 def _without_kernel(fc_logits: Tensor, conv_logits: Tensor, method: str) -> Tensor:
-    """Plain PyTorch: in place, or with its own gradient, which saves what ours recomputes."""
-    if torch.is_grad_enabled() and (fc_logits.requires_grad or conv_logits.requires_grad):
-        return reference.fuse_scores(fc_logits, conv_logits, method)
+    """Plain PyTorch, in place."""
     dtype = score_dtype(fc_logits, conv_logits)
     fc, conv = (torch.softmax(logits, dim=-1, dtype=dtype) for logits in (fc_logits, conv_logits))
     if method == "complementary":
