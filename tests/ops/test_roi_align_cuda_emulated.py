@@ -150,7 +150,7 @@ def test_window_larger_than_shared_memory(layout):
 def test_more_bins_than_the_weights_of_a_batch_hold(layout):
     features, rois = make_features([(1, 4, 12, 40)], layout=layout), make_rois(3, 1, 12, 40)
     check(features, rois, *single((35, 70), 2, False, 1.0))
-    check(features, rois, *single((300, 260), 1, True, 1.0))  # nor do the forward's tables
+    check_output(features, rois, *single((300, 260), 1, True, 1.0))  # nor do the forward's tables
 
 
 @layouts
@@ -192,7 +192,7 @@ def test_boxes_with_and_without_a_table_of_weights():
     """Adaptive sampling: the kernel for any box takes over from the fast one as soon as one box needs it."""
     rois = make_rois(8, 1, 24, 24)
     arguments = [1, 8, 24, 24], True, *single((4, 3), 0, True, 1.0)
-    for some in (rois, torch.cat([rois, torch.tensor([[0.0, -1e6, -1e6, 1e6, 1e6]])])):
+    for some in (rois, torch.cat([rois, torch.tensor([[0.0, -2e6, -2e6, 2e6, 2e6]])])):
         grads = make_features([(len(some), 8, 4, 3)], layout=LAYOUTS[1], seed=1)
         (plain,) = reference.multiscale_roi_align_backward(grads, some, *packed(arguments))
         (actual,) = backward(grads, some, *arguments)

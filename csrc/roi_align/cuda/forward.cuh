@@ -93,8 +93,8 @@ __device__ inline void pool_chunk_by_samples(const Problem<W>& problem, const Wo
 // One row of bins that reads N rows of pixels, V channels: from column to column, the pixels of each combined as the row
 // wants it and given to the bins that read the column. Neighbouring bins share up to two columns, which are kept.
 template <int V, int N, typename T, typename W>
-__device__ __forceinline__ void pool_rows(const T* pixels, const Tap<W, int64_t>* rows,
-                                          const Tables<W, int64_t>& tables, int32_t bins, int64_t channels, T* output) {
+__device__ __forceinline__ void pool_rows(const T* pixels, const Tap<W>* rows, const Tables<W>& tables, int32_t bins,
+                                          int64_t channels, T* output) {
   const T* from[N];
   W weights[N];
 #pragma unroll
@@ -108,7 +108,7 @@ __device__ __forceinline__ void pool_rows(const T* pixels, const Tap<W, int64_t>
 #pragma unroll 1
     for (int32_t i = bin.begin; i < bin.begin + bin.count; ++i) {
       DOUBLEHEAD_MARK_BEGIN("roi_align: forward column");
-      const Tap<W, int64_t> column = tables.columns[i];
+      const Tap<W> column = tables.columns[i];
       if (column.offset == older_at) {
 #pragma unroll
         for (int v = 0; v < V; ++v) sum[v] = std::fma(column.weight, older[v], sum[v]);
@@ -135,16 +135,15 @@ __device__ __forceinline__ void pool_rows(const T* pixels, const Tap<W, int64_t>
 
 // The same for any number of rows of pixels.
 template <int V, typename T, typename W>
-__device__ __forceinline__ void pool_many_rows(const T* pixels, const Tap<W, int64_t>* rows, int32_t row_count,
-                                               const Tables<W, int64_t>& tables, int32_t bins, int64_t channels,
-                                               T* output) {
+__device__ __forceinline__ void pool_many_rows(const T* pixels, const Tap<W>* rows, int32_t row_count,
+                                               const Tables<W>& tables, int32_t bins, int64_t channels, T* output) {
   W older[V] = {}, newer[V] = {};
   int64_t older_at = -1, newer_at = -1;
   for (int32_t pw = 0; pw < bins; ++pw, output += channels) {
     const Bin bin = tables.column_bins[pw];
     W sum[V] = {};
     for (int32_t i = bin.begin; i < bin.begin + bin.count; ++i) {
-      const Tap<W, int64_t> column = tables.columns[i];
+      const Tap<W> column = tables.columns[i];
       if (column.offset == older_at) {
 #pragma unroll
         for (int v = 0; v < V; ++v) sum[v] = std::fma(column.weight, older[v], sum[v]);
@@ -165,8 +164,8 @@ __device__ __forceinline__ void pool_many_rows(const T* pixels, const Tap<W, int
 }
 
 template <int V, typename T, typename W>
-__device__ __forceinline__ void pool_row(const T* pixels, const Tap<W, int64_t>* rows, int32_t row_count,
-                                         const Tables<W, int64_t>& tables, int32_t bins, int64_t channels, T* output) {
+__device__ __forceinline__ void pool_row(const T* pixels, const Tap<W>* rows, int32_t row_count,
+                                         const Tables<W>& tables, int32_t bins, int64_t channels, T* output) {
   switch (row_count) {
     case 1: return pool_rows<V, 1>(pixels, rows, tables, bins, channels, output);
     case 2: return pool_rows<V, 2>(pixels, rows, tables, bins, channels, output);
@@ -190,7 +189,7 @@ __device__ __forceinline__ void pool_row(const T* pixels, const Tap<W, int64_t>*
 template <typename T, typename W, int V>
 __global__ void DOUBLEHEAD_POOL_BOUNDS
     pool_channels_last(const __grid_constant__ Problem<W> problem, const Room room) {
-  using Shared = Tap<W, int64_t>;
+  using Shared = Tap<W>;
   DOUBLEHEAD_DYNAMIC_SHARED(Shared, shared);
   const int64_t chunks = (problem.channels + 32 * V - 1) / (32 * V);
   const int64_t first = blockIdx.x % chunks * (32 * V), channel = first + threadIdx.x * V;
@@ -200,7 +199,7 @@ __global__ void DOUBLEHEAD_POOL_BOUNDS
     pool_chunk_by_samples(problem, work, first, int32_t(left < 32 * V ? left : 32 * V), 1, problem.channels);
     return;
   }
-  const Tables<W, int64_t> tables = place_tables<W, int64_t>(shared, room, problem.height);
+  const Tables<W> tables = place_tables<W, int64_t>(shared, room, problem.height);
   fill_tables(problem, *work.map, work.axes, work.row_slots, work.column_slots, tables, blockDim.x * blockDim.y);
   __syncthreads();
   if (channel >= problem.channels) return;
@@ -353,7 +352,7 @@ __global__ void __launch_bounds__(kPlanarThreads, sizeof(W) == 8 ? 3 : 5)
   }
   const T* const image = static_cast<const T*>(problem.maps[work.level].data) + work.image;
   T* const output = static_cast<T*>(problem.pooled[work.scale]) + work.output;
-  const int32_t columns = work.columns, some_rows = work.some_rows;
+  const int32_t columns = work.columns, some_rows = work.some_rows, first_column = work.first;
   const Divisor by_width = Divisor::make(uint32_t(problem.width));
 #pragma unroll 1
   for (int32_t c0 = 0; c0 < channels; c0 += work.some_channels) {
@@ -362,6 +361,7 @@ __global__ void __launch_bounds__(kPlanarThreads, sizeof(W) == 8 ? 3 : 5)
 #pragma unroll 1
     for (int32_t ph0 = 0; ph0 < problem.height; ph0 += some_rows) {
       const int32_t rows = problem.height - ph0 < some_rows ? problem.height - ph0 : some_rows;
+      const Divisor by_rows = Divisor::make(uint32_t(rows));
       const Bin last = tables.row_bins[ph0 + rows - 1];
       const int32_t begin = tables.row_bins[ph0].begin, end = last.begin + last.count;
       if (work.empty_rows) {
@@ -371,7 +371,7 @@ __global__ void __launch_bounds__(kPlanarThreads, sizeof(W) == 8 ? 3 : 5)
 #pragma unroll 1
       for (int32_t i = threadIdx.x; i < half * columns; i += kPlanarThreads) {
         const int32_t c = int32_t(work.by_columns.divide(uint32_t(i))), column = i - c * columns;
-        const int32_t x = work.first >= 0 ? work.first + column : tables.columns[column].offset;
+        const int32_t x = first_column >= 0 ? first_column + column : tables.columns[column].offset;
         if (x < 0) continue;  // a slot without a tap
         const int32_t other = c + half < c_count ? half : 0;
         const T* const pixels = image + (c0 + c) * work.plane + x;
@@ -393,12 +393,13 @@ __global__ void __launch_bounds__(kPlanarThreads, sizeof(W) == 8 ? 3 : 5)
           for (int32_t j = t; j < t + 4; ++j) {
             if (j >= bin.begin + bin.count) break;
             const Tap<W, int32_t> tap = tables.columns[j];
-            sum = std::fma(tap.weight, from[work.first >= 0 ? tap.offset - work.first : j], sum);
+            sum = std::fma(tap.weight, from[first_column >= 0 ? tap.offset - first_column : j], sum);
           }
         }
         T* to = output + int64_t(c0) * bins + i;
         if (rows < problem.height) {
-          to += (line / rows) * (problem.height - rows) * problem.width + ph0 * problem.width;
+          const int32_t c = int32_t(by_rows.divide(uint32_t(line)));
+          to += c * (problem.height - rows) * problem.width + ph0 * problem.width;
         }
         *to = static_cast<T>(sum);
         DOUBLEHEAD_MARK_END("roi_align: planar output");

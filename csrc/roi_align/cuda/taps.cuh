@@ -100,14 +100,14 @@ __device__ inline Slots choose_slots(const Slots& rows, const Slots& columns, bo
 // In shared memory
 
 // O: the type of offsets, within a plane of a planar map 32 bits.
-template <typename W, typename O>
+template <typename W, typename O = int64_t>
 struct alignas(sizeof(O) + sizeof(W) > 8 ? 16 : 8) Tap {
   O offset;  // of the pixel, in elements; -1: no pixel
   W weight;
 };
 
 // The two weight matrices of a box, in the block's dynamic shared memory.
-template <typename W, typename O>
+template <typename W, typename O = int64_t>
 struct Tables {
   Tap<W, O>*rows, *columns;
   Bin *row_bins, *column_bins;
