@@ -53,12 +53,21 @@ def detector(network: networks.Network, images: int, heads: Steps | None, now: b
     def steps(machine: Machine) -> list[Step]:
         found = detections.after if now else detections.before
         each = work(heads(machine)) if heads else 0.0
-        pooling = work(roi_align.forward_before(machine, 512, pooled)) * ROIS / 512 * (2 if heads else 1)
+        pool = roi_align.forward if now else roi_align.forward_before
+        pooling = work(pool(machine, 512, pooled)) * ROIS / 512 * (2 if heads else 1)
         proposals = decide.plain if now else nms.plain_before
         boxes = work(proposals(machine, 4000, 0.5)) + work(found(machine))
         return [Step("whole", networks.detector(machine, network, images, each, pooling, boxes) - machine.launch)]
 
     return steps
+
+
+def forward(title: str, size: int) -> Row:
+    return Row(
+        title,
+        lambda machine: roi_align.forward_before(machine, 512, size),
+        lambda machine: roi_align.forward(machine, 512, size),
+    )
 
 
 def backward(title: str, count: int, size: int, images: int = 1) -> Row:
@@ -87,9 +96,11 @@ TRITON, TRITON_FP32 = conv_head(networks.ALL_TRITON), conv_head(networks.ALL_TRI
 ENGINES, ENGINES_FP32 = conv_head(networks.ENGINES), conv_head(networks.ENGINES_FP32, 4)
 
 ROWS = {
-    "roi_forward": Row("RoIAlign forward, channels-last fp32", lambda m: roi_align.forward_before(m, 512, 4)),
-    "roi_forward_bf16": Row("  the same, bf16", lambda m: roi_align.forward_before(m, 512, 2)),
-    "roi_forward_nchw": Row("  the same, NCHW fp32", lambda m: roi_align.planar_before(m, 512)),
+    "roi_forward": forward("RoIAlign forward, channels-last fp32", 4),
+    "roi_forward_bf16": forward("  the same, bf16", 2),
+    "roi_forward_nchw": Row(
+        "  the same, NCHW fp32", lambda m: roi_align.planar_before(m, 512), lambda m: roi_align.planar(m, 512)
+    ),
     "roi_backward": backward("RoIAlign backward, channels-last fp32", 512, 4),
     "roi_backward_bf16": backward("  the same, bf16", 512, 2),
     "roi_backward_1000": backward("  1000 boxes, fp32", 1000, 4),

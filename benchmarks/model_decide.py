@@ -92,30 +92,34 @@ def plain(machine: Machine, count: int, threshold: float, grouped: bool = True) 
     if count <= 8192 and count * count <= 1 << 26:
         found = nms.rounds(count, threshold, count)
         return [rank(machine, count, grouped), decide(machine, found, depth(count, threshold), True)]
-    steps = ordered(machine, count, grouped, machine.l2_latency)
-    return [*steps, decide(machine, nms.rounds(count, threshold, chunk), 4, False)]
+    return [*ordered(machine, count, grouped), decide(machine, nms.rounds(count, threshold, chunk), 4, False)]
 
 
-def ordered(machine: Machine, count: int, grouped: bool, segments: float) -> list[Step]:
-    """Many boxes are sorted by CUB, and those of small groups decided on by a block each."""
-    before = nms.before(machine, count, (), count, segments, grouped)
-    last = max(number for number, step in enumerate(before) if step.name in ("gather", "segments"))
-    return before[: last + 1]
+def ordered(machine: Machine, count: int, grouped: bool) -> list[Step]:
+    """Many boxes are sorted by CUB. Groups are numbered and counted; their boxes find places as all are gathered."""
+    m = machine
+    keys = [Step("keys", m.dram_latency + m.chain(60)), *nms.sort(m, count, 32)]
+    number = [Step("number groups", 5 * m.l2_latency + m.dram_latency + m.chain(140))] if grouped else []
+    return [*keys, *number, Step("gather", 3 * m.l2_latency + m.dram_latency + m.chain(100))]
 
 
-SEGMENT_TEST, SEGMENT_PAIR = 24, 70
+SEGMENT_TESTS, SEGMENT_PAIR, SORT_STEP = 310, 70, 20
+"""Warp instructions of 16 tests (269 to 314) of a box with those kept, of a pair inside a tile, of a step of a sort."""
 
 
 def segment(machine: Machine, tiles: tuple[nms.Tile, ...]) -> float:
-    """As before, with the rule that has no branch."""
-    total = 3 * machine.l2_latency
+    """A block sorts the members of a group by rank and decides on them, as part of `decide`."""
+    m, levels = machine, math.ceil(math.log2(max(2, nms.TILE * len(tiles))))
+    total = 3 * m.l2_latency + levels * (levels + 1) / 2 * (m.chain(SORT_STEP) + m.barrier)
     for tile in tiles:
-        tests = tile.kept * math.ceil(tile.alive / 32) * SEGMENT_TEST
-        own = machine.chain(2 * SEGMENT_PAIR + 40 + nms.SETTLE_TURN * tile.turns) + 4 * machine.barrier
-        total += own + max(machine.chain(tile.kept * SEGMENT_TEST), machine.cycles(tests / machine.issue))
+        sixteens = math.ceil(tile.kept / 16)
+        tests = sixteens * math.ceil(tile.alive / 32) * SEGMENT_TESTS
+        own = m.chain(2 * SEGMENT_PAIR + 60 + nms.SETTLE_TURN * tile.turns) + 4 * m.barrier
+        total += own + max(m.chain(sixteens * SEGMENT_TESTS), m.cycles(tests / m.issue))
     return total
 
 
 def classes(machine: Machine, number: int = 80, each: int = 1000, threshold: float = 0.5) -> list[Step]:
     slowest = max(segment(machine, nms.class_tiles(label, each, threshold)) for label in range(0, number, 10))
-    return [*ordered(machine, number * each, True, slowest), decide(machine, (), 0, False)]
+    found = decide(machine, (), 0, False)
+    return [*ordered(machine, number * each, True), found._replace(work=found.work + slowest + MEET)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from model_boxes import BINS, CHANNELS, RATIO, Boxes, boxes_of, distinct, tiles_of
 from model_machine import Machine, Step, makespan
@@ -10,9 +12,20 @@ from torch import Tensor
 # ---------------------------------------------------------------------------------------------
 # The kernels of 2026-11-26 (commit 638fdfc), whose times were measured
 
-PROLOGUE, NEW_COLUMN, NEW_COLUMN_16, OLD_COLUMN = 750, 100, 150, 22
-"""Warp instructions of the forward: before the first column; a column of three pixels; one that is still in registers.
-(sass.py: 745; 22 to 460, most of which are its variants for 1 to 4 pixels.)"""
+PROLOGUE = 750
+"""Warp instructions of the forward before the first column (sass.py: 745)."""
+
+
+class Column(NamedTuple):
+    """Warp instructions for a column of three pixels, and for one that is still in registers."""
+
+    new: int
+    old: int
+
+
+COLUMN_BEFORE = {4: Column(75, 22), 2: Column(137, 26)}
+COLUMN = {4: Column(53, 10), 2: Column(113, 14)}
+"""By the bytes of a number; counted with sass.py."""
 PLANAR_ROW, PLANAR_OUTPUT = 90, 120
 FILL, GATHER_COLUMN = 2000, 99
 """Of the backward: a batch's weights on the slowest warp, by replaying its loops; a box's column of bins (71-99)."""
@@ -45,19 +58,22 @@ def forward_traffic(machine: Machine, boxes: Boxes, size: int, waste: float = 1.
     return max(l2, (boxes.unique_pixels * min(waste, 1.2) + written) * CHANNELS * size / machine.dram)
 
 
-def forward_before(machine: Machine, count: int, size: int) -> list[Step]:
+def forward(machine: Machine, count: int, size: int, instructions: dict[int, Column] = COLUMN) -> list[Step]:
     """`pool_channels_last`: a warp goes through the columns of its row of bins; nothing is loaded ahead."""
-    boxes = boxes_of(count)
+    boxes, column = boxes_of(count), instructions[size]
     chunks, fit = CHANNELS // (32 * 16 // size), 4
     columns = distinct(boxes.columns.flatten(1))
-    one = pixel_latency(machine, boxes) + machine.chain(NEW_COLUMN if size == 4 else NEW_COLUMN_16)
-    again = (2 * RATIO * BINS - columns) * machine.chain(OLD_COLUMN)
+    one = pixel_latency(machine, boxes) + machine.chain(column.new)
+    again = (2 * RATIO * BINS - columns) * machine.chain(column.old)
     blocks = 2 * machine.dram_latency + machine.chain(PROLOGUE) + columns * one + again
     chain = makespan(blocks.repeat_interleave(chunks).tolist(), machine.multiprocessors * fit)
-    new = float(columns.sum()) * (NEW_COLUMN if size == 4 else NEW_COLUMN_16) * chunks * BINS
-    instructions = new + boxes.count * chunks * BINS * PROLOGUE
-    counts = counted(boxes, size, 1.0, instructions)
+    in_all = (float(columns.sum()) * column.new + boxes.count * PROLOGUE) * chunks * BINS
+    counts = counted(boxes, size, 1.0, in_all)
     return [Step("pool", chain + forward_traffic(machine, boxes, size), counts)]
+
+
+def forward_before(machine: Machine, count: int, size: int) -> list[Step]:
+    return forward(machine, count, size, COLUMN_BEFORE)
 
 
 def planar_before(machine: Machine, count: int, size: int = 4) -> list[Step]:
@@ -98,15 +114,44 @@ def backward_before(machine: Machine, count: int, size: int, images: int = 1) ->
 
 
 # ---------------------------------------------------------------------------------------------
+# The planar forward with two channels a lane
+
+TAPS_OF_COLUMN, TAPS_AT_ONCE, OUTPUT = 190, 8, 60
+"""Warp instructions: so many taps of a column in two channels, sixteen loads under way (153 to 228); an output (24
+to 99)."""
+
+
+def planar(machine: Machine, count: int, size: int = 4) -> list[Step]:
+    """A block has 64 channels of a box; one warp finds out where it lies."""
+    boxes, threads, channels, sums, fit = boxes_of(count), 128, 64, 4096, 5
+    columns = distinct(boxes.columns.flatten(1))
+    some = (sums // (BINS * columns) // 2 * 2).clamp(max=channels)
+    full, rest = channels // some, channels % some
+
+    def rounds(each: Tensor | int, of: int = 1) -> Tensor:
+        return full * -(-(some // of * each) // threads) + -(-(rest // of * each) // threads)
+
+    parts = -(-distinct(boxes.rows).sum(1) // TAPS_AT_ONCE)
+    row = pixel_latency(machine, boxes) + machine.chain(TAPS_OF_COLUMN)
+    blocks = 2 * machine.dram_latency + machine.chain(PROLOGUE + 100) + rounds(columns, of=2) * parts * row
+    blocks += rounds(BINS * BINS) * machine.chain(OUTPUT) + 3 * (full + 1) * machine.barrier
+    chain = makespan(blocks.repeat_interleave(CHANNELS // channels).tolist(), machine.multiprocessors * fit)
+    one = float((rounds(columns, of=2) * parts * TAPS_OF_COLUMN + rounds(BINS * BINS) * OUTPUT).sum())
+    in_all = one * CHANNELS / channels * threads / 32
+    traffic = forward_traffic(machine, boxes, size, waste=1.46)
+    return [Step("pool", max(chain, machine.issued(in_all)) + traffic, counted(boxes, size, 1.46, in_all))]
+
+
+# ---------------------------------------------------------------------------------------------
 # The backward in three launches: lists, tables and tiles, sums
 
-BOX_FILL, PIECE, BIN_COLUMN, STAGED_BINS = 200, 150, {4: 2 * 60, 2: 80}, 18
-"""Warp instructions: a box's weights on a tile (126 to 305); a piece of its bins beside the columns; a column of bins,
-by the bytes of a number; and how many bins a stage holds."""
+BOX_FILL, PIECE, BIN_COLUMN, STAGED_BINS = 200, 110, {4: 92, 2: 78}, 18
+"""Warp instructions: a box's weights on a tile (132 to 261); a piece of its bins beside the columns, with two copies
+of 45 each; a column of bins, by the bytes of a number; and how many bins a stage holds."""
 SLOTS, WARPS, AT_ONCE, ACTIVE = 512, 16, 2, 0.6
 """Blocks for parts of tiles, most of which find nothing to do; warps of a block; blocks of a multiprocessor; the share
 of the warps whose row of pixels a box reaches."""
-PART = 8
+PART = 9
 
 
 def backward(machine: Machine, count: int, size: int, images: int = 1) -> list[Step]:

@@ -139,6 +139,10 @@ class ConvTower(nn.Sequential):
 
     With non-local blocks, K counts them too: one before each bottleneck.
 
+    A training step waits for nothing, so CUDA graphs can record it where the number of RoIs stays the same:
+    `torch.cuda.make_graphed_callables(tower, (maps,))`, under autocast with `cache_enabled=False`.  Recording runs some
+    steps, which move the running statistics; load the state again after it.
+
     Args:
         channels: input width.
         config: depth, width, non-local blocks, and whether to run fused.
@@ -228,7 +232,10 @@ class ConvTower(nn.Sequential):
         if not self.fused or torch.compiler.is_compiling() or has_inner_hooks(self):
             return False
         norms = self._norms()
-        return self._is_original(norms) and all(norm.training and norm.momentum is not None for norm in norms)
+        for norm in norms:
+            if not norm.training or norm.momentum is None:
+                return False
+        return self._is_original(norms)
 
     def _is_original(self, norms: list[nn.Module] | None = None) -> bool:
         """Whether nobody has replaced a layer by one that the fused paths would not compute."""
@@ -292,7 +299,10 @@ class ConvTower(nn.Sequential):
 
 def _are_plain(norms: Sequence[nn.Module]) -> bool:
     """Not SyncBatchNorm, and with the statistics and weights that the fused paths use."""
-    return all(type(norm) is nn.BatchNorm2d and norm.track_running_stats and norm.affine for norm in norms)
+    for norm in norms:
+        if type(norm) is not nn.BatchNorm2d or not norm.track_running_stats or not norm.affine:
+            return False
+    return True
 
 
 def track(normed: Sequence[Normed], rows: int) -> None:

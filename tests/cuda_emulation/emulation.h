@@ -217,7 +217,7 @@ void run_kernel(dim3 grid, dim3 block, size_t shared_bytes, size_t at_once, Kern
   gridDim = grid;
   const size_t resident = std::min(at_once, blocks);
   machine.in_turns = resident > 1;
-  machine.pauses = 0;
+  machine.pauses = machine.barriers = 0;
   machine.shared_bytes = shared_bytes;
   machine.block = nullptr;
   machine.body = [&] { kernel(arguments...); };

@@ -92,6 +92,11 @@ __global__ void rotate_blocks(int* values, int* to, unsigned* arrived, int round
   }
 }
 
+__global__ void wait_for(const int* value) {
+  while (__syncthreads_or(*value == 0)) {
+  }
+}
+
 #define EXPORT extern "C" __attribute__((visibility("default"))) const char*
 
 EXPORT run_rotate(const int* from, int* to, int64_t barrier) {
@@ -130,4 +135,7 @@ EXPORT run_rotate_blocks(int* values, int* to, int* arrived, int64_t meet, int64
     const auto run = [&](const auto& how) { how(blocks, 64, 0, kernel, values, to, reinterpret_cast<unsigned*>(arrived), 3); };
     together ? run([](auto... all) { emulate_together(all...); }) : run([](auto... all) { emulate(all...); });
   });
+}
+EXPORT run_wait_for(const int* value) {
+  return report_errors([&] { emulate(1, 32, 0, wait_for, value); });
 }

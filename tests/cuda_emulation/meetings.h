@@ -89,6 +89,7 @@ inline std::string missing(const Fiber& fiber) {
 
 // No thread can run and no warp has met: all threads that have not returned must be at one barrier of the block.
 inline void release_block() {
+  if (++machine.barriers > kMostBarriers) fail("a kernel that never ends: it reaches one barrier after the other");
   std::vector<Fiber*> waiting;
   for (Fiber& fiber : machine.block->fibers) {
     if (fiber.state != Fiber::kDone) waiting.push_back(&fiber);

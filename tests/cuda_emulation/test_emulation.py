@@ -150,6 +150,8 @@ def test_blocks_that_wait_without_a_cooperative_launch_are_found():
     values, result, arrived = (torch.zeros(size, dtype=torch.int32) for size in (320, 320, 1))
     with pytest.raises(RuntimeError, match="a kernel that never ends"):
         run("rotate_blocks", values, result, arrived, True, False, 5)
+    with pytest.raises(RuntimeError, match="a kernel that never ends"):
+        run("wait_for", torch.zeros(1, dtype=torch.int32))
 
 
 @every_order

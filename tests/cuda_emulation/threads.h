@@ -31,7 +31,7 @@ inline constexpr int warpSize = 32;
 namespace doublehead::emulation {
 
 constexpr size_t kStackBytes = 128 << 10, kGuardBytes = 4096, kMaxShared = 227 << 10;
-constexpr size_t kMostPauses = 100'000'000;
+constexpr size_t kMostPauses = 20'000'000, kMostBarriers = 100'000;  // of a kernel; one with more never ends
 constexpr int kGarbage = 0xCD, kGuard = 0xA5;
 
 template <typename... Parts>
@@ -106,7 +106,7 @@ struct Machine {
   bool ahead = false;   // whether warps go on, as far as each gets
   size_t resident = 1;  // blocks that take turns
   bool in_turns = false;  // whether any do in the running kernel
-  size_t pauses = 0;      // of it
+  size_t pauses = 0, barriers = 0;  // of it
 };
 inline Machine machine;
 

@@ -111,7 +111,7 @@ def test_the_hosts_work(triton_kernels, monkeypatch):
     forget(model, x)
     with Operators() as seen:
         step(model, x, amp=True)
-    assert len(seen.names) <= 320 and calls <= 1600
+    assert len(seen.names) <= 320 and calls <= 1300
     assert {name: seen.names.count(name) for name in ("lerp_", "clamp_", "_foreach_lerp_", "_foreach_add_")} == {
         "lerp_": 0, "clamp_": 1, "_foreach_lerp_": 1, "_foreach_add_": 1,
     }  # the running statistics of 11 norms  # fmt: skip
@@ -125,8 +125,6 @@ def test_operators_and_direct_calls_give_the_same_bits(triton_kernels, poisoned)
         expected = results(watched, again)
     assert "batch_norm_act" in seen.names and "non_local_attention_backward" in seen.names
     assert_same(results(model, x), expected)
-    twice = results(copy.deepcopy(watched), again.detach().requires_grad_())
-    assert twice["x"].equal(expected["x"])
 
 
 def test_recomputing_gives_the_same_bits(triton_kernels, poisoned):

@@ -66,7 +66,7 @@ def assert_equals_reference(boxes, scores, groups, threshold, max_output, **how)
 # Whatever Hypothesis thinks of: small chunks give several rounds, and either way to decide on a group gets its share.
 
 
-@settings(emulated, max_examples=100)
+@settings(emulated, max_examples=60)
 @given(
     images(),
     thresholds,
@@ -83,7 +83,7 @@ def test_padded_equals_reference(example_images, threshold, max_output, how, lar
     assert_equals_reference(*example_images, threshold, max_output, **how)
 
 
-@settings(emulated, max_examples=60)
+@settings(emulated, max_examples=40)
 @given(images(), thresholds, st.booleans(), st.sampled_from([0, 64]), st.sampled_from([-1, 30]))
 def test_nms_equals_reference(example_images, threshold, grouped, chunk, largest_segment):
     boxes, scores, groups = (tensor[0] for tensor in example_images)
@@ -98,7 +98,7 @@ def test_nms_equals_reference(example_images, threshold, grouped, chunk, largest
 
 @every_order
 @pytest.mark.parametrize("largest_segment", [-1, 0, 2048], ids=["ranked", "rounds", "segments"])
-@pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200])
+@pytest.mark.parametrize("count", [1, 31, 33, 63, 64, 65, 128, 129, 200])
 def test_one_group_of_every_size(count, largest_segment, order):
     boxes, scores = clustered_boxes(count, seed=count, objects=4)
     groups = torch.zeros(1, count, dtype=torch.int64)
@@ -194,7 +194,7 @@ def test_many_pairs_at_the_threshold(threshold, dtype):
     check_pairs(700, threshold, 1.0, dtype, 0, 0)
 
 
-@settings(emulated, max_examples=150)
+@settings(emulated, max_examples=80)
 @given(images(), st.one_of(thresholds, st.sampled_from([2.0, 1e300, INF, -INF])))
 def test_rule_of_all_pairs(example_images, threshold):
     # Whatever the values are: infinite, NaN, tiny, inverted, without area.
@@ -229,7 +229,7 @@ def test_pairs_at_the_threshold(threshold, side, dtype, seed):
 
 
 @every_order
-@pytest.mark.parametrize("max_output", [1, 5, 63, 64, 65, 100, 300])
+@pytest.mark.parametrize("max_output", [1, 63, 64, 65, 300])
 def test_early_stop_changes_nothing(max_output, order):
     boxes, scores = clustered_boxes(2 * 400, seed=6, objects=200)
     boxes, scores = boxes.view(2, 400, 4), scores.view(2, 400)

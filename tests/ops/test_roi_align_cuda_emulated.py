@@ -169,7 +169,9 @@ def test_many_boxes_on_one_object(order, layout):
     assert_close(actual, plain, expected)
 
 
-@pytest.mark.parametrize(("channels", "dtype"), [(8, torch.float32), (264, torch.bfloat16), (6, torch.float64)], ids=str)
+@pytest.mark.parametrize(
+    ("channels", "dtype"), [(8, torch.float32), (264, torch.bfloat16), (6, torch.float64)], ids=str
+)
 def test_a_dense_tile_is_summed_in_parts_in_a_fixed_order(channels, dtype):
     """More than 1024 boxes in a list; the parts' sums are equal in any order of blocks, to the last bit."""
     count = 1100 if channels == 8 else 60

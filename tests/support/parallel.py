@@ -18,6 +18,7 @@ LONGEST_FIRST = (
     "tests/analysis/test_sliding_windows.py",
     "tests/test_journey.py",
     "tests/models/test_static.py",
+    "tests/building/test_budgets.py",
     "tests/faults/test_kills.py",
     "tests/benchmarks/test_bare_machine.py",
 )

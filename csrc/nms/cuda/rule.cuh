@@ -76,7 +76,7 @@ DOUBLEHEAD_NMS_FUNCTION uint32_t push_sign(uint32_t bits, T x) {
 template <int kCount = 32, typename T, typename At>
 DOUBLEHEAD_NMS_FUNCTION uint32_t suppressed_by(const Rule<T>& rule, const Box<T>& box, const At& at) {
   uint32_t yes = 0, no = 0;
-  constexpr int kUnroll = sizeof(T) == 4 ? kCount : 4;  // more doubles do not fit in registers
+  [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 4 ? kCount : 4;  // more doubles do not fit in registers
 #if defined(__CUDACC__)
 #pragma unroll kUnroll
 #endif

@@ -10,6 +10,9 @@ A join by the last program to finish would spare its launch, but needs a counter
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -200,8 +203,23 @@ def parts_of(rows: int) -> tuple[int, int]:
     return blocks(rows, part_rows), part_rows
 
 
-def _apply_grid(rows: int, channels: int) -> tuple[int, int, int]:
-    return blocks(rows, APPLY_ROWS), blocks(channels, APPLY_CHANNELS), 1
+class Grids(NamedTuple):
+    """The blocks of each kernel."""
+
+    parts: int
+    part_rows: int
+    sums: tuple[int, int, int]
+    join: tuple[int, int, int]
+    apply: tuple[int, int, int]
+
+
+@functools.lru_cache(maxsize=256)
+def grids_of(rows: int, channels: int) -> Grids:
+    parts, part_rows = parts_of(rows)
+    apply = blocks(rows, APPLY_ROWS), blocks(channels, APPLY_CHANNELS), 1
+    return Grids(
+        parts, part_rows, (blocks(channels, CHANNELS), parts, 1), (blocks(channels, JOIN_CHANNELS), 1, 1), apply
+    )  # fmt: skip
 
 
 def batch_norm_act(args: ForwardArguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,18 +227,17 @@ def batch_norm_act(args: ForwardArguments) -> tuple[Tensor, Tensor, Tensor]:
         return reference.batch_norm_act(args)
     x, residual = args.x.contiguous(), None if args.residual is None else args.residual.contiguous()
     rows, channels = x.shape
-    parts, part_rows = parts_of(rows)
+    parts, part_rows, sums_grid, join_grid, apply_grid = grids_of(rows, channels)
     kind = _kind(x, args.weight, args.bias, residual)
     sums = x.new_empty((2, parts, channels), dtype=torch.float32)
     mean = x.new_empty(channels, dtype=torch.float32)
     invstd, y = torch.empty_like(mean), torch.empty_like(x)
-    _statistics(kind, (blocks(channels, CHANNELS), parts, 1), x, sums, rows, channels, part_rows, parts)
+    _statistics(kind, sums_grid, x, sums, rows, channels, part_rows, parts)
     _join_statistics(
-        kind, (blocks(channels, JOIN_CHANNELS), 1, 1),
-        x, sums, mean, invstd, rows, channels, part_rows, parts, args.eps,
+        kind, join_grid, x, sums, mean, invstd, rows, channels, part_rows, parts, args.eps,
     )  # fmt: skip
     _apply[residual is not None, args.relu](
-        kind, _apply_grid(rows, channels), x, residual, mean, invstd, args.weight, args.bias, y, rows, channels
+        kind, apply_grid, x, residual, mean, invstd, args.weight, args.bias, y, rows, channels
     )
     return y, mean, invstd
 
@@ -232,7 +249,7 @@ def batch_norm_act_apply(args: ApplyArguments) -> Tensor:
     residual = None if args.residual is None else args.residual.contiguous()
     y = torch.empty_like(x)
     _apply[residual is not None, args.relu](
-        _kind(x, mean, invstd, weight, bias, residual), _apply_grid(*x.shape),
+        _kind(x, mean, invstd, weight, bias, residual), grids_of(*x.shape).apply,
         x, residual, mean, invstd, weight, bias, y, *x.shape,
     )  # fmt: skip
     return y
@@ -244,19 +261,15 @@ def batch_norm_act_backward(args: BackwardArguments) -> tuple[Tensor, Tensor, Te
     x, y, grad = args.x.contiguous(), args.y, args.grad.contiguous()
     mean, invstd, weight = args.mean, args.invstd, args.weight
     rows, channels = x.shape
-    parts, part_rows = parts_of(rows)
+    parts, part_rows, sums_grid, join_grid, apply_grid = grids_of(rows, channels)
     kind = _kind(x, y, grad, mean, invstd, weight)
     sums = x.new_empty((2, parts, channels), dtype=torch.float32)
     grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)
     grad_x, grad_residual = torch.empty_like(x), torch.empty_like(x) if args.residual else None
-    _gradient_sums[y is not None](
-        kind, (blocks(channels, CHANNELS), parts, 1), grad, x, y, mean, sums, rows, channels, part_rows, parts
-    )
-    _join_gradients(
-        kind, (blocks(channels, JOIN_CHANNELS), 1, 1), sums, invstd, grad_weight, grad_bias, channels, parts
-    )
+    _gradient_sums[y is not None](kind, sums_grid, grad, x, y, mean, sums, rows, channels, part_rows, parts)
+    _join_gradients(kind, join_grid, sums, invstd, grad_weight, grad_bias, channels, parts)
     _gradient[y is not None](
-        None if kind is None else (*kind, args.residual), _apply_grid(rows, channels),
+        None if kind is None else (*kind, args.residual), apply_grid,
         grad, x, y, mean, invstd, weight, grad_weight, grad_bias, grad_x, grad_residual, rows, channels,
     )  # fmt: skip
     return grad_x, grad_weight, grad_bias, x.new_empty(0) if grad_residual is None else grad_residual
