@@ -93,8 +93,8 @@ __device__ inline void pool_chunk_by_samples(const Problem<W>& problem, const Wo
 // One row of bins that reads N rows of pixels, V channels: from column to column, the pixels of each combined as the row
 // wants it and given to the bins that read the column. Neighbouring bins share up to two columns, which are kept.
 template <int V, int N, typename T, typename W>
-__device__ __forceinline__ void pool_rows(const T* pixels, const Tap<W, int64_t>* rows,
-                                          const Tables<W, int64_t>& tables, int32_t bins, int64_t channels, T* output) {
+__device__ __forceinline__ void pool_rows(const T* pixels, const Tap<W>* rows, const Tables<W>& tables, int32_t bins,
+                                          int64_t channels, T* output) {
   const T* from[N];
   W weights[N];
 #pragma unroll
@@ -108,7 +108,7 @@ __device__ __forceinline__ void pool_rows(const T* pixels, const Tap<W, int64_t>
 #pragma unroll 1
     for (int32_t i = bin.begin; i < bin.begin + bin.count; ++i) {
       DOUBLEHEAD_MARK_BEGIN("roi_align: forward column");
-      const Tap<W, int64_t> column = tables.columns[i];
+      const Tap<W> column = tables.columns[i];
       if (column.offset == older_at) {
 #pragma unroll
         for (int v = 0; v < V; ++v) sum[v] = std::fma(column.weight, older[v], sum[v]);
@@ -164,8 +164,8 @@ __device__ __forceinline__ void pool_many_rows(const T* pixels, const Tap<W>* ro
 }
 
 template <int V, typename T, typename W>
-__device__ __forceinline__ void pool_row(const T* pixels, const Tap<W, int64_t>* rows, int32_t row_count,
-                                         const Tables<W, int64_t>& tables, int32_t bins, int64_t channels, T* output) {
+__device__ __forceinline__ void pool_row(const T* pixels, const Tap<W>* rows, int32_t row_count,
+                                         const Tables<W>& tables, int32_t bins, int64_t channels, T* output) {
   switch (row_count) {
     case 1: return pool_rows<V, 1>(pixels, rows, tables, bins, channels, output);
     case 2: return pool_rows<V, 2>(pixels, rows, tables, bins, channels, output);

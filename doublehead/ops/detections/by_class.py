@@ -46,11 +46,11 @@ def detections(args: DetectionArguments) -> tuple[Tensor, Tensor, Tensor, Tensor
     return torch.ops.doublehead.detections_by_class.default(*with_number(args))
 
 
-def with_number(args: DetectionArguments) -> tuple:
-    """The arguments of `detections_by_class`."""
-    return *args[:5], NUMBERS[args.fusion], *args[6:]
+def with_number(args: DetectionArguments) -> DetectionArguments:
+    """The arguments of `detections_by_class`: the fusion is a number."""
+    return args._replace(fusion=NUMBERS[args.fusion])
 
 
-def with_name(*arguments) -> tuple[DetectionArguments]:
+def with_name(args: DetectionArguments) -> DetectionArguments:
     """The inverse of `with_number`."""
-    return (DetectionArguments(*arguments[:5], list(FUSIONS)[arguments[5]], *arguments[6:]),)
+    return args._replace(fusion=list(FUSIONS)[args.fusion])

@@ -140,20 +140,21 @@ def _fake(args: DetectionArguments):
     )
 
 
-def _define(name: str, fusion: str, pack: Callable) -> torch._ops.OpOverload:
+def _define(name: str, fusion: str, function: Callable) -> torch._ops.OpOverload:
     return define(
         f"{name}(Tensor[] logits, Tensor deltas, Tensor proposals, Tensor valid, Tensor sizes, {fusion} fusion, "
         "float score_threshold, float nms_iou, SymInt max_detections, float min_size, float least_side, "
         "float[] box_weights)"
         " -> (Tensor boxes, Tensor scores, Tensor labels, Tensor count)",
-        reference=reference.detections,
+        reference=function,
         fake=_fake,
-        pack=pack,
+        pack=lambda *arguments: (DetectionArguments(*arguments),),
     )
 
 
-_detections = _define("detections", "str", lambda *arguments: (DetectionArguments(*arguments),))
-_define("detections_by_class", "int", by_class.with_name)  # what `by_class` serves on CUDA
+_detections = _define("detections", "str", reference.detections)
+# What `by_class` serves on CUDA.
+_define("detections_by_class", "int", lambda args: reference.detections(by_class.with_name(args)))
 
 
 def _backward(ctx, *grads):
@@ -162,8 +163,8 @@ def _backward(ctx, *grads):
 
 define_autograd("detections", _backward, lambda ctx, inputs, output: ctx.mark_non_differentiable(*output))
 define_autocast("detections", lambda *arguments: _detections(*arguments))  # 16-bit inputs are computed in float32
-for _name in ("detections", "detections_by_class"):
-    define_cpu_kernel(_name, cpu.detections)
+define_cpu_kernel("detections", cpu.detections)
+define_cpu_kernel("detections_by_class", lambda args: cpu.detections(by_class.with_name(args)))
 define_triton_kernel(
     "detections", "doublehead.ops.detections.kernel", "detections",
     compiled="detections_by_class", first=by_class.detections,
