@@ -11,6 +11,7 @@ Plain modules define it. `ConvTower` runs them in one of four ways, with the sam
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -300,7 +301,7 @@ class ConvTower(nn.Sequential):
 def _are_plain(norms: Sequence[nn.Module]) -> bool:
     """Not SyncBatchNorm, and with the statistics and weights that the fused paths use."""
     for norm in norms:
-        if type(norm) is not nn.BatchNorm2d or not norm.track_running_stats or not norm.affine:
+        if type(norm) is not nn.BatchNorm2d or not norm.track_running_stats or norm.weight is None or norm.bias is None:
             return False
     return True
 
@@ -311,8 +312,9 @@ def track(normed: Sequence[Normed], rows: int) -> None:
         Batch(*statistics, norm.running_mean, norm.running_var, rows, norm.momentum, norm.eps)
         for norm, statistics in normed
     ])  # fmt: skip
+    times = Counter(norm for norm, _ in normed)  # one that stands in several places is counted by one addition
     with torch.no_grad():
-        torch._foreach_add_([norm.num_batches_tracked for norm, _ in normed], 1)
+        torch._foreach_add_([norm.num_batches_tracked for norm in times], list(times.values()))
 
 
 def non_local_block(channels: int, config: NonLocalConfig) -> NonLocalBlock:

@@ -27,7 +27,7 @@ def has_global_hooks() -> bool:
 
 
 def has_inner_hooks(module: nn.Module) -> bool:
-    """Whether forward hooks wait on modules inside `module`, or a `forward` set on one of them, as other libraries do.
+    """Whether hooks wait on modules inside `module`, or a `forward` set on one of them, as other libraries do.
 
     These only run if the modules are called.  So do hooks for all modules.  Not while torch.compile or export traces.
     """
@@ -37,6 +37,8 @@ def has_inner_hooks(module: nn.Module) -> bool:
         return True
     for inner in inner_modules(module):  # loops, here and below: at each call of a head, and any() takes twice as long
         if inner._forward_hooks or inner._forward_pre_hooks or "forward" in inner.__dict__:
+            return True
+        if inner._backward_hooks or inner._backward_pre_hooks:
             return True
     return False
 

@@ -62,7 +62,8 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 _UNSERVED: set[tuple] = set()
 """Calls for which cuDNN has no kernel; asking takes long."""
-_REFUSALS = ("unable to find an engine", "CUDNN_STATUS_NOT_SUPPORTED")
+_REFUSALS = ("unable to find an engine", "CUDNN_STATUS_NOT_SUPPORTED", "CUDNN_STATUS_BAD_PARAM")
+"""In PyTorch's message: no engine takes the operations, or they cannot be put together."""
 
 
 def _try(fused: Callable[..., Tensor], x: Tensor, weight: Tensor, *arguments) -> Tensor | None:

@@ -59,6 +59,7 @@ void forward(const Numbers& n, const Problem<W>& problem, bool no_room) {
   const int64_t rounds = (n.height + kWarps - 1) / kWarps;
   const dim3 threads(32, unsigned((n.height + rounds - 1) / rounds));
   if (!n.channels_last) {
+    if (room_bytes<W, int32_t>(room) % alignof(RowTap<W>) != 0) doublehead::emulation::fail("rows of taps are not aligned");
     emulate(items * chunks(n.channels, kPlanarChannels), kPlanarThreads, planar_bytes<W>(room),
             pool_planar<T, W>, problem, room);
   } else if (n.vectors) {

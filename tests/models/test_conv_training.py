@@ -178,6 +178,44 @@ def test_norms_alike_are_updated_together(monkeypatch):
         torch.testing.assert_close(dict(model.named_buffers())[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_a_norm_in_two_places_is_updated_once_after_the_other(monkeypatch):
+    """A GPU writes to all tensors of a list at the same time: none may be in it twice."""
+    for name in ("_foreach_lerp_", "_foreach_add_"):
+        function = getattr(torch, name)
+
+        def once(tensors, *rest, function=function):
+            assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
+            return function(tensors, *rest)
+
+        monkeypatch.setattr(torch, name, once)
+    model = tower()
+    model[2].residual[4] = model[2].residual[1]
+    plain, x = copy.deepcopy(model), maps()
+    plain.fused = False
+    step(plain, x)
+    step(model, x)
+    for name, value in plain.named_buffers():
+        torch.testing.assert_close(dict(model.named_buffers())[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_norm_without_a_bias_runs_itself(training):
+    model = tower().train(training)
+    for norm in (model[1].norm, model[2].residual[1]):
+        norm.bias = None
+        plain = copy.deepcopy(model)
+        plain.fused = False
+        torch.testing.assert_close(model(maps()), plain(maps()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_on_layers_run(register):
+    model, seen = tower(), []
+    getattr(model[2].residual[0], register)(lambda *_: seen.append(1))
+    step(model, maps())
+    assert seen == [1]
+
+
 def test_no_cells_are_refused():
     with pytest.raises(ValueError, match=r"x must have shape \[M, C\] with M, C > 0"):
         tower()(maps(0))

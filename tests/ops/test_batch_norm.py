@@ -129,6 +129,17 @@ def test_the_gradient_of_the_residual_only_where_asked_on_the_cpu():
     assert reference.batch_norm_act_backward(BackwardArguments(*arguments, residual=False))[3].shape == (0,)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("backward", [reference.batch_norm_act_backward, OPS.batch_norm_act_backward])
+def test_the_gradient_of_the_residual_is_nobody_elses(backward, relu):
+    """Others get the same gradient of the result, and ours is added to in place."""
+    x, weight, bias, residual, grad = inputs(33, 8, torch.float32)
+    y, mean, invstd = batch_norm_act(x, weight, bias, residual, relu=relu)
+    arguments = BackwardArguments(grad, x, y if relu else None, mean, invstd, weight, 1e-5, True)
+    found = backward(arguments) if backward is reference.batch_norm_act_backward else backward(*arguments)
+    assert found[3].data_ptr() != grad.data_ptr()
+
+
 def test_the_recomputed_result_is_the_same_to_the_bit(triton_kernels):
     x, weight, bias, residual, _ = (tensor.to(triton_kernels) for tensor in inputs(333, 72, torch.float16))
     y, mean, invstd = batch_norm_act(x, weight, bias, residual)

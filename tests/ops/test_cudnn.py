@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import conv2d
 
-from doublehead.ops import cudnn
+from doublehead.ops import _fallback, cudnn
 from tests.support.cudnn_standin import LAST, cuda_on_cpu
 from tests.support.precision import assert_as_exact
 
@@ -90,7 +90,11 @@ def test_calls_that_are_not_served():
         torch.testing.assert_close(found, (conv2d(x, weight, bias, 1, 1) + x).relu())
 
 
-@pytest.mark.parametrize("message", ["GET was unable to find an engine to execute this computation", "another"])
+@pytest.mark.parametrize("message", [
+    "GET was unable to find an engine to execute this computation",
+    "CUDNN_BACKEND_OPERATION: cudnnFinalize Failed cudnn_status: CUDNN_STATUS_BAD_PARAM",
+    "another",
+])  # fmt: skip
 def test_without_a_kernel_for_a_call(monkeypatch, message):
     """PyTorch raises; the call, and others like it, run in plain PyTorch, which is said once."""
     calls = []
@@ -101,6 +105,7 @@ def test_without_a_kernel_for_a_call(monkeypatch, message):
 
     x, weight, bias, to = tensors()
     monkeypatch.setattr(cudnn, "_UNSERVED", set())
+    monkeypatch.setattr(_fallback, "_WARNED", set())
     with cuda_on_cpu(), torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("cudnn_convolution_relu", refuse, "CPU", allow_override=True)
         if message == "another":

@@ -76,6 +76,13 @@ def test_batch_norm_without_running_statistics(training):
     torch.testing.assert_close(ours(maps()), with_module_norm(ours)(maps()))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_norm_without_a_bias(training):
+    ours = block().train(training)
+    ours.norm.bias = None
+    torch.testing.assert_close(ours(maps()), with_module_norm(ours)(maps()))
+
+
 def test_a_frozen_batch_norm_in_training():
     ours = block()
     expected = copy.deepcopy(ours).eval()(maps())

@@ -190,13 +190,14 @@ def test_a_dense_tile_is_summed_in_parts_in_a_fixed_order(channels, dtype):
 
 def test_boxes_with_and_without_a_table_of_weights():
     """Adaptive sampling: the kernel for any box takes over from the fast one as soon as one box needs it."""
-    rois = make_rois(8, 1, 24, 24)
-    arguments = [1, 8, 24, 24], True, *single((4, 3), 0, True, 1.0)
-    for some in (rois, torch.cat([rois, torch.tensor([[0.0, -2e6, -2e6, 2e6, 2e6]])])):
-        grads = make_features([(len(some), 8, 4, 3)], layout=LAYOUTS[1], seed=1)
+    narrow, wide = torch.tensor([[0.0, 30, -1, 42, 3], [0, 500, 1, 640, 4]]), torch.tensor([[0.0, 10, 0, 950, 4]])
+    arguments = [1, 8, 4, 1000], True, *single((2, 3), 0, True, 1.0)
+    for some in (narrow, torch.cat([narrow, wide])):
+        grads = make_features([(len(some), 8, 2, 3)], layout=LAYOUTS[1], seed=1)
         (plain,) = reference.multiscale_roi_align_backward(grads, some, *packed(arguments))
+        (expected,) = exact(reference.multiscale_roi_align_backward, grads, some, *packed(arguments))
         (actual,) = backward(grads, some, *arguments)
-        torch.testing.assert_close(actual, plain, rtol=1e-4, atol=1e-4)
+        assert_close(actual, plain, expected)
 
 
 def test_bins_without_a_pixel_are_zero():

@@ -25,7 +25,8 @@ Room make_room(const Problem<W>& problem) {
   const auto taps = [&](int64_t bins, int64_t extent) {
     const int64_t most = problem.sampling_ratio > 0 ? std::min(problem.sampling_ratio, kMostTaps<W>) * 2 * bins
                                                     : extent + 2 * bins;
-    return int32_t(std::min(most, kMostTaps<W>));
+    static_assert(kMostTaps<W> % 2 == 0);
+    return int32_t(std::min(most + most % 2, kMostTaps<W>));  // even: what stands behind is then on 16 bytes
   };
   const int64_t bins = int64_t(problem.height) + problem.width;
   if (bins > kMostTableBins) return {0, 0, 0};

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -111,13 +112,18 @@ class Batch(NamedTuple):
 def track_statistics(batches: Sequence[Batch]) -> None:
     """Moves running statistics towards a batch's in place, as `torch.nn.BatchNorm2d` does, with the unbiased variance.
 
-    All norms alike are updated together: a dozen operators in all, and not six for each.
+    All norms alike are updated together: a dozen operators in all, and not six for each.  One that has seen several
+    batches is updated once after the other: a GPU writes to all tensors of a list at the same time.
     """
     groups: dict[tuple, list[Batch]] = {}
+    times: Counter[int] = Counter()
     for batch in batches:
-        kind = batch.rows, batch.momentum, batch.eps, batch.running_mean.dtype, batch.mean.dtype, batch.mean.device
+        times[id(batch.running_mean)] += 1
+        time = times[id(batch.running_mean)]
+        dtypes = batch.running_mean.dtype, batch.mean.dtype
+        kind = time, batch.rows, batch.momentum, batch.eps, *dtypes, batch.mean.device
         groups.setdefault(kind, []).append(batch)
-    for (rows, momentum, eps, dtype, *_), group in groups.items():
+    for (_time, rows, momentum, eps, dtype, *_), group in groups.items():
         invstd = torch.cat([batch.invstd for batch in group])
         variance = ((invstd.double() ** -2 - eps).clamp_(min=0) * (rows / max(rows - 1, 1))).to(dtype)
         running = [batch.running_mean for batch in group] + [batch.running_var for batch in group]

@@ -29,13 +29,14 @@ def batch_norm_act_apply(args: ApplyArguments) -> Tensor:
 
 
 def batch_norm_act_backward(args: BackwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and residual."""
+    """Gradients of x, weight, bias and residual, in new memory all of them: who asks may write into them."""
     x, y = args.x, args.y
     normalised = (_wide(x) - args.mean) * args.invstd
     grad = _wide(args.grad) if y is None else torch.where(y > 0, _wide(args.grad), 0.0)
     grad_bias, grad_weight = grad.sum(0), (grad * normalised).sum(0)
     grad_x = (grad - (grad_bias + normalised * grad_weight) / x.shape[0]) * (args.invstd * args.weight)
-    return grad_x.to(x.dtype), grad_weight, grad_bias, grad.to(x.dtype) if args.residual else x.new_empty(0)
+    grad_residual = grad.to(x.dtype, copy=y is None) if args.residual else x.new_empty(0)
+    return grad_x.to(x.dtype), grad_weight, grad_bias, grad_residual
 
 
 def _wide(tensor: Tensor) -> Tensor:

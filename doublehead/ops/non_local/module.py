@@ -101,8 +101,9 @@ class NonLocalBlock(nn.Module):
     def trains_fused(self, x: Tensor) -> bool:
         """Whether the block is in training, and one function with a gradient of its own serves x, maps or rows."""
         norm = self.norm
-        plain = self.fused and type(norm) is nn.BatchNorm2d and norm.training and norm.weight is not None
-        return plain and serves(x) and self.is_original() and not has_inner_hooks(self)
+        plain = self.fused and type(norm) is nn.BatchNorm2d and norm.training
+        whole = plain and norm.weight is not None and norm.bias is not None
+        return whole and serves(x) and self.is_original() and not has_inner_hooks(self)
 
     def train_rows(self, rows: Tensor, size: Sequence[int]) -> tuple[Tensor, Statistics]:
         """As `forward` in training, where `trains_fused`; running statistics are left to the caller.
