@@ -63,17 +63,23 @@ DOUBLEHEAD_NMS_FUNCTION T iou(const Box<T>& a, const Box<T>& b) {
   return common / (a.area + b.area - common);
 }
 
+// Constants, as device code may not call functions that are for the host.
+template <typename T>
+constexpr T kLargest = std::numeric_limits<T>::max();
+template <typename T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
 // Unless the threshold is negative, a box without this neither suppresses nor is suppressed: its IoU is 0 or NaN.
 template <typename T>
 DOUBLEHEAD_NMS_FUNCTION bool has_area(const Box<T>& box) {
-  return box.area > T(0) && box.area <= std::numeric_limits<T>::max();
+  return box.area > T(0) && box.area <= kLargest<T>;
 }
 
 // The largest T that is not above `threshold`: x > round_down(threshold) is x > threshold for every x of type T.
 template <typename T>
 inline T round_down(double threshold) {
   const T rounded = static_cast<T>(threshold);
-  return rounded > threshold ? std::nextafter(rounded, -std::numeric_limits<T>::infinity()) : rounded;
+  return rounded > threshold ? std::nextafter(rounded, -kInfinity<T>) : rounded;
 }
 
 // Ascending keys are descending scores: NaN first, then from +inf to -inf, and -0 beside +0.

@@ -114,3 +114,10 @@ def test_the_table_names_launches_and_shares():
     text = model.table(["roi_forward"], with_parts=True)
     assert "RoIAlign forward" in text and "1 launches" in text and "%" in text
     assert model.parts([Step("a", 1.0), Step("b", 2.0), Step("a", 3.0)]).endswith("2 x a 4, 1 x b 2")
+
+
+def test_the_notes_have_the_models_table():
+    notes = (BENCHMARKS / "NOTES.md").read_text()
+    table = notes.split("<!-- model begin -->")[1].split("<!-- model end -->")[0]
+    assert set(model.table(QUICK).splitlines()) <= set(table.splitlines())
+    assert len(table.strip().splitlines()) == len(model.ROWS) + 2

@@ -22,7 +22,7 @@ namespace doublehead::nms {
 template <typename T>
 DOUBLEHEAD_NMS_FUNCTION Box<T> measure(T x1, T y1, T x2, T y2) {
   Box<T> box = make_box(x1, y1, x2, y2);
-  if (!has_area(box)) box.area = std::numeric_limits<T>::infinity();
+  if (!has_area(box)) box.area = kInfinity<T>;
   return box;
 }
 
@@ -60,7 +60,7 @@ template <typename T>
 Rule<T> make_rule(double threshold) {
   const T rounded = round_down<T>(threshold), never = std::numeric_limits<T>::quiet_NaN();
   if (!(threshold >= 0)) return {rounded, never, never};
-  return {rounded, std::nextafter(rounded, std::numeric_limits<T>::infinity()), rounded};
+  return {rounded, std::nextafter(rounded, kInfinity<T>), rounded};
 }
 
 // Twice `bits`, and one more if x is negative, which a NaN is not.
