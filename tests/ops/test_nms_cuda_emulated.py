@@ -316,6 +316,13 @@ def test_the_largest_group_changes_nothing(dtype):
         assert launches == [2 if ranked else 4] * 4
 
 
+def test_groups_that_fall_on_the_same_place_of_the_table():
+    boxes, scores, groups = make_groups(1, 150, 2)  # about ten of 150 groups do, in 1,024 places
+    groups = torch.randint(2**62, (150,), generator=torch.Generator().manual_seed(0))[groups]
+    for order in (IN_ORDER, Order(3, 7, resident=3)):
+        assert_equals_reference(boxes, scores, groups, 0.1, 300, ranked=False, order=order)
+
+
 def test_launches():
     # Two for few boxes; a sort is more, on a device. Rounds are in one.
     for count, ranked, largest_segment, expected in ((300, True, -1, 2), (300, False, 0, 3), (2000, True, -1, 2)):

@@ -116,7 +116,8 @@ __device__ __forceinline__ void settle_tile(const Decision<T>& d, uint32_t image
   uint64_t low = 0, high = 0, open = 0, kept = 0;
   if (warp == 0) {
     const uint32_t first = tile * kTile + lane, second = first + 32;
-    low = word_at(first, tile) & ((uint64_t(1) << lane) - 1);
+    const uint64_t* own = mask + uint64_t(tile) * d.chunk;
+    if (first < listed) low = *reinterpret_cast<const uint32_t*>(own + first) & ((1u << lane) - 1);  // there is no more
     high = word_at(second, tile) & ((uint64_t(1) << (lane + 32)) - 1);
     open = ballot64(first < listed && d.state[d.rank_of(image, first)] == kUndecided,
                     second < listed && d.state[d.rank_of(image, second)] == kUndecided);
