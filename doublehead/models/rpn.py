@@ -120,7 +120,10 @@ class RPN(nn.Module):
             levels = [torch.full((n,), level, device=logits[0].device) for level, n in enumerate(counts)]
             return self.anchors(features, image_size), torch.cat(levels)
 
-        kind = (tuple(feature.shape[-2:] for feature in features), tuple(image_size), self._pre_nms)
+        if type(self.anchors) is not Anchors:  # others may depend on more than sizes, and have no `cells`
+            return make()
+        sizes = tuple(feature.shape[-2:] for feature in features), tuple(image_size)
+        kind = (*sizes, self.anchors.strides, self._pre_nms)
         return folded.constant(self.anchors, [self.anchors.cells], kind, make)
 
     def _propose(

@@ -205,6 +205,20 @@ def test_what_makes_the_anchors_is_called_where_that_may_be_noticed():
         assert rpn.anchors not in networks._FOLDED
 
 
+def test_anchors_of_somebody_else_are_made_at_each_call():
+    class OfTheMaps(nn.Module):
+        def forward(self, features, image_size):
+            return [map.mean() + torch.zeros(3 * map.shape[2] * map.shape[3], 4) for map in features]
+
+    rpn = RPN(RPNConfig(), 8).eval().requires_grad_(False)
+    rpn.anchors = OfTheMaps().eval()
+    for value in (1.0, 2.0):
+        maps = [torch.full((1, 8, side, side), value) for side in (8, 4, 2, 1, 1)]
+        logits, _ = zip(*rpn._predict_all(maps), strict=True)
+        anchors, _ = rpn._anchors_and_levels(maps, logits, (32, 32))
+        assert all(bool((of_level == value).all()) for of_level in anchors)
+
+
 # ---------------------------------------------------------------------------------------------
 # What is launched
 
