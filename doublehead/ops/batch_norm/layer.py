@@ -36,7 +36,7 @@ def normalize(
     x: Tensor, norm: Norm, residual: Tensor | None = None, relu: bool = True
 ) -> tuple[Tensor, Statistics]:  # fmt: skip
     """`act(norm(x) + residual)`, rows in and rows out, by the statistics of x."""
-    y, *statistics = kernel("batch_norm_act", x)(x, norm.weight, norm.bias, residual, relu, norm.eps)
+    y, *statistics = kernel("batch_norm_act", x)(x, norm.weight, norm.bias, residual, relu, float(norm.eps))
     return y, Statistics(*statistics)
 
 
@@ -55,5 +55,5 @@ def normalize_backward(
     `y`: the result where ReLU was at work, else None.
     """
     backward = kernel("batch_norm_act_backward", x)
-    *grads, of_residual = backward(grad, x, y, *statistics, norm.weight, norm.eps, residual)
+    *grads, of_residual = backward(grad, x, y, *statistics, norm.weight, float(norm.eps), residual)
     return *grads, of_residual if residual else None
