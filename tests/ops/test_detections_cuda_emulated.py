@@ -14,6 +14,7 @@ from tests.cuda_emulation.build import IN_ORDER, every_order, open_emulated
 from tests.support.detection_cases import OPTIONS, tensors
 from tests.support.detection_checks import FUSION_NAMES, INF, NAN
 from tests.support.emulated_detections import emulated, emulated_boxes, emulated_scores
+from tests.support.guarded_memory import guarded, run_apart
 from tests.support.precision import error_and_bound
 
 
@@ -292,3 +293,15 @@ def test_what_is_served():
     assert not any(by_class.serves(args._replace(**change)) for change in not_served)
     shapes = ((0, 4, 3), (1, 0, 3), (1, by_class.MOST_ROIS + 1, 3), (1, 4, 1), (1, 4, by_class.MOST_CLASSES + 1))
     assert not any(by_class.serves(make(*shape)) for shape in shapes)
+
+
+@pytest.mark.parametrize("behind", [True, False], ids=["behind", "before"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_beside_the_tensors_is_touched(behind, dtype):
+    args = make(rois=37, dtype=dtype)
+    tensors = {
+        name: guarded(value, behind) for name, value in args._asdict().items() if isinstance(value, torch.Tensor)
+    }
+    logits = tuple(guarded(value, behind) for value in args.logits)
+    open_emulated("detections.cpp")  # compiled here
+    assert run_apart(lambda: emulated(args._replace(logits=logits, **tensors))) == 0

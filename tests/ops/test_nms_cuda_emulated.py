@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from doublehead.ops import box_iou
 from doublehead.ops.nms import reference
 from tests.cuda_emulation.build import IN_ORDER, ORDERS, Order, every_order, open_emulated
+from tests.support.guarded_memory import guarded, run_apart
 from tests.support.nms_cases import DTYPES, INF, NAN, clustered_boxes, integer_boxes, is_greedy_result
 from tests.support.nms_strategies import images, thresholds
 
@@ -376,3 +377,13 @@ def test_memory_of_ten_thousand_images():
     plan = torch.zeros(3, dtype=torch.int64)
     open_emulated("nms.cpp").call("nms_plan", 10_000, 1_024, 1, 0, 0, plan)
     assert plan[1] <= 256 << 20 and plan[0] < 1 << 30 and plan[2] == 256
+
+
+@pytest.mark.parametrize("behind", [True, False], ids=["behind", "before"])
+@pytest.mark.parametrize("how", [{}, {"ranked": False}, {"largest_segment": 64}, {"chunk": 128}], ids=str)
+def test_nothing_beside_the_tensors_is_touched(behind, how):
+    boxes, scores = (tensor.view(2, 201, -1).squeeze(-1) for tensor in clustered_boxes(2 * 201, seed=6))
+    groups = torch.arange(402).view(2, 201) % 5
+    inputs = [guarded(tensor, behind) for tensor in (boxes, scores, groups)]
+    open_emulated("nms.cpp")  # compiled here
+    assert run_apart(lambda: run_counted(*inputs, 0.5, 150, **how)) == 0

@@ -12,8 +12,9 @@ from torch import Tensor
 from doublehead.ops.roi_align import reference
 from doublehead.ops.roi_align.level_rules import LEVEL_RULES
 from doublehead.ops.roi_align.pooling import Pooling
-from tests.cuda_emulation.build import IN_ORDER, ORDERS, every_order
-from tests.support.emulated_roi_align import DTYPES, LAYOUTS, backward, forward
+from tests.cuda_emulation.build import IN_ORDER, ORDERS, every_order, open_emulated
+from tests.support.emulated_roi_align import DTYPES, LAYOUTS, backward, call, forward
+from tests.support.guarded_memory import guarded, run_apart
 from tests.support.roi_align_cases import TORCHVISION
 from tests.support.roi_align_cases import make_rois as boxes_of_all_sizes
 
@@ -289,3 +290,18 @@ def test_strides(layout):
     (features,) = make_features([(2, 16, 20, 20)], layout=nhwc)
     features = features[:, 2:10, 4:16, 5:18] if layout != "odd offset" else features[:, 1:9, 4:16, 5:18]
     check([features], rois, *single((4, 3), 2, False, 1.0))
+
+
+@layouts
+@pytest.mark.parametrize("behind", [True, False], ids=["behind", "before"])
+@pytest.mark.parametrize("dtype, channels", [(torch.float32, 33), (torch.bfloat16, 64), (torch.float32, 4)], ids=str)
+def test_nothing_beside_the_tensors_is_touched(layout, behind, dtype, channels):
+    features = make_features([(2, channels, 21, 35), (2, channels, 11, 18)], dtype, layout)
+    rois = make_rois(25, 2, 42, 70)
+    pooling = [0.5, 0.25], [1.0, 1.3], (7, 7), 2, True, 56.0, 2, *TORCHVISION
+    outputs = make_features([(25, channels, 7, 7)] * 2, dtype, layout)
+    maps, pooled, boxes = ([guarded(t, behind) for t in tensors] for tensors in (features, outputs, [rois]))
+    last = layout == torch.channels_last
+    open_emulated("roi_align.cpp")  # compiled here
+    for name in ("run_forward", "run_backward"):
+        assert run_apart(lambda name=name: call(name, maps, pooled, *boxes, pooling, last, no_room=False)) == 0
