@@ -55,8 +55,9 @@ def open_emulated(source: str) -> Emulated:
     library = Path(_folder().name) / f"{path.stem}.so"
     include = [f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-isystem", f"{Path(torch.__file__).parent / 'include'}"]
     # Else libraries would share the shared memory of kernels of the same name, which lies in the first one's segment.
-    own = ["-fno-gnu-unique"]
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", *own, "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+    shared = ["-fPIC", "-shared", "-fno-gnu-unique"]
+    checks = ["-fsanitize=alignment"]  # threads.h has what it calls: no library is needed
+    flags = ["-std=c++20", "-O1", *shared, *checks, "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
     subprocess.run([compiler, *flags, *include, str(path), "-o", str(library)], check=True)
     return Emulated(ctypes.CDLL(str(library)))
 

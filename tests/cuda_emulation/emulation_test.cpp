@@ -97,6 +97,11 @@ __global__ void wait_for(const int* value) {
   }
 }
 
+// Four numbers at once.
+__global__ void copy_four(const int* from, int* to) {
+  *reinterpret_cast<int4*>(to) = *reinterpret_cast<const int4*>(from);
+}
+
 #define EXPORT extern "C" __attribute__((visibility("default"))) const char*
 
 EXPORT run_rotate(const int* from, int* to, int64_t barrier) {
@@ -138,4 +143,7 @@ EXPORT run_rotate_blocks(int* values, int* to, int* arrived, int64_t meet, int64
 }
 EXPORT run_wait_for(const int* value) {
   return report_errors([&] { emulate(1, 32, 0, wait_for, value); });
+}
+EXPORT run_copy_four(const int* from, int* to, int64_t skipped) {
+  return report_errors([&] { emulate(1, 32, 0, copy_four, from + skipped, to); });
 }

@@ -3,7 +3,7 @@
 Threads and blocks run in several orders, and blocks also in turns. What stays uncovered: races between single
 instructions, as turns end at barriers, collectives and atomics alone; the memory model and missing fences, as all
 threads see every write at once; how a device schedules warps, and whether blocks that wait for each other would ever
-run side by side; alignment of vector loads; accesses outside of global memory, but for those that the callers' guards
+run side by side; accesses outside of global memory, but for those that the callers' guards
 catch; registers, occupancy and time.  On a device compute-sanitizer looks for some of these.
 """
 
@@ -176,3 +176,12 @@ def test_an_error_in_one_block_ends_all_of_them():
     with pytest.raises(RuntimeError, match="a write 0 bytes behind the end of the dynamic shared memory"):
         run("fill_shared", numbers(1)[1], 101, 400, order=interleaved)
     test_every_block_has_shared_memory_of_its_own(interleaved)
+
+
+def test_a_misaligned_access_of_several_numbers_is_found():
+    given, result = numbers(16)
+    run("copy_four", given, result, 4)
+    assert result[:4].tolist() == [4, 5, 6, 7]
+    with pytest.raises(RuntimeError, match=r"a misaligned access at emulation_test\.cpp:\d+, address 0x"):
+        run("copy_four", given, result, 2)
+    run("copy_four", given, result, 4)

@@ -176,4 +176,17 @@ __attribute__((noinline)) inline void resume(Fiber& fiber) {
   setcontext(&context);
 }
 
+// Called by what -fsanitize=alignment puts before each access. The thread ends here, as this processor may refuse it too.
+extern "C" __attribute__((visibility("hidden"))) void __ubsan_handle_type_mismatch_v1(const char* const* where,
+                                                                                      const void* address) {
+  std::ostringstream message;  // `where` begins with the file's name and the line
+  const std::string file = where[0];
+  message << "a misaligned access at " << file.substr(file.rfind('/') + 1) << ":"
+          << *reinterpret_cast<const uint32_t*>(where + 1) << ", address " << address;
+  machine.error = std::make_exception_ptr(std::runtime_error(message.str()));
+  machine.current->state = Fiber::kDone;
+  machine.current->started = false;  // its stack is left as it is
+  _longjmp(machine.scheduler, 1);
+}
+
 }  // namespace doublehead::emulation
