@@ -28,8 +28,7 @@ def is_available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether convolutions on tensors of `dtype` on this device run in one kernel.
 
     In float32 only on the tensor cores (`torch.backends.cudnn.conv.fp32_precision` "tf32"): without them cuDNN need not
-    have a fused kernel.  Not where
-    PyTorch is set to be deterministic, which the fused operators do not read.
+    have a fused kernel.  Not where PyTorch is set to be deterministic, which the fused operators do not read.
     """
     if device.type not in DEVICES or torch.version.hip is not None or not torch.backends.cudnn.is_available():
         return False

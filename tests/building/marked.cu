@@ -8,7 +8,7 @@
 #include "nms/cuda/decide.cuh"
 #include "nms/cuda/rank.cuh"
 #include "roi_align/cuda/backward.cuh"
-#include "roi_align/cuda/forward.cuh"
+#include "roi_align/cuda/forward_planar.cuh"
 
 namespace doublehead {
 

@@ -5,7 +5,7 @@
 #include "emulation.h"
 
 #include "roi_align/cuda/backward.cuh"
-#include "roi_align/cuda/forward.cuh"
+#include "roi_align/cuda/forward_planar.cuh"
 #include "roi_align/cuda/launch.h"
 
 using namespace doublehead::roi_align::device;

@@ -1,8 +1,9 @@
-// The CUDA kernel that decides and writes the result. Its blocks run side by side and wait for each other (grid.cuh). Small
-// groups are a block's each (segments.cuh). All others go in rounds: of each image the best undecided boxes, `chunk` of them, are listed; a mask of bits says
-// which suppresses which; the tiles of the list are settled; and those kept strike all boxes behind the list. The boxes are
-// taken in order of rank over all groups, so an image that has as many kept boxes as are wanted is done, and the mask needs
-// chunk^2 / 8 bytes for each image, however many boxes there are. The kernel ends when nothing is undecided.
+// The CUDA kernel that decides and writes the result. Its blocks run side by side and wait for each other (grid.cuh).
+// Small groups are a block's each (segments.cuh). All others go in rounds: of each image the best undecided boxes, `chunk`
+// of them, are listed; a mask of bits says which suppresses which; the tiles of the list are settled; and those kept
+// strike all boxes behind the list. The boxes are taken in order of rank over all groups, so an image that has as many kept
+// boxes as are wanted is done, and the mask needs chunk^2 / 8 bytes for each image, however many boxes there are. The kernel
+// ends when nothing is undecided.
 #pragma once
 
 #include "tiles.cuh"

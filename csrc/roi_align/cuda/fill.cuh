@@ -87,8 +87,8 @@ __device__ inline W weight_of(const Axis<W>& axis, int32_t bin, int32_t pixel, i
   return sum;
 }
 
-// One thread, one bin: its weights on pixels [first, first + kPixels). Returns a bit for each pixel that it reaches. kAnyBox:
-// also of a box whose taps are in no table.
+// One thread, one bin: its weights on pixels [first, first + kPixels). Returns a bit for each pixel that it reaches.
+// kAnyBox: also of a box whose taps are in no table.
 template <bool kAnyBox, int kPixels, typename W>
 __device__ __forceinline__ uint32_t fill_weights(const Problem<W>& problem, const Boxes<W>& boxes, int32_t box, bool row,
                                                  int32_t bin, int32_t first, W* weights) {
@@ -173,7 +173,8 @@ __device__ __forceinline__ void fill_box(const Problem<W>& problem, const Boxes<
     all_rows = __ballot_sync(0xffffffffu, reached != 0);
     reached = 0;
     if (lane < part.columns) {
-      reached = fill_weights<kAnyBox, kColumns>(problem, boxes, box, false, part.left + lane, tile.left, columns + lane * kColumns);
+      reached = fill_weights<kAnyBox, kColumns>(problem, boxes, box, false, part.left + lane, tile.left,
+                                                columns + lane * kColumns);
     }
     all_columns = __ballot_sync(0xffffffffu, reached != 0);
     batch.of_column(to)[lane] = bins_of(transpose<kColumns>(reached, lane));

@@ -1,11 +1,11 @@
-// RoIAlign on CUDA: the operators. Their work is in forward.cuh and backward.cuh.
+// RoIAlign on CUDA: the operators. Their work is in forward.cuh, forward_planar.cuh and backward.cuh.
 //
 // A box whose batch index is out of range pools zeros here, as no error can be raised without waiting for the device;
 // it is never read from.
 #include "cuda_common.h"  // the kernels, which name no torch, use its macro
 #include "../arguments.h"
 #include "backward.cuh"
-#include "forward.cuh"
+#include "forward_planar.cuh"
 #include "launch.h"
 
 namespace doublehead::roi_align {
