@@ -1,13 +1,13 @@
 """Which library runs a product of the conv-head at inference on a GPU: cuBLAS, cuDNN, or the Triton kernel.
 
 The table follows a count of bytes and operations, fitted to what was measured on an H200 (benchmarks/NOTES.md, "The
-conv-head's products").  F operations and B bytes take our Triton kernel 4 us + F / (488 TFLOP/s) + B / (4.2 TB/s), since a block
-first computes, and then reads its residual and stores: that gives both 2172 us for the conv-head, where all was
-Triton's, and 480 us for the non-local block alone, whose queries, keys and values were cuBLAS's.  cuBLAS does both at
-the same time: 4 us + F / (780 TFLOP/s) + half of B / (4.2 TB/s), which fits its published times for products of this
-depth.  cuDNN may or may not: 4 us + F / (500 to 780 TFLOP/s) + half or all of the bytes.  Times beside the entries are
-for 1000 RoIs in 16 bits on an H200, predicted all of them.  Nothing is chosen by timing when it runs: results would
-depend on it.
+conv-head's products").  F operations and B bytes take our Triton kernel 4 us + F / (488 TFLOP/s) + B / (4.2 TB/s),
+since a block first computes, and then reads its residual and stores: that gives both 2172 us for the conv-head, where
+all was Triton's, and 480 us for the non-local block alone, whose queries, keys and values were cuBLAS's.  cuBLAS does
+both at the same time: 4 us + F / (780 TFLOP/s) + half of B / (4.2 TB/s), which fits its published times for products
+of this depth. cuDNN may or may not: 4 us + F / (500 to 780 TFLOP/s) + half or all of the bytes. Times beside the
+entries are for 1000 RoIs in 16 bits on an H200, predicted all of them. Nothing is chosen by timing when it runs:
+results would depend on it.
 """
 
 from __future__ import annotations
