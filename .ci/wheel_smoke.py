@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 CALLS = []
 
@@ -19,8 +20,8 @@ class Recorded(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         results = function(*arguments, **(keywords or {}))
-        if function.namespace == "doublehead":
-            CALLS.append((function._opname, arguments, results))
+        if function.namespace == "doublehead":  # copies, as gradients are added to results in place
+            CALLS.append((function._opname, *tree_map_only(torch.Tensor, torch.clone, (arguments, results))))
         return results
 
 
@@ -102,9 +103,11 @@ def call_all(ops) -> None:
     fused.square().sum().backward()
     ops.image_batch([torch.rand(3, 20, 30), torch.randint(0, 256, (3, 9, 7), dtype=torch.uint8)], [(24, 36), (18, 14)],
                     (32, 64), [0.5] * 3, [0.25] * 3)  # fmt: skip
-    ops.detections([torch.randn(2, 20, 4), torch.randn(2, 20, 4)], torch.randn(2, 20, 4, 4) / 5,
-                   boxes.reshape(2, 20, 4), torch.rand(2, 20) > 0.2, torch.tensor([[80, 80], [70, 90]]),
-                   max_detections=10)  # fmt: skip
+    found = ([torch.randn(2, 20, 4), torch.randn(2, 20, 4)], torch.randn(2, 20, 4, 4) / 5, boxes.reshape(2, 20, 4),
+             torch.rand(2, 20) > 0.2, torch.tensor([[80, 80], [70, 90]]))  # fmt: skip
+    ops.detections(*found, max_detections=10)
+    # What `detections` calls on CUDA alone; the fusion is a number.
+    torch.ops.doublehead.detections_by_class(*found, 1, 0.05, 0.5, 10, 0.0, 0.0, [10.0, 10.0, 5.0, 5.0])
 
 
 if __name__ == "__main__":
