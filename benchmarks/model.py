@@ -202,6 +202,9 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", default=list(ROWS), metavar="row", help=", ".join(ROWS))
     parser.add_argument("--parts", action="store_true", help="what the time goes to")
     asked = parser.parse_args()
+    unknown = [row for row in asked.rows if row not in ROWS]
+    if unknown:
+        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     print(table(asked.rows, asked.parts))
 
 

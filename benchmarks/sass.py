@@ -188,14 +188,19 @@ def main() -> None:
         path = compile_marked(asked.arch, Path(folder)) if asked.marked else asked.file or built_module()
         if path is None:
             raise SystemExit("sass.py: the CUDA part was not built here; name a file.")
-        kernels = read_kernels(path, asked.arch)
+        try:
+            kernels = read_kernels(path, asked.arch)
+        except RuntimeError as error:
+            raise SystemExit(f"sass.py: {error}") from None
+    kernels = [k for k in kernels if asked.kernel in k.usage.name or asked.kernel in plain_name(k.usage.name)]
+    if not kernels:
+        raise SystemExit(f"sass.py: {path} has no kernel for {asked.arch} with {asked.kernel!r} in its name.")
     print(f"| kernel ({asked.arch}) | registers | shared | local | blocks of {asked.threads} | instructions | memory |")
     print("|---|---|---|---|---|---|---|")
     for kernel in kernels:
-        if asked.kernel in kernel.usage.name or asked.kernel in plain_name(kernel.usage.name):
-            print(line(kernel, asked.threads))
-            for mark in dict.fromkeys(section.mark for section in kernel.sections):
-                print(f"| - {marked([section for section in kernel.sections if section.mark == mark])} | | | | | | |")
+        print(line(kernel, asked.threads))
+        for mark in dict.fromkeys(section.mark for section in kernel.sections):
+            print(f"| - {marked([section for section in kernel.sections if section.mark == mark])} | | | | | | |")
 
 
 if __name__ == "__main__":
