@@ -116,9 +116,11 @@ def _check(options: Heads) -> None:
     if not options.checkpoint:
         raise UserError("no CHECKPOINT is named: the detector whose backbone and RPN are kept")
     for name, value, least in (
-        ("--steps", options.steps, 1), ("--train-images", options.train_images or 1, 1),("--images", options.images, 1), ("--windows", options.windows, 0),
-        ("--save-every", options.save_every, 1),
+        ("--steps", options.steps, 1), ("--images", options.images, 1), ("--windows", options.windows, 0),
+        ("--save-every", options.save_every, 1), ("--train-images", options.train_images, 1),
     ):  # fmt: skip
+        if value is None:
+            continue
         if value < least:
             raise UserError(f"{name} is {value}, at least {least} is accepted")
     _check_list("--seeds", options.seeds)
