@@ -92,15 +92,17 @@ class Trained:
             raise AssertionError("the conv-head does not take the fused path, which is the one to check")
 
     def step(self, number: int, step: Step) -> dict[str, Tensor]:
-        """As a trainer's step; returns the gradients."""
+        """As a trainer's step; returns the gradients, those of the maps too (as `PlainHeads.step`)."""
         set_learning_rate(self.optimizer, learning_rate(number, self.schedule))
         self.optimizer.zero_grad(set_to_none=True)
-        pooled = {1.0: step.pooled["fc"], 1.3: step.pooled["conv"].contiguous(memory_format=torch.channels_last)}
+        pooled = {1.0: step.pooled["fc"].clone(), 1.3: step.pooled["conv"].to(memory_format=torch.channels_last)}
+        maps = {"pooled.fc": pooled[1.0].requires_grad_(), "pooled.conv": pooled[1.3].requires_grad_()}
         rois = RoISamples(
             *(part.unflatten(0, (IMAGES, ROIS)) for part in (step.boxes, step.valid, step.labels, step.matched))
         )
         sum(head_losses(self.heads(pooled), rois, self.config).values()).backward()
-        gradients = {name: parameter.grad.clone() for name, parameter in self.heads.named_parameters()}
+        leaves = [*self.heads.named_parameters(), *maps.items()]
+        gradients = {name: leaf.grad.clone() for name, leaf in leaves if leaf.grad is not None}
         self.optimizer.step()
         return gradients
 
@@ -143,6 +145,8 @@ def train_both(case: Case, steps: int = 50, seed: int = 0) -> Differences:
         step = rois_of(number, seed)
         gradients, expected = trained.step(number, step), plain.step(step, SCHEDULE.at(number))
         state = trained.heads.state_dict()
+        if gradients.keys() != expected.keys():
+            raise AssertionError(f"gradients of {gradients.keys() ^ expected.keys()} on one side alone")
         found = (
             difference({name: state[name] for name in plain.parameters}, plain.parameters),
             difference(gradients, expected),

@@ -90,7 +90,10 @@ class Check(NamedTuple):
 
 
 def of_training() -> Iterator[Check]:
-    what = "weights, gradients and running statistics after each of 50 steps, then outputs at inference; float64"
+    what = (
+        "weights, gradients (the maps' too) and running statistics after each of 50 steps of SGD, then outputs at "
+        "inference; float64"
+    )
     for case in CASES:
         yield Check(f"training, {case}", what, max(train_both(case)), FLOAT64)
     for case in IN_FLOAT32:

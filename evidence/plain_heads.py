@@ -62,11 +62,12 @@ class PlainHeads:
         self.training = True
 
     def step(self, step: Step, rate: float) -> dict[str, Tensor]:
-        """One step of SGD; returns the gradients of the parameters."""
-        for tensor in self.parameters.values():
+        """One step of SGD; returns the gradients of the parameters, and of the RoIs' maps as "pooled.fc" and so on."""
+        wanted = self.parameters | {f"pooled.{name}": step.pooled[name].detach() for name in self.seen()}
+        for tensor in wanted.values():
             tensor.requires_grad_(True)
-        gradients = torch.autograd.grad(self.loss(step), list(self.parameters.values()))
-        named = dict(zip(self.parameters, gradients, strict=True))
+        loss = self.loss(step._replace(pooled={name: wanted[f"pooled.{name}"] for name in self.seen()}))
+        named = dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
         with torch.no_grad():
             for name, weight in self.parameters.items():
                 bias = name.endswith("bias")
@@ -74,6 +75,10 @@ class PlainHeads:
                 self.velocities[name] = MOMENTUM * self.velocities[name] + change
                 weight -= (BIAS_FACTOR if bias else 1) * rate * self.velocities[name]
         return named
+
+    def seen(self) -> set[str]:
+        """The pooled maps that the branches look at."""
+        return {"fc" if branch.startswith("fc") else "conv" for branch in self.weights}
 
     def loss(self, step: Step) -> Tensor:
         """Equations 1 to 3, without the RPN's part."""
