@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from doublehead.config import HeadKind
 from doublehead.engine.data_options import EvaluationData
 
 Positional = tyro.conf.Positional
@@ -128,3 +129,45 @@ class Qualitative(Output):
     """Number of cases of each kind."""
     score_threshold: float = 0.5
     """Detections with a lower score count as not found."""
+
+
+@dataclass(frozen=True)
+class Heads(Output):
+    """Heads of all kinds, trained side by side on a frozen detector's RoIs (Tables 1 and 3, factors one at a time).
+
+    Backbone and RPN are CHECKPOINT's and stay as they are; their features of every image are computed once, into
+    OUT/features.  Every distinct head is trained once, on the very same RoIs as all others, and the kinds are put
+    together at evaluation.  Optimiser and schedule are those of CHECKPOINT's recipe.  An interrupted training goes on;
+    under torchrun each process takes some of the seeds.
+    """
+
+    checkpoint: Annotated[str, Positional, tyro.conf.arg(metavar="CHECKPOINT")] = ""
+    """The detector whose backbone and RPN are kept; its own heads are not used."""
+    data: EvaluationData = field(default_factory=EvaluationData)
+    train_images: int | None = None
+    """Use only the first N training images; the default is the recipe's."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the trainings: initial weights, order of images, sampling of RoIs."""
+    kinds: tuple[HeadKind, ...] = (
+        "fc", "conv", "double_fc", "double_conv", "double_head_reverse", "double_head", "double_head_ext",
+    )  # fmt: skip
+    """Head kinds to evaluate."""
+    steps: int = 1440
+    """Steps of each training; the recipe's schedule keeps its shape."""
+    images: int = 8
+    """Images of each step; the recipe's model.roi.samples RoIs are drawn of each."""
+    set: tuple[str, ...] = ()
+    """Changes of the base, each FIELD=VALUE, such as train.lr=0.002 or model.roi.samples=64."""
+    vary: tuple[str, ...] = ()
+    """Variants, each FIELD=VALUE or FIELD=VALUE,FIELD=VALUE, such as model.roi.conv_box_scale=1.0; trained beside the
+    base on the same images."""
+    varied_kinds: tuple[HeadKind, ...] = ("fc", "double_head")
+    """Head kinds that are evaluated in each variant, where it changes them."""
+    evaluate_at: tuple[int, ...] = ()
+    """Evaluate after these steps and the last; the default is the last, a half, a quarter, an eighth, a sixteenth."""
+    windows: int = 16
+    """Sliding windows of each validation object on which heads are read (see sliding-windows); 0: none."""
+    save_models: tuple[HeadKind, ...] = ("fc", "conv", "double_fc", "double_head", "double_head_ext")
+    """Kinds of the base that are written as detectors, to OUT/models."""
+    save_every: int = 100
+    """Save the state of the training each so many steps."""

@@ -19,6 +19,7 @@ MODULES = {
     options.FeatureCorrelation: "feature_correlation",
     options.BalanceWeights: "balance_weights",
     options.Qualitative: "qualitative",
+    options.Heads: "heads.command",
 }
 Figure = (
     Annotated[options.SlidingWindows, tyro.conf.subcommand("sliding-windows")]
@@ -27,6 +28,7 @@ Figure = (
     | Annotated[options.FeatureCorrelation, tyro.conf.subcommand("feature-correlation")]
     | Annotated[options.BalanceWeights, tyro.conf.subcommand("balance-weights")]
     | Annotated[options.Qualitative, tyro.conf.subcommand("qualitative")]
+    | Annotated[options.Heads, tyro.conf.subcommand("heads")]
 )
 
 

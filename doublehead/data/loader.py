@@ -204,11 +204,13 @@ class _Items(Dataset):
         return image, target, errors
 
     def _flips(self, epoch: int, index: int) -> bool:
-        if self.seed is None:
-            return False
-        # The trailing 1 separates this random stream from the permutation's.
-        draw = np.random.default_rng((self.seed, epoch, index, 1)).random()
-        return bool(draw < self.dataset.horizontal_flip)
+        return self.seed is not None and is_flipped(self.seed, epoch, index, self.dataset.horizontal_flip)
+
+
+def is_flipped(seed: int, epoch: int, index: int, probability: float) -> bool:
+    """Whether training mirrors an image in an epoch."""
+    # The trailing 1 separates this random stream from the permutation's.
+    return bool(np.random.default_rng((seed, epoch, index, 1)).random() < probability)
 
 
 def _keep(items: list) -> list:

@@ -54,6 +54,28 @@ class Head(nn.Module):
         return HeadOutput(logits, deltas.expand(-1, self.num_classes, 4) if self.class_agnostic_boxes else deltas)
 
 
+def build_head(
+    branch: Branch,
+    config: HeadConfig,
+    roi: RoIConfig,
+    channels: int,
+    num_classes: int,
+    conv5: nn.Module | None = None,
+) -> Head:
+    """One head with fresh weights; arguments as of `Heads`, whose kind is not looked at."""
+    build = {
+        "fc": lambda: (FCTower(channels, roi.output_size, config.fc_dim), config.fc_dim),
+        "conv": lambda: (ConvTower(channels, config), config.conv_dim),
+        "conv5": lambda: (Conv5Tower(conv5), 2 * channels),
+    }
+    return Head(branch, *build[branch.tower](), num_classes, config.class_agnostic_boxes)
+
+
+def box_scale(branch: Branch, roi: RoIConfig) -> float:
+    """By which factor the boxes are enlarged that a branch pools."""
+    return {"fc": roi.fc_box_scale, "conv": roi.conv_box_scale, "conv5": 1.0}[branch.tower]
+
+
 class Heads(nn.ModuleDict):
     """All heads of a kind; each sees the RoIs at its own box scale.
 
@@ -75,20 +97,11 @@ class Heads(nn.ModuleDict):
             raise ValueError(f"head.kind: expected one of {', '.join(BRANCHES)}, got {config.kind!r}")
         if (config.kind == "conv5") != (conv5 is not None):
             raise ValueError(f"head.kind: 'conv5' and backbone.neck 'none' need each other, got kind {config.kind!r}")
-        build = {
-            "fc": lambda: (FCTower(channels, roi.output_size, config.fc_dim), config.fc_dim),
-            "conv": lambda: (ConvTower(channels, config), config.conv_dim),
-            "conv5": lambda: (Conv5Tower(conv5), 2 * channels),
-        }
         branches = BRANCHES[config.kind]
         super().__init__(
-            {
-                name: Head(branch, *build[branch.tower](), num_classes, config.class_agnostic_boxes)
-                for name, branch in branches.items()
-            }
+            {name: build_head(branch, config, roi, channels, num_classes, conv5) for name, branch in branches.items()}
         )
-        scale_of = {"fc": roi.fc_box_scale, "conv": roi.conv_box_scale, "conv5": 1.0}
-        self.box_scales = {name: scale_of[branch.tower] for name, branch in branches.items()}
+        self.box_scales = {name: box_scale(branch, roi) for name, branch in branches.items()}
 
     def forward(
         self, pooled: dict[float, Tensor], names: Collection[str] | None = None, count: Tensor | None = None
