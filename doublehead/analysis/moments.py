@@ -7,9 +7,8 @@ as one pass over everything.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +33,10 @@ class Moments(NamedTuple):
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of pairs together."""
         return Moments(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def without(self, part: Moments) -> Moments:
+        """The moments of these pairs but those of `part`, which are among them."""
+        return Moments(*(a - b for a, b in zip(self, part, strict=True)))
 
     @property
     def x_mean(self) -> float | None:
@@ -114,15 +117,6 @@ class MomentTable:
             raise ValueError(f"tables of shapes {self.shape} and {other.shape} cannot be merged")
         for cell, moments in other.cells.items():
             self._put(cell, moments)
-
-    def total(self, *where: int | Collection[int]) -> Moments:
-        """The moments of all cells whose index along each axis is the given number, or one of the given numbers."""
-        choices = [[one] if isinstance(one, int) else one for one in where]
-        moments = Moments()
-        for cell in itertools.product(*choices):
-            if cell in self.cells:
-                moments = moments.merge(self.cells[cell])
-        return moments
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; the cells with pairs, sorted."""

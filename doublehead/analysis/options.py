@@ -33,7 +33,9 @@ class SlidingWindows(Output):
     """
 
     heads: Annotated[tuple[str, ...], Positional, HEADS] = ()
-    """Heads to compare, each as [NAME=]CHECKPOINT[:READOUT]; READOUT (for Ext models) is fused, split, fc or conv."""
+    """Heads to compare, each as [NAME=]CHECKPOINT[:READOUT]; READOUT (for Ext models) is fused, split, fc or conv.  The
+    same NAME several times: one head from several seeds, drawn as their mean.  Differences are taken seed by seed, in
+    the order given."""
     data: EvaluationData = field(default_factory=EvaluationData)
     difficulty: str | None = None
     """A run's folder or metrics.json (in the paper, the FPN baseline's).  Its AP per class ranks the classes into
@@ -42,6 +44,8 @@ class SlidingWindows(Output):
     """Number of windows per pass through the heads."""
     seed: int = 0
     """Seed of the windows' random jitter."""
+    objects: int | None = None
+    """Measure only the data's first pictures, until they have this many objects; the default is all."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,9 @@ class Pearson(Output):
     """
 
     heads: Annotated[tuple[str, ...], Positional, HEADS] = ()
-    """Heads to compare, each as [NAME=]CHECKPOINT[:READOUT]; READOUT (for Ext models) is fused, split, fc or conv."""
+    """Heads to compare, each as [NAME=]CHECKPOINT[:READOUT]; READOUT (for Ext models) is fused, split, fc or conv.  The
+    same NAME several times: one head from several seeds, drawn as their mean.  Differences are taken seed by seed, in
+    the order given."""
     data: EvaluationData = field(default_factory=EvaluationData)
     difficulty: str | None = None
     """A run's folder or metrics.json whose AP per class ranks the classes into easy, medium and hard."""
@@ -64,6 +70,8 @@ class Pearson(Output):
     """Number of windows per pass through the heads."""
     seed: int = 0
     """Seed of the windows' random jitter."""
+    objects: int | None = None
+    """Measure only the data's first pictures, until they have this many objects; the default is all."""
 
 
 @dataclass(frozen=True)

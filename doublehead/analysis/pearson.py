@@ -14,25 +14,29 @@ have no object, hence no class to take the score of.  `--background leave-out` i
 treats each like a detection of nothing: x is its highest score of any class, y is 0, and it counts in the group "all"
 only.
 
+Each correlation has a standard error over pictures (see `jackknife`), for boxes of one picture are not independent,
+and over seeds where a head has several.  A second table has the difference for every two heads, with its paired
+standard error.
+
 Groups go by the object.  Crowd and difficult objects are left out; so a detection of one overlaps no object, and a
 proposal that overlaps nothing else is background.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from doublehead.analysis.groups import UNMATCHED
+from doublehead.analysis.jackknife import CLUSTERS, Sample, Samples, estimate
 from doublehead.analysis.moments import Moments, MomentTable
 from doublehead.analysis.options import Pearson
-from doublehead.analysis.output import save_figure, write_csv
+from doublehead.analysis.pearson_figure import Correlation, draw
 from doublehead.analysis.readers import ImageFeatures, Reader, shared_features
+from doublehead.analysis.record import Rows, write_tables
 from doublehead.analysis.study import Study, open_study
 from doublehead.analysis.windows import ObjectWindows, object_windows
 from doublehead.data import Target
@@ -48,10 +52,11 @@ TITLES = {
     "detections": "detections after NMS: their score, the regressed box's IoU or 0 without an object of its class",
 }
 WITH_BACKGROUND = "all RPN proposals: score of the object's class, the proposal's own IoU; for background the best, 0"
-COLUMNS = ("head", "boxes", "group", "pairs", "pearson")
+DIFFERENCES = f"{FIGURE}-differences"
+COLUMNS = ("head", "boxes", "group", "pairs", "pearson", "se", "se seeds", "seeds")
+DIFFERENCE_COLUMNS = ("head", "minus", "boxes", "group", "difference", "se", "se seeds", "seeds")
 LEAST_PAIRS = 3
 """The minimum number of pairs; any two pairs correlate perfectly."""
-HATCHES = ("", "///", "...", "\\\\\\", "xxx", "ooo", "---", "+++")
 
 
 class Pairs(NamedTuple):
@@ -65,17 +70,6 @@ class Pairs(NamedTuple):
     """`Tensor[K]`, int64, from 1."""
     sizes: Tensor
     """`Tensor[K]`, int64: the object's size index, or `UNMATCHED`."""
-
-
-class Correlation(NamedTuple):
-    """One bar of the figure."""
-
-    head: str
-    kind: str
-    group: str
-    pairs: int
-    value: float | None
-    """Pearson's correlation; None: too few pairs, or scores or IoUs do not vary."""
 
 
 class Objects(NamedTuple):
@@ -102,13 +96,13 @@ def run(options: Pearson, world: World) -> None:
 
 
 def measure_image(study: Study, options: Pearson, image: Tensor, target: Target) -> tuple[MomentTable, int]:
-    """Moments of an image's boxes for all heads, by (head, kind, class, size), and the number of pairs."""
+    """Moments of an image's boxes for all heads, by (head, kind, class, size, cluster), and the number of pairs."""
     device = image.device
     objects = Objects(
         target["boxes"].to(device), target["labels"].to(device), study.sizes[target["image_id"]].to(device)
     )
     windows = object_windows(image, target, options.seed)
-    table, count = MomentTable(_shape(study)), 0
+    table, count, cluster = MomentTable(_shape(study)), 0, study.cluster(target["image_id"])
     for head, (reader, features) in enumerate(
         zip(study.readers, shared_features(study.readers, image, target["boxes"]), strict=True)
     ):
@@ -117,7 +111,7 @@ def measure_image(study: Study, options: Pearson, image: Tensor, target: Target)
         if len(objects.boxes):
             found["windows"] = window_pairs(reader, features, objects, windows, options.chunk)
         for kind, pairs in found.items():
-            table.add((head, KINDS.index(kind), pairs.labels - 1, pairs.sizes), pairs.scores, pairs.ious)
+            table.add((head, KINDS.index(kind), pairs.labels - 1, pairs.sizes, cluster), pairs.scores, pairs.ious)
             count += len(pairs.scores)
     return table, count
 
@@ -168,19 +162,46 @@ def _read_pairs(
 
 
 def write_results(study: Study, table: MomentTable, options: Pearson) -> None:
-    """Write `pearson.csv` and `pearson.png`, and print which bars are missing."""
-    correlations = [
-        correlate(reader.name, kind, group.name, table.total(head, number, group.classes, group.sizes))
-        for head, reader in enumerate(study.readers)
+    """Write the tables, the record and the figure, and print which bars are missing."""
+    every = Samples(table)
+    samples = {
+        (head, kind, group.name): every.total(head, number, group.classes, group.sizes)
+        for head in range(table.shape[0])
         for number, kind in enumerate(KINDS)
         for group in study.groups
+    }
+    places = [(kind, group.name) for kind in KINDS for group in study.groups]
+    correlations = [
+        correlate(name, kind, group, [samples[k, kind, group] for k in readers])
+        for name, readers in study.heads.items()
+        for kind, group in places
     ]
     for line in describe_gaps(correlations):
         say(line)
-    write_csv(study.folder / f"{FIGURE}.csv", COLUMNS, correlations)
-    title = f"Correlation of scores and boxes' IoUs, {len(study.dataset)} images of {study.dataset.name}"
-    draw(study.folder / f"{FIGURE}.png", correlations, title, options.background == "include")
-    say(f"{study.folder}: {FIGURE}.csv, {FIGURE}.png")
+    rows = [(one.head, one.kind, one.group, one.pairs, *one.value, one.seeds) for one in correlations]
+    tables = [Rows(FIGURE, COLUMNS, rows)]
+    differences = [
+        (head, minus, kind, group, *estimate([(samples[k, kind, group], samples[j, kind, group]) for k, j in pairs],
+                                             _difference), len(pairs))
+        for head, minus, pairs in study.pairs_of_heads()
+        for kind, group in places
+    ]  # fmt: skip
+    if differences:
+        tables.append(Rows(DIFFERENCES, DIFFERENCE_COLUMNS, differences))
+    files = write_tables(study, tables, background=options.background)
+    title = f"Correlation of scores and boxes' IoUs, {study.objects:,} objects, {len(study.sizes)} images of "
+    titles = TITLES | ({"proposals": WITH_BACKGROUND} if options.background == "include" else {})
+    files.append(draw(study.folder / f"{FIGURE}.png", correlations, title + study.dataset.name, titles))
+    say(f"{study.folder}: {', '.join(files)}")
+
+
+def _correlation(moments: Moments) -> float | None:
+    return moments.pearson if moments.count >= LEAST_PAIRS else None
+
+
+def _difference(head: Moments, minus: Moments) -> float | None:
+    ours, theirs = _correlation(head), _correlation(minus)
+    return None if ours is None or theirs is None else ours - theirs
 
 
 def describe_gaps(correlations: Sequence[Correlation]) -> list[str]:
@@ -191,62 +212,17 @@ def describe_gaps(correlations: Sequence[Correlation]) -> list[str]:
         if not any(one.pairs for one in mine):
             lines.append(f"{group}: no objects, so no bars")
             continue
-        for gap in (one for one in mine if one.value is None):
-            why = "too few pairs" if gap.pairs < LEAST_PAIRS else "scores or IoUs do not vary"
+        for gap in (one for one in mine if one.value.value is None):
+            why = "too few pairs" if gap.pairs < LEAST_PAIRS * gap.seeds else "scores or IoUs do not vary"
             lines.append(f"{group}: no bar for {gap.head}'s {gap.kind}: {why} ({gap.pairs})")
     return lines
 
 
-def correlate(head: str, kind: str, group: str, moments: Moments) -> Correlation:
-    """The bar for some moments, whose x are scores and y are IoUs."""
-    value = moments.pearson if moments.count >= LEAST_PAIRS else None
-    return Correlation(head, kind, group, moments.count, value)
-
-
-def draw(path: Path, correlations: Sequence[Correlation], title: str, background: bool = False) -> None:
-    """Three panels, one below the other, with a cluster of bars for each group and a bar for each head."""
-    from matplotlib.figure import Figure
-
-    groups = list(dict.fromkeys(one.group for one in correlations))
-    heads = list(dict.fromkeys(one.head for one in correlations))
-    width = 0.8 / len(heads)
-    figure = Figure(figsize=(max(8, 1.2 + 0.25 * len(groups) * (len(heads) + 1)), 8.6), layout="constrained")
-    panels = figure.subplots(3, 1, sharex=True, sharey=True)
-    titles = TITLES | ({"proposals": WITH_BACKGROUND} if background else {})
-    for axes, (kind, name) in zip(panels, titles.items(), strict=True):
-        for number, head in enumerate(heads):
-            values = [one.value for one in correlations if (one.head, one.kind) == (head, kind)]
-            positions = [group + (number - (len(heads) - 1) / 2) * width for group in range(len(groups))]
-            _draw_bars(axes, positions, values, width, number, head)
-        axes.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
-        axes.set_title(name, fontsize="medium")
-        axes.set(xlim=(-0.6, len(groups) - 0.4), ylabel="Pearson's correlation")
-        axes.axhline(0, color="black", lw=0.8)
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-    panels[0].margins(y=0.16)  # for the numbers
-    figure.suptitle(title)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    save_figure(path, figure)
-
-
-def _draw_bars(
-    axes: Any, positions: list[float], values: list[float | None], width: float, number: int, head: str
-) -> None:
-    heights = [math.nan if value is None else value for value in values]
-    hatch = HATCHES[number % len(HATCHES)]
-    bars = axes.bar(
-        positions, heights, width, label=head, hatch=hatch, color=f"C{number}", alpha=0.75, edgecolor="black", lw=0.6
-    )
-    labels = ["gap" if value is None else f"{value:.2f}" for value in values]
-    for bar, label in zip(bars, labels, strict=True):
-        height = 0.0 if label == "gap" else bar.get_height()
-        side = "top" if height < 0 else "bottom"
-        axes.annotate(
-            label, (bar.get_x() + width / 2, height), (0, -2 if height < 0 else 2), textcoords="offset points",
-            ha="center", va=side, fontsize="x-small", rotation=90,
-        )  # fmt: skip
+def correlate(head: str, kind: str, group: str, seeds: Sequence[Sample]) -> Correlation:
+    """The bar for the pairs of each seed, whose x are scores and y are IoUs."""
+    pairs = sum(one.whole.count for one in seeds)
+    return Correlation(head, kind, group, pairs, estimate([(one,) for one in seeds], _correlation), len(seeds))
 
 
 def _shape(study: Study) -> tuple[int, ...]:
-    return len(study.readers), len(KINDS), len(study.dataset.classes), UNMATCHED + 1
+    return len(study.readers), len(KINDS), len(study.dataset.classes), UNMATCHED + 1, CLUSTERS

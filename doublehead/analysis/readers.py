@@ -27,6 +27,8 @@ class HeadSpec(NamedTuple):
     name: str
     checkpoint: str
     readout: str | None
+    named: bool = False
+    """Whether the argument gives the name."""
 
 
 class ImageFeatures(NamedTuple):
@@ -64,6 +66,8 @@ class Reader:
     recipe: Recipe
     classes: list[str]
     readout: ReadOut
+    checkpoint: str = ""
+    """The path as it was given; empty: it was not read from a file."""
 
     @torch.inference_mode()
     def features(self, image: Tensor, boxes: Tensor) -> ImageFeatures:
@@ -176,11 +180,14 @@ def parse_spec(text: str) -> HeadSpec:
         raise UserError(f"{text!r}: expected [NAME=]CHECKPOINT[:READOUT]")
     path = Path(checkpoint)
     folder = path.name if path.suffix != ".safetensors" else path.parent.name
-    return HeadSpec(name or (f"{folder} {readout}".strip()), checkpoint, readout or None)
+    return HeadSpec(name or (f"{folder} {readout}".strip()), checkpoint, readout or None, bool(name))
 
 
-def open_readers(texts: Sequence[str], device: torch.device) -> list[Reader]:
+def open_readers(texts: Sequence[str], device: torch.device, seeds: bool = False) -> list[Reader]:
     """Load every checkpoint once and make a reader for each spec, in order.
+
+    Args:
+        seeds: accept a name that is given several times; these are then trainings of one head with several seeds.
 
     Raises:
         UserError: there is no spec, two have the same name, classes differ, or a model was not trained for a read-out.
@@ -189,7 +196,8 @@ def open_readers(texts: Sequence[str], device: torch.device) -> list[Reader]:
     specs = [parse_spec(text) for text in texts]
     if not specs:
         raise UserError("no head is named: give at least one [NAME=]CHECKPOINT[:READOUT]")
-    names = [spec.name for spec in specs]
+    names = [spec.name for spec in specs if not (seeds and spec.named)]
+    names += {spec.name for spec in specs if seeds and spec.named}
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"two heads have the name {repeated[0]!r}: give names, as in NAME=CHECKPOINT")
     loaded: dict[str, LoadedModel] = {}
@@ -200,7 +208,7 @@ def open_readers(texts: Sequence[str], device: torch.device) -> list[Reader]:
         model, recipe, classes, _ = loaded[spec.checkpoint]
         with config_errors():
             readout = resolve_readout(recipe.model, spec.readout)
-        readers.append(Reader(spec.name, model.to(device), recipe, classes, readout))
+        readers.append(Reader(spec.name, model.to(device), recipe, classes, readout, spec.checkpoint))
     for reader in readers[1:]:
         if reader.classes != readers[0].classes:
             raise UserError(f"{reader.name} and {readers[0].name} have different classes: they cannot be compared")

@@ -57,6 +57,7 @@ def measure_images(
     empty: State,
     workers: int = 0,
     counted: str = "RoIs",
+    image_ids: Sequence[int] | None = None,
 ) -> Any:
     """Measure all remaining images, each on one process, and merge the summaries.
 
@@ -66,6 +67,7 @@ def measure_images(
         empty: the fingerprint and an empty summary.
         workers: the number of image-loading workers per process.
         counted: what `measure` counts, for messages.
+        image_ids: the images to measure; None: all of `dataset`.
 
     Returns:
         The summary of all images, on every process.
@@ -75,17 +77,19 @@ def measure_images(
         Stopped: after Ctrl-C or SIGTERM; the measured images are kept.
         DataError: an image cannot be decoded.
     """
+    wanted = dataset.image_ids if image_ids is None else image_ids
     with _alone(folder, world):
-        done = world.on_main(lambda: merge_states(folder, empty, dataset.image_ids).done)
-        todo = [index for index, image_id in enumerate(dataset.image_ids) if image_id not in done]
+        done = world.on_main(lambda: merge_states(folder, empty, wanted).done)
+        left = set(wanted) - done
+        todo = [index for index, image_id in enumerate(dataset.image_ids) if image_id in left]
         if world.is_main and done:
-            say(f"{folder}: {len(done)} of {len(dataset)} images are done already")
+            say(f"{folder}: {len(done)} of {len(wanted)} images are done already")
         begun = time.monotonic()
         count = sum(world.gather(_measure_share(measure, dataset, world, folder, empty, todo, workers, counted)))
         if world.is_main and todo:
             seconds = time.monotonic() - begun
             say(f"{len(todo)} images, {count:,} {counted} in {seconds:.1f} s: {count / seconds:,.0f} {counted}/s")
-        return world.on_main(lambda: merge_states(folder, empty, dataset.image_ids)).table
+        return world.on_main(lambda: merge_states(folder, empty, wanted)).table
 
 
 @contextlib.contextmanager

@@ -1,44 +1,46 @@
 """Figures 2 and 7: classification scores and regressed boxes' IoUs over the IoUs of sliding windows.
 
 Every object has 14,161 windows (see `windows`), each with the object's class.  They are grouped into 20 bins by their
-IoU with the object.  For each bin and group of objects, the figure shows the mean and (population) standard deviation
-of the class's score, and of the object's IoU with the window after regression.
+IoU with the object.  For each bin and group of objects, the figure shows the mean of the class's score, and of the
+object's IoU with the window after regression, with its standard error over pictures (see `jackknife`; windows are not
+independent), or over seeds where a head has several.  The table also has the (population) standard deviation over
+windows.
+
+All heads see the same windows.  So a second table and figure show, for every two heads, the difference of their means
+with its paired standard error.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from doublehead.analysis.groups import SIZES
+from doublehead.analysis.groups import SIZES, Group
+from doublehead.analysis.jackknife import CLUSTERS, Estimate, Sample, Samples, estimate
 from doublehead.analysis.moments import Moments, MomentTable
 from doublehead.analysis.options import SlidingWindows
-from doublehead.analysis.output import save_figure, write_csv
 from doublehead.analysis.readers import ImageFeatures, Reader, shared_features
+from doublehead.analysis.record import Rows, write_tables
 from doublehead.analysis.study import Study, open_study
 from doublehead.analysis.windows import BINS, ObjectWindows, iou_bins, object_windows
+from doublehead.analysis.windows_figure import Curve, Point, draw, draw_differences
 from doublehead.data import Target
 from doublehead.engine.distributed import World
 from doublehead.engine.logs import say
 from doublehead.ops import box_iou
 
 FIGURE = "sliding-windows"
-COLUMNS = ("head", "group", "bin low", "bin high", "windows", "score mean", "score std", "iou mean", "iou std")
-STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ("-", "v"), ("--", "x"), (":", "+"), ("-.", "*")]
-"""Line style and marker of each head, to tell them apart without colours."""
-
-
-class Curve(NamedTuple):
-    """One head's statistics for one group."""
-
-    head: str
-    group: str
-    bins: list[Moments]
-    """Moments of each bin: x is the score, y the regressed box's IoU."""
+DIFFERENCES = f"{FIGURE}-differences"
+_PLACE = ("group", "bin low", "bin high", "windows")
+COLUMNS = (
+    "head", *_PLACE, "score mean", "score std", "score se", "score se seeds",
+    "iou mean", "iou std", "iou se", "iou se seeds", "seeds",
+)  # fmt: skip
+DIFFERENCE_COLUMNS = (
+    "head", "minus", *_PLACE, "score difference", "score se", "score se seeds",
+    "iou difference", "iou se", "iou se seeds", "seeds",
+)  # fmt: skip
 
 
 def run(options: SlidingWindows, world: World) -> None:
@@ -54,14 +56,14 @@ def run(options: SlidingWindows, world: World) -> None:
 
 
 def measure_image(study: Study, options: SlidingWindows, image: Tensor, target: Target) -> tuple[MomentTable, int]:
-    """Moments of an image's windows for all heads, by (head, class, size, bin), and the number of RoIs read."""
+    """Moments of an image's windows for all heads, by (head, class, size, bin, cluster), and the number of RoIs."""
     table = MomentTable(_shape(study))
     windows = object_windows(image, target, options.seed)
     if len(windows.boxes) == 0:
         return table, 0
     labels = target["labels"].to(image.device)[windows.objects]
     sizes = study.sizes[target["image_id"]].to(image.device)[windows.objects]
-    cells = (labels - 1, sizes, iou_bins(windows.ious))
+    cells = (labels - 1, sizes, iou_bins(windows.ious), study.cluster(target["image_id"]))
     for head, (reader, features) in enumerate(
         zip(study.readers, shared_features(study.readers, image, target["boxes"]), strict=True)
     ):
@@ -83,72 +85,84 @@ def read_windows(
 
 
 def write_results(study: Study, table: MomentTable) -> None:
-    """Write `sliding-windows.csv` and `sliding-windows.png`, and print which groups are empty."""
+    """Write the tables, the record and the figures, and print which groups are empty."""
+    every = Samples(table)
+    samples = [{group.name: _samples(every, head, group) for group in study.groups} for head in range(table.shape[0])]
+    groups = [group.name for group in study.groups]
     curves = [
-        Curve(reader.name, group.name, [table.total(head, group.classes, _sized(group.sizes), b) for b in range(BINS)])
-        for head, reader in enumerate(study.readers)
-        for group in study.groups
+        Curve(name, None, group, [_point([(samples[k][group][b],) for k in readers]) for b in range(BINS)])
+        for name, readers in study.heads.items()
+        for group in groups
     ]
-    for curve in curves[: len(study.groups)]:  # all heads share the windows
-        if not any(moments.count for moments in curve.bins):
+    differences = [
+        Curve(head, minus, group, [
+            _point([(samples[k][group][b], samples[j][group][b]) for k, j in pairs]) for b in range(BINS)
+        ])
+        for head, minus, pairs in study.pairs_of_heads()
+        for group in groups
+    ]  # fmt: skip
+    for curve in curves[: len(groups)]:  # all heads share the windows
+        if not curve.has_windows:
             say(f"{curve.group}: no objects, so nothing is drawn")
-    write_csv(study.folder / f"{FIGURE}.csv", COLUMNS, (row for curve in curves for row in _rows(curve)))
-    draw(
-        study.folder / f"{FIGURE}.png", curves, f"Sliding windows, {len(study.dataset)} images of {study.dataset.name}"
-    )
-    say(f"{study.folder}: {FIGURE}.csv, {FIGURE}.png")
+    where = f"{study.objects:,} objects, {len(study.sizes)} images of {study.dataset.name}"
+    files = write_tables(study, [Rows(FIGURE, COLUMNS, [row for curve in curves for row in _rows(curve)])] + (
+        [Rows(DIFFERENCES, DIFFERENCE_COLUMNS, [row for curve in differences for row in _difference_rows(curve)])]
+        if differences else []
+    ))  # fmt: skip
+    files.append(draw(study.folder / f"{FIGURE}.png", curves, f"Sliding windows, {where}"))
+    if shown := [curve for curve in differences if curve.minus == next(iter(study.heads))]:
+        files.append(draw_differences(study.folder / f"{DIFFERENCES}.png", shown, f"Sliding windows, {where}"))
+    say(f"{study.folder}: {', '.join(files)}")
 
 
-def draw(path: Path, curves: Sequence[Curve], title: str) -> None:
-    """Scores in the upper row, regressed boxes' IoUs in the lower; a column for each group."""
-    from matplotlib.figure import Figure
-
-    groups = list(dict.fromkeys(curve.group for curve in curves))
-    heads = list(dict.fromkeys(curve.head for curve in curves))
-    figure = Figure(figsize=(2.7 * len(groups) + 1, 6.6), layout="constrained")
-    rows = figure.subplots(2, len(groups), sharex=True, sharey="row", squeeze=False)
-    for axes in rows[1]:
-        axes.plot([0, 1], [0, 1], color="0.6", lw=1, zorder=0, label="unmoved" if axes is rows[1][0] else None)
-    for column, group in enumerate(groups):
-        for curve in (curve for curve in curves if curve.group == group):
-            _draw_curve(rows[:, column], curve, heads.index(curve.head), shade=0.3 / max(2, len(heads)))
-        if not any(moments.count for curve in curves if curve.group == group for moments in curve.bins):
-            for axes in rows[:, column]:
-                axes.text(0.5, 0.5, "no objects", ha="center", va="center", backgroundcolor="white")
-        rows[0, column].set(title=group, xlim=(0, 1), ylim=(0, 1))
-        rows[1, column].set(xlabel="window's IoU", ylim=(0, 1))
-    rows[0, 0].set_ylabel("score of the object's class")
-    rows[1, 0].set_ylabel("regressed box's IoU")
-    for axes in rows.flat:
-        axes.grid(alpha=0.3)
-    figure.suptitle(f"{title}\nmean and standard deviation of {BINS} bins of the windows' IoU with their object")
-    figure.legend(*rows[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    save_figure(path, figure)
+def _samples(every: Samples, head: int, group: Group) -> list[Sample]:
+    """For each bin."""
+    return [every.total(head, group.classes, _sized(group.sizes), b) for b in range(BINS)]
 
 
-def _draw_curve(axes: Any, curve: Curve, number: int, shade: float) -> None:
-    line, marker = STYLES[number % len(STYLES)]
-    centres = [(b + 0.5) / BINS for b in range(BINS)]
-    for panel, means, spreads in (
-        (axes[0], [moments.x_mean for moments in curve.bins], [moments.x_std for moments in curve.bins]),
-        (axes[1], [moments.y_mean for moments in curve.bins], [moments.y_std for moments in curve.bins]),
-    ):
-        pairs = [(math.nan, math.nan) if m is None else (m, s) for m, s in zip(means, spreads, strict=True)]
-        means = [mean for mean, _ in pairs]
-        panel.plot(centres, means, line, color=f"C{number}", marker=marker, ms=4, lw=1.5, label=curve.head)
-        low, high = [m - s for m, s in pairs], [m + s for m, s in pairs]
-        panel.fill_between(centres, low, high, color=f"C{number}", alpha=shade, lw=0)
+def _point(seeds: list[tuple[Sample, ...]]) -> Point:
+    """One bin of a curve: of each seed the sample of a head, or those of two heads whose difference it is."""
+    first = Moments()
+    for samples in seeds:
+        first = first.merge(samples[0].whole)
+    windows = first.count // len(seeds)
+    return Point(windows, estimate(seeds, _score), estimate(seeds, _iou), first.x_std, first.y_std, len(seeds))
 
 
-def _rows(curve: Curve) -> list[tuple]:
-    return [
-        (curve.head, curve.group, b / BINS, (b + 1) / BINS, m.count, m.x_mean, m.x_std, m.y_mean, m.y_std)
-        for b, m in enumerate(curve.bins)
-    ]
+def _score(head: Moments, minus: Moments | None = None) -> float | None:
+    return _difference(head.x_mean, None if minus is None else minus.x_mean)
+
+
+def _iou(head: Moments, minus: Moments | None = None) -> float | None:
+    return _difference(head.y_mean, None if minus is None else minus.y_mean)
+
+
+def _difference(mean: float | None, minus: float | None) -> float | None:
+    """All heads have the same windows, so either both means are None or neither."""
+    return mean if mean is None or minus is None else mean - minus
+
+
+def _rows(curve: Curve) -> Iterator[tuple]:
+    for place, p in _places(curve):
+        yield curve.head, *place, *_numbers(p.score, p.score_std), *_numbers(p.iou, p.iou_std), p.seeds
+
+
+def _difference_rows(curve: Curve) -> Iterator[tuple]:
+    for place, p in _places(curve):
+        yield curve.head, curve.minus, *place, *p.score, *p.iou, p.seeds
+
+
+def _numbers(mean: Estimate, std: float | None) -> tuple:
+    return mean.value, std, mean.error, mean.seed_error
+
+
+def _places(curve: Curve) -> Iterator[tuple[tuple, Point]]:
+    for b, point in enumerate(curve.points):
+        yield (curve.group, b / BINS, (b + 1) / BINS, point.windows), point
 
 
 def _shape(study: Study) -> tuple[int, ...]:
-    return len(study.readers), len(study.dataset.classes), len(SIZES), BINS
+    return len(study.readers), len(study.dataset.classes), len(SIZES), BINS, CLUSTERS
 
 
 def _sized(sizes: Sequence[int]) -> list[int]:

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 from doublehead.engine.files import write_json
 from doublehead.errors import UserError
 
-FORMAT = "doublehead.analysis/2"
-"""Version of the stored values; since 2, boxes of legacy models lie where training has them."""
+FORMAT = "doublehead.analysis/3"
+"""Version of the stored values; since 3, moments are kept by cluster of pictures (see `jackknife`)."""
 MOST_BYTES = 2**29
-"""Limit on a file's size; the largest for COCO's val2017 has about ten MiB."""
+"""Limit on a file's size; the largest for COCO's val2017 has some tens of MiB."""
 _MERGED = "merged.json"
 _CONTENT = ("fingerprint", "done", "table")
 

@@ -89,15 +89,6 @@ def test_parts_in_any_order_give_the_same_bits(sample):
             halves[number % 2].merge(MomentTable.from_dict(json.loads(json.dumps(part.to_dict()))))
         halves[1].merge(halves[0])
         assert halves[1].to_dict() == whole.to_dict()
-        assert halves[1].total(1, range(3), range(5)) == whole.total(1, range(3), range(5))
-
-
-def test_total_takes_what_is_asked_for(sample):
-    cells, x, y = sample
-    table = table_of(cells, x, y)
-    chosen = (cells[0] != 1) & (cells[1] == 4)
-    assert table.total(1, (0, 2), 4) == table_of((0, 0), x[chosen], y[chosen]).cells[1, 0, 0]
-    assert table.total(0, range(3), range(5)) == Moments()
 
 
 def test_what_is_undefined_is_none():

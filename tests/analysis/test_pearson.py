@@ -9,6 +9,7 @@ from PIL import Image
 
 from doublehead.analysis import pearson, windows
 from doublehead.analysis.groups import UNMATCHED
+from doublehead.analysis.jackknife import Estimate, sample
 from doublehead.analysis.moments import Moments
 from doublehead.analysis.readers import open_readers
 from doublehead.config import DataConfig
@@ -26,6 +27,7 @@ from tests.support.analysis_detector import (  # noqa: F401
 )
 from tests.support.engine_standin import one_thread  # noqa: F401 (a fixture)
 
+FILES = ["pearson-differences.csv", "pearson.csv", "pearson.json", "pearson.png", "state"]
 pytestmark = pytest.mark.usefixtures("windows_225")
 
 
@@ -148,7 +150,7 @@ def test_proposals_of_an_image_without_objects_are_background(run):
 def test_the_figure_is_a_picture(result):
     picture = Image.open(result / "pearson.png")
     assert picture.format == "PNG" and picture.width > 1000
-    assert sorted(path.name for path in result.iterdir()) == ["pearson.csv", "pearson.png", "state"]
+    assert sorted(path.name for path in result.iterdir()) == FILES
 
 
 def test_a_stopped_analysis_goes_on(result, run, tmp_path, monkeypatch, capsys):
@@ -186,9 +188,9 @@ def test_detections_go_with_the_best_object_of_their_class():
 def test_few_or_constant_pairs_are_a_gap():
     two, flat, three = Moments(2, 3, 3, 5, 5, 5), Moments(5, 5, 15, 5, 55, 15), Moments(3, 6, 6, 14, 14, 14)
     assert two.pearson == 1
-    bars = [pearson.correlate("h", "windows", "g", moments) for moments in (two, flat, three)]
-    assert [bar.value for bar in bars] == [None, None, pytest.approx(1)]
-    lines = pearson.describe_gaps([*bars, pearson.correlate("h", "windows", "none", Moments())])
+    bars = [pearson.correlate("h", "windows", "g", [sample([moments])]) for moments in (two, flat, three)]
+    assert [bar.value for bar in bars] == [Estimate(), Estimate(), Estimate(pytest.approx(1))]
+    lines = pearson.describe_gaps([*bars, pearson.correlate("h", "windows", "none", [sample([Moments()])])])
     assert lines == [
         "g: no bar for h's windows: too few pairs (2)",
         "g: no bar for h's windows: scores or IoUs do not vary (5)",
@@ -198,12 +200,12 @@ def test_few_or_constant_pairs_are_a_gap():
 
 def test_gaps_and_negative_bars_are_drawn(tmp_path):
     bars = [
-        pearson.Correlation(head, kind, group, 9, None if group == "large" else value)
+        pearson.Correlation(head, kind, group, 9, Estimate(None if group == "large" else value, 0.1), 1)
         for head, value in (("a", 0.5), ("b", -0.4))
         for kind in pearson.KINDS
         for group in ("all", "large")
     ]
-    pearson.draw(tmp_path / "bars.png", bars, "a title")
+    assert pearson.draw(tmp_path / "bars.png", bars, "a title", pearson.TITLES) == "bars.png"
     assert Image.open(tmp_path / "bars.png").width > 1000
 
 

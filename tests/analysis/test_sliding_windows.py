@@ -55,6 +55,13 @@ def result(runs, tmp_path_factory):
     return out
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """They take seconds; `result` has them, for it is made before."""
+    monkeypatch.setattr(sliding_windows, "draw", lambda path, *_: path.name)
+    monkeypatch.setattr(sliding_windows, "draw_differences", lambda path, *_: path.name)
+
+
 def changed_copy(run, folder, bias):
     loaded = load_model(run)
     with torch.no_grad():
@@ -146,7 +153,8 @@ def test_a_group_without_objects_is_a_gap_and_said(runs, tmp_path, capsys):
 def test_the_figure_is_a_picture(result):
     picture = Image.open(result / "sliding-windows.png")
     assert picture.format == "PNG" and picture.width > 1500 and picture.height > 500
-    assert sorted(p.name for p in result.iterdir()) == ["sliding-windows.csv", "sliding-windows.png", "state"]
+    endings = ("-differences.csv", "-differences.png", ".csv", ".json", ".png")
+    assert sorted(p.name for p in result.iterdir()) == [*(f"sliding-windows{ending}" for ending in endings), "state"]
 
 
 # ---------------------------------------------------------------------- resuming, processes
@@ -165,7 +173,7 @@ def test_a_stopped_analysis_goes_on(result, runs, tmp_path, monkeypatch, capsys)
     out = tmp_path / "out"
     with stop_after(monkeypatch, sliding_windows, 2):
         analyze(*command(runs, out))
-    assert not list(out.glob("sliding-windows.*")) and state(out)["done"] == [1, 2]
+    assert not list(out.glob("sliding-windows*")) and state(out)["done"] == [1, 2]
     assert analyze(*command(runs, out)) == 0
     assert same(out, result) and state(out)["done"] == [1, 2, 3, 4]
     assert "2 of 4 images are done already" in capsys.readouterr().out
