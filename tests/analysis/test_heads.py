@@ -131,6 +131,9 @@ def test_training_changes_every_weight(start, out):
 def test_records_hold_what_the_saved_detectors_find(out):
     found = json.loads((out / "heads.json").read_text())
     assert found["seeds"] == [3] and found["format"] == "doublehead heads 1"
+    (training,) = found["trainings"]
+    assert training["seed"] == 3 and training["seconds"] > 0
+    assert {"command", "version", "commit", "date", "machine"} <= training.keys() & found.keys()
     for kind in KINDS:
         model, saved, classes, _ = load_model(out / "models" / f"{kind}-seed3")
         dataset = build_dataset(saved.data, "val", classes=classes)
