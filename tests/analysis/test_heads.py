@@ -288,6 +288,8 @@ def test_values_of_variants():
     "more, message",
     [
         (["--seeds", "1", "1"], "--seeds: 1 is named twice"),
+        (["--kinds", "conv5"], "--kinds: conv5 is the head of a backbone without a pyramid"),
+        (["--train-images", "0"], "--train-images is 0"),
         (["--steps", "0"], "--steps is 0"),
         (["--evaluate-at", "99"], "there is no such step"),
         (["--images", "3", "--set", "train.accumulate=2"], "cannot be divided"),

@@ -125,6 +125,9 @@ def _check(options: Heads) -> None:
             raise UserError(f"{name} is {value}, at least {least} is accepted")
     _check_list("--seeds", options.seeds)
     _check_list("--kinds", options.kinds)
+    for option, kinds in (("--kinds", options.kinds), ("--varied-kinds", options.varied_kinds)):
+        if "conv5" in kinds:
+            raise UserError(f"{option}: conv5 is the head of a backbone without a pyramid, its last stage")
     if min(options.seeds) < 0:
         raise UserError(f"--seeds: {min(options.seeds)} is no seed, numbers from 0 on are accepted")
     if wrong := [step for step in options.evaluate_at if not 0 < step <= options.steps]:
