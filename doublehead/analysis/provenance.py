@@ -41,7 +41,7 @@ def provenance() -> dict[str, Any]:
             "processor": processor_name(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # plain text, which every reader accepts
         },
     }
 

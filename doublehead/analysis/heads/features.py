@@ -77,12 +77,12 @@ class FeatureFile:
         for height, width in entry["maps"]:
             values, start = self._take(start, (1, height, width, self.index["channels"]))
             maps.append(values.permute(0, 3, 1, 2))
-        proposals, start = self._take(start, (1, entry["proposals"], 4))
+        proposals, start = self._take(start, (1, entry["slots"], 4))
         boxes, start = self._take(start, (1, entry["objects"], 4))
         labels, start = self._take(start, (1, entry["objects"]))
         if entry["objects"] == 0:  # an empty slot, as `pad_targets` has
             boxes, labels = boxes.new_zeros(1, 1, 4), labels.new_zeros(1, 1)
-        valid = torch.ones(proposals.shape[:2], dtype=torch.bool, device=self.device)
+        valid = torch.arange(entry["slots"], device=self.device)[None] < entry["proposals"]
         targets = Targets(boxes, labels.long())
         size, stored = tuple(entry["size"]), tuple(entry["stored"])
         return ImageFeatures(maps, Proposals(proposals, valid), targets, size, stored, entry["image_id"])
@@ -158,7 +158,8 @@ def _write_all(
             seen = horizontal_flip(image, target) if flipped else (image, target)
             found = compute_features(model, *seen, train)
             parts = [level.permute(0, 2, 3, 1) for level in found.maps]
-            parts += [found.proposals.boxes[found.proposals.valid], found.targets.boxes[found.targets.valid]]
+            # With empty slots: how many there are decides what `sample_rois` draws.
+            parts += [found.proposals.boxes, found.targets.boxes[found.targets.valid]]
             parts += [found.targets.labels[found.targets.valid]]
             for part in parts:
                 file.write(part.contiguous().float().cpu().numpy().tobytes())
@@ -169,7 +170,8 @@ def _write_all(
                     "image_id": found.image_id,
                     "offset": offset,
                     "maps": [list(level.shape[-2:]) for level in found.maps],
-                    "proposals": len(parts[-3]),
+                    "slots": found.proposals.boxes.shape[1],
+                    "proposals": int(found.proposals.valid.sum()),
                     "objects": len(parts[-2]),
                     "size": list(found.size),
                     "stored": list(found.stored),

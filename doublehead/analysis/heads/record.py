@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from doublehead.analysis.heads.setup import Setup
 from doublehead.analysis.heads.specs import BASE, HeadSpec, Member, parse_variant
 from doublehead.analysis.heads.training import SideBySide, sampling_of
 from doublehead.analysis.output import write_csv
+from doublehead.analysis.provenance import provenance
 from doublehead.engine.checkpoint import MODEL_FILE, save_model
 from doublehead.engine.files import replacing, write_json
 from doublehead.engine.logs import say
@@ -86,8 +85,9 @@ def first_users(members: Sequence[Member]) -> dict[HeadSpec, tuple[Member, str]]
 
 
 def save_state(path: Path, digest: str, training: dict[str, Any], log: SeedLog) -> None:
-    """Write all that a stopped training needs, atomically."""
+    """Write all that a stopped training needs, and where it was trained last, atomically."""
     state = {"format": STATE_FORMAT, "digest": digest, "training": training, "results": log.results, "heads": log.heads}
+    state |= {"provenance": provenance()}
     try:
         with replacing(path) as temporary:
             torch.save(state, temporary)
@@ -160,7 +160,7 @@ def write_results(setup: Setup, folder: Path) -> None:
     objects = sum(item["objects"] for item in files[1].index["items"])
     content = {
         "format": FORMAT,
-        "command": shlex.join(["doublehead", *sys.argv[1:]]),
+        **provenance(),
         "start": {"checkpoint": options.checkpoint},
         "data": {
             "name": setup.train_set.name,
@@ -175,7 +175,10 @@ def write_results(setup: Setup, folder: Path) -> None:
             "bytes": sum(file.index["bytes"] for file in files),
             "seconds": sum(file.index["seconds"] for file in files),
         },
-        "seconds": {str(seed): round(state["training"]["seconds"], 1) for seed, state in states.items()},
+        "trainings": [
+            {"seed": seed, "seconds": round(state["training"]["seconds"], 1)} | state["provenance"]
+            for seed, state in states.items()
+        ],
         "variants": {BASE: {}} | {text: parse_variant(text) for text in options.vary},
         "results": results,
         "heads": [one for state in states.values() for one in state["heads"]],

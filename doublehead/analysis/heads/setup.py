@@ -22,6 +22,7 @@ from doublehead.engine.distributed import World
 from doublehead.engine.schedule import scaled
 from doublehead.errors import UserError, config_errors
 from doublehead.models import DoubleHeadRCNN
+from doublehead.models.heads import build_head
 
 
 @dataclass
@@ -91,7 +92,10 @@ def open_setup(options: Heads, world: World) -> Setup:
             recipe.data, "train", classes=start.classes, horizontal_flip=recipe.train.horizontal_flip
         )
         val_set = build_dataset(recipe.data, "val", classes=start.classes)
-    specs = distinct_heads(members)
+        specs = distinct_heads(members)
+        with torch.device("meta"):  # fields may contradict each other: better now than after the features
+            for spec in specs:
+                build_head(spec.branch, spec.head, spec.roi, recipe.model.backbone.fpn_channels, len(start.classes) + 1)
     for spec in specs:
         if options.images % spec.train.accumulate:
             raise UserError(
@@ -101,7 +105,7 @@ def open_setup(options: Heads, world: World) -> Setup:
     for train_features in (True, False):
         dataset = train_set if train_features else val_set
         digest.update(features.fingerprint(start.model, dataset, train_features, True).encode())
-    model = start.model.to(world.device).eval()
+    model = start.model.to(world.device, memory_format=torch.channels_last).eval()
     folder = output_folder(options.out, world)
     return Setup(
         options, start, model, recipe, members, specs, train_set, val_set, folder, digest.hexdigest()
@@ -112,13 +116,18 @@ def _check(options: Heads) -> None:
     if not options.checkpoint:
         raise UserError("no CHECKPOINT is named: the detector whose backbone and RPN are kept")
     for name, value, least in (
-        ("--steps", options.steps, 1), ("--train-images", options.train_images or 1, 1),("--images", options.images, 1), ("--windows", options.windows, 0),
-        ("--save-every", options.save_every, 1),
+        ("--steps", options.steps, 1), ("--images", options.images, 1), ("--windows", options.windows, 0),
+        ("--save-every", options.save_every, 1), ("--train-images", options.train_images, 1),
     ):  # fmt: skip
+        if value is None:
+            continue
         if value < least:
             raise UserError(f"{name} is {value}, at least {least} is accepted")
     _check_list("--seeds", options.seeds)
     _check_list("--kinds", options.kinds)
+    for option, kinds in (("--kinds", options.kinds), ("--varied-kinds", options.varied_kinds)):
+        if "conv5" in kinds:
+            raise UserError(f"{option}: conv5 is the head of a backbone without a pyramid, its last stage")
     if min(options.seeds) < 0:
         raise UserError(f"--seeds: {min(options.seeds)} is no seed, numbers from 0 on are accepted")
     if wrong := [step for step in options.evaluate_at if not 0 < step <= options.steps]:

@@ -17,6 +17,7 @@ from doublehead.analysis.heads.learner import Learner, Part
 from doublehead.analysis.heads.specs import HeadSpec
 from doublehead.config import RoIConfig
 from doublehead.data.loader import TrainBatches, is_flipped
+from doublehead.engine.logs import say
 from doublehead.engine.optim import seed_step
 from doublehead.engine.signals import Stopped, StopSignals
 from doublehead.models.heads import box_scale
@@ -25,6 +26,8 @@ from doublehead.models.roi_pooling import RoIPooling
 from doublehead.models.structures import RoISamples
 from doublehead.ops.boxes import encode_boxes
 
+SAY_SECONDS = 60.0
+"""Without a terminal, how often the progress is printed."""
 Pooled = dict[tuple[RoIConfig, float], Tensor]
 """(how RoIs are pooled, box scale) -> `Tensor[N, C, S, S]`."""
 
@@ -87,6 +90,7 @@ class SideBySide:
             total=self.steps, initial=self.step, desc=f"seed {self.seed}", unit="step", disable=None if shown else True
         )
         batches = self._batches()
+        first, before, said = self.step, self.seconds, time.monotonic()
         with StopSignals() as stop, bar:
             while self.step < self.steps:
                 begun = time.monotonic()
@@ -98,6 +102,10 @@ class SideBySide:
                 if self.step in pauses or self.step % save_every == 0 or stop.received:
                     on_save()
                 bar.update()
+                if shown and bar.disable and time.monotonic() - said >= SAY_SECONDS:  # no terminal: plain lines
+                    each, said = (self.seconds - before) / (self.step - first), time.monotonic()
+                    minutes = (self.steps - self.step) * each / 60
+                    say(f"seed {self.seed}, step {self.step} of {self.steps}, {minutes:.0f} minutes of training left")
                 if stop.received:
                     raise Stopped(stop.received)
 

@@ -1,0 +1,302 @@
+"""`analyze heads`: heads trained side by side equal those of a detector trained alone; resuming, records, mistakes."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from doublehead.analysis.heads import command, features
+from doublehead.analysis.heads.learner import Learner
+from doublehead.analysis.heads.setup import open_setup
+from doublehead.analysis.heads.specs import distinct_heads, parse_variant, plan, varied
+from doublehead.analysis.options import EvaluationData, Heads
+from doublehead.config import BackboneConfig, DataConfig, RoIConfig, RPNConfig, TrainConfig
+from doublehead.data import build_dataset, build_loader, horizontal_flip
+from doublehead.data.shapes import CLASSES
+from doublehead.engine.checkpoint import load_model, save_model
+from doublehead.engine.distributed import World
+from doublehead.engine.evaluator import evaluate, evaluate_each
+from doublehead.engine.optim import seed_step
+from doublehead.engine.signals import Stopped
+from doublehead.engine.trainer import Trainer
+from doublehead.errors import UserError
+from doublehead.models import build_detector
+from tests.support.analysis_detector import analyze, recipe
+from tests.support.engine_standin import one_thread  # noqa: F401 (a fixture)
+
+STEPS = 4
+KINDS = ("fc", "conv", "double_fc", "double_conv", "double_head_reverse", "double_head", "double_head_ext")
+WIDE = "model.head.conv_dim=32"
+OTHER_ROIS = "model.roi.samples=8,model.roi.positive_fraction=0.25"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """An untrained detector whose backbone has no statistics to learn."""
+    base = recipe("double_head_ext")
+    model = replace(
+        base.model,
+        backbone=BackboneConfig("resnet18", "frozen_batch_norm", weights=None, frozen_stages=0, fpn_channels=8),
+        rpn=RPNConfig((8, 16, 32, 64, 128), pre_nms_train=60, pre_nms_test=60, post_nms_train=40, post_nms_test=40),
+        roi=RoIConfig(samples=16, positive_fraction=0.5, canonical_size=64.0),
+        head=replace(base.model.head, conv_blocks=3),
+    )
+    # The optimiser that a detector and its heads share must not be one that mixes parameters, as clipping does.
+    train = TrainConfig(steps=STEPS, batch_size=1, lr=0.02, milestones=(3,), warmup_steps=2, channels_last=True,
+                        device="cpu", aspect_ratio_grouping=False, clip_grad_norm=None)  # fmt: skip
+    data = DataConfig("shapes", train_images=6, val_images=4, image_size=64, workers=0)
+    whole = replace(base, model=model, train=train, data=data)
+    torch.manual_seed(5)
+    folder = tmp_path_factory.mktemp("start")
+    detector = build_detector(model, 7)
+    for name, weight in detector.detector.rpn.named_parameters():  # proposals of many sizes, near the anchors
+        torch.nn.init.normal_(weight, std=0.3 if "objectness" in name else 0.02)
+    save_model(folder / "model.safetensors", detector, whole, CLASSES, range(1, 7))
+    return folder
+
+
+def options(start, out, **changes):
+    given = {"seeds": (3,), "steps": STEPS, "images": 1, "windows": 4, "kinds": KINDS, "save_models": KINDS}
+    return Heads(str(out), "cpu", str(start), EvaluationData(), **(given | changes))
+
+
+@pytest.fixture(scope="module")
+def out(start, tmp_path_factory):
+    """All kinds, and two variants of the double head, trained in one go."""
+    folder = tmp_path_factory.mktemp("heads") / "out"
+    torch.set_num_threads(1)
+    command.run(options(start, folder, vary=(WIDE, OTHER_ROIS)), World())
+    return folder
+
+
+def trained_alone(start, kind, monkeypatch, seed=3):
+    """A detector of this kind, trained by the trainer on whole images, backbone and RPN frozen."""
+    from doublehead.models import detector as module
+
+    loaded = load_model(start)
+    setup = open_setup(options(start, start / "unused", kinds=(kind,)), World())
+    (member,) = setup.members
+    model = build_detector(replace(member.model, backbone=replace(member.model.backbone, weights=None)), 7)
+    for part in ("backbone", "rpn"):
+        getattr(model.detector, part).load_state_dict(getattr(loaded.model.detector, part).state_dict())
+        getattr(model.detector, part).requires_grad_(False)
+    model.detector.backbone.eval()
+    monkeypatch.setattr(model.detector.backbone, "train", lambda mode=True: model.detector.backbone)  # frozen: stays so
+    for branch, spec in member.heads.items():
+        learner = Learner(spec, 8, 7, seed, torch.device("cpu"))
+        model.detector.heads[branch].load_state_dict(learner.head.state_dict())
+    config = replace(setup.recipe.train, seed=seed)
+    trainer = Trainer(
+        model, config,
+        lambda first: build_loader(setup.train_set, 1, train=True, seed=seed, start_step=first),
+    )  # fmt: skip
+    original = module.sample_rois
+
+    def sample_rois(*arguments):  # the trainer's stream serves the RPN's anchors first
+        seed_step(seed, trainer.step)
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "sample_rois", sample_rois)
+    trainer.fit()
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_equal_those_of_a_detector_trained_alone(start, out, kind, monkeypatch):
+    """To the bit: the same initial heads, images, RoIs and optimiser."""
+    alone = trained_alone(start, kind, monkeypatch).detector.heads.state_dict()
+    together = load_model(out / "models" / f"{kind}-seed3").model.detector.heads.state_dict()
+    assert alone.keys() == together.keys()
+    for name, values in alone.items():
+        assert torch.equal(values, together[name]), name
+
+
+def test_training_changes_every_weight(start, out):
+    """Else the test above would compare initial weights."""
+    setup = open_setup(options(start, start / "unused"), World())
+    for member in setup.members:
+        heads = load_model(out / "models" / f"{member.kind}-seed3").model.detector.heads
+        for branch, spec in member.heads.items():
+            fresh = dict(Learner(spec, 8, 7, 3, torch.device("cpu")).head.named_parameters())
+            for name, weight in heads[branch].named_parameters():
+                moved = not torch.equal(weight, fresh[name])
+                # A bias before a batch norm, or of theta and phi while W is 0, has no gradient.
+                assert moved or name.endswith("bias") or ".theta" in name or ".phi" in name or ".g" in name, name
+
+
+def test_records_hold_what_the_saved_detectors_find(out):
+    found = json.loads((out / "heads.json").read_text())
+    assert found["seeds"] == [3] and found["format"] == "doublehead heads 1"
+    (training,) = found["trainings"]
+    assert training["seed"] == 3 and training["seconds"] > 0
+    assert {"command", "version", "commit", "date", "machine"} <= training.keys() & found.keys()
+    for kind in KINDS:
+        model, saved, classes, _ = load_model(out / "models" / f"{kind}-seed3")
+        dataset = build_dataset(saved.data, "val", classes=classes)
+        ours = [one for one in found["results"] if one["kind"] == kind and one["variant"] == "base"]
+        (own,) = [one for one in ours if one["step"] == STEPS and one["readout"] == "fused"
+                  and one["fusion"] == "complementary"]  # fmt: skip
+        metrics, _ = evaluate(model, dataset)
+        for name in ("AP", "AP50", "AP75", "APs", "APm"):
+            assert own[name] == metrics[name], (kind, name)
+        if kind == "double_head_ext":
+            chosen = {name: model.detector.resolve_readout(name) for name in ("split", "fc", "conv")}
+            for name, numbers in evaluate_each(model, dataset, chosen).items():
+                (one,) = [o for o in ours if o["step"] == STEPS and o["readout"] == name]
+                assert one["AP"] == numbers["AP"]
+
+
+def test_every_head_is_recorded_once(out):
+    found = json.loads((out / "heads.json").read_text())
+    last = [one for one in found["heads"] if one["step"] == STEPS]
+    names = [(one["variant"], one["head"]) for one in last]
+    assert len(set(names)) == len(names)
+    base = {"fc: both", "conv: both", "fc: classes", "fc: boxes", "conv: classes", "conv: boxes",
+            "double_head_ext fc", "double_head_ext conv"}  # fmt: skip
+    assert {name for variant, name in names if variant == "base"} == base
+    assert {name for variant, name in names if variant == WIDE} == {"conv: boxes"}  # the fc-head is the base's
+    assert {name for variant, name in names if variant == OTHER_ROIS} == {"fc: both", "fc: classes", "conv: boxes"}
+    for one in last:
+        assert sum(one["windows"]) == 4 * found["data"]["val_objects"]
+        assert ("loss_reg" in one) == any(value is not None for value in one["regressed_iou"])
+        assert ("loss_cls" in one) == any(value is not None for value in one["score"])
+        assert one["rois"] == STEPS * (8 if one["variant"] == OTHER_ROIS else 16)
+
+
+def test_a_stopped_training_goes_on_to_the_same_bits(start, out, tmp_path, monkeypatch):
+    from doublehead.analysis.heads import training
+
+    original = training.SideBySide._train
+
+    def stop_in_step_3(self, images):
+        original(self, images)
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    given = options(start, tmp_path / "out", vary=(WIDE, OTHER_ROIS))
+    monkeypatch.setattr(training.SideBySide, "_train", stop_in_step_3)
+    with pytest.raises(Stopped):
+        command.run(given, World())
+    monkeypatch.setattr(training.SideBySide, "_train", original)
+    command.run(given, World())
+    for kind in KINDS:
+        whole, resumed = (load_model(folder / "models" / f"{kind}-seed3").model for folder in (out, tmp_path / "out"))
+        for name, values in whole.state_dict().items():
+            assert torch.equal(values, resumed.state_dict()[name]), (kind, name)
+    before, after = (json.loads((folder / "heads.json").read_text()) for folder in (out, tmp_path / "out"))
+    assert before["results"] == after["results"] and before["heads"] == after["heads"]
+
+
+def test_parts_of_a_step_have_their_own_statistics_and_share_a_gradient(start):
+    """`train.accumulate`: two parts of one image each, against both passes and their mean gradient by hand."""
+    from doublehead.analysis.heads.learner import Part
+
+    setup = open_setup(
+        options(start, start / "unused", kinds=("conv",), images=2, set=("train.accumulate=2",)), World()
+    )
+    (spec,) = setup.specs
+    torch.manual_seed(0)
+    parts = [
+        Part(
+            torch.randn(6, 8, 7, 7),
+            torch.tensor([1, 0, 2, 0, 3, 0]),
+            torch.ones(6, dtype=torch.bool),
+            torch.randn(6, 4),
+        )
+        for _ in range(2)
+    ]
+    learner, byhand = (Learner(spec, 8, 7, 0, torch.device("cpu")) for _ in range(2))
+    learner.step(0, parts)
+    byhand.head.train()
+    sums = {}
+    for part in parts:
+        byhand.head.zero_grad()
+        sum(byhand._losses(part).values()).backward()
+        for name, weight in byhand.head.named_parameters():
+            sums[name] = sums.get(name, 0) + weight.grad / 2
+    for name, weight in learner.head.named_parameters():
+        torch.testing.assert_close(weight.grad, sums[name], rtol=1e-4, atol=1e-6)
+    for name, values in byhand.head.named_buffers():
+        torch.testing.assert_close(values, dict(learner.head.named_buffers())[name])
+
+
+def test_features_are_those_of_the_detector(start, tmp_path):
+    setup = open_setup(options(start, tmp_path / "out"), World())
+    features.build(tmp_path / "f", setup.model, setup.train_set, True, True, 0)
+    file = features.FeatureFile(
+        tmp_path / "f", features.fingerprint(setup.model, setup.train_set, True, True), torch.device("cpu")
+    )
+    for index in (0, 5):
+        image, target = setup.train_set[index]
+        for mirrored in (False, True):
+            seen = (image, target)
+            if mirrored:
+                seen = horizontal_flip(image, target)
+            wanted = features.compute_features(setup.model, *seen, True)
+            found = file[index, mirrored]
+            for level, other in zip(found.maps, wanted.maps, strict=True):
+                assert torch.equal(level, other)
+                assert level.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(found.proposals.boxes, wanted.proposals.boxes)
+            assert torch.equal(found.proposals.valid, wanted.proposals.valid)
+            assert torch.equal(found.targets.boxes, wanted.targets.boxes)
+            assert torch.equal(found.targets.labels, wanted.targets.labels)
+            assert (found.size, found.stored, found.image_id) == (wanted.size, wanted.stored, wanted.image_id)
+    with pytest.raises(UserError, match="another detector or of other data"):
+        features.build(tmp_path / "f", setup.model, setup.train_set, False, True, 0)
+
+
+def test_changed_options_are_refused(start, out):
+    with pytest.raises(UserError, match="other heads, data or options"):
+        command.run(options(start, out, vary=(WIDE,)), World())
+
+
+def test_variants_share_what_they_do_not_change(start):
+    base = load_model(start).recipe
+    members = plan(base, KINDS, {"text": parse_variant("model.roi.conv_box_scale=1.0")}, ("fc", "double_head"))
+    assert [m.kind for m in members if m.variant == "text"] == ["double_head"]  # fc would be the base's
+    assert len(distinct_heads(members)) == 8 + 1
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("model.backbone.name=resnet50", "cannot be varied"),
+        ("train.steps=3", "cannot be varied"),
+        ("train.augment.crop=0.5", "cannot be varied"),
+        ("model.roi.sample=3", "did you mean model.roi.samples"),
+        ("model.head.conv_blocks=zero", "conv_blocks"),
+        ("model.head.conv_blocks", "expected FIELD=VALUE"),
+    ],
+)
+def test_a_wrong_variant_is_named(start, text, message):
+    with pytest.raises(UserError, match=message):
+        varied(load_model(start).recipe, parse_variant(text), "--vary")
+
+
+def test_values_of_variants():
+    assert parse_variant("train.milestones=[1,2],train.optimizer=sgd,train.clip_grad_norm=null") == {
+        "train.milestones": [1, 2], "train.optimizer": "sgd", "train.clip_grad_norm": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--seeds", "1", "1"], "--seeds: 1 is named twice"),
+        (["--kinds", "conv5"], "--kinds: conv5 is the head of a backbone without a pyramid"),
+        (["--train-images", "0"], "--train-images is 0"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--evaluate-at", "99"], "there is no such step"),
+        (["--images", "3", "--set", "train.accumulate=2"], "cannot be divided"),
+        (["--vary", "model.head.conv_blocks=2"], "expected an odd number"),
+    ],
+)
+def test_mistakes_on_the_command_line(start, tmp_path, capsys, more, message):
+    assert analyze("heads", start, "--steps", 4, "--out", tmp_path / "out", *more) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
