@@ -20,14 +20,18 @@ Weights = tuple[float, float]
 
 
 def draw_grid(
-    aps: dict[ReadOutName, dict[Weights, float | None]], untrained: dict[ReadOutName, set[Weights]], name: str
+    aps: dict[ReadOutName, dict[Weights, float | None]],
+    untrained: dict[ReadOutName, set[Weights]],
+    name: str,
+    errors: dict[ReadOutName, dict[Weights, float | None]] | None = None,
 ) -> Any:
     """Four heat maps with one grey scale; the best cell of each is framed.
 
     Args:
         aps: read-out -> weights -> AP in 0 .. 1; None: unknown.
         untrained: read-out -> weights that leave one of its tasks untrained; these cells are hatched.
-        name: the recipe's name, for the title.
+        name: what was trained, for the title.
+        errors: standard errors of `aps`.
     """
     from matplotlib.figure import Figure
 
@@ -38,13 +42,16 @@ def draw_grid(
     figure = Figure(figsize=(2 * max(4.2, 0.8 * len(columns)), 2 * max(3.6, 0.62 * len(rows))), layout="constrained")
     panels = figure.subplots(2, 2)
     for axes, (readout, title) in zip(panels.flat, TITLES.items(), strict=True):
-        shown = _draw_panel(axes, aps[readout], untrained[readout], columns, rows, limits)
+        own = {} if errors is None else errors[readout]
+        shown = _draw_panel(axes, aps[readout], untrained[readout], columns, rows, limits, own)
         axes.set_title(title)
     if known:
         figure.colorbar(shown, ax=panels, label="AP, percent", shrink=0.8)
     gaps = [weights for readout in aps for weights, ap in aps[readout].items() if ap is None]
     figure.suptitle(f"AP over the balance weights: {name}", fontsize="large")
     notes = ["thick frame: best of its panel"]
+    if errors is not None and any(error is not None for own in errors.values() for error in own.values()):
+        notes.append("±: standard error over seeds")
     if any(untrained.values()):
         notes.append("hatched: the weights leave this read-out untrained")
     if len(gaps) > sum(map(len, untrained.values())):
@@ -60,6 +67,7 @@ def _draw_panel(
     columns: list[float],
     rows: list[float],
     limits: tuple[float, float],
+    errors: dict[Weights, float | None],
 ) -> Any:
     from matplotlib.patches import Rectangle
 
@@ -74,7 +82,9 @@ def _draw_panel(
             axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="///", edgecolor="0.6", linewidth=0))
         elif not np.isnan(value):
             dark = shown.norm(value) > 0.5
-            axes.text(x, y, f"{value:.1f}", ha="center", va="center", color="white" if dark else "black")
+            error = errors.get((columns[x], rows[y]))
+            text = f"{value:.1f}" + ("" if error is None else f"\n±{100 * error:.1f}")
+            axes.text(x, y, text, ha="center", va="center", color="white" if dark else "black")
     if not np.isnan(values).all():
         y, x = np.unravel_index(np.nanargmax(values), values.shape)
         for colour, width in (("white", 6), ("black", 2.5)):  # visible on light and on dark cells

@@ -18,11 +18,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from doublehead.analysis.balance_figure import draw_grid
+from doublehead.analysis import balance_heads
+from doublehead.analysis.balance_results import FIGURE, NUMBERS, Grid, trained_readouts, write_figure
 from doublehead.analysis.options import BalanceWeights
-from doublehead.analysis.output import output_folder, save_figure, write_csv
+from doublehead.analysis.output import output_folder
+from doublehead.analysis.record import Rows
 from doublehead.analysis.runs import differences, run_folders
-from doublehead.config import ModelConfig, ReadOutName, Recipe, TrainConfig
+from doublehead.config import ReadOutName, Recipe, TrainConfig
 from doublehead.data import build_dataset
 from doublehead.engine.checkpoint import MODEL_FILE, load_model
 from doublehead.engine.distributed import World
@@ -31,11 +33,10 @@ from doublehead.engine.files import RECIPE_FILE, read_recipe, write_json
 from doublehead.engine.logs import say
 from doublehead.engine.run import METRICS_FILE, train
 from doublehead.errors import UserError, config_errors
-from doublehead.models.readout import EXT_SOURCES, resolve_sources
+from doublehead.models.readout import EXT_SOURCES
 from doublehead.recipes import RECIPES
 
 READOUTS_FILE = "readouts.json"
-NUMBERS = ("AP", "AP50", "AP75")
 _READOUT = ("model.detection.",)  # every run is evaluated with all four read-outs
 
 
@@ -52,11 +53,18 @@ class Cell:
 
 
 def run(options: BalanceWeights, world: World) -> None:
-    """Train and evaluate what is missing, then write `balance-weights.csv` and `balance-weights.png`.
+    """Train and evaluate what is missing, or take a record's results, then write the figure, its table and record.
 
     Raises:
-        UserError: not an Ext recipe, an invalid grid, a folder with other contents, or data that cannot be used.
+        UserError: not an Ext recipe, an invalid grid, a folder with other contents, data that cannot be used, or a
+            record of something else.
     """
+    if options.heads is not None:
+        results, origin = balance_heads.read_record(options.heads)
+        out = output_folder(options.out, world)
+        world.on_main(lambda: balance_heads.write_results(results, origin, out))
+        return
+    started = time.monotonic()
     recipe = ext_recipe(options)
     recipes = [cell_recipe(recipe, *weights, options) for weights in grid_weights(options)]
     out = output_folder(options.out, world)
@@ -70,7 +78,7 @@ def run(options: BalanceWeights, world: World) -> None:
         if world.is_main and not cell.finished:
             say(f"run {number + 1} of {len(todo)}: l_fc {cell.l_fc}, l_conv {cell.l_conv}{_left(begun, number, todo)}")
         measure(cell, world)
-    world.on_main(lambda: write_results(cells, out, recipe.name))
+    world.on_main(lambda: write_results(cells, out, recipe.name, time.monotonic() - started))
 
 
 def ext_recipe(options: BalanceWeights) -> Recipe:
@@ -135,18 +143,6 @@ def cell_recipe(recipe: Recipe, l_fc: float, l_conv: float, options: BalanceWeig
     readout = next(readout for readout in wanted if readout in valid)
     name = f"{recipe.name}, {_cell_name(l_fc, l_conv)}"
     return replace(recipe, name=name, model=replace(model, detection=replace(model.detection, readout=readout)))
-
-
-def trained_readouts(model: ModelConfig) -> list[ReadOutName]:
-    """The read-outs of an Ext whose classifiers and regressor its loss weights train."""
-    found = []
-    for readout in EXT_SOURCES:
-        try:
-            resolve_sources(model.head.kind, readout, model.detection.fusion, model.loss)
-        except ValueError:
-            continue
-        found.append(readout)
-    return found
 
 
 def _cell_name(l_fc: float, l_conv: float) -> str:
@@ -254,27 +250,16 @@ def read_results(folder: Path) -> dict[str, dict[str, float | None]]:
         raise UserError(f"{path}: cannot be read ({error}); delete it and it is made again") from error
 
 
-def write_results(cells: list[Cell], out: Path, name: str) -> None:
-    """Write the table and the figure, and print the best cell of each read-out."""
+def write_results(cells: list[Cell], out: Path, name: str, seconds: float) -> None:
+    """Write figure, table and record of the grid, and print the best cell of each read-out."""
     rows: list[list[Any]] = []
-    aps: dict[ReadOutName, dict] = {readout: {} for readout in EXT_SOURCES}
-    untrained: dict[ReadOutName, set] = {readout: set() for readout in EXT_SOURCES}
+    aps: Grid = {readout: {} for readout in EXT_SOURCES}
     for cell in cells:
         results = read_results(cell.folder)
-        valid = trained_readouts(cell.recipe.model)
         for readout in EXT_SOURCES:
-            if readout not in valid:
-                untrained[readout].add((cell.l_fc, cell.l_conv))
             numbers = [results.get(readout, {}).get(name) for name in NUMBERS]
-            rows.append([cell.l_fc, cell.l_conv, readout, *numbers, cell.folder if results else None])
+            rows.append([cell.l_fc, cell.l_conv, readout, *numbers, str(cell.folder) if results else None])
             aps[readout][cell.l_fc, cell.l_conv] = numbers[0]
-    write_csv(out / "balance-weights.csv", ("l_fc", "l_conv", "readout", *NUMBERS, "run"), rows)
-    save_figure(out / "balance-weights.png", draw_grid(aps, untrained, name))
-    for readout, values in aps.items():
-        known = {weights: ap for weights, ap in values.items() if ap is not None}
-        if not known:
-            say(f"{readout:<5}  no run to measure")
-            continue
-        best = max(known, key=known.__getitem__)
-        say(f"{readout:<5}  best AP {100 * known[best]:.1f} at l_fc {best[0]}, l_conv {best[1]}; {len(known)} runs")
-    say(f"{out}: balance-weights.csv, balance-weights.png")
+    models = {(cell.l_fc, cell.l_conv): cell.recipe.model for cell in cells}
+    tables = [Rows(FIGURE, ("l_fc", "l_conv", "readout", *NUMBERS, "run"), rows)]
+    write_figure(out, name, aps, models, tables, {"recipe": name, "seconds": round(seconds, 1)})

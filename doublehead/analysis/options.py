@@ -104,6 +104,9 @@ class BalanceWeights(Output):
     """An Ext recipe; the grid changes its l_fc and l_conv."""
     l_fc: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     l_conv: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    heads: str | None = None
+    """A heads.json of `analyze heads` whose variants change model.loss.l_fc and model.loss.l_conv: draw these, their
+    mean over its seeds, and train nothing; --out alone counts then."""
     runs: str | None = None
     """Another folder whose finished runs of the recipe are used."""
     collect: tyro.conf.FlagCreatePairsOff[bool] = False

@@ -36,7 +36,7 @@ from doublehead.analysis.moments import Moments, MomentTable
 from doublehead.analysis.options import Pearson
 from doublehead.analysis.pearson_figure import Correlation, draw
 from doublehead.analysis.readers import ImageFeatures, Reader, shared_features
-from doublehead.analysis.record import Rows, write_tables
+from doublehead.analysis.record import Rows, describe_study, write_tables
 from doublehead.analysis.study import Study, open_study
 from doublehead.analysis.windows import ObjectWindows, object_windows
 from doublehead.data import Target
@@ -188,7 +188,8 @@ def write_results(study: Study, table: MomentTable, options: Pearson) -> None:
     ]  # fmt: skip
     if differences:
         tables.append(Rows(DIFFERENCES, DIFFERENCE_COLUMNS, differences))
-    files = write_tables(study, tables, background=options.background)
+    content = describe_study(study) | {"background": options.background}
+    files = write_tables(study.folder, FIGURE, tables, content)
     title = f"Correlation of scores and boxes' IoUs, {study.objects:,} objects, {len(study.sizes)} images of "
     titles = TITLES | ({"proposals": WITH_BACKGROUND} if options.background == "include" else {})
     files.append(draw(study.folder / f"{FIGURE}.png", correlations, title + study.dataset.name, titles))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,25 +26,33 @@ class Rows(NamedTuple):
     rows: list[Sequence[Any]]
 
 
-def write_tables(study: Study, tables: Sequence[Rows], **more: Any) -> list[str]:
-    """Write NAME.csv for each table, and `FIGURE.json`.
+def write_tables(folder: Path, figure: str, tables: Sequence[Rows], content: Mapping[str, Any]) -> list[str]:
+    """Write NAME.csv for each table, and FIGURE.json.
 
-    The record has `format`, `figure`, all of `provenance`, `heads` (name, checkpoint as given and the SHA-256 of its
-    file, kind, and which of its branches give classes and boxes), `data` (name, images, objects, windows of each
-    object), `seconds` of the measurement in this call, and `tables`: name -> `columns` and `rows`, as in the CSV files.
-
-    Args:
-        more: further plain values for the record.
+    The record has `format`, `figure`, all of `provenance`, then `content`, and `tables`: name -> `columns` and `rows`,
+    as in the CSV files.
 
     Returns:
         The names of the files.
     """
     for table in tables:
-        write_csv(study.folder / f"{table.name}.csv", table.columns, table.rows)
-    record = {
-        "format": FORMAT,
-        "figure": study.figure,
-        **provenance(),
+        write_csv(folder / f"{table.name}.csv", table.columns, table.rows)
+    found = {table.name: {"columns": list(table.columns), "rows": table.rows} for table in tables}
+    record = {"format": FORMAT, "figure": figure, **provenance(), **content, "tables": found}
+    write_json(folder / f"{figure}.json", record, indent=None)
+    return [*(f"{table.name}.csv" for table in tables), f"{figure}.json"]
+
+
+def describe_study(study: Study) -> dict[str, Any]:
+    """What a record says of the heads and the data.
+
+    Returns:
+        heads: of each trained model the head's name, the checkpoint as it was given and its file's SHA-256, the kind,
+            and which of its branches give classes and boxes.
+        data: name, numbers of images and objects, and of windows of each object.
+        seconds: how long this call measured.
+    """
+    return {
         "heads": [_describe(reader) for reader in study.readers],
         "data": {
             "name": study.dataset.name,
@@ -53,11 +61,7 @@ def write_tables(study: Study, tables: Sequence[Rows], **more: Any) -> list[str]
             "windows_per_object": windows.WINDOWS,
         },
         "seconds": round(study.seconds, 1),
-        **more,
-        "tables": {table.name: {"columns": list(table.columns), "rows": table.rows} for table in tables},
     }
-    write_json(study.folder / f"{study.figure}.json", record, indent=None)
-    return [*(f"{table.name}.csv" for table in tables), f"{study.figure}.json"]
 
 
 def _describe(reader: Reader) -> dict[str, Any]:

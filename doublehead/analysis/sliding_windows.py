@@ -21,7 +21,7 @@ from doublehead.analysis.jackknife import CLUSTERS, Estimate, Sample, Samples, e
 from doublehead.analysis.moments import Moments, MomentTable
 from doublehead.analysis.options import SlidingWindows
 from doublehead.analysis.readers import ImageFeatures, Reader, shared_features
-from doublehead.analysis.record import Rows, write_tables
+from doublehead.analysis.record import Rows, describe_study, write_tables
 from doublehead.analysis.study import Study, open_study
 from doublehead.analysis.windows import BINS, ObjectWindows, iou_bins, object_windows
 from doublehead.analysis.windows_figure import Curve, Point, draw, draw_differences
@@ -105,10 +105,11 @@ def write_results(study: Study, table: MomentTable) -> None:
         if not curve.has_windows:
             say(f"{curve.group}: no objects, so nothing is drawn")
     where = f"{study.objects:,} objects, {len(study.sizes)} images of {study.dataset.name}"
-    files = write_tables(study, [Rows(FIGURE, COLUMNS, [row for curve in curves for row in _rows(curve)])] + (
-        [Rows(DIFFERENCES, DIFFERENCE_COLUMNS, [row for curve in differences for row in _difference_rows(curve)])]
-        if differences else []
-    ))  # fmt: skip
+    tables = [Rows(FIGURE, COLUMNS, [row for curve in curves for row in _rows(curve)])]
+    if differences:
+        rows = [row for curve in differences for row in _difference_rows(curve)]
+        tables.append(Rows(DIFFERENCES, DIFFERENCE_COLUMNS, rows))
+    files = write_tables(study.folder, FIGURE, tables, describe_study(study))
     files.append(draw(study.folder / f"{FIGURE}.png", curves, f"Sliding windows, {where}"))
     if shown := [curve for curve in differences if curve.minus == next(iter(study.heads))]:
         files.append(draw_differences(study.folder / f"{DIFFERENCES}.png", shown, f"Sliding windows, {where}"))

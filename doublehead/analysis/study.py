@@ -122,6 +122,8 @@ def open_study(figure: str, options: SlidingWindows | Pearson, world: World, **m
     if world.is_main:
         names = ", ".join(dict.fromkeys(reader.name for reader in readers))
         say(f"{figure}: {names} on {len(sizes)} images of {dataset.name}")
+        if len({[reader.name for reader in readers].count(reader.name) for reader in readers}) > 1:
+            say("heads with different numbers of seeds have no differences, which are taken seed by seed")
         for line in describe(groups, classes, sizes):
             say(line)
     return Study(figure, readers, dataset, config.workers, groups, sizes, folder, depends_on)
