@@ -37,7 +37,13 @@ def losses(record: Record) -> Figure:
         for panel in axes:
             for curve in curves:
                 panel.plot(curve.keys(), curve.values(), color=COLOURS[kind], alpha=0.3, linewidth=0.8)
-            panel.plot(points, means, color=COLOURS[kind], linewidth=2, label=f"{WORDS[kind]}, {len(curves)} seeds")
+            panel.plot(
+                points,
+                means,
+                color=COLOURS[kind],
+                linewidth=2,
+                label=f"{WORDS[kind]}, {len(curves)} seed{'s' * (len(curves) > 1)}",
+            )
     late = [loss for run in record["runs"] for step, loss in run["loss"] if step > 0.6 * last]
     axes[0].set(xlabel="step", ylabel="loss", title="whole training")
     axes[1].set(
@@ -67,8 +73,11 @@ def curves(record: Record) -> Figure:
         axes[2], record, lambda step: _iou(record, "conv: boxes", step), lambda step: _iou(record, "fc: boxes", step)
     )
     axes[2].set_title("IoU of regressed boxes, windows of 0.5 or more")
+    seen = [rois(record, step) for step in steps(record)]
     for panel in axes:
         panel.set(xlabel="RoIs seen", xscale="log")
+        panel.set_xticks(seen, [f"{number:,}" for number in seen], fontsize=8)
+        panel.set_xticks([], minor=True)
         panel.legend(frameon=False, fontsize=8)
     return figure
 

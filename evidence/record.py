@@ -6,7 +6,8 @@ python evidence/record.py heads NAME FILE       a heads.json of `doublehead anal
 python evidence/record.py figure FILE           the JSON file of another `doublehead analyze`, and its pictures
 
 --start FOLDER: the run of `shapes-ext` that trainings started from; --commit SHA: with what they were made, if not with
-what is checked out now; --seconds FILE: where run.sh kept the wall time of its parts; --out, --pictures FOLDER: where they go.
+what is checked out now; --seconds FILE: where run.sh kept the wall time of its parts; --out, --pictures FOLDER: where
+records and pictures go.
 """
 
 from __future__ import annotations

@@ -27,9 +27,11 @@ WINDOWS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
 REGRESSORS = ("fc: both", "fc: boxes", "conv: both", "conv: boxes", "double_head_ext conv")
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A table; all columns but the first `left` are numbers."""
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, last: bool = False) -> str:
+    """A table; all columns but the first `left`, and with `last` the last, are numbers."""
     rule = ["---"] * left + ["---:"] * (len(header) - left)
+    if last:
+        rule[-1] = "---"
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
@@ -264,7 +266,7 @@ def findings(records: Records) -> str:
             said = (claim, where, reason) if number == 0 else ("", "", "")
             rows.append([*said[:2], *_tested(test, records.get(test.record)), said[2]])
     header = ["the paper says", "in", "compared here", "verdict", "paper", *COMPARED, "reason"]
-    return markdown(header, rows, left=4)
+    return markdown(header, rows, left=4, last=True)
 
 
 def _tested(test: Test, record: Record | None) -> list[str]:

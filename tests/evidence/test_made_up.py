@@ -28,6 +28,14 @@ def test_a_table_has_as_many_cells_in_each_row(name):
         assert name == "origin" or len(rows) > 2
 
 
+def test_norms_are_shown_by_when_and_head():
+    rows = [
+        {"when": "end", "head": "conv", "statistics": "running", "seed": seed, "iou": 0.7 + seed / 100, "loss_cls": 0.3}
+        for seed in (0, 1, 2)
+    ]
+    assert "| end | conv | running | 0.710 ± 0.010 | 0.300 ± 0.000 |" in views.norms({"results": rows})
+
+
 def test_numbers_are_in_percent_with_their_spread():
     assert "| Double-Head | 3 | 39.5 | 42.2 ± 0.2 |" in views.kinds(ALL["bccd"])
     assert "| Double-Head - single fc | AP | +2.2 | 0.12 | +11.0 | +1.7 .. +2.7 | 3 |" in views.differences(ALL["bccd"])
