@@ -262,6 +262,14 @@ def test_variants_share_what_they_do_not_change(start):
     assert len(distinct_heads(members)) == 8 + 1
 
 
+def test_a_grid_of_balance_weights_needs_a_head_for_each_weight(start):
+    base = load_model(start).recipe  # l_fc 0.7, l_conv 0.8
+    grid = {f"{a}/{b}": {"model.loss.l_fc": a, "model.loss.l_conv": b} for a in (0.5, 0.7, 0.9) for b in (0.6, 0.8)}
+    members = plan(base, ("double_head_ext",), grid, ("double_head_ext",))
+    assert len(members) == 1 + 6  # with the base's own cell
+    assert len(distinct_heads(members)) == 3 + 2
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

@@ -113,14 +113,16 @@ def plan(
     variants: Mapping[str, Mapping[str, Any]],
     varied_kinds: Sequence[HeadKind],
 ) -> list[Member]:
-    """Every kind of the base, and of each variant those of `varied_kinds` that differ from the base's."""
+    """Every kind of the base, and of each variant those of `varied_kinds` that differ from the base's.
+
+    A variant that changes none of them, such as the base's own cell of a grid, has all: they cost no training.
+    """
     members = [_member(BASE, kind, recipe) for kind in kinds]
     for name, changes in variants.items():
         changed = varied(recipe, changes, "--vary")
-        for kind in varied_kinds:
-            member = _member(name, kind, changed)
-            if member.heads != _member(BASE, kind, recipe).heads:
-                members.append(member)
+        of_variant = [_member(name, kind, changed) for kind in varied_kinds]
+        differing = [member for member in of_variant if member.heads != _member(BASE, member.kind, recipe).heads]
+        members += differing or of_variant
     return members
 
 
