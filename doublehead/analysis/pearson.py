@@ -35,8 +35,9 @@ from doublehead.analysis.jackknife import CLUSTERS, Sample, Samples, estimate
 from doublehead.analysis.moments import Moments, MomentTable
 from doublehead.analysis.options import Pearson
 from doublehead.analysis.pearson_figure import Correlation, draw
-from doublehead.analysis.readers import ImageFeatures, Reader, shared_features
+from doublehead.analysis.readers import ImageFeatures, Reader
 from doublehead.analysis.record import Rows, describe_study, write_tables
+from doublehead.analysis.shared_reading import read_each, shared_features
 from doublehead.analysis.study import Study, open_study
 from doublehead.analysis.windows import ObjectWindows, object_windows
 from doublehead.data import Target
@@ -103,13 +104,13 @@ def measure_image(study: Study, options: Pearson, image: Tensor, target: Target)
     )
     windows = object_windows(image, target, options.seed)
     table, count, cluster = MomentTable(_shape(study)), 0, study.cluster(target["image_id"])
-    for head, (reader, features) in enumerate(
-        zip(study.readers, shared_features(study.readers, image, target["boxes"]), strict=True)
-    ):
+    every = shared_features(study.readers, image, target["boxes"])
+    read = window_pairs(study.readers, every, objects, windows, options.chunk) if len(objects.boxes) else []
+    for head, (reader, features) in enumerate(zip(study.readers, every, strict=True)):
         proposals = proposal_pairs(reader, features, objects, options.chunk, options.background == "include")
         found = {"detections": detection_pairs(reader.detect(image), objects), "proposals": proposals}
-        if len(objects.boxes):
-            found["windows"] = window_pairs(reader, features, objects, windows, options.chunk)
+        if read:
+            found["windows"] = read[head]
         for kind, pairs in found.items():
             table.add((head, KINDS.index(kind), pairs.labels - 1, pairs.sizes, cluster), pairs.scores, pairs.ious)
             count += len(pairs.scores)
@@ -117,11 +118,16 @@ def measure_image(study: Study, options: Pearson, image: Tensor, target: Target)
 
 
 def window_pairs(
-    reader: Reader, features: ImageFeatures, objects: Objects, windows: ObjectWindows, chunk: int
-) -> Pairs:
-    """All windows, each with its object."""
-    boxes = reader.rois(features, windows.boxes)
-    return _read_pairs(reader, features, objects, boxes, windows.ious, windows.objects, chunk)
+    readers: Sequence[Reader],
+    features: Sequence[ImageFeatures],
+    objects: Objects,
+    windows: ObjectWindows,
+    chunk: int,
+) -> list[Pairs]:
+    """For each reader all windows, each with its object."""
+    labels, sizes = objects.labels[windows.objects], objects.sizes[windows.objects]
+    readings = read_each(readers, features, windows.boxes, labels, chunk)
+    return [Pairs(reading.scores, windows.ious, labels, sizes) for reading in readings]
 
 
 def proposal_pairs(

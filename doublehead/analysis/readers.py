@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import functools
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from doublehead.config import Recipe
+from doublehead.config import Recipe, to_dict
 from doublehead.engine.checkpoint import LoadedModel, load_model
 from doublehead.errors import UserError, config_errors
 from doublehead.models import DoubleHeadRCNN, ImageBatch
@@ -90,8 +93,24 @@ class Reader:
     @torch.inference_mode()
     def read(self, features: ImageFeatures, boxes: Tensor, labels: Tensor) -> Reading:
         """Run the heads on `boxes` `Tensor[K, 4]`, in the batch's pixels, each with its class in `labels` [K]."""
+        return self.decode(self._run_heads(features, boxes, self.branches), features, boxes, labels)
+
+    @property
+    def branches(self) -> set[str]:
+        """The names of the heads that it reads."""
+        return {*self.readout.sources.classes, self.readout.sources.boxes}
+
+    @functools.cached_property
+    def backbone_digest(self) -> str:
+        """Equal for detectors that make the same features of an image."""
+        config = self.model.config
+        what = [to_dict(config.image), config.legacy_boxes, to_dict(replace(config.backbone, weights=None))]
+        return digest_of(what, self.model.detector.backbone.state_dict())
+
+    @torch.inference_mode()
+    def decode(self, outputs: dict[str, HeadOutput], features: ImageFeatures, boxes: Tensor, labels: Tensor) -> Reading:
+        """`read` from the outputs of `branches`."""
         detector, sources = self.model.detector, self.readout.sources
-        outputs = self._run_heads(features, boxes, {*sources.classes, sources.boxes})
         own = labels[:, None]
         deltas = outputs[sources.boxes].deltas.gather(1, own[..., None].expand(-1, 1, 4)).squeeze(1)
         moved = decode_boxes(deltas, boxes, self.recipe.model.roi.box_weights)
@@ -117,9 +136,8 @@ class Reader:
 
     def _run_heads(self, features: ImageFeatures, boxes: Tensor, names: Collection[str]) -> dict[str, HeadOutput]:
         detector = self.model.detector
-        rois = torch.cat((boxes.new_zeros(len(boxes), 1), boxes), dim=1)
         scales = sorted({detector.heads.box_scales[name] for name in names})
-        return detector.heads(detector.roi_pooling(features.maps, rois, scales), names)
+        return detector.heads(detector.roi_pooling(features.maps, as_rois(boxes), scales), names)
 
     def _scores(self, outputs: dict[str, HeadOutput]) -> Tensor:
         """`Tensor[K, C]`: of every class, background first, as the read-out joins the classifiers."""
@@ -138,7 +156,16 @@ class Reader:
         Raises:
             UserError: a score or a box is not finite.
         """
-        parts = [self.read(features, *part) for part in zip(boxes.split(chunk), labels.split(chunk), strict=True)]
+        return self.join(
+            [self.read(features, *part) for part in zip(boxes.split(chunk), labels.split(chunk), strict=True)]
+        )
+
+    def join(self, parts: Sequence[Reading]) -> Reading:
+        """One reading of several.
+
+        Raises:
+            UserError: a score or a box is not finite.
+        """
         scores, moved = (torch.cat(columns) for columns in zip(*parts, strict=True))
         self._check_finite(scores, moved)
         return Reading(scores, moved)
@@ -157,13 +184,18 @@ class Reader:
         return proposals.boxes[proposals.valid]
 
 
-def shared_features(readers: Sequence[Reader], image: Tensor, boxes: Tensor) -> list[ImageFeatures]:
-    """`Reader.features` of each reader, computed once for readers that share a detector."""
-    found: dict[int, ImageFeatures] = {}
-    for reader in readers:
-        if id(reader.model) not in found:
-            found[id(reader.model)] = reader.features(image, boxes)
-    return [found[id(reader.model)] for reader in readers]
+def as_rois(boxes: Tensor) -> Tensor:
+    """Boxes `Tensor[K, 4]` of the only image of a batch as `Tensor[K, 5]`, with its number first."""
+    return torch.cat((boxes.new_zeros(len(boxes), 1), boxes), dim=1)
+
+
+def digest_of(config: Any, state: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of plain values and a module's weights and buffers."""
+    digest = hashlib.sha256(json.dumps(config).encode())
+    for name, tensor in state.items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def parse_spec(text: str) -> HeadSpec:

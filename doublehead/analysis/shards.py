@@ -18,11 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from doublehead.analysis.readers import Reader
+from doublehead.analysis.readers import Reader, digest_of
 from doublehead.analysis.states import State, merge_states
 from doublehead.config import to_dict
 from doublehead.data import DetectionDataset, Loader, Target
@@ -42,7 +41,9 @@ def fingerprint(
     readers: Sequence[Reader], dataset: DetectionDataset, annotations: list[dict[str, Any]], **more: Any
 ) -> dict[str, Any]:
     """Everything a measurement depends on, as plain values: the heads, the data with its annotations, and `more`."""
-    models = {id(reader.model): _hash_of_model(reader) for reader in readers}
+    models = {
+        id(reader.model): digest_of(to_dict(reader.recipe.model), reader.model.state_dict()) for reader in readers
+    }
     heads = [[reader.name, models[id(reader.model)], list(reader.readout.sources.classes), reader.readout.sources.boxes]
              for reader in readers]  # fmt: skip
     data = [dataset.name, dataset.image_ids, dataset.image_sizes, annotations]
@@ -164,11 +165,3 @@ def _measure_share(
             say(f"stopped: {kept} in {folder}; the same command continues from there")
         raise Stopped(stop.received)
     return total
-
-
-def _hash_of_model(reader: Reader) -> str:
-    digest = hashlib.sha256(json.dumps(to_dict(reader.recipe.model)).encode())
-    for name, tensor in reader.model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -20,8 +20,9 @@ from doublehead.analysis.groups import SIZES, Group
 from doublehead.analysis.jackknife import CLUSTERS, Estimate, Sample, Samples, estimate
 from doublehead.analysis.moments import Moments, MomentTable
 from doublehead.analysis.options import SlidingWindows
-from doublehead.analysis.readers import ImageFeatures, Reader, shared_features
+from doublehead.analysis.readers import ImageFeatures, Reader
 from doublehead.analysis.record import Rows, describe_study, write_tables
+from doublehead.analysis.shared_reading import read_each, shared_features
 from doublehead.analysis.study import Study, open_study
 from doublehead.analysis.windows import BINS, ObjectWindows, iou_bins, object_windows
 from doublehead.analysis.windows_figure import Curve, Point, draw, draw_differences
@@ -64,24 +65,29 @@ def measure_image(study: Study, options: SlidingWindows, image: Tensor, target: 
     labels = target["labels"].to(image.device)[windows.objects]
     sizes = study.sizes[target["image_id"]].to(image.device)[windows.objects]
     cells = (labels - 1, sizes, iou_bins(windows.ious), study.cluster(target["image_id"]))
-    for head, (reader, features) in enumerate(
-        zip(study.readers, shared_features(study.readers, image, target["boxes"]), strict=True)
-    ):
-        scores, ious = read_windows(reader, features, target["boxes"], windows, labels, options.chunk)
+    features = shared_features(study.readers, image, target["boxes"])
+    found = read_windows(study.readers, features, target["boxes"], windows, labels, options.chunk)
+    for head, (scores, ious) in enumerate(found):
         table.add((head, *cells), scores, ious)
     return table, len(study.readers) * len(labels)
 
 
 def read_windows(
-    reader: Reader, features: ImageFeatures, objects: Tensor, windows: ObjectWindows, labels: Tensor, chunk: int
-) -> tuple[Tensor, Tensor]:
-    """The score of each window's class in `labels` [K], and its object's IoU with the regressed box: `Tensor[K]` each.
+    readers: Sequence[Reader],
+    features: Sequence[ImageFeatures],
+    objects: Tensor,
+    windows: ObjectWindows,
+    labels: Tensor,
+    chunk: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each reader the score of each window's class in `labels` [K], and its object's IoU with the regressed box.
 
-    IoUs are computed in the image's pixels, like those of the windows with the objects `Tensor[G, 4]`.
+    IoUs, `Tensor[K]`, are computed in the image's pixels, like those of the windows with the objects `Tensor[G, 4]`.
     """
-    scores, moved = reader.read_all(features, reader.rois(features, windows.boxes), labels, chunk)
-    truth = objects.to(moved.device)[windows.objects]
-    return scores, box_iou(features.into_image(moved)[:, None], truth[:, None])[:, 0, 0].clamp(0, 1)
+    for own, reading in zip(features, read_each(readers, features, windows.boxes, labels, chunk), strict=True):
+        truth = objects.to(reading.boxes.device)[windows.objects]
+        ious = box_iou(own.into_image(reading.boxes)[:, None], truth[:, None])[:, 0, 0].clamp(0, 1)
+        yield reading.scores, ious
 
 
 def write_results(study: Study, table: MomentTable) -> None:

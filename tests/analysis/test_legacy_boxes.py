@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from doublehead.analysis import feature_correlation, pearson, qualitative, sliding_windows
-from doublehead.analysis.readers import Reader, shared_features
+from doublehead.analysis.readers import Reader, Reading
+from doublehead.analysis.shared_reading import shared_features
 from doublehead.analysis.windows import object_windows
 from doublehead.config import ImageConfig
 from doublehead.data.shapes import CLASSES
@@ -73,9 +74,9 @@ def test_windows_are_read_where_training_has_boxes(readers, pooled):
     reader, windows = readers["fc"], object_windows(IMAGE, TARGET, 0)
     features, middle = reader.features(IMAGE, BOXES), len(windows.boxes) // 4
     objects = pearson.Objects(BOXES, TARGET["labels"], torch.zeros(2, dtype=torch.int64))
-    pearson.window_pairs(reader, features, objects, windows, chunk=9999)
+    pearson.window_pairs([reader], [features], objects, windows, chunk=9999)
     labels = TARGET["labels"][windows.objects]
-    sliding_windows.read_windows(reader, features, BOXES, windows, labels, 9999)
+    list(sliding_windows.read_windows([reader], [features], BOXES, windows, labels, 9999))
     expected = in_training(readers)
     assert len(pooled) == 2
     for rois in pooled:
@@ -85,10 +86,9 @@ def test_windows_are_read_where_training_has_boxes(readers, pooled):
 def test_regressed_boxes_are_compared_in_the_images_pixels(readers, monkeypatch):
     reader, windows = readers["fc"], object_windows(IMAGE, TARGET, 0)
     features = reader.features(IMAGE, BOXES)
-    unmoved = lambda features, boxes, labels, chunk: (labels.float(), boxes)  # noqa: E731
-    monkeypatch.setattr(reader, "read_all", unmoved)
+    monkeypatch.setattr(reader, "decode", lambda outputs, features, boxes, labels: Reading(labels.float(), boxes))
     labels = TARGET["labels"][windows.objects]
-    _, ious = sliding_windows.read_windows(reader, features, BOXES, windows, labels, 9999)
+    ((_, ious),) = sliding_windows.read_windows([reader], [features], BOXES, windows, labels, 9999)
     torch.testing.assert_close(ious, windows.ious, atol=1e-5, rtol=0)
 
 

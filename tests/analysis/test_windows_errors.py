@@ -12,6 +12,7 @@ from doublehead.analysis import sliding_windows, study, windows
 from doublehead.analysis.readers import open_readers
 from doublehead.config import DataConfig
 from doublehead.data import build_dataset
+from doublehead.ops import box_iou
 from tests.support.analysis_detector import (  # noqa: F401 (a fixture)
     SIDE,
     analyze,
@@ -58,10 +59,11 @@ def measured(heads):
         drawn = windows.object_windows(image, target, 0)
         labels, boxes = target["labels"][drawn.objects], target["boxes"]
         mine = windows.iou_bins(drawn.ious) == round(float(BIN) * windows.BINS)
-        ious = [
-            sliding_windows.read_windows(reader, reader.features(image, boxes), boxes, drawn, labels, 4096)[1][mine]
-            for reader in readers
-        ]
+        ious = []
+        for reader in readers:
+            features = reader.features(image, boxes)
+            moved = reader.read_all(features, reader.rois(features, drawn.boxes), labels, 4096).boxes
+            ious.append(box_iou(features.into_image(moved)[:, None], boxes[drawn.objects][:, None])[mine, 0, 0])
         found.append((len(boxes), torch.stack(ious).double().numpy()))
     return found
 
