@@ -6,8 +6,8 @@ python evidence/record.py heads NAME FILE       a heads.json of `doublehead anal
 python evidence/record.py figure FILE           the JSON file of another `doublehead analyze`, and its pictures
 
 --start FOLDER: the run of `shapes-ext` that trainings started from; --commit SHA: with what they were made, if not with
-what is checked out now; --seconds FILE: where run.sh kept the wall time of its parts; --out, --pictures FOLDER: where
-records and pictures go.
+what is checked out now; --seconds FILE --part PART: where run.sh kept the wall time; --out, --pictures FOLDER: where
+they go.
 """
 
 from __future__ import annotations
@@ -161,6 +161,19 @@ def write(path: Path, record: dict[str, Any]) -> None:
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
+def wall_seconds(file: Path, part: str) -> int:
+    """How long a part of run.sh took, all its calls together.
+
+    Raises:
+        SystemExit: the part never ended.
+    """
+    lines = [line.split("\t") for line in file.read_text().splitlines()]
+    found = [int(seconds) for name, seconds in lines if name == part]
+    if not found:
+        raise SystemExit(f"{file}: {part} has not ended")
+    return sum(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("bccd", "own-data", "heads", "figure"))
@@ -168,6 +181,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path)
     parser.add_argument("--commit")
     parser.add_argument("--seconds", type=Path)
+    parser.add_argument("--part")
     parser.add_argument("--out", type=Path, default=RECORDS)
     parser.add_argument("--pictures", type=Path, default=PICTURES)
     options = parser.parse_args()
@@ -184,8 +198,8 @@ def main() -> None:
             name = found["figure"]
     if options.commit:
         found["commit"] = options.commit
-    if options.seconds and options.seconds.exists():
-        found["parts"] = dict(line.split("\t") for line in options.seconds.read_text().splitlines())
+    if options.seconds:
+        found["wall_seconds"] = wall_seconds(options.seconds, options.part)
     if options.what == "figure":
         for picture in Path(place).parent.glob(f"{name}*.png"):
             shutil.copy(picture, options.pictures)

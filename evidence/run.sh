@@ -87,17 +87,24 @@ figures() { # of all seeds; 500 objects, 14,161 windows each
 
 checks() {
   python evidence/implementation.py
-  python evidence/conv_norms.py "$out/start/model.safetensors"
+  python evidence/conv_norms.py "$out/start/model.safetensors" --out "$out/conv_norms.json"
 }
 
 records() {
-  record() { python evidence/record.py "$@" --seconds "$out/seconds.tsv"; }
-  record own-data "$out/own-data" --start "$out/demo"
-  record bccd "$out/bccd" --start "$out/demo"
-  record heads shapes "$out/heads/heads.json"
-  record heads bccd "$out/heads-bccd/heads.json"
-  record heads factors "$out/factors/heads.json"
-  for figure in sliding-windows pearson balance-weights; do record figure "$out/figures/$figure.json"; done
+  record() { # part of this script, arguments
+    local part=$1
+    shift
+    python evidence/record.py "$@" --seconds "$out/seconds.tsv" --part "$part"
+  }
+  mkdir -p docs/evidence
+  record own-data own-data "$out/own-data" --start "$out/demo"
+  record bccd bccd "$out/bccd" --start "$out/demo"
+  record heads heads shapes "$out/heads/heads.json"
+  record heads-bccd heads bccd "$out/heads-bccd/heads.json"
+  record factors heads factors "$out/factors/heads.json"
+  record balance figure "$out/figures/balance-weights.json"
+  for figure in sliding-windows pearson; do record figures figure "$out/figures/$figure.json"; done
+  cp "$out/conv_norms.json" evidence/records/
   python evidence/tables.py
 }
 

@@ -317,13 +317,14 @@ def start(record: Record) -> str:
 
 
 def costs(records: Records) -> str:
-    """The time of each record, as its own numbers say."""
+    """The time of each record: what its trainings or measurements took, and where it is known of all around them."""
     rows = [
-        [record["what"].partition(".")[0], f"`{name}.json`", f"{record['seconds'] / 60:.1f}", str(len(record["seeds"])),
-         str(record["machine"]["threads"])]
+        [record["what"].partition(":")[0].partition(".")[0].partition("?")[0], f"`{name}.json`",
+         f"{record['seconds'] / 60:.1f}", f"{record['wall_seconds'] / 60:.1f}" if "wall_seconds" in record else "",
+         str(len(record["seeds"])), str(record["machine"]["threads"])]
         for name, record in records.items()
     ]  # fmt: skip
-    return markdown(["", "record", "minutes", "seeds", "threads"], rows, left=2)
+    return markdown(["", "record", "minutes", "wall minutes of the part", "seeds", "threads"], rows, left=2)
 
 
 def origin(record: Record) -> str:

@@ -115,3 +115,12 @@ def test_a_record_of_heads_counts_their_features(tmp_path):
         json.dumps({"trainings": [{"seconds": 2.0}, {"seconds": 3.0}], "features": {"seconds": 1.5}, "results": []})
     )
     assert record.heads("shapes", tmp_path / "heads.json")["seconds"] == 6.5
+
+
+def test_the_wall_time_of_a_part_is_that_of_all_its_calls(tmp_path):
+    path = tmp_path / "seconds.tsv"
+    path.write_text("bccd\t10\nheads\t7\nbccd\t5\n")
+    assert record.wall_seconds(path, "bccd") == 15
+    with pytest.raises(SystemExit, match="figures has not ended"):
+        record.wall_seconds(path, "figures")
+    assert "| 1.0 | 0.2 | 3 | 1 |" in views.costs({"bccd": ALL["bccd"] | {"wall_seconds": 12}})
