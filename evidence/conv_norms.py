@@ -5,14 +5,14 @@ python evidence/conv_norms.py CHECKPOINT [--steps 240] [--seeds 0 1 2] [--out FI
 On RoIs of a frozen detector (any run's model.safetensors) it trains an fc-head and two conv-heads for both tasks: one
 whose norms' scales start at 1, PyTorch's default since 1.2, and one where they are drawn from 0 .. 1, the default of
 the release's PyTorch 1.0.  On validation RoIs it then reads each with its running statistics, and with statistics
-computed again from training RoIs at rest, which running ones follow with a delay.  Writes a JSON file.
+computed again from training RoIs at rest, which running ones follow with a delay.  Writes a JSON file, after each head;
+the same command goes on behind those that are in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
 import time
 from collections.abc import Iterator
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from implementation import commit, machine
 from torch import Tensor, nn
 
+from doublehead.analysis.provenance import provenance
 from doublehead.config import LossConfig, ModelConfig, TrainConfig
 from doublehead.data import DetectionDataset, build_loader
 from doublehead.data.opening import open_splits
@@ -119,7 +119,8 @@ def read(heads: Heads, validation: list[Batch], config: ModelConfig) -> dict[str
     return {"iou": torch.cat(ious).mean().item(), "loss_cls": classes, "loss_reg": boxes}
 
 
-def results(checkpoint: Path, steps: int, seeds: list[int]) -> Iterator[dict[str, Any]]:
+def results(checkpoint: Path, steps: int, missing: list[tuple[int, str]]) -> Iterator[list[dict[str, Any]]]:
+    """What each of the `missing` heads, (seed, name), came to."""
     loaded = load_model(checkpoint)
     recipe, model = loaded.recipe, loaded.model
     splits = open_splits(recipe.data, classes=loaded.classes)
@@ -128,17 +129,18 @@ def results(checkpoint: Path, steps: int, seeds: list[int]) -> Iterator[dict[str
     validation = list(batches(model, splits.val, VALIDATION, images))
     schedule = scaled(replace(recipe.train, steps=steps, epochs=None), recipe.train.steps)
     channels = next(iter(training[0].pooled.values())).shape[1]
-    for seed in seeds:
-        for name, (kind, scales) in HEADS.items():
-            head = replace(model.config.head, kind=kind)
-            config = replace(model.config, head=head, loss=LossConfig(w_fc=1.0, w_conv=1.0))
-            heads = fresh(config, scales, channels, model.num_classes, seed)
-            for step, when in train(heads, training, config, schedule):
-                row = {"head": name, "seed": seed, "step": step, "when": when}
-                yield row | {"statistics": "running"} | read(heads, validation, config)
-                if kind == "conv":
-                    again = with_statistics_at_rest(heads, training)
-                    yield row | {"statistics": "at rest"} | read(again, validation, config)
+    for seed, name in missing:
+        kind, scales = HEADS[name]
+        head = replace(model.config.head, kind=kind)
+        config = replace(model.config, head=head, loss=LossConfig(w_fc=1.0, w_conv=1.0))
+        heads, rows = fresh(config, scales, channels, model.num_classes, seed), []
+        for step, when in train(heads, training, config, schedule):
+            row = {"head": name, "seed": seed, "step": step, "when": when}
+            rows.append(row | {"statistics": "running"} | read(heads, validation, config))
+            if kind == "conv":
+                again = with_statistics_at_rest(heads, training)
+                rows.append(row | {"statistics": "at rest"} | read(again, validation, config))
+        yield rows
 
 
 def main() -> None:
@@ -148,22 +150,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "records" / "conv_norms.json")
     options = parser.parse_args()
-    begun, rows = time.monotonic(), []
-    for row in results(options.checkpoint, options.steps, options.seeds):
-        rows.append({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()})
-        print(json.dumps(rows[-1]), flush=True)
     seeds = " ".join(map(str, options.seeds))
-    record = {
-        "what": __doc__.partition("\n")[0],
-        "command": f"python evidence/conv_norms.py {options.checkpoint} --steps {options.steps} --seeds {seeds}",
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "seeds": options.seeds,
-        "seconds": round(time.monotonic() - begun, 1),
-        "results": rows,
-    }
-    options.out.write_text(json.dumps(record, indent=2) + "\n")
+    command = f"python evidence/conv_norms.py {options.checkpoint} --steps {options.steps} --seeds {seeds}"
+    saved = json.loads(options.out.read_text()) if options.out.exists() else {"command": command}
+    if saved["command"] != command:
+        parser.error(f"{options.out} is of another command: {saved['command']}")
+    rows, begun = saved.get("results", []), time.monotonic() - saved.get("seconds", 0.0)
+    done = {(row["seed"], row["head"]) for row in rows}
+    missing = [(seed, name) for seed in options.seeds for name in HEADS if (seed, name) not in done]
+    for found in results(options.checkpoint, options.steps, missing) if missing else ():
+        rows += [{key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()} for row in found]
+        print(*map(json.dumps, rows[-len(found) :]), sep="\n", flush=True)
+        record = {
+            "what": __doc__.partition("\n")[0],
+            **provenance(),
+            "command": command,
+            "seeds": options.seeds,
+            "seconds": round(time.monotonic() - begun, 1),
+            "results": rows,
+        }
+        options.out.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
