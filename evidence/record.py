@@ -1,6 +1,6 @@
 """Makes the committed records in evidence/records out of what evidence/run.sh left in its folder.
 
-python evidence/record.py bccd FOLDER           runs KIND-SEED in FOLDER
+python evidence/record.py bccd [NAME] FOLDER    runs KIND-SEED in FOLDER, as NAME.json (bccd.json)
 python evidence/record.py own-data FOLDER       runs own-SEED and from-SEED in FOLDER
 python evidence/record.py heads NAME FILE       a heads.json of `doublehead analyze heads`, as heads-NAME.json
 python evidence/record.py figure FILE           the JSON file of another `doublehead analyze`, and its pictures
@@ -31,7 +31,7 @@ KINDS = ("fc", "double_fc", "double_head", "double_head_ext")
 COMMANDS = {
     "bccd": "doublehead train bccd-small --data.root DATA --data.on-bad-record skip --data.workers 1 "
     "--model.backbone.weights START/model.safetensors --model.backbone.norm frozen_batch_norm "
-    "--model.backbone.frozen-stages 2 --model.head.kind KIND --train.steps 720 --train.milestones 540 660 "
+    "--model.backbone.frozen-stages 2 --model.head.kind KIND --train.steps {steps} --train.milestones {milestones} "
     "--train.warmup-steps 50 --train.eval-every 240 --train.checkpoint-every 120 --train.seed SEED --out KIND-SEED",
     "own": "doublehead train --data.root DATA --train.seed SEED --data.workers 1 --out own-SEED",
     "from": "doublehead train --from START --data.root DATA --train.seed SEED --data.workers 1 --out from-SEED",
@@ -100,8 +100,14 @@ def measured(folder: Path) -> dict[str, Any]:
 
 def bccd(folder: Path, start: Path | None) -> dict[str, Any]:
     """The record of BCCD, with what all runs start from."""
-    what = "BCCD from the backbone of generated shapes: four kinds of heads, everything else equal"
-    return of_trainings(what, folder, KINDS, [COMMANDS["bccd"]]) | started(start)
+    found = of_trainings(
+        "BCCD from the backbone of generated shapes: kinds of heads, everything else equal", folder, KINDS, []
+    )
+    one = found["runs"][0]
+    train = json.loads((folder / f"{one['kind']}-{one['seed']}" / "recipe.json").read_text())["train"]
+    milestones = " ".join(map(str, train["milestones"]))
+    found["command"] = COMMANDS["bccd"].format(steps=train["steps"], milestones=milestones)
+    return found | started(start)
 
 
 def started(folder: Path | None) -> dict[str, Any]:
@@ -188,7 +194,7 @@ def main() -> None:
     *names, place = options.where
     match options.what:
         case "bccd":
-            name, found = "bccd", bccd(Path(place), options.start)
+            name, found = (names or ["bccd"])[0], bccd(Path(place), options.start)
         case "own-data":
             name, found = "own-data", own_data(Path(place), options.start)
         case "heads":

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 out=${OUT:-runs/evidence}   # wall time of each part: $out/seconds.tsv
 seeds=${SEEDS:-0 1 2}
-parts=${*:-start own-data bccd heads heads-bccd factors balance figures checks records}
+parts=${*:-start own-data bccd longer heads heads-bccd factors balance figures checks records}
 export OMP_NUM_THREADS=1    # two processes of one thread each are faster than one of two
 mkdir -p "$out"
 lanes=${LANES:-2}
@@ -43,25 +43,37 @@ own-data() {
   done | side-by-side
 }
 
+bccd-run() { # kind, seed, steps, milestones, part
+  echo "train $out/$6/$1-$2 bccd-small --data.root '$DATA' --data.on-bad-record skip --data.workers 1" \
+    "--model.backbone.weights $out/demo/model.safetensors --model.backbone.norm frozen_batch_norm" \
+    "--model.backbone.frozen-stages 2 --model.head.kind $1 --train.steps $3 --train.milestones $4 $5" \
+    "--train.warmup-steps 50 --train.eval-every 240 --train.checkpoint-every 120 --train.seed $2"
+}
+
 bccd() {
   for seed in $seeds; do for kind in fc double_head double_fc double_head_ext; do
-    echo "train $out/bccd/$kind-$seed bccd-small --data.root '$DATA' --data.on-bad-record skip --data.workers 1" \
-      "--model.backbone.weights $out/demo/model.safetensors --model.backbone.norm frozen_batch_norm" \
-      "--model.backbone.frozen-stages 2 --model.head.kind $kind --train.steps 720 --train.milestones 540 660" \
-      "--train.warmup-steps 50 --train.eval-every 240 --train.checkpoint-every 120 --train.seed $seed"
+    bccd-run "$kind" "$seed" 720 540 660 bccd
   done; done | side-by-side
+}
+
+longer() { # one seed of two kinds, three times as long
+  for kind in fc double_head; do bccd-run "$kind" 0 2160 1620 1980 bccd-longer; done | side-by-side
 }
 
 kinds="fc conv double_fc double_conv double_head_reverse double_head double_head_ext"
 heads() { shared analyze heads "$out/start" --data.workers 0 --set train.ema_decay=0.99 --save-models $kinds --out "$out/heads"; }
 
-heads-bccd() { shared analyze heads "$out/bccd/double_head_ext-0" --data.workers 0 --out "$out/heads-bccd"; }
+heads-bccd() {
+  shared analyze heads "$out/bccd/double_head_ext-0" --data.workers 0 --set train.ema_decay=0.99 --out "$out/heads-bccd"
+}
 
-factors() { # one at a time
-  shared analyze heads "$out/start" --data.workers 0 --steps 480 --set train.ema_decay=0.99 --out "$out/factors" --vary \
-    model.roi.conv_box_scale=1.0 train.optimizer=sgd,train.lr=0.02 model.loss.w_fc=1.0,model.loss.w_conv=1.0 \
-    model.head.conv_blocks=1 model.head.conv_blocks=5 model.head.non_local.enabled=false model.head.conv_dim=256 \
-    train.accumulate=8 model.roi.samples=128 model.roi.positive_fraction=0.25
+factors() { # one at a time; steps of 512 RoIs
+  local sgd=train.optimizer=sgd,train.lr=0.02,train.weight_decay=1e-4,train.bias_lr_factor=2.0
+  local even=model.loss.w_fc=1.0,model.loss.w_conv=1.0
+  shared analyze heads "$out/start" --data.workers 0 --steps 240 --set model.roi.samples=64 train.ema_decay=0.98 \
+    --out "$out/factors" --vary model.roi.conv_box_scale=1.0 $even $sgd $sgd,$even model.head.conv_blocks=1 \
+    model.head.conv_blocks=5 model.head.non_local.enabled=false model.head.conv_dim=256 train.accumulate=8 \
+    model.roi.samples=16 model.roi.samples=128 model.roi.positive_fraction=0.25
 }
 
 balance() {
@@ -74,12 +86,10 @@ balance() {
   dh analyze balance-weights --heads "$out/balance/heads.json" --out "$out/figures"
 }
 
-figures() { # of all seeds; 500 objects, 14,161 windows each
-  local models=$out/heads/models seed readers=()
-  for seed in $seeds; do
-    readers+=("fc alone=$models/fc-seed$seed" "conv alone=$models/conv-seed$seed")
-    readers+=("Ext, fc=$models/double_head_ext-seed$seed:fc" "Ext, conv=$models/double_head_ext-seed$seed:conv")
-  done
+figures() { # of one seed; 500 objects, 14,161 windows each
+  local models=$out/heads/models readers
+  readers=("fc alone=$models/fc-seed0" "conv alone=$models/conv-seed0")
+  readers+=("Ext, fc=$models/double_head_ext-seed0:fc" "Ext, conv=$models/double_head_ext-seed0:conv")
   for figure in sliding-windows pearson; do
     shared analyze $figure "${readers[@]}" --difficulty "$models/fc-seed0" --objects 500 --out "$out/figures"
   done
@@ -99,6 +109,7 @@ records() {
   mkdir -p docs/evidence
   record own-data own-data "$out/own-data" --start "$out/demo"
   record bccd bccd "$out/bccd" --start "$out/demo"
+  record longer bccd bccd-longer "$out/bccd-longer" --start "$out/demo"
   record heads heads shapes "$out/heads/heads.json"
   record heads-bccd heads bccd "$out/heads-bccd/heads.json"
   record factors heads factors "$out/factors/heads.json"

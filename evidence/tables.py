@@ -20,7 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 CHARTS = ROOT / "docs" / "evidence"
 BLOCK = re.compile(r"(<!-- table ([\w-]+)(?: ([\w-]+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-NO_RECORD = "*No record yet.*"
+PARTS = {
+    "bccd-longer": "longer", "heads-shapes": "heads", "heads-factors": "factors", "implementation": "checks",
+    "conv_norms": "checks", "balance-weights": "balance", "sliding-windows": "figures", "pearson": "figures",
+}  # fmt: skip
+"""Record -> the part of run.sh that makes it, where the names differ."""
 OF_ONE: dict[str, Callable[[Record], str]] = {
     "kinds": views.kinds,
     "differences": views.differences,
@@ -46,24 +50,40 @@ OF_ALL = {"findings": views.findings, "costs": views.costs}
 """Name -> the table of all records."""
 
 
-def table(name: str, record: str | None, records: dict[str, Record]) -> str:
-    """The Markdown of a block; for `chart` the second word is the chart's name.
+def record_of(name: str, second: str | None) -> str | None:
+    """The record of a block; None: it is of all records.  For `chart` the second word is the chart's name.
 
     Raises:
-        KeyError: there is no such table.
+        KeyError: there is no such table or chart.
     """
-    if record is None:
+    if name not in {**OF_ONE, **OF_ALL, "chart": None}:
+        raise KeyError(name)
+    return charts.PICTURES[second][1] if name == "chart" else second
+
+
+def table(name: str, second: str | None, records: dict[str, Record]) -> str:
+    """The Markdown of a block whose record is there."""
+    if second is None:
         return OF_ALL[name](records)
     if name == "chart":
-        words, of = charts.PICTURES[record]
-        return f"![{words}](evidence/{record}.png)" if of in records else NO_RECORD
-    make = OF_ONE[name]
-    return make(records[record]) if record in records else NO_RECORD
+        return f"![{charts.PICTURES[second][0]}](evidence/{second}.png)"
+    return OF_ONE[name](records[second])
 
 
 def rewritten(text: str, records: dict[str, Record]) -> str:
-    """A page with the tables of the records."""
-    return BLOCK.sub(lambda found: f"{found[1]}{table(found[2], found[3], records)}\n{found[5]}", text)
+    """A page with the tables of the records; the first block of a missing one says which part of run.sh makes it."""
+    missed = set()
+
+    def block(found: re.Match[str]) -> str:
+        record = record_of(found[2], found[3])
+        if record is None or record in records:
+            return f"{found[1]}{table(found[2], found[3], records)}\n{found[5]}"
+        note = f"*Not measured yet: `evidence/run.sh {PARTS.get(record, record)}` does it.*\n"
+        first = record not in missed
+        missed.add(record)
+        return f"{found[1]}{note if first else ''}{found[5]}"
+
+    return BLOCK.sub(block, text)
 
 
 def main() -> None:
