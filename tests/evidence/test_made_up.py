@@ -72,7 +72,7 @@ def run_folder(folder, kind, seed, **changes):
     """A training's folder, as far as a record reads it."""
     path = folder / f"{kind}-{seed}"
     path.mkdir(parents=True)
-    recipe = {"train": {"seed": seed, "steps": 40} | changes, "model": {"head": {"kind": kind}}}
+    recipe = {"train": {"seed": seed, "steps": 40, "milestones": [9, 15]} | changes, "model": {"head": {"kind": kind}}}
     metrics = dict.fromkeys(record.NUMBERS, 0.5) | {"seconds": 10.0, "step": 40, "best": {"step": 40, "AP": 0.5}}
     log = [{"step": 20, "loss": 1.23456}, {"step": 20, "AP": 0.4}]
     (path / "recipe.json").write_text(json.dumps(recipe))
@@ -89,6 +89,7 @@ def test_a_record_of_trainings(tmp_path, monkeypatch):
         ("fc", 0), ("double_head", 0), ("double_head_ext", 0)
     ]  # fmt: skip
     assert found["seconds"] == 30.0 and found["seeds"] == [0]
+    assert "--train.steps 40 --train.milestones 9 15 " in found["command"]
     assert found["runs"][0]["loss"] == [[20, 1.2346]] and found["runs"][0]["AP_by_step"] == {"20": 0.4}
     record.write(tmp_path / "records" / "bccd.json", found)
     assert json.loads((tmp_path / "records" / "bccd.json").read_text()) == found
