@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,6 +250,24 @@ def test_features_are_those_of_the_detector(start, tmp_path):
             assert (found.size, found.stored, found.image_id) == (wanted.size, wanted.stored, wanted.image_id)
     with pytest.raises(UserError, match="another detector or of other data"):
         features.build(tmp_path / "f", setup.model, setup.train_set, False, True, 0)
+
+
+def test_processes_divide_the_seeds_and_wait_long_for_each_other(start, tmp_path, monkeypatch):
+    """Features and another process's trainings take longer than processes wait for each other elsewhere."""
+    waits, trained = [], []
+
+    class Second(World):
+        def on_main(self, work, long=False):
+            waits.append(("main", long))
+            return Path(tmp_path) if work.__name__ == "make" else None
+
+        def barrier(self, long=False):
+            waits.append(("all", long))
+
+    monkeypatch.setattr(command, "train_seed", lambda setup, seed, shown: trained.append((seed, shown)))
+    command.run(options(start, tmp_path, seeds=(3, 4, 5, 6, 7)), Second(1, 2))
+    assert trained == [(4, False), (6, False)]
+    assert waits == [("main", False), ("main", True), ("main", True), ("all", True), ("main", False)]
 
 
 def test_changed_options_are_refused(start, out):

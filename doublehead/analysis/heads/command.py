@@ -27,14 +27,15 @@ def run(options: Heads, world: World) -> None:
         world.on_main(
             lambda folder=folder, dataset=dataset, train=train, mirrored=mirrored: features.build(
                 folder, setup.model, dataset, train, mirrored, setup.recipe.data.workers
-            )
+            ),
+            long=True,
         )
     if world.is_main:
         _say_plan(setup)
     mine = [seed for number, seed in enumerate(options.seeds) if number % world.size == world.rank]
     for seed in mine:
         train_seed(setup, seed, shown=world.is_main)
-    world.gather(None)  # until every process is done
+    world.barrier(long=True)  # with an odd seed, one process trains much longer than the others
     world.on_main(lambda: record.write_results(setup, setup.folder))
 
 
