@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from doublehead.data import build_dataset, build_loader, horizontal_flip
 from doublehead.data.shapes import CLASSES
 from doublehead.engine.checkpoint import load_model, save_model
 from doublehead.engine.distributed import World
+from doublehead.engine.errors import NonFiniteLossError
 from doublehead.engine.evaluator import evaluate, evaluate_each
 from doublehead.engine.optim import seed_step
 from doublehead.engine.signals import Stopped
@@ -273,6 +275,43 @@ def test_processes_divide_the_seeds_and_wait_long_for_each_other(start, tmp_path
 def test_changed_options_are_refused(start, out):
     with pytest.raises(UserError, match="other heads, data or options"):
         command.run(options(start, out, vary=(WIDE,)), World())
+
+
+def test_other_kinds_of_the_same_heads_are_refused(start, out):
+    """Double-Head needs no head that the others have not; its results must not be missing without a word."""
+    kinds = tuple(kind for kind in KINDS if kind != "double_head")
+    with pytest.raises(UserError, match="other kinds or variants"):
+        command.run(options(start, out, kinds=kinds, vary=(WIDE, OTHER_ROIS)), World())
+
+
+def test_detectors_that_are_missing_are_written_again(start, out, tmp_path):
+    shutil.copytree(out, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "models" / "double_head_ext-seed3")
+    command.run(options(start, tmp_path / "out", vary=(WIDE, OTHER_ROIS)), World())
+    ours, theirs = (folder / "models" / "double_head_ext-seed3" for folder in (out, tmp_path / "out"))
+    assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())
+    assert json.loads((ours / "metrics.json").read_text()) == json.loads((theirs / "metrics.json").read_text())
+    again = load_model(theirs).model.state_dict()
+    for name, values in load_model(ours).model.state_dict().items():
+        assert torch.equal(values, again[name]), name
+
+
+def test_what_is_not_finite_is_not_saved(start, tmp_path):
+    given = options(start, tmp_path / "out", kinds=("fc",), set=("train.lr=1e38",), evaluate_at=(4,), save_every=1)
+    with pytest.raises(NonFiniteLossError, match="fc: both: .* is not finite with sgd at a learning rate of 1e[+]38"):
+        command.run(given, World())
+    state = torch.load(tmp_path / "out" / "seed-3.pt", weights_only=True)["training"]
+    assert state["step"] < STEPS
+    for learner in state["learners"]:
+        assert all(values.isfinite().all() for values in learner["head"].values())
+
+
+def test_only_an_ext_has_the_read_out_of_an_ext(start):
+    base = load_model(start).recipe
+    base = replace(base, model=replace(base.model, detection=replace(base.model.detection, readout="split")))
+    found = {one.member.kind: one.readout.detection.readout for one in readables(plan(base, KINDS, {}, ()), False)}
+    assert found == {kind: "split" if kind == "double_head_ext" else "fused" for kind in KINDS}
+    assert {one.model.detection.readout for one in plan(base, ("fc",), {}, ())} == {"fused"}  # so that it can be loaded
 
 
 def test_variants_share_what_they_do_not_change(start):
