@@ -54,8 +54,8 @@ DIFFERENCES = [
         "what": "scales of the conv-head's batch norms at the start",
         "here": "1, PyTorch's default since 1.2",
         "release": "drawn from 0 .. 1: the default of PyTorch 1.0.0, with which its README says it was trained",
-        "effect": "its conv-head's vectors, logits and deltas start about half as large (see scales); its boxes come out "
-        "worse after a short training on shapes (conv_norms.json)",
+        "effect": "its conv-head's vectors, logits and deltas start about half as large (see scales); its boxes come "
+        "out worse after a short training on shapes (conv_norms.json)",
     },
     {
         "what": "the count of steps in the schedule",
