@@ -7,14 +7,12 @@ from statistics import fmean
 
 from findings import FINDINGS, Records, Test, fused
 from paired import Effect, Sample, paired, sample, verdict
-from reading import BASE, Record, Seeds, changed, crossing, of_heads, of_runs, over_windows, rois, steps
+from reading import Record, Seeds, changed, of_runs
 
+from doublehead.analysis.heads.curves import WORDS, crossing, of_heads, over_windows, rois, steps
+from doublehead.analysis.heads.specs import BASE
 from doublehead.paper.rows import TABLES
 
-WORDS = {
-    "fc": "single fc", "conv": "single conv", "double_fc": "double-fc", "double_conv": "double-conv",
-    "double_head_reverse": "double-head-reverse", "double_head": "Double-Head", "double_head_ext": "Double-Head-Ext",
-}  # fmt: skip
 PUBLISHED = {
     "fc": "single fc", "conv": "single conv", "double_fc": "double-fc, weighted",
     "double_conv": "double-conv, weighted", "double_head_reverse": "double-head-reverse, weighted",
