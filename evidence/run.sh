@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 out=${OUT:-runs/evidence}   # wall time of each part: $out/seconds.tsv
 seeds=${SEEDS:-0 1 2}
-parts=${*:-start own-data bccd longer heads heads-bccd factors balance figures checks records}
+parts=${*:-start own-data bccd longer heads heads-bccd factors balance figures precision checks records}
 export OMP_NUM_THREADS=1    # two processes of one thread each are faster than one of two
 mkdir -p "$out"
 lanes=${LANES:-2}
@@ -86,6 +86,22 @@ balance() {
   dh analyze balance-weights --heads "$out/balance/heads.json" --out "$out/figures"
 }
 
+precision() { # what int8 and a gate cost: the demonstration, the first trial of own-data, and wide heads
+  mkdir -p "$out/precision"
+  train "$out/large" shapes-ext --model.backbone.weights "$out/demo/model.safetensors" --model.head.fc-dim 1024 \
+    --model.head.conv-dim 1024 --model.head.conv-blocks 3 --train.steps 320
+  local model
+  for model in demo own-data/own-0 large; do
+    local copy=$out/precision/$(basename "${model/own-data\/own-0/bccd}")
+    [ -f "$copy/gate.json" ] && continue
+    rm -rf "$copy"
+    mkdir "$copy"
+    cp "$out/$model"/{model.safetensors,recipe.json} "$copy"
+    dh quantize "$copy" --images 64
+    dh calibrate "$copy"
+  done
+}
+
 figures() { # of one seed; 500 objects, 14,161 windows each
   local models=$out/heads/models readers
   readers=("fc alone=$models/fc-seed0" "conv alone=$models/conv-seed0")
@@ -110,6 +126,7 @@ records() {
   record own-data own-data "$out/own-data" --start "$out/demo"
   record bccd bccd "$out/bccd" --start "$out/demo"
   record longer bccd bccd-longer "$out/bccd-longer" --start "$out/demo"
+  record precision precision "$out/precision"
   record heads heads shapes "$out/heads/heads.json"
   record heads-bccd heads bccd "$out/heads-bccd/heads.json"
   record factors heads factors "$out/factors/heads.json"

@@ -307,6 +307,37 @@ def own_data(record: Record) -> str:
     return markdown(["", "AP after 96 steps", *NUMBERS[:3], "minutes"], rows) + "\n\n" + origin(record)
 
 
+MODELS = {
+    "demo": "the demonstration, heads 256 and 128 wide", "bccd": "BCCD (`own-data`), the same heads",
+    "large": "generated shapes, heads 1024 wide",
+}  # fmt: skip
+"""Folder in the record of precisions -> words."""
+
+
+def precision(record: Record) -> str:
+    """What int8 and a gate cost."""
+    rows = []
+    for run in sorted(record["runs"], key=lambda run: list(MODELS).index(run["model"])):
+        fp32, int8, gated = (100 * run[name] for name in ("fp32", "int8", "gated"))
+        rows.append(
+            [MODELS[run["model"]], str(run["images"]), f"{fp32:.2f}", f"{int8:.2f} ({int8 - fp32:+.2f})",
+             str(run["left_out"]), f"{run['gate']:g}", f"{100 * run['survivors']:.1f} %", f"{fp32 - gated:.2f}"]
+        )  # fmt: skip
+    header = ["model", "images", "fp32", "int8 heads", "layers left in float", "gate", "RoIs the conv-head sees",
+              "loss by the gate"]  # fmt: skip
+    return markdown(header, rows) + "\n\n" + origin(record)
+
+
+def quantized(record: Record) -> str:
+    """What `quantize` prints of the demonstration."""
+    (run,) = (one for one in record["runs"] if one["model"] == "demo")
+    fp32, int8 = 100 * run["fp32"], 100 * run["int8"]
+    layers = f"in int8: {run['in_int8']} of {run['in_int8'] + run['left_out']} layers"
+    lines = ["                      AP  difference", f"fp32               {fp32:.2f}",
+             f"int8               {int8:.2f}       {int8 - fp32:+.2f}", "", layers]  # fmt: skip
+    return "\n".join(["```text", *lines, "```"])
+
+
 def start(record: Record) -> str:
     """The demonstration, from which trainings start."""
     one = record["start"]
