@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from doublehead.analysis.heads import command, features
 from doublehead.analysis.heads.learner import Learner
+from doublehead.analysis.heads.reading import readables
 from doublehead.analysis.heads.setup import open_setup
 from doublehead.analysis.heads.specs import distinct_heads, parse_variant, plan, varied
 from doublehead.analysis.options import EvaluationData, Heads
@@ -150,6 +152,11 @@ def test_records_hold_what_the_saved_detectors_find(out):
                 assert one["AP"] == numbers["AP"]
 
 
+def test_the_learning_curves_are_drawn(out):
+    with Image.open(out / "learning-curves.png") as image:
+        assert image.width > 1000 and len(image.convert("RGB").getcolors(10**6)) > 20
+
+
 def test_every_head_is_recorded_once(out):
     found = json.loads((out / "heads.json").read_text())
     last = [one for one in found["heads"] if one["step"] == STEPS]
@@ -270,6 +277,23 @@ def test_a_grid_of_balance_weights_needs_a_head_for_each_weight(start):
     assert len(distinct_heads(members)) == 3 + 2
 
 
+def test_an_ext_is_read_out_by_what_its_weights_train(start):
+    base = load_model(start).recipe
+
+    def ways(every, **weights):
+        changes = {f"model.loss.{name}": value for name, value in weights.items()}
+        members = plan(base, (), {"v": changes}, ("double_head_ext",))
+        return [(one.readout.detection.readout, one.readout.detection.fusion) for one in readables(members, every)]
+
+    fused = [("fused", fusion) for fusion in ("complementary", "max", "average", "none")]
+    assert set(ways(True)) == {*fused, ("split", "complementary"), ("fc", "complementary"), ("conv", "complementary")}
+    assert ways(False) == [fused[0]]
+    # Without the conv-head's classifier only the fc-head's classes are left; without the fc-head's, those of conv.
+    assert ways(False, l_conv=1.0) == [("split", "complementary")]
+    assert ways(False, l_fc=0.0) == [("conv", "complementary")]
+    assert ways(True, l_fc=0.0, l_conv=1.0) == []
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -301,6 +325,10 @@ def test_values_of_variants():
         (["--steps", "0"], "--steps is 0"),
         (["--evaluate-at", "99"], "there is no such step"),
         (["--images", "3", "--set", "train.accumulate=2"], "cannot be divided"),
+        (
+            ["--varied-kinds", "double_head_ext", "--vary", "model.loss.l_fc=0,model.loss.l_conv=1"],
+            "no head learns what every read-out needs",
+        ),
         (["--vary", "model.head.conv_blocks=2"], "expected an odd number"),
     ],
 )

@@ -121,6 +121,25 @@ def test_equal_to_brute_force(result, run, head, kind):
         assert int(rows[0]["pairs"]) == sum(int(row["pairs"]) for row in rows[1:4])
 
 
+def test_errors_are_over_pictures_and_differences_of_the_same_boxes(result):
+    rows, differences = read_table(result / "pearson.csv"), read_table(result / "pearson-differences.csv")
+    values = {(row["head"], row["boxes"], row["group"]): row["pearson"] for row in rows}
+    assert len(differences) == len(rows) / 2 and {(row["head"], row["minus"]) for row in differences} == {
+        ("conv", "fc")
+    }
+    for row in differences:
+        conv, fc = (values[head, row["boxes"], row["group"]] for head in ("conv", "fc"))
+        if "" in (conv, fc):
+            assert row["difference"] == row["se"] == ""
+        else:
+            assert float(row["difference"]) == pytest.approx(float(conv) - float(fc), abs=1e-12)
+    everything = [row for row in (*rows, *differences) if row["group"] == "all"]
+    assert all(0 < float(row["se"]) < 1 and row["se seeds"] == "" and row["seeds"] == "1" for row in everything)
+    record = json.loads((result / "pearson.json").read_text())
+    assert list(record["tables"]) == ["pearson", "pearson-differences"] and record["background"] == "leave-out"
+    assert len(record["tables"]["pearson"]["rows"]) == len(rows) and record["data"]["images"] == 4
+
+
 def test_background_proposals_count_with_their_best_score_in_the_group_of_all(result, run, tmp_path):
     out = tmp_path / "out"
     assert analyze(*command(run, out, "--background", "include")) == 0

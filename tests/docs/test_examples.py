@@ -44,6 +44,9 @@ NOT_RUN = {
         "eight GPUs",
     "torchrun --nproc-per-node 8 -m doublehead train double-head-ext-r50-fpn --data.root data/coco --train.amp bf16":
         "eight GPUs",
+    "DATA=path/to/BCCD evidence/run.sh": "hours",
+    "DATA=path/to/BCCD evidence/run.sh start bccd": "hours",
+    "python evidence/tables.py": "rewrites pages; tests/evidence compares",
     "doublehead tables --smoke": "minutes: two steps of every recipe of the paper",
     "doublehead calibrate runs/shapes-ext-1 --most-loss 0.1":
         "the stand-in finds nothing right, so there is no accuracy to keep; tests/cli/test_calibrate.py does it",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,14 +14,14 @@ from doublehead.analysis.heads.features import FeatureFile, ImageFeatures
 from doublehead.analysis.heads.specs import HeadSpec, Member
 from doublehead.analysis.heads.training import pool, pool_key
 from doublehead.analysis.windows import BINS, WINDOWS, iou_bins, sliding_windows
-from doublehead.config import DetectionConfig
+from doublehead.config import Fusion, ReadOutName
 from doublehead.data import DetectionDataset
 from doublehead.engine.coco_metrics import compute_metrics
 from doublehead.engine.evaluator import coco_results
 from doublehead.models.detections import detect
 from doublehead.models.heads import HeadOutput
 from doublehead.models.images import ImageTransform
-from doublehead.models.readout import EXT_SOURCES, ReadOut, resolve_readout
+from doublehead.models.readout import ReadOut, resolve_readout
 from doublehead.ops.boxes import box_iou, clip_boxes, decode_boxes
 from doublehead.ops.score_fusion import FUSIONS
 
@@ -48,21 +49,29 @@ class Windows(NamedTuple):
 
 
 def readables(members: Sequence[Member], every: bool) -> list[Readable]:
-    """The members in their own read-out; with `every` an Ext also in the others, and with every fusion."""
+    """Each member in its own read-out, or in the most complete one that its loss weights train.
+
+    With `every` an Ext also in the others, and with every fusion.
+    """
     found = []
     for member in members:
-        found.append(Readable(member, resolve_readout(member.model)))
-        if not every or member.kind != "double_head_ext":
-            continue
-        own: DetectionConfig = member.model.detection
-        pairs = [("fused", fusion) for fusion in FUSIONS if fusion != own.fusion]
-        pairs += [(readout, own.fusion) for readout in EXT_SOURCES if readout not in ("fused", own.readout)]
-        for readout, fusion in pairs:
-            try:
-                found.append(Readable(member, resolve_readout(member.model, readout, fusion)))
-            except ValueError:  # its loss weights leave a needed head untrained
-                continue
+        trained = []
+        for readout, fusion in _ways(member):
+            with contextlib.suppress(ValueError):  # its loss weights leave a needed head untrained
+                trained.append(Readable(member, resolve_readout(member.model, readout, fusion)))
+        found += trained if every else trained[:1]
     return found
+
+
+def _ways(member: Member) -> list[tuple[ReadOutName, Fusion]]:
+    """Read-outs and fusions, the configured ones first."""
+    own = member.model.detection
+    if member.kind != "double_head_ext":
+        return [(own.readout, own.fusion)]
+    ways = [(own.readout, own.fusion), ("fused", own.fusion)]
+    ways += [(readout, own.fusion) for readout in ("split", "fc", "conv")]
+    ways += [("fused", fusion) for fusion in FUSIONS]
+    return list(dict.fromkeys(ways))
 
 
 class Reader:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from doublehead.analysis.heads import features
+from doublehead.analysis.heads.reading import readables
 from doublehead.analysis.heads.specs import HeadSpec, Member, distinct_heads, parse_variant, plan, varied
 from doublehead.analysis.options import Heads
 from doublehead.analysis.output import output_folder
@@ -92,6 +93,9 @@ def open_setup(options: Heads, world: World) -> Setup:
             recipe.data, "train", classes=start.classes, horizontal_flip=recipe.train.horizontal_flip
         )
         val_set = build_dataset(recipe.data, "val", classes=start.classes)
+        for member in members:
+            if not readables([member], every=False):
+                raise UserError(f"{member.variant}: {member.kind}: no head learns what every read-out needs")
         specs = distinct_heads(members)
         with torch.device("meta"):  # fields may contradict each other: better now than after the features
             for spec in specs:
