@@ -86,6 +86,7 @@ CURVES = "AP, AP75 and IoU of regressed boxes over RoIs seen"
 CHARTS = {
     "bccd-loss": Chart("bccd", "the loss of every training", losses),
     "heads-curves": Chart("heads-shapes", CURVES, learning_curves),
+    "heads-longer-curves": Chart("heads-longer", CURVES, learning_curves),
     "heads-bccd-curves": Chart("heads-bccd", CURVES, learning_curves),
     "factors": Chart("heads-factors", "what Double-Head has more than the single head, by factor", factors),
 }

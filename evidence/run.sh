@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 out=${OUT:-runs/evidence}   # wall time of each part: $out/seconds.tsv
 seeds=${SEEDS:-0 1 2}
-parts=${*:-start own-data bccd longer heads heads-bccd factors balance figures precision checks records}
+parts=${*:-start own-data bccd longer heads heads-longer heads-bccd factors balance figures precision checks records}
 export OMP_NUM_THREADS=1    # two processes of one thread each are faster than one of two
 mkdir -p "$out"
 lanes=${LANES:-2}
@@ -62,6 +62,11 @@ longer() { # one seed of two kinds, three times as long
 
 kinds="fc conv double_fc double_conv double_head_reverse double_head double_head_ext"
 heads() { shared analyze heads "$out/start" --data.workers 0 --set train.ema_decay=0.99 --save-models $kinds --out "$out/heads"; }
+
+heads-longer() { # four times as long; one conv-head
+  shared analyze heads "$out/start" --data.workers 0 --steps 5760 --set train.ema_decay=0.99 --kinds fc double_fc double_head \
+    --out "$out/heads-longer"
+}
 
 heads-bccd() {
   shared analyze heads "$out/bccd/double_head_ext-0" --data.workers 0 --set train.ema_decay=0.99 --out "$out/heads-bccd"
@@ -128,6 +133,7 @@ records() {
   record longer bccd bccd-longer "$out/bccd-longer" --start "$out/demo"
   record precision precision "$out/precision"
   record heads heads shapes "$out/heads/heads.json"
+  record heads-longer heads longer "$out/heads-longer/heads.json"
   record heads-bccd heads bccd "$out/heads-bccd/heads.json"
   record factors heads factors "$out/factors/heads.json"
   record balance figure "$out/figures/balance-weights.json"

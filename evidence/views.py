@@ -177,16 +177,18 @@ def curves(record: Record, metric: str = "AP") -> str:
 
 
 def regression(record: Record) -> str:
-    """The IoU of regressed boxes by RoIs seen, on windows of an IoU of 0.5 or more; conv - fc for boxes alone."""
+    """The IoU of regressed boxes by RoIs seen, on windows of an IoU of 0.5 or more, and conv - fc."""
+    trained = {one["head"] for one in record["heads"] if one["variant"] == BASE}
+    heads = [head for head in REGRESSORS if head in trained]
+    tasks = [task for task in ("both", "boxes") if {f"conv: {task}", f"fc: {task}"} <= trained]
     rows = []
     for step in steps(record):
-        get = {head: over_windows(record, head, "regressed_iou", 0.5, 1.0, step=step) for head in REGRESSORS}
-        both = compared(paired(get["conv: both"], get["fc: both"]), digits=3)
-        alone = compared(paired(get["conv: boxes"], get["fc: boxes"]), digits=3)
-        values = [shown(one, 3) for one in get.values()]
-        rows.append([f"{rois(record, step):,}", *values, both[0], both[3], alone[0], alone[3]])
-    header = ["IoU after RoIs", *REGRESSORS, "conv - fc: both", "95 %", "conv - fc: boxes", "95 %"]
-    return markdown(header, rows)
+        get = {head: over_windows(record, head, "regressed_iou", 0.5, 1.0, step=step) for head in heads}
+        against = [compared(paired(get[f"conv: {task}"], get[f"fc: {task}"]), digits=3) for task in tasks]
+        cells = [cell for one in against for cell in (one[0], one[3])]
+        rows.append([f"{rois(record, step):,}", *(shown(one, 3) for one in get.values()), *cells])
+    differences = [name for task in tasks for name in (f"conv - fc: {task}", "95 %")]
+    return markdown(["IoU after RoIs", *heads, *differences], rows)
 
 
 def windows(record: Record) -> str:
@@ -217,7 +219,9 @@ def crossings(record: Record) -> str:
     rows = []
     for words, ours, theirs in pairs:
         at, end = crossing(record, ours, theirs), paired(ours(record["steps"]), theirs(record["steps"]))
-        ahead = "" if end is None else ("the first" if end.mean > 0 else "the second")
+        if end is None:  # one of them was not trained
+            continue
+        ahead = "the first" if end.mean > 0 else "the second"
         where = f"after about {at:,} RoIs" if at else f"none in {seen:,} RoIs"
         rows.append([words, where, ahead])
     return markdown(["", "the means cross", "ahead at the end"], rows, left=3)
