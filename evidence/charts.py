@@ -7,21 +7,21 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from paired import Effect, paired, sample, student
+from paired import Effect, paired, student
 from PIL import Image
-from reading import BASE, Record, Seeds, changed, crossing, of_heads, over_windows, rois, steps
-from views import WORDS, kinds_of
+from reading import Record, changed
+from views import kinds_of
 
-COLOURS = {
-    "fc": "#1f77b4", "conv": "#d62728", "double_fc": "#17becf", "double_head": "#2ca02c", "double_head_ext": "#9467bd",
-}  # fmt: skip
+from doublehead.analysis.heads.curves import COLOURS, WORDS, learning_curves
+from doublehead.analysis.heads.specs import BASE
+
 KEY = "Source"
 """The PNG text that holds the hash."""
 
@@ -51,51 +51,6 @@ def losses(record: Record) -> Figure:
     )
     axes[0].legend(frameon=False)
     return figure
-
-
-def curves(record: Record) -> Figure:
-    """AP, AP75 and the IoU of regressed boxes by RoIs seen, mean and standard deviation over seeds."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), constrained_layout=True)
-    chosen = [kind for kind in COLOURS if kind in kinds_of(record)]
-    for panel, metric in zip(axes, ("AP", "AP75"), strict=False):
-        for kind in chosen:
-            _curve(panel, record, lambda step, k=kind, m=metric: of_heads(record, k, m, step=step), COLOURS[kind],
-                   WORDS[kind])  # fmt: skip
-        _crossing(panel, record, *(lambda step, k=kind, m=metric: of_heads(record, k, m, step=step)
-                                   for kind in ("double_head", "fc")))  # fmt: skip
-        panel.set_title(f"{metric}; dotted: Double-Head crosses single fc")
-    for head, colour, style in (
-        ("fc: both", COLOURS["fc"], "-"), ("fc: boxes", COLOURS["fc"], "--"),
-        ("conv: both", COLOURS["conv"], "-"), ("conv: boxes", COLOURS["conv"], "--"),
-    ):  # fmt: skip
-        _curve(axes[2], record, lambda step, h=head: _iou(record, h, step), colour, head, style)
-    _crossing(
-        axes[2], record, lambda step: _iou(record, "conv: boxes", step), lambda step: _iou(record, "fc: boxes", step)
-    )
-    axes[2].set_title("IoU of regressed boxes, windows of 0.5 or more")
-    seen = [rois(record, step) for step in steps(record)]
-    for panel in axes:
-        panel.set(xlabel="RoIs seen", xscale="log")
-        panel.set_xticks(seen, [f"{number:,}" for number in seen], fontsize=8)
-        panel.set_xticks([], minor=True)
-        panel.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def _iou(record: Record, head: str, step: int) -> Seeds:
-    return over_windows(record, head, "regressed_iou", 0.5, 1.0, step=step)
-
-
-def _curve(panel: Any, record: Record, get: Callable[[int], Seeds], colour: str, label: str, style: str = "-") -> None:
-    points = [(rois(record, step), sample(list(values.values()))) for step in steps(record) if (values := get(step))]
-    panel.errorbar([seen for seen, _ in points], [one.mean for _, one in points], [one.std or 0.0 for _, one in points],
-                   color=colour, linestyle=style, marker="o", markersize=3, capsize=3, label=label)  # fmt: skip
-
-
-def _crossing(panel: Any, record: Record, ours: Callable[[int], Seeds], theirs: Callable[[int], Seeds]) -> None:
-    at = crossing(record, ours, theirs)
-    if at is not None:
-        panel.axvline(at, color="black", linestyle=":")
 
 
 def factors(record: Record) -> Figure:
@@ -130,8 +85,9 @@ class Chart(NamedTuple):
 CURVES = "AP, AP75 and IoU of regressed boxes over RoIs seen"
 CHARTS = {
     "bccd-loss": Chart("bccd", "the loss of every training", losses),
-    "heads-curves": Chart("heads-shapes", CURVES, curves),
-    "heads-bccd-curves": Chart("heads-bccd", CURVES, curves),
+    "heads-curves": Chart("heads-shapes", CURVES, learning_curves),
+    "heads-longer-curves": Chart("heads-longer", CURVES, learning_curves),
+    "heads-bccd-curves": Chart("heads-bccd", CURVES, learning_curves),
     "factors": Chart("heads-factors", "what Double-Head has more than the single head, by factor", factors),
 }
 """File -> chart; those without a record are not drawn."""

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from paired import Effect, paired
-from reading import Record, Seeds, correlation, of_heads, of_runs, over_windows
+from reading import Record, Seeds, correlation, of_runs
+
+from doublehead.analysis.heads.curves import of_heads, over_windows
 
 Records = dict[str, Record]
 Measure = Callable[[Record], Effect | None]

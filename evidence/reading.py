@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping
-from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from paired import Effect, paired
+from paired import Effect
+
+from doublehead.analysis.heads.curves import of_heads
 
 RECORDS = Path(__file__).resolve().parent / "records"
 ORIGIN = ("what", "command", "commit", "date", "machine", "seeds", "seconds")
 """What every record says of itself."""
-BASE = "base"
 Record = dict[str, Any]
 Seeds = dict[int, float]
 """Seed -> a number."""
@@ -40,68 +37,9 @@ def of_runs(record: Record, kind: str, metric: str) -> Seeds:
     return {run["seed"]: 100 * run[metric] for run in record["runs"] if run["kind"] == kind and run[metric] is not None}
 
 
-def steps(record: Record) -> list[int]:
-    """At which heads alone were evaluated."""
-    return sorted({one["step"] for one in record["results"]})
-
-
-def of_heads(
-    record: Record, kind: str, metric: str, variant: str = BASE, step: int | None = None,
-    readout: str | None = None, fusion: str | None = None,
-) -> Seeds:  # fmt: skip
-    """AP (or another number) of heads alone, in percent; without read-out and fusion the kind's own."""
-    step = record["steps"] if step is None else step
-    found: Seeds = {}
-    for one in record["results"]:
-        fits = (one["variant"], one["kind"], one["step"]) == (variant, kind, step) and one[metric] is not None
-        if fits and readout in (None, one["readout"]) and fusion in (None, one["fusion"]):
-            found.setdefault(one["seed"], 100 * one[metric])
-    return found
-
-
-def rois(record: Record, step: int) -> int:
-    """Seen by the base's heads up to a step; the mean over seeds."""
-    return round(fmean(one["rois"] for one in record["results"] if (one["variant"], one["step"]) == (BASE, step)))
-
-
-def over_windows(
-    record: Record, head: str, name: str, low: float, high: float, variant: str = BASE, step: int | None = None
-) -> Seeds:
-    """The mean of a head's `regressed_iou` or `score` over the bins of the windows' IoU from `low` to `high`.
-
-    Every bin that has windows counts the same.
-    """
-    step = record["steps"] if step is None else step
-    found: Seeds = {}
-    for one in record["heads"]:
-        if (one["variant"], one["head"], one["step"]) == (variant, head, step):
-            number = len(one[name])
-            bins = one[name][round(low * number) : round(high * number)]
-            values = [value for value in bins if value is not None]
-            if values:
-                found.setdefault(one["seed"], fmean(values))
-    return found
-
-
 def changed(record: Record, variant: str, kind: str, metric: str) -> Seeds:
     """A variant's number; the base's where the variant does not reach the kind."""
     return of_heads(record, kind, metric, variant) or of_heads(record, kind, metric)
-
-
-def crossing(record: Record, ours: Callable[[int], Mapping[int, float]], theirs: Callable[[int], Mapping[int, float]]):
-    """The RoIs after which the mean of ours - theirs changes its sign for the last time, or None.
-
-    Args:
-        ours, theirs: step -> number by seed.  Between two steps the logarithm of the RoIs is interpolated.
-    """
-    points = [(rois(record, step), paired(ours(step), theirs(step))) for step in steps(record)]
-    known = [(seen, found.mean) for seen, found in points if found is not None]
-    found = None
-    for (before, first), (after, second) in pairwise(known):
-        if first * second < 0:
-            share = first / (first - second)
-            found = round(math.exp(math.log(before) + share * (math.log(after) - math.log(before))))
-    return found
 
 
 def correlation(record: Record, head: str, minus: str, boxes: str, group: str = "all") -> Effect | None:

@@ -2,6 +2,7 @@
 
 python evidence/record.py bccd [NAME] FOLDER    runs KIND-SEED in FOLDER, as NAME.json (bccd.json)
 python evidence/record.py own-data FOLDER       runs own-SEED and from-SEED in FOLDER
+python evidence/record.py precision FOLDER      runs in FOLDER with int8.json and gate.json
 python evidence/record.py heads NAME FILE       a heads.json of `doublehead analyze heads`, as heads-NAME.json
 python evidence/record.py figure FILE           the JSON file of another `doublehead analyze`, and its pictures
 
@@ -129,6 +130,40 @@ def own_data(folder: Path, start: Path | None) -> dict[str, Any]:
     return found | started(start)
 
 
+def precision(folder: Path) -> dict[str, Any]:
+    """What int8 and a gate cost the models in `folder`, by the files that `quantize` and `calibrate` left beside them.
+
+    Raises:
+        SystemExit: none has both.
+    """
+    files = [
+        [path.parent / name for name in ("int8.json", "gate.json")] for path in sorted(folder.glob("*/recipe.json"))
+    ]
+    files = [pair for pair in files if all(path.exists() for path in pair)]
+    if not files:
+        raise SystemExit(f"{folder}: no model has both int8.json and gate.json")
+    runs = []
+    for int8_file, gate_file in files:
+        int8, gate = (json.loads(path.read_text()) for path in (int8_file, gate_file))
+        recipe = json.loads((int8_file.parent / "recipe.json").read_text())
+        runs.append(
+            {"model": int8_file.parent.name, "seed": recipe["train"]["seed"], "images": int8["measured"]["images"],
+             "bits": int8["measured"]["bits"], "fp32": int8["measured"]["fp32"], "int8": int8["measured"]["int8"],
+             "in_int8": len(int8["scales"]), "left_out": len(int8["left_out"]), "gate": gate["gate"],
+             "gated": gate["AP"]["with"], "survivors": gate["survivors"]}
+        )  # fmt: skip
+    times = [path.stat().st_mtime for pair in files for path in pair]
+    return {
+        "what": "What int8 and a gate cost: AP on validation images",
+        **provenance(),
+        "command": "doublehead quantize MODEL --images 64; doublehead calibrate MODEL",
+        "date": datetime.date.fromtimestamp(max(times)).isoformat(),
+        "seeds": sorted({run["seed"] for run in runs}),
+        "seconds": round(max(times) - min(times), 1),
+        "runs": runs,
+    }
+
+
 def heads(name: str, file: Path) -> dict[str, Any]:
     """A `heads.json`, with shorter numbers."""
     found = json.loads(file.read_text())
@@ -182,7 +217,7 @@ def wall_seconds(file: Path, part: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("bccd", "own-data", "heads", "figure"))
+    parser.add_argument("what", choices=("bccd", "own-data", "precision", "heads", "figure"))
     parser.add_argument("where", nargs="+")
     parser.add_argument("--start", type=Path)
     parser.add_argument("--commit")
@@ -197,6 +232,8 @@ def main() -> None:
             name, found = (names or ["bccd"])[0], bccd(Path(place), options.start)
         case "own-data":
             name, found = "own-data", own_data(Path(place), options.start)
+        case "precision":
+            name, found = "precision", precision(Path(place))
         case "heads":
             name, found = f"heads-{names[0]}", heads(names[0], Path(place))
         case _:

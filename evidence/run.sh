@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 out=${OUT:-runs/evidence}   # wall time of each part: $out/seconds.tsv
 seeds=${SEEDS:-0 1 2}
-parts=${*:-start own-data bccd longer heads heads-bccd factors balance figures checks records}
+parts=${*:-start own-data bccd longer heads heads-longer heads-bccd factors balance figures precision checks records}
 export OMP_NUM_THREADS=1    # two processes of one thread each are faster than one of two
 mkdir -p "$out"
 lanes=${LANES:-2}
@@ -63,6 +63,11 @@ longer() { # one seed of two kinds, three times as long
 kinds="fc conv double_fc double_conv double_head_reverse double_head double_head_ext"
 heads() { shared analyze heads "$out/start" --data.workers 0 --set train.ema_decay=0.99 --save-models $kinds --out "$out/heads"; }
 
+heads-longer() { # four times as long; one conv-head
+  shared analyze heads "$out/start" --data.workers 0 --steps 5760 --set train.ema_decay=0.99 --kinds fc double_fc double_head \
+    --out "$out/heads-longer"
+}
+
 heads-bccd() {
   shared analyze heads "$out/bccd/double_head_ext-0" --data.workers 0 --set train.ema_decay=0.99 --out "$out/heads-bccd"
 }
@@ -72,8 +77,8 @@ factors() { # one at a time; steps of 512 RoIs
   local even=model.loss.w_fc=1.0,model.loss.w_conv=1.0
   shared analyze heads "$out/start" --data.workers 0 --steps 240 --set model.roi.samples=64 train.ema_decay=0.98 \
     --out "$out/factors" --vary model.roi.conv_box_scale=1.0 $even $sgd $sgd,$even model.head.conv_blocks=1 \
-    model.head.conv_blocks=5 model.head.non_local.enabled=false model.head.conv_dim=256 train.accumulate=8 \
-    model.roi.samples=16 model.roi.samples=128 model.roi.positive_fraction=0.25
+    model.head.conv_blocks=5 model.head.non_local.enabled=false model.head.conv_dim=256 model.head.fc_dim=64 \
+    train.accumulate=8 model.roi.samples=16 model.roi.samples=128 model.roi.positive_fraction=0.25
 }
 
 balance() {
@@ -84,6 +89,22 @@ balance() {
   shared analyze heads "$out/start" --data.workers 0 --steps 480 --set train.ema_decay=0.99 --kinds double_head_ext \
     --varied-kinds double_head_ext --vary "${pairs[@]}" --out "$out/balance"
   dh analyze balance-weights --heads "$out/balance/heads.json" --out "$out/figures"
+}
+
+precision() { # what int8 and a gate cost: the demonstration, the first trial of own-data, and wide heads
+  mkdir -p "$out/precision"
+  train "$out/large" shapes-ext --model.backbone.weights "$out/demo/model.safetensors" --model.head.fc-dim 1024 \
+    --model.head.conv-dim 1024 --model.head.conv-blocks 3 --train.steps 320
+  local model
+  for model in demo own-data/own-0 large; do
+    local copy=$out/precision/$(basename "${model/own-data\/own-0/bccd}")
+    [ -f "$copy/gate.json" ] && continue
+    rm -rf "$copy"
+    mkdir "$copy"
+    cp "$out/$model"/{model.safetensors,recipe.json} "$copy"
+    dh quantize "$copy" --images 64
+    dh calibrate "$copy"
+  done
 }
 
 figures() { # of one seed; 500 objects, 14,161 windows each
@@ -110,7 +131,9 @@ records() {
   record own-data own-data "$out/own-data" --start "$out/demo"
   record bccd bccd "$out/bccd" --start "$out/demo"
   record longer bccd bccd-longer "$out/bccd-longer" --start "$out/demo"
+  record precision precision "$out/precision"
   record heads heads shapes "$out/heads/heads.json"
+  record heads-longer heads longer "$out/heads-longer/heads.json"
   record heads-bccd heads bccd "$out/heads-bccd/heads.json"
   record factors heads factors "$out/factors/heads.json"
   record balance figure "$out/figures/balance-weights.json"

@@ -42,6 +42,8 @@ OF_ONE: dict[str, Callable[[Record], str]] = {
     "norms": views.norms,
     "implementation": views.implementation,
     "own-data": views.own_data,
+    "precision": views.precision,
+    "quantized": views.quantized,
     "start": views.start,
     "origin": views.origin,
 }

@@ -7,14 +7,12 @@ from statistics import fmean
 
 from findings import FINDINGS, Records, Test, fused
 from paired import Effect, Sample, paired, sample, verdict
-from reading import BASE, Record, Seeds, changed, crossing, of_heads, of_runs, over_windows, rois, steps
+from reading import Record, Seeds, changed, of_runs
 
+from doublehead.analysis.heads.curves import WORDS, crossing, of_heads, over_windows, rois, steps
+from doublehead.analysis.heads.specs import BASE
 from doublehead.paper.rows import TABLES
 
-WORDS = {
-    "fc": "single fc", "conv": "single conv", "double_fc": "double-fc", "double_conv": "double-conv",
-    "double_head_reverse": "double-head-reverse", "double_head": "Double-Head", "double_head_ext": "Double-Head-Ext",
-}  # fmt: skip
 PUBLISHED = {
     "fc": "single fc", "conv": "single conv", "double_fc": "double-fc, weighted",
     "double_conv": "double-conv, weighted", "double_head_reverse": "double-head-reverse, weighted",
@@ -179,16 +177,18 @@ def curves(record: Record, metric: str = "AP") -> str:
 
 
 def regression(record: Record) -> str:
-    """The IoU of regressed boxes by RoIs seen, on windows of an IoU of 0.5 or more; conv - fc for boxes alone."""
+    """The IoU of regressed boxes by RoIs seen, on windows of an IoU of 0.5 or more, and conv - fc."""
+    trained = {one["head"] for one in record["heads"] if one["variant"] == BASE}
+    heads = [head for head in REGRESSORS if head in trained]
+    tasks = [task for task in ("both", "boxes") if {f"conv: {task}", f"fc: {task}"} <= trained]
     rows = []
     for step in steps(record):
-        get = {head: over_windows(record, head, "regressed_iou", 0.5, 1.0, step=step) for head in REGRESSORS}
-        both = compared(paired(get["conv: both"], get["fc: both"]), digits=3)
-        alone = compared(paired(get["conv: boxes"], get["fc: boxes"]), digits=3)
-        values = [shown(one, 3) for one in get.values()]
-        rows.append([f"{rois(record, step):,}", *values, both[0], both[3], alone[0], alone[3]])
-    header = ["IoU after RoIs", *REGRESSORS, "conv - fc: both", "95 %", "conv - fc: boxes", "95 %"]
-    return markdown(header, rows)
+        get = {head: over_windows(record, head, "regressed_iou", 0.5, 1.0, step=step) for head in heads}
+        against = [compared(paired(get[f"conv: {task}"], get[f"fc: {task}"]), digits=3) for task in tasks]
+        cells = [cell for one in against for cell in (one[0], one[3])]
+        rows.append([f"{rois(record, step):,}", *(shown(one, 3) for one in get.values()), *cells])
+    differences = [name for task in tasks for name in (f"conv - fc: {task}", "95 %")]
+    return markdown(["IoU after RoIs", *heads, *differences], rows)
 
 
 def windows(record: Record) -> str:
@@ -219,7 +219,9 @@ def crossings(record: Record) -> str:
     rows = []
     for words, ours, theirs in pairs:
         at, end = crossing(record, ours, theirs), paired(ours(record["steps"]), theirs(record["steps"]))
-        ahead = "" if end is None else ("the first" if end.mean > 0 else "the second")
+        if end is None:  # one of them was not trained
+            continue
+        ahead = "the first" if end.mean > 0 else "the second"
         where = f"after about {at:,} RoIs" if at else f"none in {seen:,} RoIs"
         rows.append([words, where, ahead])
     return markdown(["", "the means cross", "ahead at the end"], rows, left=3)
@@ -307,6 +309,37 @@ def own_data(record: Record) -> str:
             [text, shown(early), *(shown(of_runs(record, kind, name)) for name in NUMBERS[:3]), f"{minutes:.1f}"]
         )
     return markdown(["", "AP after 96 steps", *NUMBERS[:3], "minutes"], rows) + "\n\n" + origin(record)
+
+
+MODELS = {
+    "demo": "the demonstration, heads 256 and 128 wide", "bccd": "BCCD (`own-data`), the same heads",
+    "large": "generated shapes, heads 1024 wide",
+}  # fmt: skip
+"""Folder in the record of precisions -> words."""
+
+
+def precision(record: Record) -> str:
+    """What int8 and a gate cost."""
+    rows = []
+    for run in sorted(record["runs"], key=lambda run: list(MODELS).index(run["model"])):
+        fp32, int8, gated = (100 * run[name] for name in ("fp32", "int8", "gated"))
+        rows.append(
+            [MODELS[run["model"]], str(run["images"]), f"{fp32:.2f}", f"{int8:.2f} ({int8 - fp32:+.2f})",
+             str(run["left_out"]), f"{run['gate']:g}", f"{100 * run['survivors']:.1f} %", f"{fp32 - gated:.2f}"]
+        )  # fmt: skip
+    header = ["model", "images", "fp32", "int8 heads", "layers left in float", "gate", "RoIs the conv-head sees",
+              "loss by the gate"]  # fmt: skip
+    return markdown(header, rows) + "\n\n" + origin(record)
+
+
+def quantized(record: Record) -> str:
+    """What `quantize` prints of the demonstration."""
+    (run,) = (one for one in record["runs"] if one["model"] == "demo")
+    fp32, int8 = 100 * run["fp32"], 100 * run["int8"]
+    layers = f"in int8: {run['in_int8']} of {run['in_int8'] + run['left_out']} layers"
+    lines = ["                      AP  difference", f"fp32               {fp32:.2f}",
+             f"int8               {int8:.2f}       {int8 - fp32:+.2f}", "", layers]  # fmt: skip
+    return "\n".join(["```text", *lines, "```"])
 
 
 def start(record: Record) -> str:

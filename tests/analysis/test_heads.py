@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from doublehead.analysis.heads import command, features
 from doublehead.analysis.heads.learner import Learner
@@ -152,6 +153,11 @@ def test_records_hold_what_the_saved_detectors_find(out):
             for name, numbers in evaluate_each(model, dataset, chosen).items():
                 (one,) = [o for o in ours if o["step"] == STEPS and o["readout"] == name]
                 assert one["AP"] == numbers["AP"]
+
+
+def test_the_learning_curves_are_drawn(out):
+    with Image.open(out / "learning-curves.png") as image:
+        assert image.width > 1000 and len(image.convert("RGB").getcolors(10**6)) > 20
 
 
 def test_every_head_is_recorded_once(out):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from doublehead.analysis.heads import curves
 from tests.support.evidence import of_heads, of_pearson, of_runs, script
 
 paired, reading, findings = script("paired"), script("reading"), script("findings")
@@ -40,16 +41,16 @@ def test_students_t(count, reach):
 def test_the_mean_crosses_where_its_sign_changes():
     record = of_heads()
     ours, theirs = (
-        lambda step, kind=kind: reading.of_heads(record, kind, "AP", step=step) for kind in ("double_head", "fc")
+        lambda step, kind=kind: curves.of_heads(record, kind, "AP", step=step) for kind in ("double_head", "fc")
     )
-    assert reading.crossing(record, ours, theirs) == 2000  # half way from 1000 to 4000 RoIs in their logarithm
-    assert reading.crossing(record, ours, ours) is None
+    assert curves.crossing(record, ours, theirs) == 2000  # half way from 1000 to 4000 RoIs in their logarithm
+    assert curves.crossing(record, ours, ours) is None
 
 
 def test_windows_are_averaged_over_the_bins_that_have_some():
     record = of_heads()
-    assert reading.over_windows(record, "conv: both", "score", 0.0, 0.2) == pytest.approx(dict.fromkeys(range(3), 0.1))
-    assert reading.over_windows(record, "conv: both", "score", 0.0, 0.05) == {}
+    assert curves.over_windows(record, "conv: both", "score", 0.0, 0.2) == pytest.approx(dict.fromkeys(range(3), 0.1))
+    assert curves.over_windows(record, "conv: both", "score", 0.0, 0.05) == {}
 
 
 def test_a_correlation_is_read_in_either_direction():

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from doublehead.analysis.heads.curves import learning_curves
 from doublehead.analysis.heads.reading import NUMBERS, Readable, readables
 from doublehead.analysis.heads.setup import Setup
 from doublehead.analysis.heads.specs import BASE, HeadSpec, Member, parse_variant
 from doublehead.analysis.heads.training import SideBySide, sampling_of
-from doublehead.analysis.output import write_csv
+from doublehead.analysis.output import save_figure, write_csv
 from doublehead.analysis.provenance import provenance
 from doublehead.engine.checkpoint import MODEL_FILE, save_model
 from doublehead.engine.files import replacing, write_json
@@ -216,4 +217,6 @@ def write_results(setup: Setup, folder: Path) -> None:
     write_json(folder / RECORD_FILE, content, indent=None)
     columns = ("variant", "kind", "readout", "fusion", "seed", "step", "rois", *NUMBERS)
     write_csv(folder / "heads.csv", columns, ([one[name] for name in columns] for one in results))
-    say(f"{folder}: {RECORD_FILE}, heads.csv" + (", models/" if options.save_models else ""))
+    save_figure(folder / "learning-curves.png", learning_curves(content))
+    models = ", models/" if options.save_models else ""
+    say(f"{folder}: {RECORD_FILE}, heads.csv, learning-curves.png{models}")
