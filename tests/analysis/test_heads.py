@@ -13,10 +13,12 @@ from PIL import Image
 
 from doublehead.analysis.heads import command, features
 from doublehead.analysis.heads.learner import Learner
+from doublehead.analysis.heads.reading import Reader as HeadsReader
 from doublehead.analysis.heads.reading import readables
 from doublehead.analysis.heads.setup import open_setup
 from doublehead.analysis.heads.specs import distinct_heads, parse_variant, plan, varied
 from doublehead.analysis.options import EvaluationData, Heads
+from doublehead.analysis.readers import open_readers
 from doublehead.config import BackboneConfig, DataConfig, RoIConfig, RPNConfig, TrainConfig
 from doublehead.data import build_dataset, build_loader, horizontal_flip
 from doublehead.data.shapes import CLASSES
@@ -29,6 +31,7 @@ from doublehead.engine.signals import Stopped
 from doublehead.engine.trainer import Trainer
 from doublehead.errors import UserError
 from doublehead.models import build_detector
+from doublehead.ops import box_iou
 from tests.support.analysis_detector import analyze, recipe
 from tests.support.engine_standin import one_thread  # noqa: F401 (a fixture)
 
@@ -175,6 +178,41 @@ def test_every_head_is_recorded_once(out):
         assert ("loss_reg" in one) == any(value is not None for value in one["regressed_iou"])
         assert ("loss_cls" in one) == any(value is not None for value in one["score"])
         assert one["rois"] == STEPS * (8 if one["variant"] == OTHER_ROIS else 16)
+
+
+def test_windows_are_read_as_by_the_other_analyses(start, out):
+    """The means of the record against those of the saved detectors, read by `analyze sliding-windows`' own reader."""
+    found = json.loads((out / "heads.json").read_text())
+    setup = open_setup(options(start, out), World())
+    drawn = HeadsReader(setup.features(train=False), setup.val_set, setup.model.transform, (4, 8, 16, 32), 0.0, 4)
+    folder = out / "models"
+    specs = [f"{head}={folder}/{kind}-seed3" for head, kind in (("fc: both", "fc"), ("conv: both", "conv"))]
+    specs += [f"double_head_ext {name}={folder}/double_head_ext-seed3:{name}" for name in ("fc", "conv")]
+    for reader in open_readers(specs, torch.device("cpu")):
+        parts = []
+        for index in range(len(setup.val_set)):
+            image, target = setup.val_set[index]
+            windows = drawn._windows(drawn.features[index, False])
+            mine = reader.features(image, target["boxes"])
+            assert set(map(tuple, windows.truth.tolist())) == set(map(tuple, mine.truth.tolist()))
+            reading = reader.read_all(mine, windows.boxes, windows.labels, 1000)
+            own, moved = (
+                box_iou(boxes[:, None], windows.truth[:, None]).flatten() for boxes in (windows.boxes, reading.boxes)
+            )
+            parts.append(torch.stack((own, moved, reading.scores)))
+        own, moved, scores = torch.cat(parts, 1)
+        bins = (own * 20).long().clamp(max=19)
+        (one,) = [one for one in found["heads"] if one["step"] == STEPS and one["variant"] == "base"
+                  and one["head"] == reader.name]  # fmt: skip
+        assert sum(count > 0 for count in one["windows"]) > 8
+        for b in range(20):
+            chosen = bins == b
+            assert one["windows"][b] == int(chosen.sum())
+            if one["windows"][b]:
+                assert one["regressed_iou"][b] == pytest.approx(float(moved[chosen].mean()), abs=1e-5)
+                assert one["score"][b] == pytest.approx(float(scores[chosen].mean()), abs=1e-5)
+            else:
+                assert one["regressed_iou"][b] is None and one["score"][b] is None
 
 
 def test_a_stopped_training_goes_on_to_the_same_bits(start, out, tmp_path, monkeypatch):
