@@ -4,8 +4,9 @@
 travel over the device's own backend (NCCL on CUDA, gloo on CPU); small host-side agreements
 (stop now?  is every loss finite?) travel over a gloo group, so they never wait for the GPU.
 
-No process waits for ever: a collective gives up after `TIMEOUT`, gloo fails as soon as a peer is
-gone, and `World.on_main` carries an error of the main process to all of them.
+No process waits for ever: a collective gives up after `TIMEOUT` (after `LONG`, where one process may have hours of
+work that the others have not), gloo fails as soon as a peer is gone, and `World.on_main` carries an error of the main
+process to all of them.
 
 One failure, one message: the first process that fails records it in the rendezvous store; the
 others, whose connections break as a result, end quietly.
@@ -30,6 +31,7 @@ from doublehead.engine.errors import PeerFailed, PeerLostError, PeerStopped
 from doublehead.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)  # the main process alone computes the metrics, the others wait
+LONG = timedelta(days=30)  # unequal shares of work: a process that is done waits for the others' trainings
 GRACE = timedelta(seconds=3)  # for a failed process to say so, after a connection to it broke
 _FAILURE = "doublehead/failure"
 _BROKEN = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|socket", re.IGNORECASE)
@@ -47,6 +49,8 @@ class World:
     """The gloo group of host-side messages; None with one process."""
     store: Any = None
     """The rendezvous store, where the first failure is recorded too; None with one process."""
+    patient: Any = None
+    """As `control`, for waits of up to `LONG`."""
 
     @property
     def is_main(self) -> bool:
@@ -84,8 +88,11 @@ class World:
         dist.gather_object(value, values, dst=0, group=self.control)
         return values
 
-    def on_main(self, work: Callable[[], T]) -> T:
-        """Run `work` on the main process; all get its result, or raise its exception."""
+    def on_main(self, work: Callable[[], T], long: bool = False) -> T:
+        """Run `work` on the main process; all get its result, or raise its exception.
+
+        `long`: it may take longer than `TIMEOUT`.
+        """
         if self.size == 1:
             return work()
         outcome: list[Any] = [None, None]
@@ -94,7 +101,7 @@ class World:
                 outcome[0] = work()
             except Exception as error:
                 outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        dist.broadcast_object_list(outcome, src=0, group=self.patient if long else self.control)
         if outcome[1] is not None:
             raise self.shared(outcome[1])
         return outcome[0]
@@ -144,10 +151,10 @@ class World:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
+    def barrier(self, long: bool = False) -> None:
+        """Wait for all processes; `long`: it may take longer than `TIMEOUT`."""
         if self.size > 1:
-            dist.barrier(group=self.control)
+            dist.barrier(group=self.patient if long else self.control)
 
 
 @contextlib.contextmanager
@@ -173,7 +180,8 @@ def join_world(device: str = "auto") -> Iterator[World]:
         dist.init_process_group("nccl", device_id=chosen, **options)
     else:
         dist.init_process_group("gloo", **options)
-    world = World(rank, size, chosen, dist.new_group(backend="gloo", timeout=TIMEOUT), store)
+    control, patient = (dist.new_group(backend="gloo", timeout=timeout) for timeout in (TIMEOUT, LONG))
+    world = World(rank, size, chosen, control, store, patient)
     try:
         yield world
     except BaseException as error:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,21 +13,25 @@ from PIL import Image
 
 from doublehead.analysis.heads import command, features
 from doublehead.analysis.heads.learner import Learner
+from doublehead.analysis.heads.reading import Reader as HeadsReader
 from doublehead.analysis.heads.reading import readables
 from doublehead.analysis.heads.setup import open_setup
 from doublehead.analysis.heads.specs import distinct_heads, parse_variant, plan, varied
 from doublehead.analysis.options import EvaluationData, Heads
+from doublehead.analysis.readers import open_readers
 from doublehead.config import BackboneConfig, DataConfig, RoIConfig, RPNConfig, TrainConfig
 from doublehead.data import build_dataset, build_loader, horizontal_flip
 from doublehead.data.shapes import CLASSES
 from doublehead.engine.checkpoint import load_model, save_model
 from doublehead.engine.distributed import World
+from doublehead.engine.errors import NonFiniteLossError
 from doublehead.engine.evaluator import evaluate, evaluate_each
 from doublehead.engine.optim import seed_step
 from doublehead.engine.signals import Stopped
 from doublehead.engine.trainer import Trainer
 from doublehead.errors import UserError
 from doublehead.models import build_detector
+from doublehead.ops import box_iou
 from tests.support.analysis_detector import analyze, recipe
 from tests.support.engine_standin import one_thread  # noqa: F401 (a fixture)
 
@@ -174,6 +180,41 @@ def test_every_head_is_recorded_once(out):
         assert one["rois"] == STEPS * (8 if one["variant"] == OTHER_ROIS else 16)
 
 
+def test_windows_are_read_as_by_the_other_analyses(start, out):
+    """The means of the record against those of the saved detectors, read by `analyze sliding-windows`' own reader."""
+    found = json.loads((out / "heads.json").read_text())
+    setup = open_setup(options(start, out), World())
+    drawn = HeadsReader(setup.features(train=False), setup.val_set, setup.model.transform, (4, 8, 16, 32), 0.0, 4)
+    folder = out / "models"
+    specs = [f"{head}={folder}/{kind}-seed3" for head, kind in (("fc: both", "fc"), ("conv: both", "conv"))]
+    specs += [f"double_head_ext {name}={folder}/double_head_ext-seed3:{name}" for name in ("fc", "conv")]
+    for reader in open_readers(specs, torch.device("cpu")):
+        parts = []
+        for index in range(len(setup.val_set)):
+            image, target = setup.val_set[index]
+            windows = drawn._windows(drawn.features[index, False])
+            mine = reader.features(image, target["boxes"])
+            assert set(map(tuple, windows.truth.tolist())) == set(map(tuple, mine.truth.tolist()))
+            reading = reader.read_all(mine, windows.boxes, windows.labels, 1000)
+            own, moved = (
+                box_iou(boxes[:, None], windows.truth[:, None]).flatten() for boxes in (windows.boxes, reading.boxes)
+            )
+            parts.append(torch.stack((own, moved, reading.scores)))
+        own, moved, scores = torch.cat(parts, 1)
+        bins = (own * 20).long().clamp(max=19)
+        (one,) = [one for one in found["heads"] if one["step"] == STEPS and one["variant"] == "base"
+                  and one["head"] == reader.name]  # fmt: skip
+        assert sum(count > 0 for count in one["windows"]) > 8
+        for b in range(20):
+            chosen = bins == b
+            assert one["windows"][b] == int(chosen.sum())
+            if one["windows"][b]:
+                assert one["regressed_iou"][b] == pytest.approx(float(moved[chosen].mean()), abs=1e-5)
+                assert one["score"][b] == pytest.approx(float(scores[chosen].mean()), abs=1e-5)
+            else:
+                assert one["regressed_iou"][b] is None and one["score"][b] is None
+
+
 def test_a_stopped_training_goes_on_to_the_same_bits(start, out, tmp_path, monkeypatch):
     from doublehead.analysis.heads import training
 
@@ -257,9 +298,64 @@ def test_features_are_those_of_the_detector(start, tmp_path):
         features.build(tmp_path / "f", setup.model, setup.train_set, False, True, 0)
 
 
+def test_processes_divide_the_seeds_and_wait_long_for_each_other(start, tmp_path, monkeypatch):
+    """Features and another process's trainings take longer than processes wait for each other elsewhere."""
+    waits, trained = [], []
+
+    class Second(World):
+        def on_main(self, work, long=False):
+            waits.append(("main", long))
+            return Path(tmp_path) if work.__name__ == "make" else None
+
+        def barrier(self, long=False):
+            waits.append(("all", long))
+
+    monkeypatch.setattr(command, "train_seed", lambda setup, seed, shown: trained.append((seed, shown)))
+    command.run(options(start, tmp_path, seeds=(3, 4, 5, 6, 7)), Second(1, 2))
+    assert trained == [(4, False), (6, False)]
+    assert waits == [("main", False), ("main", True), ("main", True), ("all", True), ("main", False)]
+
+
 def test_changed_options_are_refused(start, out):
     with pytest.raises(UserError, match="other heads, data or options"):
         command.run(options(start, out, vary=(WIDE,)), World())
+
+
+def test_other_kinds_of_the_same_heads_are_refused(start, out):
+    """Double-Head needs no head that the others have not; its results must not be missing without a word."""
+    kinds = tuple(kind for kind in KINDS if kind != "double_head")
+    with pytest.raises(UserError, match="other kinds or variants"):
+        command.run(options(start, out, kinds=kinds, vary=(WIDE, OTHER_ROIS)), World())
+
+
+def test_detectors_that_are_missing_are_written_again(start, out, tmp_path):
+    shutil.copytree(out, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "models" / "double_head_ext-seed3")
+    command.run(options(start, tmp_path / "out", vary=(WIDE, OTHER_ROIS)), World())
+    ours, theirs = (folder / "models" / "double_head_ext-seed3" for folder in (out, tmp_path / "out"))
+    assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())
+    assert json.loads((ours / "metrics.json").read_text()) == json.loads((theirs / "metrics.json").read_text())
+    again = load_model(theirs).model.state_dict()
+    for name, values in load_model(ours).model.state_dict().items():
+        assert torch.equal(values, again[name]), name
+
+
+def test_what_is_not_finite_is_not_saved(start, tmp_path):
+    given = options(start, tmp_path / "out", kinds=("fc",), set=("train.lr=1e38",), evaluate_at=(4,), save_every=1)
+    with pytest.raises(NonFiniteLossError, match="fc: both: .* is not finite with sgd at a learning rate of 1e[+]38"):
+        command.run(given, World())
+    state = torch.load(tmp_path / "out" / "seed-3.pt", weights_only=True)["training"]
+    assert state["step"] < STEPS
+    for learner in state["learners"]:
+        assert all(values.isfinite().all() for values in learner["head"].values())
+
+
+def test_only_an_ext_has_the_read_out_of_an_ext(start):
+    base = load_model(start).recipe
+    base = replace(base, model=replace(base.model, detection=replace(base.model.detection, readout="split")))
+    found = {one.member.kind: one.readout.detection.readout for one in readables(plan(base, KINDS, {}, ()), False)}
+    assert found == {kind: "split" if kind == "double_head_ext" else "fused" for kind in KINDS}
+    assert {one.model.detection.readout for one in plan(base, ("fc",), {}, ())} == {"fused"}  # so that it can be loaded
 
 
 def test_variants_share_what_they_do_not_change(start):

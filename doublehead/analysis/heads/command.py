@@ -27,14 +27,15 @@ def run(options: Heads, world: World) -> None:
         world.on_main(
             lambda folder=folder, dataset=dataset, train=train, mirrored=mirrored: features.build(
                 folder, setup.model, dataset, train, mirrored, setup.recipe.data.workers
-            )
+            ),
+            long=True,
         )
     if world.is_main:
         _say_plan(setup)
     mine = [seed for number, seed in enumerate(options.seeds) if number % world.size == world.rank]
     for seed in mine:
         train_seed(setup, seed, shown=world.is_main)
-    world.gather(None)  # until every process is done
+    world.barrier(long=True)  # with an odd seed, one process trains much longer than the others
     world.on_main(lambda: record.write_results(setup, setup.folder))
 
 
@@ -54,6 +55,7 @@ def train_seed(setup: Setup, seed: int, shown: bool) -> None:
     if saved := record.load_state(state_file, setup.digest):
         training.load_state_dict(saved["training"])
         log = record.SeedLog(seed, saved["results"], saved["heads"])
+        log.check(state_file, setup, training.step)
         if shown and training.step < options.steps:
             say(f"seed {seed}: goes on after step {training.step} of {options.steps}")
 
@@ -72,6 +74,16 @@ def train_seed(setup: Setup, seed: int, shown: bool) -> None:
         record.save_state(state_file, setup.digest, training.state_dict(), log)
 
     training.run(setup.pauses, evaluate, options.save_every, save, shown)
+    _save_missing_models(setup, training, reader, seed)
+
+
+def _save_missing_models(setup: Setup, training: SideBySide, reader: Reader, seed: int) -> None:
+    """Write the detectors that an earlier call was not asked for, and those that were removed."""
+    members = [member for member in setup.members if not record.is_saved(setup, member, seed)]
+    if wanted := readables(members, every=False):
+        heads = {spec: training.learners[spec].evaluated for member in members for spec in member.heads.values()}
+        metrics, _ = reader.read(heads, wanted)
+        record.save_models(setup, heads, wanted, metrics, seed)
 
 
 def _say_plan(setup: Setup) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from doublehead.analysis.heads.specs import HeadSpec
 from doublehead.engine.errors import NonFiniteLossError
 from doublehead.engine.optim import WeightAverage, build_optimizer, learning_rate, set_learning_rate
+from doublehead.engine.schema import is_finite
 from doublehead.models.heads import build_head
 from doublehead.models.losses import box_loss, classification_loss
 
@@ -87,20 +88,24 @@ class Learner:
         return losses
 
     def take_losses(self) -> dict[str, float]:
-        """The mean weighted losses since the last call.
-
-        Raises:
-            NonFiniteLossError: one is not finite.
-        """
+        """The mean weighted losses since the last call."""
         means = {name: float(value) / self._steps for name, value in self._sums.items()}
         self._sums, self._steps = {}, 0
-        wrong = [name for name, value in means.items() if value != value or abs(value) == float("inf")]
+        return means
+
+    def check(self) -> None:
+        """Call it before anything is evaluated or saved.
+
+        Raises:
+            NonFiniteLossError: a loss since the last `take_losses` or a weight is not finite.
+        """
+        values = {**self._sums, **self.evaluated.state_dict()}
+        wrong = [name for name, value in values.items() if not is_finite(value)]
         if wrong:
             raise NonFiniteLossError(
                 f"{self.spec.label}: {wrong[0]} is not finite with {self.spec.train.optimizer} at a learning rate of "
                 f"{self.spec.train.lr:g}: lower it"
             )
-        return means
 
     def state_dict(self) -> dict[str, Any]:
         """All that the coming steps depend on."""

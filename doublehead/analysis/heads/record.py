@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from doublehead.analysis.heads.curves import learning_curves
-from doublehead.analysis.heads.reading import NUMBERS, Readable
+from doublehead.analysis.heads.reading import NUMBERS, Readable, readables
 from doublehead.analysis.heads.setup import Setup
 from doublehead.analysis.heads.specs import BASE, HeadSpec, Member, parse_variant
 from doublehead.analysis.heads.training import SideBySide, sampling_of
@@ -65,6 +65,25 @@ class SeedLog:
                 {"variant": member.variant, "head": label, **where, "rois": rois[spec]}
                 | learner.take_losses()
                 | windows[spec]
+            )
+
+    def check(self, path: Path, setup: Setup, step: int) -> None:
+        """Hold what was measured up to a step against what is to be measured.
+
+        Raises:
+            UserError: other kinds or variants were evaluated, although their heads are the same; `path` is named.
+        """
+        wanted = {
+            (pause, one.member.variant, one.member.kind, one.readout.detection.readout, one.readout.detection.fusion)
+            for pause in setup.pauses
+            if pause <= step
+            for one in readables(setup.members, every=pause == setup.options.steps)
+        }
+        names = ("step", "variant", "kind", "readout", "fusion")
+        if {tuple(one[name] for name in names) for one in self.results} != wanted:
+            raise UserError(
+                f"{path}: other kinds or variants of these heads were evaluated: give another --out, or the --kinds, "
+                "--vary and --varied-kinds it had"
             )
 
     def summary(self, step: int) -> str:
@@ -124,7 +143,7 @@ def save_models(
         if member.variant != BASE or member.kind not in setup.options.save_models or member.kind in saved:
             continue
         saved.add(member.kind)  # the first is in the kind's own read-out
-        folder = setup.folder / "models" / f"{member.kind}-seed{seed}"
+        folder = _model_folder(setup, member, seed)
         folder.mkdir(parents=True, exist_ok=True)
         recipe = replace(
             setup.recipe,
@@ -139,6 +158,17 @@ def save_models(
             setup.options.steps,
         )  # fmt: skip
         write_json(folder / METRICS_FILE, dict(one))
+
+
+def is_saved(setup: Setup, member: Member, seed: int) -> bool:
+    """Whether `save_models` has written this detector, or would not."""
+    if member.variant != BASE or member.kind not in setup.options.save_models:
+        return True
+    return all((_model_folder(setup, member, seed) / name).exists() for name in (MODEL_FILE, METRICS_FILE))
+
+
+def _model_folder(setup: Setup, member: Member, seed: int) -> Path:
+    return setup.folder / "models" / f"{member.kind}-seed{seed}"
 
 
 def _put_together(setup: Setup, member: Member, heads: Mapping[HeadSpec, nn.Module]) -> DoubleHeadRCNN:

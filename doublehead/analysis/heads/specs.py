@@ -133,6 +133,8 @@ def distinct_heads(members: Sequence[Member]) -> list[HeadSpec]:
 
 def _member(variant: str, kind: HeadKind, recipe: Recipe) -> Member:
     model = replace(recipe.model, head=replace(recipe.model.head, kind=kind))
+    if kind != "double_head_ext":  # which alone has other read-outs
+        model = replace(model, detection=replace(model.detection, readout="fused"))
     if kind in SINGLE:
         model = replace(model, loss=replace(model.loss, w_fc=1.0, w_conv=1.0))
     weights = task_weights(kind, model.loss)

@@ -97,9 +97,13 @@ class SideBySide:
                 self._train(next(batches))
                 self.step += 1
                 self.seconds += time.monotonic() - begun
-                if self.step in pauses:
+                paused = self.step in pauses
+                if due := paused or self.step % save_every == 0 or bool(stop.received):
+                    for learner in self.learners.values():
+                        learner.check()
+                if paused:
                     on_pause()
-                if self.step in pauses or self.step % save_every == 0 or stop.received:
+                if due or stop.received:  # it may have come while evaluating
                     on_save()
                 bar.update()
                 if shown and bar.disable and time.monotonic() - said >= SAY_SECONDS:  # no terminal: plain lines
