@@ -15,6 +15,7 @@ from doublehead.analysis.heads import command, features
 from doublehead.analysis.heads.learner import Learner
 from doublehead.analysis.heads.reading import Reader as HeadsReader
 from doublehead.analysis.heads.reading import readables
+from doublehead.analysis.heads.record import _put_together
 from doublehead.analysis.heads.setup import open_setup
 from doublehead.analysis.heads.specs import distinct_heads, parse_variant, plan, varied
 from doublehead.analysis.options import EvaluationData, Heads
@@ -161,6 +162,40 @@ def test_records_hold_what_the_saved_detectors_find(out):
 def test_the_learning_curves_are_drawn(out):
     with Image.open(out / "learning-curves.png") as image:
         assert image.width > 1000 and len(image.convert("RGB").getcolors(10**6)) > 20
+
+
+def test_what_is_put_together_detects_as_the_whole_detector_does(start):
+    """Every kind and read-out, with heads that say something of every box; after so few steps all AP are 0."""
+    setup = open_setup(options(start, start / "features-of-all"), World())
+    folder = start / "features-of-all" / "val"
+    features.build(folder, setup.model, setup.val_set, False, False, 0)
+    file = features.FeatureFile(
+        folder, features.fingerprint(setup.model, setup.val_set, False, False), torch.device("cpu")
+    )
+    reader = HeadsReader(
+        file, setup.val_set, setup.model.transform, setup.model.detector.roi_pooling.strides,
+        setup.model.detector.min_side, 0,
+    )  # fmt: skip
+    heads = {}
+    for number, spec in enumerate(setup.specs):
+        heads[spec] = Learner(spec, 8, 7, number, torch.device("cpu")).head.eval()
+        for name, weight in heads[spec].named_parameters():
+            if name in ("classifier.weight", "regressor.weight", "classifier.bias"):
+                torch.nn.init.normal_(weight, std=0.3)
+    image = file[1, False]
+    found = []
+    with torch.no_grad():
+        outputs = reader._run(heads, image, image.proposals.boxes)
+        for readable in readables(setup.members, every=True):
+            model = _put_together(setup, readable.member, heads).eval()
+            model.detector.readout = readable.readout
+            (wanted,) = model([setup.val_set[1][0]])
+            ours = reader._detect(readable, outputs, image)
+            assert len(wanted["scores"]) > 5
+            for name, values in wanted.items():
+                torch.testing.assert_close(ours[name], values, rtol=1e-4, atol=1e-3, msg=str(readable.readout))
+            found.append(tuple(wanted["scores"].tolist()))
+    assert len(set(found)) > 9  # kinds and read-outs differ
 
 
 def test_every_head_is_recorded_once(out):
