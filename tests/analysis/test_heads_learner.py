@@ -1,6 +1,7 @@
 """`analyze heads`: a step against the optimiser by hand, averaged weights, loss weights, and what digests say."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -184,3 +185,14 @@ def test_damaged_features_are_named(start, tmp_path, change, message):
     change(folder)
     with pytest.raises(UserError, match=message):
         features.build(folder, of.model, of.val_set, False, False, 0)
+
+
+def test_slots_without_a_proposal_are_not_read(start, tmp_path):
+    of, folder = setup(start, tmp_path), tmp_path / "features"
+    features.build(folder, of.model, of.val_set, False, False, 0)
+    index = json.loads((folder / "features.json").read_text())
+    index["items"][0]["proposals"] = 3
+    (folder / "features.json").write_text(json.dumps(index))
+    image = features.FeatureFile(folder, index["fingerprint"], torch.device("cpu"))[0, False]
+    assert image.proposals.valid[0].nonzero().flatten().tolist() == [0, 1, 2]
+    assert image.proposals.boxes.shape[1] == index["items"][0]["slots"] > 3
