@@ -50,12 +50,12 @@ def run(options: FCWeights, world: World) -> None:
                 f"--out {options.out}: holds {before.name}: give another folder, or --overwrite to replace it"
             )
         found: dict[str, np.ndarray] = {}
-        for name, checkpoint, _ in checkpoint_specs(options.checkpoints):
-            model, recipe, _, _ = load_model(checkpoint)
+        for spec in checkpoint_specs(options.checkpoints):
+            model, recipe, _, _ = load_model(spec.checkpoint)
             heads = fc_heads(model)
             if not heads:
-                raise UserError(f"{checkpoint}: its head is {recipe.model.head.kind!r}, which has no fc-head")
-            found |= {f"{name}, {head}": weight_correlation(weight) for head, weight in heads.items()}
+                raise UserError(f"{spec.checkpoint}: its head is {recipe.model.head.kind!r}, which has no fc-head")
+            found |= {f"{spec.name}, {head}": weight_correlation(weight) for head, weight in heads.items()}
         write_results(found, output_folder(options.out, World()))
 
     world.on_main(work)

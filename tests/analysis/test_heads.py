@@ -17,13 +17,9 @@ from doublehead.analysis.heads.reading import Reader as HeadsReader
 from doublehead.analysis.heads.reading import readables
 from doublehead.analysis.heads.record import _put_together
 from doublehead.analysis.heads.setup import open_setup
-from doublehead.analysis.heads.specs import distinct_heads, parse_variant, plan, varied
-from doublehead.analysis.options import EvaluationData, Heads
 from doublehead.analysis.readers import open_readers
-from doublehead.config import BackboneConfig, DataConfig, RoIConfig, RPNConfig, TrainConfig
 from doublehead.data import build_dataset, build_loader, horizontal_flip
-from doublehead.data.shapes import CLASSES
-from doublehead.engine.checkpoint import load_model, save_model
+from doublehead.engine.checkpoint import load_model
 from doublehead.engine.distributed import World
 from doublehead.engine.errors import NonFiniteLossError
 from doublehead.engine.evaluator import evaluate, evaluate_each
@@ -33,44 +29,15 @@ from doublehead.engine.trainer import Trainer
 from doublehead.errors import UserError
 from doublehead.models import build_detector
 from doublehead.ops import box_iou
-from tests.support.analysis_detector import analyze, recipe
 from tests.support.engine_standin import one_thread  # noqa: F401 (a fixture)
+from tests.support.heads_samples import KINDS, OTHER_ROIS, STEPS, WIDE, options, save_start
 
-STEPS = 4
-KINDS = ("fc", "conv", "double_fc", "double_conv", "double_head_reverse", "double_head", "double_head_ext")
-WIDE = "model.head.conv_dim=32"
-OTHER_ROIS = "model.roi.samples=8,model.roi.positive_fraction=0.25"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """An untrained detector whose backbone has no statistics to learn."""
-    base = recipe("double_head_ext")
-    model = replace(
-        base.model,
-        backbone=BackboneConfig("resnet18", "frozen_batch_norm", weights=None, frozen_stages=0, fpn_channels=8),
-        rpn=RPNConfig((8, 16, 32, 64, 128), pre_nms_train=60, pre_nms_test=60, post_nms_train=40, post_nms_test=40),
-        roi=RoIConfig(samples=16, positive_fraction=0.5, canonical_size=64.0),
-        head=replace(base.model.head, conv_blocks=3),
-    )
-    # The optimiser that a detector and its heads share must not be one that mixes parameters, as clipping does.
-    train = TrainConfig(steps=STEPS, batch_size=1, lr=0.02, milestones=(3,), warmup_steps=2, channels_last=True,
-                        device="cpu", aspect_ratio_grouping=False, clip_grad_norm=None)  # fmt: skip
-    data = DataConfig("shapes", train_images=6, val_images=4, image_size=64, workers=0)
-    whole = replace(base, model=model, train=train, data=data)
-    torch.manual_seed(5)
-    folder = tmp_path_factory.mktemp("start")
-    detector = build_detector(model, 7)
-    for name, weight in detector.detector.rpn.named_parameters():  # proposals of many sizes, near the anchors
-        torch.nn.init.normal_(weight, std=0.3 if "objectness" in name else 0.02)
-    save_model(folder / "model.safetensors", detector, whole, CLASSES, range(1, 7))
-    return folder
-
-
-def options(start, out, **changes):
-    given = {"seeds": (3,), "steps": STEPS, "images": 1, "windows": 4, "kinds": KINDS, "save_models": KINDS}
-    return Heads(str(out), "cpu", str(start), EvaluationData(), **(given | changes))
+    return save_start(tmp_path_factory.mktemp("start"))
 
 
 @pytest.fixture(scope="module")
@@ -260,18 +227,22 @@ def test_a_stopped_training_goes_on_to_the_same_bits(start, out, tmp_path, monke
         if self.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    given = options(start, tmp_path / "out", vary=(WIDE, OTHER_ROIS))
+    # Fewer kinds than in `out`, for time: the heads are the same whatever is trained beside them.
+    kinds = ("double_head", "double_head_ext")
+    changes = {"vary": (OTHER_ROIS,), "kinds": kinds, "varied_kinds": ("fc", "double_head"), "save_models": kinds}
+    given = options(start, tmp_path / "out", **changes)
     monkeypatch.setattr(training.SideBySide, "_train", stop_in_step_3)
     with pytest.raises(Stopped):
         command.run(given, World())
     monkeypatch.setattr(training.SideBySide, "_train", original)
     command.run(given, World())
-    for kind in KINDS:
+    for kind in kinds:
         whole, resumed = (load_model(folder / "models" / f"{kind}-seed3").model for folder in (out, tmp_path / "out"))
         for name, values in whole.state_dict().items():
             assert torch.equal(values, resumed.state_dict()[name]), (kind, name)
     before, after = (json.loads((folder / "heads.json").read_text()) for folder in (out, tmp_path / "out"))
-    assert before["results"] == after["results"] and before["heads"] == after["heads"]
+    assert len(after["results"]) > 20 and all(one in before["results"] for one in after["results"])
+    assert len(after["heads"]) > 10 and all(one in before["heads"] for one in after["heads"])
 
 
 def test_parts_of_a_step_have_their_own_statistics_and_share_a_gradient(start):
@@ -383,87 +354,3 @@ def test_what_is_not_finite_is_not_saved(start, tmp_path):
     assert state["step"] < STEPS
     for learner in state["learners"]:
         assert all(values.isfinite().all() for values in learner["head"].values())
-
-
-def test_only_an_ext_has_the_read_out_of_an_ext(start):
-    base = load_model(start).recipe
-    base = replace(base, model=replace(base.model, detection=replace(base.model.detection, readout="split")))
-    found = {one.member.kind: one.readout.detection.readout for one in readables(plan(base, KINDS, {}, ()), False)}
-    assert found == {kind: "split" if kind == "double_head_ext" else "fused" for kind in KINDS}
-    assert {one.model.detection.readout for one in plan(base, ("fc",), {}, ())} == {"fused"}  # so that it can be loaded
-
-
-def test_variants_share_what_they_do_not_change(start):
-    base = load_model(start).recipe
-    members = plan(base, KINDS, {"text": parse_variant("model.roi.conv_box_scale=1.0")}, ("fc", "double_head"))
-    assert [m.kind for m in members if m.variant == "text"] == ["double_head"]  # fc would be the base's
-    assert len(distinct_heads(members)) == 8 + 1
-
-
-def test_a_grid_of_balance_weights_needs_a_head_for_each_weight(start):
-    base = load_model(start).recipe  # l_fc 0.7, l_conv 0.8
-    grid = {f"{a}/{b}": {"model.loss.l_fc": a, "model.loss.l_conv": b} for a in (0.5, 0.7, 0.9) for b in (0.6, 0.8)}
-    members = plan(base, ("double_head_ext",), grid, ("double_head_ext",))
-    assert len(members) == 1 + 6  # with the base's own cell
-    assert len(distinct_heads(members)) == 3 + 2
-
-
-def test_an_ext_is_read_out_by_what_its_weights_train(start):
-    base = load_model(start).recipe
-
-    def ways(every, **weights):
-        changes = {f"model.loss.{name}": value for name, value in weights.items()}
-        members = plan(base, (), {"v": changes}, ("double_head_ext",))
-        return [(one.readout.detection.readout, one.readout.detection.fusion) for one in readables(members, every)]
-
-    fused = [("fused", fusion) for fusion in ("complementary", "max", "average", "none")]
-    assert set(ways(True)) == {*fused, ("split", "complementary"), ("fc", "complementary"), ("conv", "complementary")}
-    assert ways(False) == [fused[0]]
-    # Without the conv-head's classifier only the fc-head's classes are left; without the fc-head's, those of conv.
-    assert ways(False, l_conv=1.0) == [("split", "complementary")]
-    assert ways(False, l_fc=0.0) == [("conv", "complementary")]
-    assert ways(True, l_fc=0.0, l_conv=1.0) == []
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("model.backbone.name=resnet50", "cannot be varied"),
-        ("train.steps=3", "cannot be varied"),
-        ("train.augment.crop=0.5", "cannot be varied"),
-        ("model.roi.sample=3", "did you mean model.roi.samples"),
-        ("model.head.conv_blocks=zero", "conv_blocks"),
-        ("model.head.conv_blocks", "expected FIELD=VALUE"),
-    ],
-)
-def test_a_wrong_variant_is_named(start, text, message):
-    with pytest.raises(UserError, match=message):
-        varied(load_model(start).recipe, parse_variant(text), "--vary")
-
-
-def test_values_of_variants():
-    assert parse_variant("train.milestones=[1,2],train.optimizer=sgd,train.clip_grad_norm=null") == {
-        "train.milestones": [1, 2], "train.optimizer": "sgd", "train.clip_grad_norm": None,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "more, message",
-    [
-        (["--seeds", "1", "1"], "--seeds: 1 is named twice"),
-        (["--kinds", "conv5"], "--kinds: conv5 is the head of a backbone without a pyramid"),
-        (["--train-images", "0"], "--train-images is 0"),
-        (["--steps", "0"], "--steps is 0"),
-        (["--evaluate-at", "99"], "there is no such step"),
-        (["--images", "3", "--set", "train.accumulate=2"], "cannot be divided"),
-        (
-            ["--varied-kinds", "double_head_ext", "--vary", "model.loss.l_fc=0,model.loss.l_conv=1"],
-            "no head learns what every read-out needs",
-        ),
-        (["--vary", "model.head.conv_blocks=2"], "expected an odd number"),
-    ],
-)
-def test_mistakes_on_the_command_line(start, tmp_path, capsys, more, message):
-    assert analyze("heads", start, "--steps", 4, "--out", tmp_path / "out", *more) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from doublehead.analysis.heads.features import FeatureFile, ImageFeatures
 from doublehead.analysis.heads.specs import HeadSpec, Member
 from doublehead.analysis.heads.training import pool, pool_key
-from doublehead.analysis.windows import BINS, WINDOWS, iou_bins, sliding_windows
+from doublehead.analysis.windows import BINS, iou_bins, sliding_windows
 from doublehead.config import Fusion, ReadOutName
 from doublehead.data import DetectionDataset
 from doublehead.engine.coco_metrics import compute_metrics
@@ -153,7 +153,8 @@ class Reader:
             return None
         every = sliding_windows(truth, image.size, (0, image.image_id))
         draws = random.Random(f"windows/{image.image_id}")
-        chosen = [sorted(draws.sample(range(WINDOWS), min(self.windows, WINDOWS))) for _ in truth]
+        count = every.shape[1]
+        chosen = [sorted(draws.sample(range(count), min(self.windows, count))) for _ in truth]
         boxes = every.gather(1, torch.tensor(chosen, device=truth.device)[..., None].expand(-1, -1, 4)).flatten(0, 1)
         rows = torch.arange(len(truth), device=truth.device).repeat_interleave(len(chosen[0]))
         ious = box_iou(boxes[:, None], truth[rows][:, None])[:, 0, 0].clamp(0, 1)
