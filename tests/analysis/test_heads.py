@@ -241,7 +241,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(start, out, tmp_path, monke
         for name, values in whole.state_dict().items():
             assert torch.equal(values, resumed.state_dict()[name]), (kind, name)
     before, after = (json.loads((folder / "heads.json").read_text()) for folder in (out, tmp_path / "out"))
-    assert len(after["results"]) > 20 and all(one in before["results"] for one in after["results"])
+    assert len(after["results"]) > 10 and all(one in before["results"] for one in after["results"])
     assert len(after["heads"]) > 10 and all(one in before["heads"] for one in after["heads"])
 
 

@@ -85,6 +85,9 @@ APPENDED = {
     "doublehead train --recipe": SHORT,
     "doublehead train --help": [],
     "doublehead analyze balance-weights": ["--collect"],
+    "doublehead analyze heads": (
+        "--steps 2 --images 1 --seeds 0 --train-images 4 --data.val-images 3 --windows 2".split()
+    ),
     "doublehead export": [],
 }
 """What is appended to a command that begins so (the longest beginning counts), to make it small."""
