@@ -120,11 +120,40 @@ def test_a_figures_seeds_are_those_of_its_models(tmp_path):
     assert record.figure(path)["seeds"] == [1]
 
 
+def heads_file(path, seeds, **changes):
+    """A `heads.json`, as far as a record reads it."""
+    rows = {name: [{"seed": seed, "seconds": 2.0} for seed in seeds] for name in ("trainings", "results", "heads")}
+    content = {"seeds": list(seeds), "steps": 40, "digest": "a", "features": {"seconds": 1.5}} | rows | changes
+    path.write_text(json.dumps(content))
+    return path
+
+
 def test_a_record_of_heads_counts_their_features(tmp_path):
-    (tmp_path / "heads.json").write_text(
-        json.dumps({"trainings": [{"seconds": 2.0}, {"seconds": 3.0}], "features": {"seconds": 1.5}, "results": []})
-    )
-    assert record.heads("shapes", tmp_path / "heads.json")["seconds"] == 6.5
+    assert record.heads("shapes", [heads_file(tmp_path / "heads.json", [0, 1])])["seconds"] == 5.5
+
+
+def test_seeds_of_several_files_join(tmp_path):
+    later, earlier = heads_file(tmp_path / "later.json", [1, 2]), heads_file(tmp_path / "earlier.json", [0], commit="x")
+    found = record.heads("shapes", [earlier, later])
+    assert found["seeds"] == [0, 1, 2]
+    for name in ("trainings", "results", "heads"):
+        assert [row["seed"] for row in found[name]] == [0, 1, 2]
+    assert found["seconds"] == 7.5 and "commit" not in found  # the last file's
+    assert record.joined([later, earlier])["results"] == found["results"]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "changes", "words"),
+    [
+        ([1], {}, "one is in two files"),
+        ([0], {"steps": 80}, "its steps are not those"),
+        ([0], {"digest": "b", "data": "other"}, "its data, digest are not those"),
+    ],
+)
+def test_trainings_of_other_heads_do_not_join(tmp_path, seeds, changes, words):
+    files = [heads_file(tmp_path / "a.json", seeds, **changes), heads_file(tmp_path / "b.json", [1, 2])]
+    with pytest.raises(SystemExit, match=words):
+        record.heads("shapes", files)
 
 
 def test_the_wall_time_of_a_part_is_that_of_all_its_calls(tmp_path):

@@ -192,6 +192,7 @@ def write_results(setup: Setup, folder: Path) -> None:
     content = {
         "format": FORMAT,
         **provenance(),
+        "digest": setup.digest,  # equal in files that differ in nothing but seeds
         "start": {"checkpoint": options.checkpoint},
         "data": {
             "name": setup.train_set.name,
