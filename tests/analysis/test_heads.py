@@ -112,6 +112,7 @@ def test_records_hold_what_the_saved_detectors_find(out):
     assert {"command", "version", "commit", "date", "machine"} <= training.keys() & found.keys()
     for kind in KINDS:
         model, saved, classes, _ = load_model(out / "models" / f"{kind}-seed3")
+        assert (saved.train.seed, saved.train.steps, saved.train.batch_size) == (3, STEPS, 1)
         dataset = build_dataset(saved.data, "val", classes=classes)
         ours = [one for one in found["results"] if one["kind"] == kind and one["variant"] == "base"]
         (own,) = [one for one in ours if one["step"] == STEPS and one["readout"] == "fused"

@@ -31,7 +31,7 @@ def save_start(folder: Path) -> Path:
         head=replace(base.model.head, conv_blocks=3),
     )
     # The optimiser that a detector and its heads share must not be one that mixes parameters, as clipping does.
-    train = TrainConfig(steps=STEPS, batch_size=1, lr=0.02, milestones=(3,), warmup_steps=2, channels_last=True,
+    train = TrainConfig(steps=STEPS, batch_size=2, lr=0.02, milestones=(3,), warmup_steps=2, channels_last=True,
                         device="cpu", aspect_ratio_grouping=False, clip_grad_norm=None)  # fmt: skip
     data = DataConfig("shapes", train_images=6, val_images=4, image_size=64, workers=0)
     whole = replace(base, model=model, train=train, data=data)

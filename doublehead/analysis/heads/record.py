@@ -150,7 +150,7 @@ def save_models(
             name=f"{member.kind}, heads alone",
             about=f"heads trained on the frozen {setup.recipe.name}",
             model=member.model,
-            train=replace(setup.recipe.train, seed=seed),
+            train=replace(setup.recipe.train, seed=seed, batch_size=setup.options.images),
         )
         start = setup.start
         save_model(
