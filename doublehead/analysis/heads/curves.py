@@ -107,16 +107,16 @@ def learning_curves(record: Record) -> Any:
         }
         for kind, curve in of_kind.items():
             _draw(panel, record, curve, COLOURS[kind], WORDS[kind])
-        _mark(panel, record, of_kind.get("double_head"), of_kind.get("fc"))
-        panel.set(title=f"{metric}; dotted: Double-Head crosses single fc")
+        crossed = _mark(panel, record, of_kind.get("double_head"), of_kind.get("fc"))
+        panel.set(title=f"{metric}; dotted: Double-Head crosses single fc" if crossed else metric)
     of_head = {
         head: lambda step, head=head: over_windows(record, head, "regressed_iou", 0.5, 1.0, step=step)
         for head in ("fc: both", "fc: boxes", "conv: both", "conv: boxes")
     }
     for head, curve in of_head.items():
         _draw(axes[2], record, curve, COLOURS[head.partition(":")[0]], head, "--" if "boxes" in head else "-")
-    _mark(axes[2], record, of_head["conv: boxes"], of_head["fc: boxes"])
-    axes[2].set(title="IoU of regressed boxes, windows of 0.5 or more")
+    crossed = _mark(axes[2], record, of_head["conv: boxes"], of_head["fc: boxes"])
+    axes[2].set(title="IoU of regressed boxes, windows of 0.5 or more" + "; dotted: they cross" * crossed)
     seen = [rois(record, step) for step in steps(record)]
     for panel in axes:
         panel.set(xlabel="RoIs seen", xscale="log")
@@ -136,7 +136,9 @@ def _draw(panel: Any, record: Record, curve: Curve, colour: str, label: str, sty
                        color=colour, linestyle=style, marker="o", markersize=3, capsize=3, label=label)  # fmt: skip
 
 
-def _mark(panel: Any, record: Record, ours: Curve | None, theirs: Curve | None) -> None:
+def _mark(panel: Any, record: Record, ours: Curve | None, theirs: Curve | None) -> bool:
+    """Draw a dotted line where a curve crosses another, and say whether it does."""
     at = None if ours is None or theirs is None else crossing(record, ours, theirs)
     if at is not None:
         panel.axvline(at, color="black", linestyle=":")
+    return at is not None
