@@ -94,8 +94,8 @@ IOU = "regressed_iou"
 FINDINGS = (
     Finding("Double-Head beats the single fc-head", "Tables 1, 4",
             (*both("double_head", "fc", 3.0), *both("double_head", "fc", 3.2, "AP75")),
-            "Heads alone: the conv-head's boxes are worse, by less the more RoIs were seen. Not a fault that the checks "
-            "find, nor norms that lag. BCCD: not more AP in three times the steps."),
+            "Heads alone: the conv-head's boxes are worse, by less the more RoIs were seen. Not a fault that the "
+            "checks find, nor norms that lag. BCCD: not more AP in three times the steps."),
     Finding("Double-Head beats two fc-heads", "Table 1", both("double_head", "double_fc", 1.4),
             "Heads alone: the fc-head for boxes alone regresses better than the conv-head for boxes alone."),
     Finding("Ext beats Double-Head", "Table 4", both("double_head_ext", "double_head", 0.5),
@@ -121,8 +121,8 @@ FINDINGS = (
         windows("IoU, windows of 0.5 .. 1, heads for both tasks", CONV, FC, IOU, 0.5, 1.0),
         windows("the same, heads for boxes alone", "conv: boxes", "fc: boxes", IOU, 0.5, 1.0),
         windows("IoU, windows of 0 .. 0.5, heads for both tasks", CONV, FC, IOU, 0.0, 0.5)),
-            "Slower learning: the gap shrinks with every doubling of RoIs, and has not closed. Width and length are to be "
-            "measured."),
+            "Slower learning: the gap shrinks with every doubling of RoIs, and has not closed. Width and length are to "
+            "be measured."),
     Finding("fc-scores rise more with the windows' IoU", "Figure 2",
             (Test("score of 0.8 .. 1 - of 0.4 .. 0.6", HEADS, lambda one: paired(rise(one, FC), rise(one, CONV)),
                   digits=3),)),
