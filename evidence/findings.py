@@ -132,7 +132,7 @@ FINDINGS = (
             (windows("IoU, windows of 0.5 .. 1", EXT_CONV, CONV, IOU, 0.5, 1.0),)),
     Finding("Ext's conv-head classifies better than a single conv-head", "Figure 7",
             (windows("score, windows of 0.8 .. 1", EXT_CONV, CONV, "score", 0.8, 1.0),),
-            "Not tested: a grid of l_fc and l_conv is to be measured."),
+            "Not tested."),
 )  # fmt: skip
 """The paper compares Double-Head with the single head and Ext at 39.8 AP (Table 4: K = 5 with non-local blocks), and
 with two fc-heads at 39.5 (Table 1: K = 5 without)."""
