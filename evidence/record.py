@@ -3,8 +3,8 @@
 python evidence/record.py bccd [NAME] FOLDER    runs KIND-SEED in FOLDER, as NAME.json (bccd.json)
 python evidence/record.py own-data FOLDER       runs own-SEED and from-SEED in FOLDER
 python evidence/record.py precision FOLDER      runs in FOLDER with int8.json and gate.json
-python evidence/record.py heads NAME FILE...    heads.json of `doublehead analyze heads`, as heads-NAME.json; several
-                                                files, or an earlier record, are of different seeds and join
+python evidence/record.py heads NAME FILE...    heads.json of `doublehead analyze heads`, as heads-NAME.json; seeds in
+                                                several files, earlier records among them, join
 python evidence/record.py figure FILE           the JSON file of another `doublehead analyze`, and its pictures
 
 --start FOLDER: the run of `shapes-ext` that trainings started from; --commit SHA: with what they were made, if not with
@@ -166,32 +166,30 @@ def precision(folder: Path) -> dict[str, Any]:
 
 
 def heads(name: str, files: list[Path]) -> dict[str, Any]:
-    """A `heads.json`, or several of different seeds, with shorter numbers."""
+    """One `heads.json`, or several of different seeds, with shorter numbers."""
     found = joined(files)
     seconds = sum(one["seconds"] for one in found["trainings"]) + found["features"]["seconds"]
     return {"what": f"Heads alone, side by side: {name}", **shortened(found), "seconds": round(seconds, 1)}
 
 
 def joined(files: list[Path]) -> dict[str, Any]:
-    """The seeds of several `heads.json` in one; commit, date and machine at the top are the last file's, and each
-    training has its own.
+    """Several `heads.json` in one; commit, date and machine at its top are the last file's, and each training has its own.
 
     Raises:
-        SystemExit: they are of different trainings, or a seed is in two.
+        SystemExit: they are of different trainings or have no digest to tell by, or a seed is in two.
     """
     contents = [json.loads(file.read_text()) for file in files]
     last = contents[-1]
-    for file, content in zip(files, contents, strict=True):
-        # an earlier record has no digest: what its command says is compared
-        names = ("format", "start", "data", "steps", "images_per_step", "variants", "digest")
-        if wrong := [name for name in names if content.get(name, last.get(name)) != last.get(name)]:
-            raise SystemExit(f"{file}: its {', '.join(wrong)} are not those of {files[-1]}")
-    parts = sorted(contents, key=lambda content: content["seeds"])
-    seeds = [seed for content in parts for seed in content["seeds"]]
+    for file, content in zip(files[:-1], contents[:-1], strict=True):
+        if content.get("digest") is None or content["digest"] != last.get("digest"):
+            raise SystemExit(f"{file}: its trainings differ from those of {files[-1]} in more than seeds (digest)")
+        if content["variants"] != last["variants"]:
+            raise SystemExit(f"{file}: its variants are not those of {files[-1]}")
+    seeds = sorted(seed for content in contents for seed in content["seeds"])
     if len(set(seeds)) < len(seeds):
         raise SystemExit(f"seeds {seeds}: one is in two files")
-    rows = {name: [row for content in parts for row in content[name]] for name in ("trainings", "results", "heads")}
-    return last | {"seeds": sorted(seeds)} | rows
+    rows = {name: [row for content in contents for row in content[name]] for name in ("trainings", "results", "heads")}
+    return last | {"seeds": seeds} | rows
 
 
 def figure(file: Path) -> dict[str, Any]:

@@ -107,6 +107,7 @@ def test_training_changes_every_weight(start, out):
 def test_records_hold_what_the_saved_detectors_find(out):
     found = json.loads((out / "heads.json").read_text())
     assert found["seeds"] == [3] and found["format"] == "doublehead heads 1"
+    assert found["digest"] == torch.load(out / "seed-3.pt", weights_only=True)["digest"]
     (training,) = found["trainings"]
     assert training["seed"] == 3 and training["seconds"] > 0
     assert {"command", "version", "commit", "date", "machine"} <= training.keys() & found.keys()

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from doublehead.analysis.heads.curves import learning_curves
 from tests.support.evidence import ORIGIN, of_heads, of_pearson, of_runs, script
 
 tables, charts, record, views = script("tables"), script("charts"), script("record"), script("views")
@@ -123,37 +124,49 @@ def test_a_figures_seeds_are_those_of_its_models(tmp_path):
 def heads_file(path, seeds, **changes):
     """A `heads.json`, as far as a record reads it."""
     rows = {name: [{"seed": seed, "seconds": 2.0} for seed in seeds] for name in ("trainings", "results", "heads")}
-    content = {"seeds": list(seeds), "steps": 40, "digest": "a", "features": {"seconds": 1.5}} | rows | changes
-    path.write_text(json.dumps(content))
+    content = {"seeds": seeds, "digest": "a", "variants": {}, "features": {"seconds": 1.5}} | rows | changes
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
     return path
 
 
 def test_a_record_of_heads_counts_their_features(tmp_path):
-    assert record.heads("shapes", [heads_file(tmp_path / "heads.json", [0, 1])])["seconds"] == 5.5
+    assert record.heads("shapes", [heads_file(tmp_path / "heads.json", [0, 1], digest=None)])["seconds"] == 5.5
 
 
 def test_seeds_of_several_files_join(tmp_path):
-    later, earlier = heads_file(tmp_path / "later.json", [1, 2]), heads_file(tmp_path / "earlier.json", [0], commit="x")
+    later, earlier = heads_file(tmp_path / "later.json", [0, 2], commit="later"), tmp_path / "earlier.json"
+    record.write(earlier, record.heads("shapes", [heads_file(earlier, [1], commit="earlier")]))  # a record joins too
     found = record.heads("shapes", [earlier, later])
-    assert found["seeds"] == [0, 1, 2]
+    assert found["seeds"] == [0, 1, 2] and found["commit"] == "later" and found["seconds"] == 7.5
     for name in ("trainings", "results", "heads"):
-        assert [row["seed"] for row in found[name]] == [0, 1, 2]
-    assert found["seconds"] == 7.5 and "commit" not in found  # the last file's
-    assert record.joined([later, earlier])["results"] == found["results"]
+        assert sorted(row["seed"] for row in found[name]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
     ("seeds", "changes", "words"),
     [
-        ([1], {}, "one is in two files"),
-        ([0], {"steps": 80}, "its steps are not those"),
-        ([0], {"digest": "b", "data": "other"}, "its data, digest are not those"),
+        ([1], {}, r"seeds \[1, 1, 2\]: one is in two files"),
+        ([0], {"digest": "b"}, "a.json: its trainings differ from those of .*b.json in more than seeds"),
+        ([0], {"digest": None}, "a.json: its trainings differ"),
+        ([0], {"variants": {"x": {}}}, "a.json: its variants are not those"),
     ],
 )
 def test_trainings_of_other_heads_do_not_join(tmp_path, seeds, changes, words):
     files = [heads_file(tmp_path / "a.json", seeds, **changes), heads_file(tmp_path / "b.json", [1, 2])]
     with pytest.raises(SystemExit, match=words):
         record.heads("shapes", files)
+
+
+@pytest.mark.parametrize("ours", ["double_head", "fc"])
+def test_a_title_speaks_of_a_crossing_where_one_is_drawn(ours):
+    """The made-up double head is ahead everywhere; with one step in which it is behind, the curves cross."""
+    heads = of_heads()
+    first = min(row["step"] for row in heads["results"])
+    behind = [row | {"AP": 0.0} if (row["kind"], row["step"]) == (ours, first) else row for row in heads["results"]]
+    panel = learning_curves(heads | {"results": behind}).axes[0]
+    dotted = [line for line in panel.lines if line.get_linestyle() == ":"]
+    assert len(dotted) == (ours == "double_head")
+    assert panel.get_title() == ("AP; dotted: Double-Head crosses single fc" if dotted else "AP")
 
 
 def test_the_wall_time_of_a_part_is_that_of_all_its_calls(tmp_path):
