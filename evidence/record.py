@@ -173,7 +173,7 @@ def heads(name: str, files: list[Path]) -> dict[str, Any]:
 
 
 def joined(files: list[Path]) -> dict[str, Any]:
-    """Several `heads.json` in one; commit, date and machine at its top are the last file's, and each training has its own.
+    """Several `heads.json` in one; commit, date and machine at its top are the last file's, each training has its own.
 
     Raises:
         SystemExit: they are of different trainings or have no digest to tell by, or a seed is in two.
