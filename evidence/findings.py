@@ -123,8 +123,8 @@ FINDINGS = (
         windows("the same, heads for boxes alone", "conv: boxes", "fc: boxes", IOU, 0.5, 1.0),
         windows("the same, the heads of one Ext", EXT_CONV, EXT_FC, IOU, 0.5, 1.0),
         windows("IoU, windows of 0 .. 0.5, heads for both tasks", CONV, FC, IOU, 0.0, 0.5)),
-            "Heads of their own: the gap shrinks with every doubling of RoIs and has not closed; width and length are to "
-            "be measured. In one Ext the fc-head has less of the task (its weight is 0.3 against 0.8)."),
+            "Heads of their own: the gap shrinks with every doubling of RoIs and has not closed; width and length are "
+            "to be measured. In one Ext the fc-head has less of the task (its weight is 0.3 against 0.8)."),
     Finding("fc-scores rise more with the windows' IoU", "Figure 2",
             (Test("score of 0.8 .. 1 - of 0.4 .. 0.6", HEADS, lambda one: paired(rise(one, FC), rise(one, CONV)),
                   digits=3),)),
