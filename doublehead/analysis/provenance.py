@@ -28,7 +28,8 @@ def provenance() -> dict[str, Any]:
         commit: the short commit of the checkout that the library runs from, with `-dirty` after it if tracked files
             are changed; None without a checkout.
         date: today, such as "2026-11-26".
-        machine: the processor's name, the number of cores that this process may use, PyTorch's threads and version.
+        machine: the processor's name, the number of cores that this process may use, PyTorch's threads and version;
+            and `gpu`, its name, if this process has used one.
 
         No path is in it beyond those on the command line.
     """
@@ -42,6 +43,7 @@ def provenance() -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),  # plain text, which every reader accepts
+            **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_initialized() else {}),
         },
     }
 
