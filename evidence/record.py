@@ -262,7 +262,8 @@ def main() -> None:
             found = figure(Path(place))
             name = found["figure"]
     if options.commit:
-        found["commit"] = options.commit
+        for one in (found, *found.get("trainings", [])):
+            one["commit"] = options.commit
     if options.seconds:
         found["wall_seconds"] = wall_seconds(options.seconds, options.part)
     if options.what == "figure":

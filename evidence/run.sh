@@ -75,8 +75,8 @@ heads-bccd() {
 factors() { # one at a time; steps of 512 RoIs
   local sgd=train.optimizer=sgd,train.lr=0.02,train.weight_decay=1e-4,train.bias_lr_factor=2.0
   local even=model.loss.w_fc=1.0,model.loss.w_conv=1.0
-  shared analyze heads "$out/start" --data.workers 0 --steps 240 --set model.roi.samples=64 train.ema_decay=0.98 \
-    --out "$out/factors" --vary model.roi.conv_box_scale=1.0 $even $sgd $sgd,$even model.head.conv_blocks=1 \
+  shared analyze heads "$out/start" --data.workers 0 --steps 240 --evaluate-at 120 240 --set model.roi.samples=64 \
+    train.ema_decay=0.98 --out "$out/factors" --vary model.roi.conv_box_scale=1.0 $even $sgd $sgd,$even model.head.conv_blocks=1 \
     model.head.conv_blocks=5 model.head.non_local.enabled=false model.head.conv_dim=256 model.head.fc_dim=64 \
     train.accumulate=8 model.roi.samples=16 model.roi.samples=128 model.roi.positive_fraction=0.25
 }

@@ -364,7 +364,8 @@ def origin(record: Record) -> str:
     """One line: where and when a record was made."""
     machine, seeds = record["machine"], ", ".join(map(str, record["seeds"]))
     threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    trained_on = machine.get("gpu", machine["processor"])
     return (
-        f"Seeds {seeds}; {record['seconds'] / 60:.0f} minutes; {machine['processor']}, {threads}, torch "
+        f"Seeds {seeds}; {record['seconds'] / 60:.0f} minutes; {trained_on}, {threads}, torch "
         f"{machine['torch']}; {record['date']}, commit {record['commit']}."
     )
