@@ -13,6 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from factors import words
 from matplotlib.figure import Figure
 from paired import Effect, paired, student
 from PIL import Image
@@ -59,10 +60,10 @@ def factors(record: Record) -> Figure:
     for variant in record["variants"]:
         found = paired(*(changed(record, variant, kind, "AP") for kind in ("double_head", "fc")))
         if found is not None:
-            rows.append((variant.replace("model.", "").replace("train.", ""), found))
+            rows.append((words(variant), found))
     figure, panel = plt.subplots(figsize=(9, 1.2 + 0.42 * len(rows)), constrained_layout=True)
     for place, (name, found) in enumerate(rows):
-        colour = "black" if name == BASE else "#2ca02c"
+        colour = "black" if name == words(BASE) else "#2ca02c"
         if found.error is not None:
             panel.errorbar(found.mean, place, xerr=student(found.count) * found.error, color=colour, linewidth=0.8)
             panel.errorbar(found.mean, place, xerr=found.error, color=colour, linewidth=3)

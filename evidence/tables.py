@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import charts
+import factors
 import views
 from reading import Record, load
 
@@ -32,13 +33,13 @@ OF_ONE: dict[str, Callable[[Record], str]] = {
     "by-step": views.by_step,
     "fusions": views.fusions,
     "readouts": views.readouts,
-    "depth": views.depth,
+    "depth": factors.depth,
     "curves": views.curves,
     "curves-AP75": lambda record: views.curves(record, "AP75"),
     "regression": views.regression,
     "windows": views.windows,
     "crossings": views.crossings,
-    "factors": views.factors,
+    "factors": factors.factors,
     "norms": views.norms,
     "implementation": views.implementation,
     "own-data": views.own_data,

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from findings import FINDINGS, Records, Test, fused
 from paired import Effect, Sample, paired, sample, verdict
-from reading import Record, Seeds, changed, of_runs
+from reading import Record, Seeds, of_runs
 
 from doublehead.analysis.heads.curves import WORDS, crossing, of_heads, over_windows, rois, steps
 from doublehead.analysis.heads.specs import BASE
@@ -225,40 +225,6 @@ def crossings(record: Record) -> str:
         where = f"after about {at:,} RoIs" if at else f"none in {seen:,} RoIs"
         rows.append([words, where, ahead])
     return markdown(["", "the means cross", "ahead at the end"], rows, left=3)
-
-
-def factors(record: Record) -> str:
-    """One factor at a time: both kinds, their gap, and what the factor changes, paired by seed."""
-    rows = []
-    base = {kind: of_heads(record, kind, "AP") for kind in ("fc", "double_head")}
-    gap = {
-        seed: base["double_head"][seed] - base["fc"][seed] for seed in base["double_head"].keys() & base["fc"].keys()
-    }
-    for variant in record["variants"]:
-        fc, double = (changed(record, variant, kind, "AP") for kind in ("fc", "double_head"))
-        mine = {seed: double[seed] - fc[seed] for seed in double.keys() & fc.keys()}
-        first = compared(paired(double, fc))
-        change = compared(paired(double, base["double_head"])) if variant != BASE else [""] * 6
-        of_gap = compared(paired(mine, gap)) if variant != BASE else [""] * 6
-        name = "base" if variant == BASE else f"`{variant}`"
-        rows.append([name, shown(fc), shown(double), first[0], first[1], first[3], change[0], change[1], of_gap[0],
-                     of_gap[1], of_gap[3]])  # fmt: skip
-    header = ["", "single fc", "Double-Head", "Double-Head - fc", "s.e.", "95 %", "Double-Head - base's", "s.e.",
-              "gap - base's", "s.e.", "95 %"]  # fmt: skip
-    return markdown(header, rows)
-
-
-def depth(record: Record) -> str:
-    """Table 2: variants that change the conv-head's blocks alone; the base is among them."""
-    rows = []
-    for variant, changes in record["variants"].items():
-        if not set(changes) <= {"model.head.conv_blocks", "model.head.non_local.enabled"}:
-            continue
-        fc = of_heads(record, "fc", "AP")
-        double = {name: changed(record, variant, "double_head", name) for name in NUMBERS[:3]}
-        words = "base" if variant == BASE else f"`{variant}`"
-        rows.append([words, *(shown(one) for one in double.values()), *compared(paired(double["AP"], fc))[:2]])
-    return markdown(["Double-Head", *NUMBERS[:3], "AP - single fc", "s.e."], rows)
 
 
 def findings(records: Records) -> str:
