@@ -88,6 +88,7 @@ CHARTS = {
     "bccd-loss": Chart("bccd", "the loss of every training", losses),
     "heads-curves": Chart("heads-shapes", CURVES, learning_curves),
     "heads-longer-curves": Chart("heads-longer", CURVES, learning_curves),
+    "heads-narrow-curves": Chart("heads-narrow", CURVES, learning_curves),
     "heads-bccd-curves": Chart("heads-bccd", CURVES, learning_curves),
     "factors": Chart("heads-factors", "what Double-Head has more than the single head, by factor", factors),
 }

@@ -48,16 +48,20 @@ def runs(ours: str, theirs: str, metric: str = "AP") -> Measure:
     return lambda record: paired(of_runs(record, ours, metric), of_runs(record, theirs, metric))
 
 
-def both(ours: str, theirs: str, paper: float, metric: str = "AP") -> tuple[Test, ...]:
-    """Whole trainings on BCCD, and heads alone on generated shapes."""
-    return (
-        Test(f"{metric}, BCCD", "bccd", runs(ours, theirs, metric), paper),
-        Test(f"{metric}, heads alone", HEADS, heads(ours, theirs, metric), paper),
-    )
+def alone(ours: str, theirs: str, paper: float, metric: str = "AP") -> Test:
+    """Heads alone on generated shapes."""
+    return Test(f"{metric}, heads alone", HEADS, heads(ours, theirs, metric), paper)
 
 
-def alone(ours: str, theirs: str, paper: float) -> tuple[Test, ...]:
-    return (Test("AP, heads alone", HEADS, heads(ours, theirs), paper),)
+def narrow(ours: str, theirs: str, paper: float, metric: str = "AP") -> Test:
+    """The same with a narrow fc-head."""
+    return Test(f"{metric}, the same, narrow fc-head", NARROW, heads(ours, theirs, metric), paper)
+
+
+def everywhere(ours: str, theirs: str, paper: float, metric: str = "AP") -> tuple[Test, ...]:
+    """Whole trainings on BCCD, and heads alone."""
+    kinds = (ours, theirs, paper, metric)
+    return Test(f"{metric}, BCCD", "bccd", runs(ours, theirs, metric), paper), alone(*kinds), narrow(*kinds)
 
 
 def read_out(words: str, ours: dict[str, str], theirs: dict[str, str], paper: float | None = None) -> Test:
@@ -72,9 +76,11 @@ def fused(fusion: str) -> dict[str, str]:
     return {"readout": "fused", "fusion": fusion}
 
 
-def windows(words: str, ours: str, theirs: str, name: str, low: float, high: float) -> Test:
+def windows(
+    words: str, ours: str, theirs: str, name: str, low: float, high: float, record: str = "heads-shapes"
+) -> Test:
     """A mean over sliding windows of an IoU from `low` to `high`."""
-    return Test(words, HEADS, lambda one: paired(
+    return Test(words, record, lambda one: paired(
         over_windows(one, ours, name, low, high), over_windows(one, theirs, name, low, high)), digits=3)  # fmt: skip
 
 
@@ -88,25 +94,26 @@ def correlates(boxes: str) -> Test:
     return Test(f"Pearson, {boxes}", "pearson", lambda one: correlation(one, "fc alone", "conv alone", boxes), digits=3)
 
 
-HEADS = "heads-shapes"
+HEADS, NARROW = "heads-shapes", "heads-narrow"
 FC, CONV, EXT_FC, EXT_CONV = "fc: both", "conv: both", "double_head_ext fc", "double_head_ext conv"
 IOU = "regressed_iou"
 FINDINGS = (
     Finding("Double-Head beats the single fc-head", "Tables 1, 4",
-            (*both("double_head", "fc", 3.0), *both("double_head", "fc", 3.2, "AP75")),
+            (*everywhere("double_head", "fc", 3.0), *everywhere("double_head", "fc", 3.2, "AP75")),
             "Heads alone: the conv-head's boxes are worse, by less the more RoIs were seen. Not a fault that the "
             "checks find, nor norms that lag. BCCD: not more AP in three times the steps."),
-    Finding("Double-Head beats two fc-heads", "Table 1", both("double_head", "double_fc", 1.4),
+    Finding("Double-Head beats two fc-heads", "Table 1", everywhere("double_head", "double_fc", 1.4),
             "Heads alone: the fc-head for boxes alone regresses better than the conv-head for boxes alone."),
-    Finding("Ext beats Double-Head", "Table 4", both("double_head_ext", "double_head", 0.5),
+    Finding("Ext beats Double-Head", "Table 4", everywhere("double_head_ext", "double_head", 0.5),
             "Heads alone: fusion adds nothing to what the fc-head's classes give with the conv-head's boxes (below)."),
-    Finding("Ext beats the single fc-head", "Table 4", both("double_head_ext", "fc", 3.5),
+    Finding("Ext beats the single fc-head", "Table 4", everywhere("double_head_ext", "fc", 3.5),
             "As for Double-Head."),
-    Finding("Two fc-heads beat one", "Table 1", both("double_fc", "fc", 1.3)),
-    Finding("A single fc-head beats a single conv-head", "Table 1", alone("fc", "conv", 0.9)),
-    Finding("One conv-head beats two", "Table 1", alone("conv", "double_conv", 1.6),
+    Finding("Two fc-heads beat one", "Table 1", everywhere("double_fc", "fc", 1.3)),
+    Finding("A single fc-head beats a single conv-head", "Table 1",
+            (alone("fc", "conv", 0.9), narrow("fc", "conv", 0.9))),
+    Finding("One conv-head beats two", "Table 1", (alone("conv", "double_conv", 1.6),),
             "Not tested: width is among the factors to be measured."),
-    Finding("The single fc-head beats the reversed double head", "Table 1", alone("fc", "double_head_reverse", 4.8),
+    Finding("The single fc-head beats the reversed double head", "Table 1", (alone("fc", "double_head_reverse", 4.8),),
             "Its conv-head scores good windows lower; but here its fc-head for boxes alone regresses better than a "
             "shared one, which nearly makes up for it."),
     Finding("Fusing the classifiers helps", "Table 3",
@@ -120,7 +127,9 @@ FINDINGS = (
             "Ext's conv-head regresses windows only a little better than its fc-head (below), and AP does not follow."),
     Finding("The conv-head regresses better boxes", "Figure 2", (
         windows("IoU, windows of 0.5 .. 1, heads for both tasks", CONV, FC, IOU, 0.5, 1.0),
+        windows("the same, narrow fc-head", CONV, FC, IOU, 0.5, 1.0, NARROW),
         windows("the same, heads for boxes alone", "conv: boxes", "fc: boxes", IOU, 0.5, 1.0),
+        windows("the same, narrow fc-head", "conv: boxes", "fc: boxes", IOU, 0.5, 1.0, NARROW),
         windows("the same, the heads of one Ext", EXT_CONV, EXT_FC, IOU, 0.5, 1.0),
         windows("IoU, windows of 0 .. 0.5, heads for both tasks", CONV, FC, IOU, 0.0, 0.5)),
             "Heads of their own: the gap shrinks with every doubling of RoIs and has not closed; width and length are "

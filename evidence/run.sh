@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 out=${OUT:-runs/evidence}   # wall time of each part: $out/seconds.tsv
 seeds=${SEEDS:-0 1 2}
-parts=${*:-start own-data bccd longer heads heads-longer heads-bccd factors balance figures precision checks records}
+parts=${*:-start own-data bccd longer heads heads-longer heads-narrow heads-bccd factors balance figures precision checks records}
 export OMP_NUM_THREADS=1    # two processes of one thread each are faster than one of two
 mkdir -p "$out"
 lanes=${LANES:-2}
@@ -66,6 +66,11 @@ heads() { shared analyze heads "$out/start" --data.workers 0 --set train.ema_dec
 heads-longer() { # four times as long; one conv-head
   shared analyze heads "$out/start" --data.workers 0 --steps 5760 --set train.ema_decay=0.99 --kinds fc double_fc double_head \
     --out "$out/heads-longer"
+}
+
+heads-narrow() { # an fc-head with twice the conv-head's weights, as in the paper
+  shared analyze heads "$out/start" --data.workers 0 --evaluate-at 360 720 1440 --set train.ema_decay=0.99 \
+    model.head.fc_dim=64 --kinds fc conv double_fc double_head double_head_ext --out "$out/heads-narrow"
 }
 
 heads-bccd() {
@@ -134,6 +139,7 @@ records() {
   record precision precision "$out/precision"
   record heads heads shapes "$out/heads/heads.json"
   record heads-longer heads longer "$out/heads-longer/heads.json"
+  record heads-narrow heads narrow "$out/heads-narrow/heads.json"
   record heads-bccd heads bccd "$out/heads-bccd/heads.json"
   record factors heads factors "$out/factors/heads.json"
   record balance figure "$out/figures/balance-weights.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from findings import FINDINGS, Records, Test, fused
 from paired import Effect, Sample, paired, sample, verdict
@@ -320,18 +321,24 @@ def costs(records: Records) -> str:
     rows = [
         [record["what"].partition(":")[0].partition(".")[0].partition("?")[0], f"`{name}.json`",
          f"{record['seconds'] / 60:.1f}", f"{record['wall_seconds'] / 60:.1f}" if "wall_seconds" in record else "",
-         str(len(record["seeds"])), str(record["machine"]["threads"])]
+         str(len(record["seeds"])), trained_on(record["machine"])]
         for name, record in records.items()
     ]  # fmt: skip
-    return markdown(["", "record", "minutes", "wall minutes of the part", "seeds", "threads"], rows, left=2)
+    return markdown(["", "record", "minutes", "wall minutes of the part", "seeds", "on"], rows, left=2, last=True)
 
 
 def origin(record: Record) -> str:
     """One line: where and when a record was made."""
     machine, seeds = record["machine"], ", ".join(map(str, record["seeds"]))
-    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
-    trained_on = machine.get("gpu", machine["processor"])
     return (
-        f"Seeds {seeds}; {record['seconds'] / 60:.0f} minutes; {trained_on}, {threads}, torch "
-        f"{machine['torch']}; {record['date']}, commit {record['commit']}."
+        f"Seeds {seeds}; {record['seconds'] / 60:.0f} minutes; {trained_on(machine)}, torch {machine['torch']}; "
+        f"{record['date']}, commit {record['commit']}."
     )
+
+
+def trained_on(machine: Mapping[str, Any]) -> str:
+    """The GPU, or else the processor and its threads."""
+    if "gpu" in machine:
+        return machine["gpu"]
+    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    return f"{machine['processor']}, {threads}"

@@ -26,6 +26,9 @@ def test_what_it_says(monkeypatch):
     machine = found["machine"]
     assert list(machine) == ["processor", "cores", "threads", "torch"] and machine["processor"]
     assert machine["cores"] >= 1 and machine["threads"] == torch.get_num_threads()
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    assert provenance()["machine"] == machine | {"gpu": "a GPU"}
     assert "/" not in json.dumps(found["machine"]) and machine["torch"] == torch.__version__
 
 

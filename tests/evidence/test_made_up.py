@@ -175,4 +175,21 @@ def test_the_wall_time_of_a_part_is_that_of_all_its_calls(tmp_path):
     assert record.wall_seconds(path, "bccd") == 15
     with pytest.raises(SystemExit, match="figures has not ended"):
         record.wall_seconds(path, "figures")
-    assert "| 1.0 | 0.2 | 3 | 1 |" in views.costs({"bccd": ALL["bccd"] | {"wall_seconds": 12}})
+    assert "| 1.0 | 0.2 | 3 | a processor, one thread |" in views.costs({"bccd": ALL["bccd"] | {"wall_seconds": 12}})
+
+
+def test_a_record_made_on_a_gpu_names_it():
+    one = ALL["bccd"] | {"machine": ALL["bccd"]["machine"] | {"gpu": "a GPU"}}
+    assert "; a GPU, torch 2.14; " in views.origin(one) and "| a GPU |" in views.costs({"bccd": one})
+
+
+def test_every_factor_that_was_measured_has_words():
+    assert COMMITTED["heads-factors"]["variants"].keys() == script("factors").WORDS.keys()
+
+
+def test_a_commit_that_is_given_is_that_of_all_trainings(tmp_path, monkeypatch):
+    file = heads_file(tmp_path / "a.json", [0, 1], commit=None)
+    monkeypatch.setattr("sys.argv", ["record.py", "heads", "some", str(file), "--commit", "abc", "--out", str(tmp_path)])
+    record.main()
+    found = json.loads((tmp_path / "heads-some.json").read_text())
+    assert {found["commit"], *(one["commit"] for one in found["trainings"])} == {"abc"}

@@ -16,7 +16,7 @@ printf '%q ' "$@" >> "$CALLS"
 echo >> "$CALLS"
 if [[ " $* " == *" train "* ]]; then mkdir -p "${@: -1}" && touch "${@: -1}/metrics.json"; fi
 """
-PARTS = ("start", "own-data", "bccd", "heads", "heads-bccd", "factors", "balance", "figures")
+PARTS = ("start", "own-data", "bccd", "heads", "heads-narrow", "heads-bccd", "factors", "balance", "figures")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_every_command_is_parsed(called, monkeypatch):
         module = importlib.import_module(f"doublehead.cli.{name}")
         monkeypatch.setattr(module, work[name], lambda *arguments, **options: done.append(arguments))
         module.main(rest)
-    assert len(done) == len(called[0]) == 2 + 2 + 4 + 1 + 1 + 1 + 2 + 2
+    assert len(done) == len(called[0]) == 2 + 2 + 4 + 1 + 1 + 1 + 1 + 2 + 2
 
 
 def test_every_factor_changes_a_head(called):
