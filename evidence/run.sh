@@ -63,8 +63,8 @@ longer() { # one seed of two kinds, three times as long
 kinds="fc conv double_fc double_conv double_head_reverse double_head double_head_ext"
 heads() { shared analyze heads "$out/start" --data.workers 0 --set train.ema_decay=0.99 --save-models $kinds --out "$out/heads"; }
 
-heads-longer() { # four times as long; one conv-head
-  shared analyze heads "$out/start" --data.workers 0 --steps 5760 --set train.ema_decay=0.99 --kinds fc double_fc double_head \
+heads-longer() { # twice as long; one conv-head
+  shared analyze heads "$out/start" --data.workers 0 --steps 2880 --set train.ema_decay=0.99 --kinds fc double_fc double_head \
     --out "$out/heads-longer"
 }
 

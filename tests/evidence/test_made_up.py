@@ -189,7 +189,9 @@ def test_every_factor_that_was_measured_has_words():
 
 def test_a_commit_that_is_given_is_that_of_all_trainings(tmp_path, monkeypatch):
     file = heads_file(tmp_path / "a.json", [0, 1], commit=None)
-    monkeypatch.setattr("sys.argv", ["record.py", "heads", "some", str(file), "--commit", "abc", "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        "sys.argv", ["record.py", "heads", "some", str(file), "--commit", "abc", "--out", str(tmp_path)]
+    )
     record.main()
     found = json.loads((tmp_path / "heads-some.json").read_text())
     assert {found["commit"], *(one["commit"] for one in found["trainings"])} == {"abc"}
