@@ -24,6 +24,12 @@ from model_machine import H200, Step, makespan  # noqa: E402
 
 WITHIN = 1.25
 """Factor of every measured time within which the model has it."""
+MISSED = {
+    "roi_forward", "roi_forward_bf16", "ext_16",  # faster
+    "roi_backward", "roi_backward_1000", "roi_backward_16", "nms_4000", "conv_head_fp32", "conv_head_training",
+    "ext_1_fp32",  # slower
+}  # fmt: skip
+"""Rows of the second design that the model predicted wrongly; NOTES.md looks for reasons. Heavy rows are not tested."""
 QUICK = [name for name, row in model.ROWS.items() if not row.heavy]
 
 
@@ -31,6 +37,12 @@ QUICK = [name for name, row in model.ROWS.items() if not row.heavy]
 def test_the_model_has_what_was_measured(name):
     ratio = model.total(model.ROWS[name].before(H200)) / model.measured()[name]["us"]
     assert 1 / WITHIN < ratio < WITHIN
+
+
+@pytest.mark.parametrize("name", [name for name in QUICK if model.ROWS[name].after])
+def test_what_was_predicted_came_true_but_for_the_rows_that_are_named(name):
+    ratio = model.total(model.ROWS[name].after(H200)) / model.measured(model.SECOND)[name]["us"]
+    assert (1 / WITHIN < ratio < WITHIN) == (name not in MISSED)
 
 
 @pytest.mark.parametrize(
