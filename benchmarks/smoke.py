@@ -118,7 +118,7 @@ def row_of(name: str, label: str, case, device: str, dtype) -> Row:
 
     inside = kernels_on_cpu() if device == "cpu" else torch.cuda.device(0)
     try:
-        with warnings.catch_warnings(), inside, launches() as launched, fallbacks() as served:
+        with warnings.catch_warnings(), inside, watched() as seen, fallbacks() as served:
             warnings.simplefilter("ignore", RuntimeWarning)  # of fallbacks: the table says so
             compared = list(case.run(device, dtype))
             if device == "cuda":
@@ -128,53 +128,81 @@ def row_of(name: str, label: str, case, device: str, dtype) -> Row:
         return Row(name, label, float("nan"), 0, False, f"{type(error).__name__}: {str(error).strip()[:200]}")
     wrong = [what for what, error, bound in compared if not error <= bound]
     notes = [f"wrong: {', '.join(wrong)}"] if wrong else []
-    notes += reference_instead(case, device, launched, served)
+    notes += reference_instead(case, device, seen, served)
     _, error, bound = max(compared, key=lambda c: (not c[1] <= c[2], c[1] / c[2] if c[2] else c[1]))
     return Row(name, label, error, bound, not notes, "; ".join(notes))
 
 
-def reference_instead(case, device: str, launched: set[str], served: list[tuple[str, str]]) -> list[str]:
+class Seen(NamedTuple):
+    """What ran, with success."""
+
+    launched: set[str]
+    """The folders of `doublehead.ops` whose Triton kernels were launched."""
+    called: set[str]
+    """The operators of `torch.ops.doublehead` that were called."""
+
+
+def reference_instead(case, device: str, seen: Seen, served: list[tuple[str, str]]) -> list[str]:
     """Where no kernel was run: the reference against itself proves nothing."""
     from doublehead.ops._library import TRITON_KERNELS, native
 
     notes = [f"reference instead of {operator}: {why}" for operator, why in dict(served).items()]
-    missing = [folder for folder in case.launches if folder not in launched]
+    missing = [folder for folder in case.launches if folder not in seen.launched]
     if missing and not notes:
         notes.append(f"no Triton kernel of {', '.join(missing)} was launched")
     compiled = [operator for operator in case.operators if operator not in TRITON_KERNELS]
-    return notes + [f"reference instead of {name}: no kernel" for name in compiled if not native(name, device)]
+    lacking = [name for name in compiled if not native(name, device)]
+    idle = [name for name in compiled if name not in seen.called and name not in lacking]
+    return (
+        notes
+        + [f"reference instead of {name}: no kernel" for name in lacking]
+        + [f"{name} was not called" for name in idle]
+    )
 
 
-class launches:  # noqa: N801  (used as a function)
-    """The folders of `doublehead.ops` whose Triton kernels are launched inside, with success."""
+class watched:  # noqa: N801  (used as a function)
+    """What runs inside."""
 
-    def __enter__(self) -> set[str]:
+    def __enter__(self) -> Seen:
+        from torch._ops import OpOverload, OpOverloadPacket
         from triton.runtime.interpreter import InterpretedFunction
         from triton.runtime.jit import JITFunction
 
         from doublehead.ops._triton import Launcher
 
-        launched: set[str] = set()
-        watched = (JITFunction, "run"), (InterpretedFunction, "run"), (Launcher, "__call__")
-        self._before = [(kind, name, getattr(kind, name)) for kind, name in watched]
-        for kind, name, run in self._before:
-            setattr(kind, name, self._watched(run, launched))
-        return launched
+        seen = Seen(set(), set())
+        kernels = (JITFunction, "run"), (InterpretedFunction, "run"), (Launcher, "__call__")
+        operators = (OpOverload, "__call__"), (OpOverloadPacket, "__call__")
+        notes = {**dict.fromkeys(kernels, seen_launch), **dict.fromkeys(operators, seen_call)}
+        self._before = [(kind, name, getattr(kind, name)) for kind, name in notes]
+        for (kind, name, run), note in zip(self._before, notes.values(), strict=True):
+            setattr(kind, name, self._noting(run, note, seen))
+        return seen
 
     @staticmethod
-    def _watched(run, launched: set[str]):
-        def watched(function, *arguments, **options):
+    def _noting(run, note, seen: Seen):
+        def noting(function, /, *arguments, **options):
             result = run(function, *arguments, **options)
-            parts = (getattr(function, "kernel", None) or function).fn.__module__.split(".")
-            if parts[:2] == ["doublehead", "ops"]:
-                launched.add(parts[2])
+            note(function, seen)
             return result
 
-        return watched
+        return noting
 
     def __exit__(self, *_) -> None:
         for kind, name, run in self._before:
             setattr(kind, name, run)
+
+
+def seen_launch(kernel, seen: Seen) -> None:
+    parts = (getattr(kernel, "kernel", None) or kernel).fn.__module__.split(".")
+    if parts[:2] == ["doublehead", "ops"]:
+        seen.launched.add(parts[2])
+
+
+def seen_call(operator, seen: Seen) -> None:
+    namespace, _, name = str(operator).partition(".")  # "doublehead.nms.default", or without the last
+    if namespace == "doublehead":
+        seen.called.add(name.split(".")[0])
 
 
 def in_this_process(cases: dict, device: str) -> list[Row]:

@@ -51,7 +51,7 @@ class Case(NamedTuple):
     run: Callable[[str, torch.dtype], Iterator[Comparison]]
     dtypes: Sequence[torch.dtype]
     operators: Sequence[str]
-    """Operators of `torch.ops.doublehead` that it calls."""
+    """Operators of `torch.ops.doublehead` that it must call, and have kernels; Triton's may be launched directly."""
     launches: Sequence[str] = ()
     """Folders of `doublehead.ops` whose Triton kernels it must launch."""
     apart: bool = False

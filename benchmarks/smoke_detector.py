@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 
 import torch
@@ -21,7 +20,11 @@ from doublehead.config import (
 from doublehead.models import ImageBatch, build_detector
 from doublehead.models.structures import Detections, pad_targets
 from doublehead.ops import box_iou
+from tests.support.precision import exact_float32
 
+STEP = "pyramid_roi_align nms_padded"
+INFERENCE = f"{STEP} detections_by_class"
+"""What `_C_cuda` serves of it."""
 UNLIKE = 0.05
 """Share of detections that may differ: rounding can swap two candidates with nearly the same score."""
 
@@ -60,18 +63,6 @@ def targets():
     return pad_targets(boxes, [torch.tensor([1]), torch.tensor([2, 3])])
 
 
-@contextlib.contextmanager
-def exact_float32():
-    """Without TF32, and with deterministic convolutions: any difference is an error then."""
-    conv, cudnn = torch.backends.cudnn.conv, torch.backends.cudnn
-    before = conv.fp32_precision, cudnn.deterministic
-    conv.fp32_precision, cudnn.deterministic = "ieee", True
-    try:
-        yield
-    finally:
-        conv.fp32_precision, cudnn.deterministic = before
-
-
 def on(device: str, value, dtype: torch.dtype | None = None):
     """A tuple with names, such as `ImageBatch`, on that device."""
     return type(value)(*(moved(item, device, dtype) for item in value))
@@ -97,7 +88,7 @@ def image_of(found: Detections, index: int) -> tuple[Tensor, Tensor, Tensor]:
     return boxes.double(), scores.double(), labels
 
 
-@case("detector, inference", FLOAT32, launches="fused_conv non_local detections", apart=True, cuda=True)
+@case("detector, inference", FLOAT32, INFERENCE, "fused_conv non_local", apart=True, cuda=True)
 def inference(device, dtype):
     model = tiny_ext()
     with torch.no_grad(), exact_float32():
@@ -112,7 +103,7 @@ def inference(device, dtype):
             image_of(found, index)
 
 
-@case("detector, training", FLOAT32, launches="batch_norm", apart=True, cuda=True)
+@case("detector, training", FLOAT32, f"{STEP} pyramid_roi_align_backward", "batch_norm", apart=True, cuda=True)
 def training(device, dtype):
     model = tiny_ext().train()
     results = []
@@ -133,7 +124,7 @@ def training(device, dtype):
     yield "gradients (relative)", (torch.stack(errors).norm() / torch.stack(sizes).norm()).item(), 2e-2
 
 
-@case("detector, graph", FLOAT32, launches="fused_conv non_local detections", apart=True, cuda=True)
+@case("detector, graph", FLOAT32, INFERENCE, "fused_conv non_local", apart=True, cuda=True)
 def graph(device, dtype):
     model = tiny_ext().to(device)
     images = on(device, batch())

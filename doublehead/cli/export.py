@@ -93,14 +93,14 @@ def run(options: Options) -> None:
 
     from doublehead.engine.checkpoint import load_model
     from doublehead.engine.logs import say
-    from doublehead.exporting import onnx_file, openvino_file, package
+    from doublehead.exporting import compiler, onnx_file, openvino_file, package
     from doublehead.exporting.description import describe
     from doublehead.exporting.program import DetectorProgram, example_input
 
     if kind == "openvino":
         openvino_file.check_installed(int8=options.precision == "int8")
     else:
-        (package.check_compiler if kind == "aoti" else onnx_file.check_installed)()
+        (compiler.check_compiler if kind == "aoti" else onnx_file.check_installed)()
     device = _device(options.device, kind, torch.cuda.is_available())
     model, recipe, classes, category_ids = load_model(options.checkpoint)
     with config_errors():

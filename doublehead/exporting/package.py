@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UserError
+from .compiler import inductor_settings
 from .description import INPUTS, NAME
 
 INDUCTOR_OPTIONS: dict[str, Any] = {}
@@ -42,20 +41,12 @@ def write_package(
         shapes = {name: {0: batch} for name in INPUTS}
     with torch.no_grad():
         exported = torch.export.export(program, example, dynamic_shapes=shapes)
-    torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=dict(INDUCTOR_OPTIONS))
+    with tempfile.TemporaryDirectory(prefix="doublehead-compiler-") as folder:
+        settings = inductor_settings(Path(folder)) | INDUCTOR_OPTIONS
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=settings)
     with zipfile.ZipFile(path, "a") as archive:
         root = archive.namelist()[0].split("/")[0]
         archive.writestr(f"{root}/{ENTRY}", json.dumps(description, indent=2))
-
-
-def check_compiler() -> None:
-    """
-    Raises:
-        UserError: there is no C++ compiler.
-    """
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
-    if not any(shutil.which(name) for name in names):
-        raise UserError(f"--format aoti compiles C++: no compiler is found ({', '.join(names)}); CXX names another one")
 
 
 def read_description(path: Path) -> dict[str, Any] | None:

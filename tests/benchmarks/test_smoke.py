@@ -63,6 +63,24 @@ def test_a_reference_in_the_kernels_place_fails(monkeypatch, capsys):
     assert "no Triton kernel of score_fusion was launched" in capsys.readouterr().out
 
 
+def test_a_compiled_kernel_that_is_not_called_fails(monkeypatch, capsys):
+    """As it would be if Triton's, or plain PyTorch, took its place."""
+    right = smoke_cases.CASES["nms"]
+    monkeypatch.setitem(smoke_cases.CASES, "nms", right._replace(operators=("nms", "nms_padded")))
+    assert smoke.main(["--device", "cpu", "--jobs", "0", "--only", "nms"]) == 1
+    output = capsys.readouterr().out
+    assert "FAILED  nms_padded was not called" in output and "nms was not called" not in output
+
+
+def test_what_a_detector_must_call_on_a_gpu_it_calls():
+    """On a CPU `detections` takes the place of `detections_by_class`, to which it hands its calls on a GPU."""
+    for name in ("detector, inference", "detector, training"):
+        case = smoke_cases.CASES[name]
+        with smoke.watched() as seen:
+            list(case.run("cpu", torch.float32))
+        assert {operator.removesuffix("_by_class") for operator in case.operators} <= seen.called
+
+
 def test_processes_side_by_side_and_one_that_is_stopped(capsys):
     assert smoke.main(["--device", "cpu", "--jobs", "2", "--only", "nms", "nms_padded"]) == 0
     assert capsys.readouterr().out.count("  ok\n") == 9  # and the heading

@@ -55,9 +55,12 @@ def open_emulated(source: str) -> Emulated:
     library = Path(_folder().name) / f"{path.stem}.so"
     include = [f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-isystem", f"{Path(torch.__file__).parent / 'include'}"]
     # Else libraries would share the shared memory of kernels of the same name, which lies in the first one's segment.
-    shared = ["-fPIC", "-shared", "-fno-gnu-unique"]
+    # A libstdc++ that the compiler links into what it builds stays inside: torch has its own, and other locales.
+    shared = ["-fPIC", "-shared", "-fno-gnu-unique", "-Wl,--exclude-libs,ALL"]
     checks = ["-fsanitize=alignment"]  # threads.h has what it calls: no library is needed
-    flags = ["-std=c++20", "-O1", *shared, *checks, "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+    # Threads jump from stack to stack. The checked longjmp, which some distributions' GCC takes by itself, aborts then.
+    jumps = ["-U_FORTIFY_SOURCE"]
+    flags = ["-std=c++20", "-O1", *shared, *checks, *jumps, "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
     subprocess.run([compiler, *flags, *include, str(path), "-o", str(library)], check=True)
     return Emulated(ctypes.CDLL(str(library)))
 

@@ -9,12 +9,15 @@ catch; registers, occupancy and time.  On a device compute-sanitizer looks for s
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from tests.cuda_emulation.build import HERE, IN_ORDER, ORDERS, Order, every_order, open_emulated
+from tests.cuda_emulation.build import HERE, IN_ORDER, ORDERS, ROOT, Order, every_order, open_emulated
 
 
 def run(name, *arguments, order=IN_ORDER):
@@ -30,6 +33,26 @@ def test_threads_of_a_block_meet_at_a_barrier(order):
     given, result = numbers(288)
     run("rotate", given, result, True, order=order)
     assert torch.equal(result.view(3, 96), given.view(3, 96).roll(-1, 1))
+
+
+ROTATE = """
+import torch
+from tests.cuda_emulation.build import open_emulated
+given, result = torch.arange(288, dtype=torch.int32), torch.zeros(288, dtype=torch.int32)
+open_emulated("emulation_test.cpp").call("run_rotate", given, result, True)
+assert torch.equal(result.view(3, 96), given.view(3, 96).roll(-1, 1))
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_compiler_that_checks_jumps_by_itself(tmp_path):
+    """As Ubuntu's does: a jump to another stack then ends the process, unless it is told otherwise."""
+    compiler = tmp_path / "g++"
+    compiler.write_text(f'#!/bin/sh\nexec {shutil.which("g++")} -D_FORTIFY_SOURCE=2 "$@"\n')
+    compiler.chmod(0o755)
+    environment = {**os.environ, "CXX": str(compiler), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", ROTATE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_missing_barrier_shows_in_another_order():

@@ -16,10 +16,7 @@ from doublehead.engine.errors import UserError
 from doublehead.exporting import ExportedDetections, ExportedDetector, load, loading, onnx_file, package
 from doublehead.exporting.program import DetectorProgram, differences, example_input
 from doublehead.models import ImageBatch
-from tests.support.export_samples import CLASSES, half_resnet18, save_tiny_ext
-
-# Quick to compile, slow to run; without a trial build that tells whether the compiler knows vector instructions.
-QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.simdlen": 1, "cpp.vec_isa_ok": False}
+from tests.support.export_samples import CLASSES, QUICK, half_resnet18, save_tiny_ext
 
 
 @pytest.fixture(scope="module")

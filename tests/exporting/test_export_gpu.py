@@ -30,6 +30,7 @@ def test_a_package_for_cuda(tmp_path):
     (tmp_path / "run").mkdir()
     folder, package = save_tiny_ext(tmp_path / "run"), tmp_path / "a.pt2"
     code = "import tests.support.standins as s; s.install()\n" + EXPORT_AND_DETECT  # tyro may be missing
-    done = subprocess.run([sys.executable, "-c", code, folder, package], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, "-X", "faulthandler", "-c", code, folder, package]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-5000:]}"
     assert "the same " in done.stdout

@@ -15,7 +15,7 @@ from doublehead.models.folding import fold_norm
 from doublehead.models.towers import FCTower
 from doublehead.ops import cudnn
 from doublehead.ops._fallback import fallbacks
-from tests.support.precision import assert_as_exact, convolution_eps
+from tests.support.precision import assert_as_exact, convolution_eps, exact_float32
 from tests.support.triton_bfloat16 import upcast_products  # noqa: F401  (a fixture)
 
 CONFIGS = {
@@ -237,8 +237,8 @@ def layers(model: nn.Module) -> int:
     return sum(isinstance(layer, nn.Conv2d) for layer in model.modules())
 
 
-def check_training_in_float32(name: str, device: str) -> None:
-    """Result, gradient of the input and of every weight, bias and norm, and running statistics, by the 2x rule."""
+def check_training_in_float32(name: str, device: str, gradients: bool = True) -> None:
+    """Result, running statistics, and gradients of the input and of every weight, bias and norm, by the 2x rule."""
     exact = tower(CONFIGS[name])
     model, x = copy.deepcopy(exact).to(device, torch.float32), maps(2, torch.float32)
     wanted, eager = step(plain(exact), x.double()), step(plain(model), x.to(device))
@@ -246,6 +246,8 @@ def check_training_in_float32(name: str, device: str) -> None:
     scale = max(value.abs().max() for key, value in wanted.items() if key.startswith("gradient"))
     eps = convolution_eps(device, torch.float32)
     for key, value in wanted.items():
+        if key.startswith("gradient") and not gradients:
+            continue
         if key.endswith("num_batches_tracked"):
             assert actual[key] == value
         elif value.abs().max() > 1e-9 * scale:
@@ -256,7 +258,20 @@ def check_training_in_float32(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("name", ["K=3, no non-local", "K=3, ReLU after the shortcut", "K=3, embedded Gaussian", "K=5"])
 def test_triton_training(triton_kernels, poisoned, name):
-    check_training_in_float32(name, triton_kernels)
+    """Without TF32: its roundings push some cells over a ReLU's edge, where gradients jump; float32's are too small.
+
+    Of some 10,000 cells before ReLUs the nearest to 0 is 2e-5 of their spread away, and TF32 turns 3 to 7 over.  Plain
+    PyTorch's gradients are then off by up to 0.35 of the largest, and by less than 0.006 with the exact step's ReLUs.
+    """
+    with exact_float32():
+        check_training_in_float32(name, triton_kernels)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_in_tf32(name):
+    """As PyTorch's switches are: what does not jump."""
+    check_training_in_float32(name, "cuda", gradients=False)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from doublehead.ops.conv_head.blocks import Block, each_block
 from doublehead.ops.fused_conv import reference as fused_conv_reference
 from doublehead.ops.fused_conv.arguments import FusedConvArguments
 from doublehead.ops.non_local.reference import non_local_attention
+from tests.support.interpreter import TRITON_DEVICE
 from tests.support.precision import assert_as_exact, convolution_eps
 from tests.support.vendor_products import vendor_products  # noqa: F401  (a fixture)
 
@@ -158,6 +159,7 @@ def test_launches_of_the_paper_s_head(monkeypatch):
     assert [ours.count(name) for name in names] == [2, 1]
 
 
+@pytest.mark.skipif(TRITON_DEVICE == "cuda", reason="stand-ins on CPU tensors; test_a_gpu_s_libraries is without them")
 @pytest.mark.usefixtures("vendor_products", "triton_kernels")
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -298,15 +300,16 @@ def test_cublas_is_a_gpu_s():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("number", [4, ROIS])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_gpu_s_libraries(dtype, relu):
+def test_a_gpu_s_libraries(dtype, relu, number):
     """All entries of the table run, alone and in a captured graph, and what is not finite is seen."""
 
     def moved(arguments, *where):
         return arguments._replace(x=arguments.x.to(*where), tensors=[tensor.to(*where) for tensor in arguments.tensors])
 
-    given = head(K5, relu=relu, dtype=dtype)
+    given = head(K5, number, relu, dtype)
     exact = definition.conv_head(moved(given, torch.float64))
     given = moved(given, "cuda")
     plain = definition.conv_head(given)
@@ -319,6 +322,6 @@ def test_a_gpu_s_libraries(dtype, relu):
         assert_as_exact(actual, plain, exact, roundings=2 * len(given.tensors), eps=eps)
         graph.replay()
         assert captured.equal(actual)
-        given.x[7, 3, 2, 1] = torch.nan
+        given.x[2, 3, 2, 1] = torch.nan
         graph.replay()
-        assert captured.isnan().any(1).nonzero().flatten().tolist() == [7]
+        assert captured.isnan().any(1).nonzero().flatten().tolist() == [2]

@@ -67,6 +67,7 @@ def test_in_a_graph():
             memory_format=LAST), weight, bias, padding=(1, 1), relu=True)  # fmt: skip
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
     torch.cuda.synchronize()

@@ -171,6 +171,7 @@ def test_a_second_stream_sees_what_the_first_one_writes():
 @pytest.mark.gpu
 def test_a_capture_reads_what_another_stream_folded():
     weight, folded = torch.ones(1 << 10, device="cuda"), FoldedWeights()
+    torch.cuda.synchronize()  # the weight is written, before another stream reads it
     with torch.cuda.stream(torch.cuda.Stream()):
         made = folded.get([weight], None, lambda: weight * 2)
     graph = torch.cuda.CUDAGraph()

@@ -12,6 +12,9 @@ from tests.support.tiny_detectors import lively, tiny
 
 CLASSES = ["cat", "dog", "bird"]
 
+# Quick to compile, slow to run; without a trial build that tells whether the compiler knows vector instructions.
+QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.simdlen": 1, "cpp.vec_isa_ok": False}
+
 
 def half_resnet18(**options):
     """In place of torchvision's ResNet-18: of half its depth, which is exported in less time; no weights are read."""

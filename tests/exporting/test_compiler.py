@@ -1,0 +1,76 @@
+"""Packages load whatever the compiler does with the C++ standard library."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor import config
+
+from doublehead.exporting import package
+from doublehead.exporting.compiler import inductor_settings
+from tests.support.export_samples import QUICK
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the link options are those of Linux")
+
+COMPILER = """#!/bin/sh
+case " $* " in *" -shared "*) exec {compiler} "$@" {options} ;; esac
+exec {compiler} "$@"
+"""
+OPEN = """
+import sys, torch
+x = torch.linspace(-1, 1, 8).view(2, 4)
+print(torch._inductor.aoti_load_package(sys.argv[1])(x).tolist())
+"""
+
+
+@pytest.fixture
+def gxx() -> str:
+    found = shutil.which("g++")
+    if found is None:
+        pytest.skip("needs g++")
+    return found
+
+
+@pytest.fixture
+def static(gxx, tmp_path) -> Iterator[None]:
+    """A compiler that links libstdc++ into what it builds, as PyTorch's compiler."""
+    archive = subprocess.run([gxx, "-print-file-name=libstdc++.a"], capture_output=True, text=True).stdout.strip()
+    if not Path(archive).is_file():
+        pytest.skip("there is no libstdc++.a")
+    (tmp_path / "static").mkdir()
+    made = tmp_path / "static" / "g++"
+    made.write_text(COMPILER.format(compiler=gxx, options="-static-libstdc++"))
+    made.chmod(0o755)
+    with config.patch({"cpp.cxx": (None, str(made))}):
+        yield
+
+
+@pytest.mark.parametrize("name", ["g++", "no-such-compiler", "false"])  # the last builds nothing
+def test_an_ordinary_compiler_stays_as_it_is(tmp_path, name):
+    with config.patch({"cpp.cxx": (None, name)}):
+        assert inductor_settings(tmp_path) == {}
+
+
+@pytest.mark.usefixtures("static")
+def test_a_package_keeps_a_standard_library_of_its_own_to_itself(tmp_path, monkeypatch):
+    """In a process of its own, which otherwise would crash, or raise `std::bad_cast`."""
+    monkeypatch.setattr(package, "INDUCTOR_OPTIONS", QUICK)
+    with torch.no_grad():
+        model, path = nn.Linear(4, 3).eval(), tmp_path / "a.pt2"
+        package.write_package(model, (torch.randn(2, 4),), {}, path)
+        expected = model(torch.linspace(-1, 1, 8).view(2, 4))
+    done = subprocess.run([sys.executable, "-c", OPEN, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout.splitlines()[-1])), expected)
+    with zipfile.ZipFile(path) as archive:
+        (library,) = [archive.read(name) for name in archive.namelist() if name.endswith(".so")]
+    assert b"libstdc++.so" not in library  # so the compiler did link its own
