@@ -69,7 +69,7 @@ heads-longer() { # twice as long; one conv-head
 }
 
 heads-narrow() { # an fc-head with twice the conv-head's weights, as in the paper
-  shared analyze heads "$out/start" --data.workers 0 --evaluate-at 360 720 1440 --set train.ema_decay=0.99 \
+  shared analyze heads "$out/start" --data.workers 0 --steps 720 --evaluate-at 180 360 720 --set train.ema_decay=0.99 \
     model.head.fc_dim=64 --kinds fc conv double_fc double_head double_head_ext --out "$out/heads-narrow"
 }
 

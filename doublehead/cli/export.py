@@ -172,7 +172,7 @@ def input_size(image: ImageConfig, height: int | None, width: int | None) -> tup
 
 
 def check(path: Path, detector: Detector) -> str:
-    """Load an exported file and compare it with `detector` on random images; returns the result in words.
+    """Load an exported file and compare it with `detector` on random images, without TF32; returns the result in words.
 
     Raises:
         WrongProgram: their results differ.
@@ -180,16 +180,15 @@ def check(path: Path, detector: Detector) -> str:
     import torch
 
     from doublehead.exporting import load
-    from doublehead.exporting.program import DetectorProgram, differences, example_input
+    from doublehead.exporting.program import DetectorProgram, differences, exact_float32, example_input
 
     exported, number = load(path), 0
     program = DetectorProgram(detector, exported.device)
     most, *size = exported.shape
     for batch in (most, 1) if exported.dynamic_batch else (most,):
         pixels, sizes = example_input(batch, *size, device=exported.device, seed=1)
-        found = exported(pixels, sizes)
-        with torch.no_grad():
-            expected = program(pixels, sizes)
+        with torch.no_grad(), exact_float32():
+            found, expected = exported(pixels, sizes), program(pixels, sizes)
         if problem := differences(found, expected):
             raise WrongProgram(
                 f"the exported program does not compute what the model does: {problem}; nothing was written "

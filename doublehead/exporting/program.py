@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,3 +73,18 @@ def differences(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str | No
         if max(extra, missing) > max(number, wanted) // 50:
             return f"of image {image}'s {wanted} detections {missing} are missing, and {extra} others are there"
     return None
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Convolutions without TF32, and deterministic: two programs that compute the same agree to rounding then.
+
+    PyTorch's default on a GPU is TF32, whose rounding moves boxes by pixels and swaps detections of near scores.
+    """
+    conv, cudnn = torch.backends.cudnn.conv, torch.backends.cudnn
+    before = conv.fp32_precision, cudnn.deterministic
+    conv.fp32_precision, cudnn.deterministic = "ieee", True
+    try:
+        yield
+    finally:
+        conv.fp32_precision, cudnn.deterministic = before

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import doublehead
+from doublehead.exporting.program import exact_float32
 from tests.support.export_samples import save_tiny_ext
-from tests.support.precision import exact_float32
 
 
 @pytest.fixture

@@ -219,6 +219,21 @@ def test_a_fixed_batch_is_exact(run, tmp_path, quick_write):
     assert len(found["boxes"]) > 10
 
 
+def test_it_is_compared_without_tf32(run, tmp_path, quick_write, monkeypatch):
+    conv, seen = torch.backends.cudnn.conv, []
+
+    class Watched(DetectorProgram):
+        def forward(self, pixels, sizes):
+            seen.append(conv.fp32_precision)
+            return super().forward(pixels, sizes)
+
+    original = package.write_package
+    monkeypatch.setattr(package, "write_package", lambda program, *rest: original(Watched(program.detector), *rest))
+    before = conv.fp32_precision
+    export.main([str(run), str(tmp_path / "a.pt2"), "--device", "cpu"])
+    assert before != "ieee" and conv.fp32_precision == before and set(seen) == {"ieee"}
+
+
 def test_a_wrong_program_is_not_written(run, tmp_path, quick_write, monkeypatch, capsys):
     class Wrong(DetectorProgram):
         def forward(self, pixels, sizes):

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from doublehead.config import HeadConfig, NonLocalConfig
+from doublehead.exporting.program import exact_float32
 from doublehead.models.conv_tower import Bottleneck, ConvTower, WideningBlock
 from doublehead.models.folding import fold_norm
 from doublehead.models.towers import FCTower
 from doublehead.ops import cudnn
 from doublehead.ops._fallback import fallbacks
-from tests.support.precision import assert_as_exact, convolution_eps, exact_float32
+from tests.support.precision import assert_as_exact, convolution_eps
 from tests.support.triton_bfloat16 import upcast_products  # noqa: F401  (a fixture)
 
 CONFIGS = {

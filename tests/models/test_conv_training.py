@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from doublehead.config import HeadConfig, NonLocalConfig
+from doublehead.exporting.program import exact_float32
 from doublehead.models.conv_tower import ConvTower
 from doublehead.ops import _triton
 from doublehead.ops.non_local import kernel as non_local_kernel
-from tests.support.precision import exact_float32
 
 SMALL = HeadConfig(conv_dim=32, conv_blocks=3, non_local=NonLocalConfig(groups=1))  # the kernels serve 16 a group
 

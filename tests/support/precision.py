@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -19,18 +16,6 @@ def convolution_eps(device: str, dtype: torch.dtype) -> float | None:
     """
     tf32 = device == "cuda" and dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
     return TF32_EPS if tf32 else None
-
-
-@contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
-    """Without TF32, and with deterministic convolutions: any difference is an error then."""
-    conv, cudnn = torch.backends.cudnn.conv, torch.backends.cudnn
-    before = conv.fp32_precision, cudnn.deterministic
-    conv.fp32_precision, cudnn.deterministic = "ieee", True
-    try:
-        yield
-    finally:
-        conv.fp32_precision, cudnn.deterministic = before
 
 
 def error_and_bound(
