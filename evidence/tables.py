@@ -49,7 +49,7 @@ OF_ONE: dict[str, Callable[[Record], str]] = {
     "origin": views.origin,
 }
 """Name -> the table of one record."""
-OF_ALL = {"findings": views.findings, "costs": views.costs}
+OF_ALL = {"findings": views.findings, "costs": views.costs, "throughput": views.throughput}
 """Name -> the table of all records."""
 
 

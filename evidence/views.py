@@ -327,6 +327,21 @@ def costs(records: Records) -> str:
     return markdown(["", "record", "minutes", "wall minutes of the part", "seeds", "on"], rows, left=2, last=True)
 
 
+def throughput(records: Records) -> str:
+    """How fast `analyze heads` trains one seed, evaluation left out; the seeds of a GPU's record ran side by side."""
+    rows = []
+    for name, record in records.items():
+        if not name.startswith("heads-"):
+            continue
+        first, seen = record["seeds"][0], rois(record, steps(record)[-1])
+        heads = {(row["variant"], row["head"]) for row in record["heads"] if row["seed"] == first}
+        speed = fmean(seen / training["seconds"] for training in record["trainings"])
+        rows.append([f"`{name}.json`", trained_on(record["machine"]), str(len(heads)), f"{speed:,.0f}",
+                     f"{speed * len(heads):,.0f}"])  # fmt: skip
+    header = ["record", "on", "heads side by side", "RoIs a second", "times heads"]
+    return markdown(header, rows, left=2)
+
+
 def origin(record: Record) -> str:
     """One line: where and when a record was made."""
     machine, seeds = record["machine"], ", ".join(map(str, record["seeds"]))

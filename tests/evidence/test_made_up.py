@@ -183,6 +183,12 @@ def test_a_record_made_on_a_gpu_names_it():
     assert "; a GPU, torch 2.14; " in views.origin(one) and "| a GPU |" in views.costs({"bccd": one})
 
 
+def test_throughput_counts_heads_and_rois():
+    text = views.throughput({name: COMMITTED[name] for name in ("heads-factors", "heads-shapes", "bccd")})
+    assert "| `heads-factors.json` | NVIDIA H200 | 34 | 1,006 | 34,211 |" in text
+    assert "| `heads-shapes.json` | AMD EPYC, one thread | 8 | 275 | 2,203 |" in text and text.count("\n") == 3
+
+
 def test_every_factor_that_was_measured_has_words():
     assert COMMITTED["heads-factors"]["variants"].keys() == script("factors").WORDS.keys()
 
