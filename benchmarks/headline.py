@@ -205,6 +205,7 @@ class Run:
                     begun = {"row": message["begin"], "limit": 20 + 3 * PLAN[message["begin"]].seconds}
                 elif "about" in message:
                     self.about |= message["about"]
+                    self.save()  # the last of them comes after the last row
                 else:
                     left.remove(message["row"])
                     self._add(message)

@@ -39,6 +39,17 @@ def test_every_call_of_the_rows_is_tried_at_tiny_sizes(tmp_path):
     assert done.stdout.count("RoIAlign forward 7x7, 512 boxes") == 2  # as it came, and in the page at the end
 
 
+def test_the_state_after_the_last_row_is_saved(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import headline
+
+    said = [{"row": "nms_4000", "status": "skipped", "why": "a test"}, {"about": {"state_after": "warm"}}]
+    child = "\n".join(f"print({headline.MARK + json.dumps(message)!r})" for message in said)
+    out = tmp_path / "page.json"
+    page = headline.Run(headline.parse(["--rows", "nms_4000", "--out", str(out)]), [sys.executable, "-c", child])
+    assert page.measure() and json.loads(out.read_text())["state_after"] == "warm"
+
+
 def test_rows_without_time_are_named():
     done = run("--device", "cpu", "--small", "--seconds", "0.01", "--rows", "nms_4000", "detections")
     assert "Traceback" not in done.stderr and done.stdout.lower().count("skipped") >= 2
