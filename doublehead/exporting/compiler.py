@@ -62,7 +62,10 @@ def inductor_settings(folder: Path) -> dict[str, Any]:
 
 def _found(compiler: str) -> list[str]:
     """Path and arguments of a compiler such as "ccache g++", which newer versions of PyTorch take; [] without one."""
-    name, *arguments = [compiler] if sys.platform == "win32" else shlex.split(compiler) or [""]
+    try:
+        name, *arguments = [compiler] if sys.platform == "win32" else shlex.split(compiler) or [""]
+    except ValueError:  # quotation marks that do not match
+        return []
     path = shutil.which(name)
     return [path, *arguments] if path else []
 

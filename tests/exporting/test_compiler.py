@@ -106,7 +106,7 @@ def test_a_compiler_that_links_its_own_library_hides_it(tmp_path, compiler_that_
 def test_a_compiler_may_have_arguments(monkeypatch, gxx):
     monkeypatch.setenv("CXX", f"{shlex.quote(gxx)} -pipe")
     check_compiler()
-    for missing in ("no-such-compiler -pipe", ""):
+    for missing in ("no-such-compiler -pipe", "g++ '", ""):
         monkeypatch.setenv("CXX", missing)
         with pytest.raises(UserError, match="no compiler is found"):
             check_compiler()
