@@ -23,7 +23,7 @@ HIDING = """#!/bin/sh
 case " $* " in *" -shared "*) exec {compiler} "$@" -Wl,--exclude-libs,ALL ;; esac
 exec {compiler} "$@"
 """
-"""Links libraries whose static ones stay inside."""
+"""A compiler that hides the symbols of static libraries in the shared ones that it links."""
 
 
 def check_compiler() -> None:
@@ -56,7 +56,7 @@ def inductor_settings(folder: Path) -> dict[str, Any]:
     script.chmod(0o755)
     settings: dict[str, Any] = {"cpp.cxx": (None, str(script))}
     if hasattr(config.aot_inductor, "precompile_headers"):
-        settings["aot_inductor.precompile_headers"] = False  # kept by the compiler's path, which is new each time
+        settings["aot_inductor.precompile_headers"] = False  # cached under the compiler's path, which is new each time
     return settings
 
 
