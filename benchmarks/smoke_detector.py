@@ -17,10 +17,10 @@ from doublehead.config import (
     RoIConfig,
     RPNConfig,
 )
+from doublehead.exporting.program import exact_float32
 from doublehead.models import ImageBatch, build_detector
 from doublehead.models.structures import Detections, pad_targets
 from doublehead.ops import box_iou
-from tests.support.precision import exact_float32
 
 STEP = "pyramid_roi_align nms_padded"
 INFERENCE = f"{STEP} detections_by_class"

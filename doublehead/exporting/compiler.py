@@ -23,7 +23,7 @@ HIDING = """#!/bin/sh
 case " $* " in *" -shared "*) exec {compiler} "$@" -Wl,--exclude-libs,ALL ;; esac
 exec {compiler} "$@"
 """
-"""Links libraries whose static ones stay inside."""
+"""A compiler that hides the symbols of static libraries in the shared ones that it links."""
 
 
 def check_compiler() -> None:
@@ -32,7 +32,7 @@ def check_compiler() -> None:
         UserError: there is no C++ compiler.
     """
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
-    if not any(shutil.which(name) for name in names):
+    if not any(_found(name) for name in names):
         raise UserError(f"--format aoti compiles C++: no compiler is found ({', '.join(names)}); CXX names another one")
 
 
@@ -48,23 +48,33 @@ def inductor_settings(folder: Path) -> dict[str, Any]:
     from torch._inductor import config  # only now: programs are opened without it
 
     chosen = config.cpp.cxx
-    compiler = shutil.which(chosen if isinstance(chosen, str) else chosen[-1] or "")
-    if not sys.platform.startswith("linux") or compiler is None or not _links_its_own_library(compiler, folder):
+    compiler = _found(chosen if isinstance(chosen, str) else chosen[-1] or "")
+    if not sys.platform.startswith("linux") or not compiler or not _links_its_own_library(compiler, folder):
         return {}
-    script = folder / Path(compiler).name  # by the name PyTorch tells the kind of compiler
-    script.write_text(HIDING.format(compiler=shlex.quote(compiler)))
+    script = folder / Path(compiler[0]).name  # by the name PyTorch tells the kind of compiler
+    script.write_text(HIDING.format(compiler=shlex.join(compiler)))
     script.chmod(0o755)
     settings: dict[str, Any] = {"cpp.cxx": (None, str(script))}
     if hasattr(config.aot_inductor, "precompile_headers"):
-        settings["aot_inductor.precompile_headers"] = False  # kept by the compiler's path, which is new each time
+        settings["aot_inductor.precompile_headers"] = False  # cached under the compiler's path, which is new each time
     return settings
 
 
-def _links_its_own_library(compiler: str, folder: Path) -> bool:
+def _found(compiler: str) -> list[str]:
+    """Path and arguments of a compiler such as "ccache g++", which newer versions of PyTorch take; [] without one."""
+    try:
+        name, *arguments = [compiler] if sys.platform == "win32" else shlex.split(compiler) or [""]
+    except ValueError:  # quotation marks that do not match
+        return []
+    path = shutil.which(name)
+    return [path, *arguments] if path else []
+
+
+def _links_its_own_library(compiler: list[str], folder: Path) -> bool:
     """Whether the C++ standard library goes into what the compiler builds."""
     source, library = folder / "needs.cpp", folder / "needs.so"
     source.write_text(SOURCE)
-    command = [compiler, "-shared", "-fPIC", str(source), "-o", str(library)]
+    command = [*compiler, "-shared", "-fPIC", str(source), "-o", str(library)]
     if subprocess.run(command, capture_output=True).returncode:
         return False  # PyTorch's message says more
     built = library.read_bytes()

@@ -1,10 +1,12 @@
 """Tables, charts and records of runs that never were."""
 
 import json
+import re
 
 import pytest
 
 from doublehead.analysis.heads.curves import learning_curves
+from doublehead.recipes import RECIPES
 from tests.support.evidence import ORIGIN, of_heads, of_pearson, of_runs, script
 
 tables, charts, record, views = script("tables"), script("charts"), script("record"), script("views")
@@ -191,6 +193,15 @@ def test_throughput_counts_heads_and_rois():
 
 def test_every_factor_that_was_measured_has_words():
     assert COMMITTED["heads-factors"]["variants"].keys() == script("factors").WORDS.keys()
+
+
+def test_the_words_of_a_factor_have_its_number_and_the_base_s():
+    base = {**vars(RECIPES["miniature-double-head-ext"].model.head), "samples": 64}  # RoIs as in run.sh
+    counts = {"conv_blocks", "conv_dim", "fc_dim", "samples"}
+    for variant, changes in COMMITTED["heads-factors"]["variants"].items():
+        for field, value in ((path.split(".")[-1], value) for path, value in changes.items()):
+            if field in counts:
+                assert re.findall(r"\d+", script("factors").words(variant)) == [str(value), str(base[field])]
 
 
 def test_a_commit_that_is_given_is_that_of_all_trainings(tmp_path, monkeypatch):

@@ -93,3 +93,9 @@ def test_each_finding_finds_its_numbers():
         if test.effect(records[test.record]) is None
     ]
     assert missing == ["Pearson, proposals", "Pearson, detections"]
+
+
+def test_what_is_said_of_a_narrow_fc_head_comes_from_its_record():
+    tests = [test for finding in findings.FINDINGS for test in finding.tests]
+    assert {test.record for test in tests if "narrow" in test.words} == {"heads-narrow"}
+    assert all("narrow" in test.words for test in tests if test.record == "heads-narrow")

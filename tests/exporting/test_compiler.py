@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import torch
 from torch import nn
 from torch._inductor import config
 
+from doublehead.errors import UserError
 from doublehead.exporting import package
-from doublehead.exporting.compiler import inductor_settings
+from doublehead.exporting.compiler import check_compiler, inductor_settings
 from tests.support.export_samples import QUICK
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the link options are those of Linux")
@@ -58,6 +60,56 @@ def static(gxx, tmp_path) -> Iterator[None]:
 def test_an_ordinary_compiler_stays_as_it_is(tmp_path, name):
     with config.patch({"cpp.cxx": (None, name)}):
         assert inductor_settings(tmp_path) == {}
+
+
+BUILDS = """#!/bin/sh
+echo "$#: $*" > "{folder}/arguments"
+while [ "$1" != -o ]; do shift; done
+echo "{needed}" > "$2"
+"""
+
+
+@pytest.fixture
+def compiler_that_needs(tmp_path):
+    """(the library that its output needs) -> a compiler, in a folder whose name has a space."""
+
+    def make(needed: str) -> Path:
+        made = tmp_path / "some compilers" / "g++"
+        made.parent.mkdir()
+        made.write_text(BUILDS.format(folder=tmp_path, needed=needed))
+        made.chmod(0o755)
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("library", ["libstdc++.so.6", "libc++.so.1"])
+def test_a_compiler_that_shares_its_library_stays_as_it_is(tmp_path, compiler_that_needs, library):
+    with config.patch({"cpp.cxx": (None, shlex.quote(str(compiler_that_needs(library))))}):
+        assert inductor_settings(tmp_path) == {}
+
+
+@pytest.mark.parametrize("given", ["", " -pipe"])
+def test_a_compiler_that_links_its_own_library_hides_it(tmp_path, compiler_that_needs, given):
+    with config.patch({"cpp.cxx": (None, shlex.quote(str(compiler_that_needs("libc.so.6"))) + given)}):
+        settings = inductor_settings(tmp_path)
+    _, script = settings.pop("cpp.cxx")
+    assert settings == {"aot_inductor.precompile_headers": False}
+    assert Path(script) == tmp_path / "g++"  # by the name older versions of PyTorch tell the kind of compiler
+    for mode, added in (("-c", ""), ("-shared", " -Wl,--exclude-libs,ALL")):
+        subprocess.run([script, mode, "two words", "-o", tmp_path / "a"], check=True)
+        number = 4 + bool(given) + bool(added)
+        arguments = f"{number}:{given} {mode} two words -o {tmp_path / 'a'}{added}"
+        assert (tmp_path / "arguments").read_text().strip() == arguments
+
+
+def test_a_compiler_may_have_arguments(monkeypatch, gxx):
+    monkeypatch.setenv("CXX", f"{shlex.quote(gxx)} -pipe")
+    check_compiler()
+    for missing in ("no-such-compiler -pipe", "g++ '", ""):
+        monkeypatch.setenv("CXX", missing)
+        with pytest.raises(UserError, match="no compiler is found"):
+            check_compiler()
 
 
 @pytest.mark.usefixtures("static")

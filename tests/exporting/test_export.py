@@ -14,7 +14,7 @@ from doublehead.config import ImageConfig
 from doublehead.engine.checkpoint import load_model
 from doublehead.engine.errors import UserError
 from doublehead.exporting import ExportedDetections, ExportedDetector, load, loading, onnx_file, package
-from doublehead.exporting.program import DetectorProgram, differences, example_input
+from doublehead.exporting.program import DetectorProgram, differences, exact_float32, example_input
 from doublehead.models import ImageBatch
 from tests.support.export_samples import CLASSES, QUICK, half_resnet18, save_tiny_ext
 
@@ -220,18 +220,31 @@ def test_a_fixed_batch_is_exact(run, tmp_path, quick_write):
 
 
 def test_it_is_compared_without_tf32(run, tmp_path, quick_write, monkeypatch):
-    conv, seen = torch.backends.cudnn.conv, []
+    conv, forward, seen = torch.backends.cudnn.conv, DetectorProgram.forward, []
 
-    class Watched(DetectorProgram):
-        def forward(self, pixels, sizes):
-            seen.append(conv.fp32_precision)
-            return super().forward(pixels, sizes)
+    def watched(program, pixels, sizes):
+        seen.append(conv.fp32_precision)
+        return forward(program, pixels, sizes)
 
-    original = package.write_package
-    monkeypatch.setattr(package, "write_package", lambda program, *rest: original(Watched(program.detector), *rest))
+    monkeypatch.setattr(DetectorProgram, "forward", watched)
     before = conv.fp32_precision
     export.main([str(run), str(tmp_path / "a.pt2"), "--device", "cpu"])
-    assert before != "ieee" and conv.fp32_precision == before and set(seen) == {"ieee"}
+    assert before != "ieee" and conv.fp32_precision == before
+    assert seen == ["ieee"] * 2  # the package, and the model
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_exact_float32_leaves_the_switches_as_they_were(monkeypatch, allowed):
+    """The older one too, which raises where two newer ones contradict it."""
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "allow_tf32", allowed)
+    monkeypatch.setattr(cudnn, "deterministic", not allowed)
+    before = cudnn.conv.fp32_precision
+    with pytest.raises(ZeroDivisionError), exact_float32():
+        assert cudnn.conv.fp32_precision == "ieee" and cudnn.deterministic
+        raise ZeroDivisionError
+    assert cudnn.conv.fp32_precision == before and cudnn.allow_tf32 == allowed
+    assert cudnn.deterministic == (not allowed)
 
 
 def test_a_wrong_program_is_not_written(run, tmp_path, quick_write, monkeypatch, capsys):
