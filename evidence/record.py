@@ -176,7 +176,7 @@ def joined(files: list[Path]) -> dict[str, Any]:
     """Several `heads.json` in one; commit, date and machine at its top are the last file's, each training has its own.
 
     Raises:
-        SystemExit: they are of different trainings or have no digest to tell by, or a seed is in two.
+        SystemExit: they are of different trainings or have no digest to tell by, of a CPU and a GPU, or a seed is in two.
     """
     contents = [json.loads(file.read_text()) for file in files]
     last = contents[-1]
@@ -185,6 +185,9 @@ def joined(files: list[Path]) -> dict[str, Any]:
             raise SystemExit(f"{file}: its trainings differ from those of {files[-1]} in more than seeds (digest)")
         if content["variants"] != last["variants"]:
             raise SystemExit(f"{file}: its variants are not those of {files[-1]}")
+    gpus = {one.get("machine", {}).get("gpu") for content in contents for one in content["trainings"]}
+    if len(gpus) > 1:
+        raise SystemExit(f"trained on {' and on '.join(sorted(name or 'a CPU' for name in gpus))}: they do not join")
     seeds = sorted(seed for content in contents for seed in content["seeds"])
     if len(set(seeds)) < len(seeds):
         raise SystemExit(f"seeds {seeds}: one is in two files")

@@ -159,6 +159,13 @@ def test_trainings_of_other_heads_do_not_join(tmp_path, seeds, changes, words):
         record.heads("shapes", files)
 
 
+def test_trainings_on_a_cpu_and_on_a_gpu_do_not_join(tmp_path):
+    of_gpu = {"trainings": [{"seed": 0, "seconds": 2.0, "machine": {"gpu": "a GPU"}}]}
+    files = [heads_file(tmp_path / "a.json", [0], **of_gpu), heads_file(tmp_path / "b.json", [1])]
+    with pytest.raises(SystemExit, match="trained on a CPU and on a GPU: they do not join"):
+        record.heads("shapes", files)
+
+
 @pytest.mark.parametrize("ours", ["double_head", "fc"])
 def test_a_title_speaks_of_a_crossing_where_one_is_drawn(ours):
     """The made-up double head is ahead everywhere; with one step in which it is behind, the curves cross."""
