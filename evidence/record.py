@@ -176,7 +176,7 @@ def joined(files: list[Path]) -> dict[str, Any]:
     """Several `heads.json` in one; commit, date and machine at its top are the last file's, each training has its own.
 
     Raises:
-        SystemExit: they are of different trainings or have no digest to tell by, of a CPU and a GPU, or a seed is in two.
+        SystemExit: they are of different trainings or have no digest to tell by, or of a GPU in part, or share a seed.
     """
     contents = [json.loads(file.read_text()) for file in files]
     last = contents[-1]

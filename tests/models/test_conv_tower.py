@@ -261,7 +261,7 @@ def check_training_in_float32(name: str, device: str, gradients: bool = True) ->
 def test_triton_training(triton_kernels, poisoned, name):
     """Without TF32: its roundings push some cells over a ReLU's edge, where gradients jump; float32's are too small.
 
-    Of some 10,000 cells before ReLUs the nearest to 0 is 2e-5 of their spread away, and TF32 flips 3 to 7 of them.  Plain
+    Of some 10,000 cells before ReLUs the nearest to 0 is 2e-5 of their spread away, and TF32 flips 3 to 7.  Plain
     PyTorch's gradients are then off by up to 0.35 of the largest, and by less than 0.006 with the exact step's ReLUs.
     """
     with exact_float32():
