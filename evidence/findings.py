@@ -106,15 +106,15 @@ FINDINGS = (
     Finding("Double-Head beats the single fc-head", "Tables 1, 4",
             (*everywhere("double_head", "fc", 3.0), longer("double_head", "fc", 3.0),
              *everywhere("double_head", "fc", 3.2, "AP75")),
-            "The miniature's fc-head has eight times the conv-head's weights, the paper's 1.8 times: with one as narrow "
-            "as that it appears, and two fc-heads gain no less. With the wide one the gap closes as RoIs are seen. Not "
+            "The miniature's fc-head has eight times the conv-head's weights, the paper's 1.8 times: with one that "
+            "narrow it appears, and two fc-heads gain no less. With the wide one the gap closes as RoIs are seen. Not "
             "a fault that the checks find, nor norms that lag. BCCD: not more AP in three times the steps."),
     Finding("Double-Head beats two fc-heads", "Table 1",
             (*everywhere("double_head", "double_fc", 1.4), longer("double_head", "double_fc", 1.4)),
             "Heads alone: the fc-head for boxes alone, wide or narrow, regresses better than the conv-head for boxes "
             "alone, by less the more RoIs were seen."),
     Finding("Ext beats Double-Head", "Table 4", everywhere("double_head_ext", "double_head", 0.5),
-            "Heads alone: with the wide fc-head, fusion adds nothing to its classes and the conv-head's boxes (below)."),
+            "Heads alone: with a wide fc-head, fusion adds nothing to its classes and the conv-head's boxes (below)."),
     Finding("Ext beats the single fc-head", "Table 4", everywhere("double_head_ext", "fc", 3.5),
             "As for Double-Head."),
     Finding("Two fc-heads beat one", "Table 1", everywhere("double_fc", "fc", 1.3),
