@@ -8,8 +8,8 @@
 # build        the library in place, with the machine's own torch and nvcc: about a minute for one architecture
 # smoke        each kernel once against its reference, a detector's steps, a graph: at most 90 s
 # headline     the numbers that matter beside their peers: at most 4 min; the table is printed again at the end
-# test         the tests marked `gpu`: 770, about 2 min on 5 processes (pytest-xdist), 5 without
-# triton       the tests of the Triton kernels, which without a GPU run in the interpreter: 780, 2.5 min or 10
+# test         the tests marked `gpu`: 770, 2 min on 5 processes (pytest-xdist), longer without
+# triton       the tests of the Triton kernels, which without a GPU run in the interpreter: 780, 2.5 min on 11
 # sanitize_memcheck, sanitize_racecheck, sanitize_initcheck
 #              some 20 small tests of our CUDA kernels under compute-sanitizer, which makes them 10 to 50 times slower
 # nms, roi_align, roi_batches, non_local, conv_head, fused_conv, detections, detector

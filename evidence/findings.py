@@ -16,6 +16,7 @@ from doublehead.analysis.heads.curves import of_heads, over_windows
 Records = dict[str, Record]
 Measure = Callable[[Record], Effect | None]
 """The difference in a record, positive in the paper's direction; None: it is not in there."""
+HEADS, NARROW, LONGER = "heads-shapes", "heads-narrow", "heads-longer"
 
 
 class Test(NamedTuple):
@@ -81,9 +82,7 @@ def fused(fusion: str) -> dict[str, str]:
     return {"readout": "fused", "fusion": fusion}
 
 
-def windows(
-    words: str, ours: str, theirs: str, name: str, low: float, high: float, record: str = "heads-shapes"
-) -> Test:
+def windows(words: str, ours: str, theirs: str, name: str, low: float, high: float, record: str = HEADS) -> Test:
     """A mean over sliding windows of an IoU from `low` to `high`."""
     return Test(words, record, lambda one: paired(
         over_windows(one, ours, name, low, high), over_windows(one, theirs, name, low, high)), digits=3)  # fmt: skip
@@ -103,7 +102,6 @@ def correlates(boxes: str) -> Test:
     return Test(f"Pearson, {boxes}", "pearson", lambda one: correlation(one, "fc alone", "conv alone", boxes), digits=3)
 
 
-HEADS, NARROW, LONGER = "heads-shapes", "heads-narrow", "heads-longer"
 FC, CONV, EXT_FC, EXT_CONV = "fc: both", "conv: both", "double_head_ext fc", "double_head_ext conv"
 IOU = "regressed_iou"
 FINDINGS = (
